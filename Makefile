@@ -1,0 +1,41 @@
+# make demo    a T2T-ViT trained on the embedded digits by two processes, validated, with its curves
+# make test    all tests but the slow ones, and the linter
+# make clean   removes the environment and the demo's output
+#
+# VENV=… uses or makes the environment in another place.
+VENV ?= .venv
+PYTHON ?= python3
+ABSOLUTE_VENV := $(abspath $(VENV))
+RUN := $(ABSOLUTE_VENV)/bin/python
+DEMO := output/train/demo
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(ABSOLUTE_VENV)/.installed
+	rm -rf $(DEMO)
+	PYTHON=$(RUN) ./distributed_train.sh 2 -c configs/demo.yaml --experiment demo
+	$(RUN) validate.py --dataset digits --model t2t_vit_7 --img-size 32 --crop-pct 1.0 --device cpu \
+		--eval-checkpoint $(DEMO)/model_best.pth.tar --results-file $(DEMO)/validation
+	@echo 'The curves are in $(DEMO)/curves.png'
+
+test: $(ABSOLUTE_VENV)/.installed-dev lint
+	$(RUN) -m pytest -m 'not slow'
+
+test-slow: $(ABSOLUTE_VENV)/.installed-dev
+	$(RUN) -m pytest -m slow
+
+lint: $(ABSOLUTE_VENV)/.installed-dev
+	$(RUN) -m ruff check .
+
+# What is installed is marked with a file, newer than the requirements it came from.
+$(ABSOLUTE_VENV)/.installed: requirements.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(ABSOLUTE_VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(ABSOLUTE_VENV)/.installed-dev: requirements-dev.txt $(ABSOLUTE_VENV)/.installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv $(DEMO)

@@ -1,0 +1,29 @@
+"""Images in, batches out: decoding, datasets, transforms, samplers, loaders. Knows nothing of models.
+
+The way of a batch: `datasets` opens images and targets, `samplers` say which of them make up which batch,
+`loader` decodes (`decode`) and augments (`transforms`) them in worker processes, and `batch` normalises and
+mixes them on the device at the moment they are used.
+"""
+
+from .batch import BatchPreparer, TrainBatchPreparer
+from .classes import read_class_map
+from .datasets import DATASETS, open_eval, open_train_val
+from .loader import Loader, create_loader, explain_worker_death
+from .samplers import EvalSampler, TrainSampler
+from .transforms import create_eval_transform, create_train_transform
+
+__all__ = [
+    'DATASETS',
+    'BatchPreparer',
+    'EvalSampler',
+    'Loader',
+    'TrainBatchPreparer',
+    'TrainSampler',
+    'create_eval_transform',
+    'create_loader',
+    'create_train_transform',
+    'explain_worker_death',
+    'open_eval',
+    'open_train_val',
+    'read_class_map',
+]

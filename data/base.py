@@ -1,0 +1,76 @@
+"""What a dataset is here: a numbered list of images with targets, and the names the targets stand for."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+
+class ImageDataset:
+    """Base of all datasets: `len()`, `classes`, `targets`, `load(index)` and `path(index)`.
+
+    A subclass implements `image(index)`, which returns a PIL image of mode RGB, and `path(index)`, which says
+    in messages which image is meant. Both give the same for the same index at any time and in any process.
+
+    classes: list of class names, the position in it is the target.
+    targets: int64 array [len].
+    """
+
+    def __init__(self, classes: Sequence[str], targets: Sequence[int]):
+        self.classes = list(classes)
+        self.targets = np.asarray(targets, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """The image (PIL, RGB) and the target (int) of sample `index`. Raises ImageError for a bad file."""
+        return self.image(index), int(self.targets[index])
+
+    def image(self, index: int) -> Image.Image:
+        raise NotImplementedError
+
+    def path(self, index: int) -> str:
+        raise NotImplementedError
+
+
+class ClassView(ImageDataset):
+    """The images of `dataset` whose class is named in `classes`, with targets by position in `classes`.
+
+    Serves both to leave classes out and to number classes as somebody else does; names in `classes` that
+    `dataset` lacks simply have no images.
+    """
+
+    def __init__(self, dataset: ImageDataset, classes: Sequence[str]):
+        position = {name: target for target, name in enumerate(classes)}
+        renumbered = np.array([position.get(name, -1) for name in dataset.classes], dtype=np.int64)
+        targets = renumbered[dataset.targets]
+        self._dataset = dataset
+        self._indices = np.flatnonzero(targets >= 0)
+        super().__init__(classes, targets[self._indices])
+
+    def image(self, index: int) -> Image.Image:
+        return self._dataset.image(self._indices[index])
+
+    def path(self, index: int) -> str:
+        return self._dataset.path(self._indices[index])
+
+
+class PathList:
+    """A read-only list of paths in one block of memory.
+
+    A million str objects are copied, page by page, into every worker process that merely reads them, because
+    reading changes their reference counts. Two blocks are shared.
+    """
+
+    def __init__(self, paths: Sequence[str]):
+        encoded = [os.fsencode(path) for path in paths]
+        self._ends = np.cumsum([0] + [len(path) for path in encoded])
+        self._bytes = b''.join(encoded)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self._bytes[self._ends[index]:self._ends[index + 1]])

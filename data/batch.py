@@ -1,0 +1,154 @@
+"""From the loader's uint8 batches to what the model takes: normalised, mixed and erased on the device.
+
+A preparer is called in the training step itself, at the moment the batch is used and never ahead of it. Mixup
+draws from numpy's global generator, erasing from those of `random` and torch: so the states of these belong
+to the step, and a checkpoint that saves them continues with the same draws.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data.random_erasing import RandomErasing
+
+from utils.errors import UserError
+
+from .transforms import per_channel
+
+
+class BatchPreparer:
+    """Moves a batch to the device and normalises it: uint8 [B, C, H, W] → float32 (x − 255·mean) / (255·std).
+
+    device: torch.device or its name. mean, std: three values, or one, for images in 0…1.
+    channels_last: memory format.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        channels_last: bool = False,
+    ):
+        self.device = torch.device(device)
+        self._mean = self._as_levels('mean', mean)
+        self._std = self._as_levels('std', std)
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """images: uint8 [B, C, H, W]; targets: int64 [B]. Returns both on the device, images as float32."""
+        images = images.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        # Reordered while a pixel is one byte, not four.
+        images = images.contiguous(memory_format=self._memory_format).to(torch.float32)
+        return images.sub_(self._mean).div_(self._std), targets
+
+    def denormalize(self, images):
+        """Normalised images [B, C, H, W] → 0…1, for people to look at."""
+        return (images * self._std + self._mean).div(255).clamp(0, 1)
+
+    def _as_levels(self, name, values):
+        levels = [255 * value for value in per_channel(name, values)]
+        return torch.tensor(levels, device=self.device).view(1, 3, 1, 1)
+
+
+class TrainBatchPreparer(BatchPreparer):
+    """The same, then Mixup or CutMix, then random erasing: timm's, in the order of the published training.
+
+    Images may also be uint8 [B, S, C, H, W] with the S = `aug_splits` versions of AugMix: they come out as
+    [S·B, C, H, W], all first versions first, with the targets repeated.
+
+    batch_size: B, to be checked here rather than in the first step.
+    num_classes, smoothing: of Mixup's soft targets.
+    mixup_alpha, cutmix_alpha: of the beta distributions; 0 turns one off.
+    cutmix_minmax: (min, max) of the box's edge as a fraction of the image's, in place of cutmix_alpha.
+    mixup_prob: of mixing at all. mixup_switch_prob: of CutMix where both are on.
+    mixup_mode: what shares one draw: 'batch', 'pair' or 'elem'.
+    erase_prob, erase_mode ('pixel', 'rand', 'const'), erase_count: of random erasing.
+    erase_splits: leave out AugMix's first versions, or without AugMix the first half of the batch.
+
+    Raises UserError for an odd batch with Mixup, Mixup together with AugMix, and values out of range.
+
+    mixing: whether targets are soft, float32 [B, num_classes], for as long as the preparer lives.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        batch_size: int,
+        num_classes: int,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        channels_last: bool = False,
+        aug_splits: int = 0,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        cutmix_minmax: Sequence[float] | None = None,
+        mixup_prob: float = 1.0,
+        mixup_switch_prob: float = 0.5,
+        mixup_mode: str = 'batch',
+        smoothing: float = 0.1,
+        erase_prob: float = 0.0,
+        erase_mode: str = 'pixel',
+        erase_count: int = 1,
+        erase_splits: bool = False,
+    ):
+        super().__init__(device, mean=mean, std=std, channels_last=channels_last)
+        for name, value in (('mixup_prob', mixup_prob), ('mixup_switch_prob', mixup_switch_prob),
+                            ('erase_prob', erase_prob), ('smoothing', smoothing)):
+            if not 0 <= value <= 1:
+                raise UserError(f'{name} {value}; give a fraction from 0 to 1')
+        if min(mixup_alpha, cutmix_alpha) < 0:
+            raise UserError(f'mixup_alpha {mixup_alpha}, cutmix_alpha {cutmix_alpha}; give 0 or more')
+        self._aug_splits = aug_splits
+        self._mixup = None
+        self.mixing = mixup_alpha > 0 or cutmix_alpha > 0 or cutmix_minmax is not None
+        if self.mixing:
+            _check_mixing(batch_size, aug_splits, mixup_mode, cutmix_minmax)
+            self._mixup = Mixup(mixup_alpha, cutmix_alpha, cutmix_minmax, prob=mixup_prob, mode=mixup_mode,
+                                switch_prob=mixup_switch_prob, label_smoothing=smoothing,
+                                num_classes=num_classes)
+        self._erase = None
+        if erase_prob:
+            if erase_mode not in ('pixel', 'rand', 'const') or erase_count < 1:
+                raise UserError(f'erase_mode {erase_mode!r}, erase_count {erase_count}; '
+                                'choose pixel, rand or const, and at least 1')
+            num_splits = (aug_splits or 2) if erase_splits else 0
+            self._erase = RandomErasing(erase_prob, mode=erase_mode, max_count=erase_count,
+                                        num_splits=num_splits, device=self.device)
+
+    @property
+    def mixup_enabled(self) -> bool:
+        """Whether batches are mixed now. Set it to False for the last epochs: smoothed targets remain."""
+        return self.mixing and self._mixup.mixup_enabled
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, enabled: bool):
+        if self.mixing:
+            self._mixup.mixup_enabled = enabled
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """images: uint8 [B, C, H, W] or [B, S, C, H, W]; targets: int64 [B]. Returns them for the model."""
+        if self._aug_splits:
+            images = images.transpose(0, 1).flatten(0, 1)  # [S·B, C, H, W]
+            targets = targets.repeat(self._aug_splits)  # [S·B]
+        images, targets = super().__call__(images, targets)
+        if self.mixing:
+            images, targets = self._mixup(images, targets)
+        if self._erase:
+            images = self._erase(images)
+        return images, targets
+
+
+def _check_mixing(batch_size: int, aug_splits: int, mode: str, cutmix_minmax: Sequence[float] | None):
+    if batch_size % 2:
+        raise UserError(f'batch size {batch_size} with Mixup or CutMix, which pair images; use an even one')
+    if aug_splits:
+        raise UserError(f'Mixup or CutMix with aug_splits {aug_splits}; use one or the other')
+    if mode not in ('batch', 'pair', 'elem'):
+        raise UserError(f'mixup_mode {mode!r}; choose from batch, pair, elem')
+    if cutmix_minmax is not None:
+        if len(cutmix_minmax) != 2 or not 0 <= cutmix_minmax[0] < cutmix_minmax[1] <= 1:
+            raise UserError(f'cutmix_minmax {cutmix_minmax}; give two fractions such as 0.2 0.8')

@@ -1,0 +1,125 @@
+"""Class names and their numbers: class-map files, subsets of classes, and the check that two splits agree.
+
+A target is a position in a list of class names. Two lists that differ by one folder give other targets to
+every class behind it, and nothing shows it but a bad accuracy. So one list rules; a difference is an error.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from timm.data import ImageNetInfo
+
+from utils.errors import UserError
+
+from .base import ClassView, ImageDataset
+
+
+def read_class_map(path: str | os.PathLike) -> list[str]:
+    """The class names in `path`, in order of their numbers, as a list of str.
+
+    The file has a class folder's name per line, or a name and its number on every line; empty lines are
+    skipped. `path` may also be the word 'imagenet': the 1,000 synsets of ImageNet-1k in their usual order.
+    Raises UserError if the file cannot be read, names a class twice, or numbers its classes wrongly.
+    """
+    if path == 'imagenet':
+        return ImageNetInfo('imagenet-1k').label_names()
+    try:
+        with open(path, encoding='utf-8') as file:
+            lines = [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, 'strerror', None) or 'not UTF-8 text'
+        raise UserError(f'class map {path}: {reason}; give a text file, one class name per line') from None
+    numbered = [re.fullmatch(r'(.*\S)\s+(\d+)', line) for line in lines]
+    # 'boeing 747' alone is a name: only where every line ends in a number are these the numbers of classes.
+    if lines and all(numbered):
+        pairs = sorted((int(match[2]), match[1]) for match in numbered)
+        if [number for number, _ in pairs] != list(range(len(pairs))):
+            raise UserError(f'class map {path}: classes are not numbered 0 to {len(pairs) - 1}; '
+                            'number each once, or leave the numbers out')
+        lines = [name for _, name in pairs]
+    if repeated := [name for name, count in Counter(lines).items() if count > 1]:
+        raise UserError(f'class map {path}: repeats {name_some(repeated)}; name every class once')
+    if not lines:
+        raise UserError(f'class map {path}: empty; give one class name per line')
+    return lines
+
+
+def select_classes(dataset: ImageDataset, only_classes: str | None) -> ImageDataset:
+    """`dataset` reduced to some of its classes, numbered from 0 in their old order; all of it for None or ''.
+
+    only_classes: names, numbers and ranges of either, separated by commas: '0-4', 'cat,dog', 'cat-frog,9'.
+    What is the name of a class is taken as that name, even where it looks like a number.
+    Raises UserError if an item is no class of `dataset`, or if fewer than two classes are left.
+    """
+    if not only_classes:
+        return dataset
+    chosen = set()
+    for item in str(only_classes).split(','):
+        chosen.update(_class_range(item.strip(), dataset.classes))
+    if len(chosen) < 2:
+        raise UserError(f'only_classes {only_classes!r} leaves {len(chosen)} class; name at least two')
+    view = ClassView(dataset, [dataset.classes[target] for target in sorted(chosen)])
+    if not len(view):
+        raise UserError(f'only_classes {only_classes!r} leaves no images; choose classes that have some')
+    return view
+
+
+def _class_range(item: str, classes: list[str]) -> list[int]:
+    """The targets that `item` stands for: a class, or all from a first to a last class."""
+    if (target := _class_number(item, classes)) is not None:
+        return [target]
+    # Names may hold hyphens themselves, so every hyphen is tried as the one between first and last.
+    for hyphen in re.finditer('-', item):
+        first = _class_number(item[:hyphen.start()].strip(), classes)
+        last = _class_number(item[hyphen.end():].strip(), classes)
+        if first is not None and last is not None and first <= last:
+            return list(range(first, last + 1))
+    raise UserError(f'only_classes: {item!r} is none of the {len(classes)} classes ({name_some(classes)}); '
+                    f'give names, numbers from 0 to {len(classes) - 1}, or ranges such as 0-4')
+
+
+def _class_number(text: str, classes: list[str]) -> int | None:
+    if text in classes:
+        return classes.index(text)
+    if text.isdecimal() and int(text) < len(classes):
+        return int(text)
+    return None
+
+
+def match_classes(
+    dataset: ImageDataset,
+    classes: Sequence[str],
+    *,
+    where: str,
+    map_source: str,
+    allow_missing: bool = False,
+) -> ImageDataset:
+    """`dataset` with the targets of the class map `classes`.
+
+    where: what `dataset` is, for messages: a folder or a name. map_source: where the class map comes from.
+    Raises UserError naming the classes that the map lacks, or `dataset`, unless `allow_missing`.
+    """
+    if dataset.classes == list(classes):
+        return dataset
+    known, present = set(classes), set(dataset.classes)
+    extra = [name for name in dataset.classes if name not in known]
+    missing = [name for name in classes if name not in present]
+    if extra:
+        raise UserError(f'{where}: {_count_classes(extra)} not in the class map of {map_source} '
+                        f'({len(classes)} classes): {name_some(extra)}; remove them or use its class map')
+    if missing and not allow_missing:
+        raise UserError(f'{where}: lacks {_count_classes(missing)} of {map_source}: {name_some(missing)}; '
+                        'complete it, or allow missing classes if that is meant')
+    return ClassView(dataset, classes)
+
+
+def _count_classes(names: list[str]) -> str:
+    return f'{len(names)} class{"es" if len(names) > 1 else ""}'
+
+
+def name_some(names: Sequence[str], limit: int = 5) -> str:
+    """The first `limit` of `names` in quotation marks and how many more there are, for messages."""
+    shown = ', '.join(repr(name) for name in names[:limit])
+    return shown if len(names) <= limit else f'{shown} and {len(names) - limit} more'

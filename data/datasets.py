@@ -1,0 +1,284 @@
+"""Datasets by name: image folders, CIFAR, the embedded digits, and synthetic images for measuring.
+
+    train, val = open_train_val('folder', '/data/imagenet')
+    val = open_eval('folder', '/data/imagenet/val', classes=checkpoint_classes)
+
+| name | what it is |
+|---|---|
+| folder, imagenet, '' | root/train/CLASS/….jpg, and the same below root/val, root/validation or root/test |
+| cifar10, cifar100 | the published binary files in root, fetched with `download`; or folders as above |
+| digits | 1,797 handwritten digits of 8 × 8 pixels, embedded, for trying things in seconds |
+| synthetic | random pictures, for measuring |
+
+`digits` is data/digits.npz (licence and source: data/digits.LICENSE). It was made from scikit-learn's
+`digits = load_digits()` as numpy.savez_compressed(file, images=…, targets=…, is_val=…): `images` is
+`digits.images` as uint8 [1797, 8, 8] with ink from 0 to 16, `targets` is `digits.target` as uint8, and
+`is_val` marks the fixed fifth of each class that is held out: for class k, of its n indices in order,
+permuted by `numpy.random.RandomState(k)`, the first round(n / 5).
+"""
+
+import difflib
+import logging
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from utils.errors import UserError
+
+from .base import ImageDataset
+from .classes import match_classes, name_some, select_classes
+from .folders import ImageFolder, check_folder, has_class_folders
+
+_logger = logging.getLogger(__name__)
+
+DATASETS = ('folder', 'imagenet', 'cifar10', 'cifar100', 'digits', 'synthetic')
+EVAL_SPLITS = ('val', 'validation', 'test')
+"""Folders that are tried, in this order, where no evaluation split is named."""
+
+
+def open_train_val(
+    name: str,
+    root: str | None = None,
+    *,
+    train_split: str = 'train',
+    val_split: str | None = None,
+    download: bool = False,
+    only_classes: str | None = None,
+    allow_missing_classes: bool = False,
+    num_images: int = 1024,
+    image_size: int | Sequence[int] = 224,
+    num_classes: int = 1000,
+) -> tuple[ImageDataset, ImageDataset]:
+    """The training and the evaluation split as two ImageDatasets with one class map, the training split's.
+
+    name: one of DATASETS, or '' for 'folder'. root: the folder with the data.
+    train_split, val_split: the folders of the splits; None looks for EVAL_SPLITS.
+    download: fetch CIFAR's files into `root` if they are not there; in one process while others wait.
+    only_classes: a subset such as '0-4' or 'cat,dog', renumbered from 0 (see `select_classes`).
+    allow_missing_classes: let the evaluation split lack classes.
+    num_images, image_size, num_classes: of each split of 'synthetic', ignored for the others.
+    Raises UserError for an unknown name, a folder that is not laid out as expected, splits whose classes
+    differ, a training split of fewer than two classes, or a failed download.
+    """
+    root = os.path.expanduser(root or '')
+    name = _resolve_name(name, root)
+    if name == 'folder':
+        root = check_folder(root)
+        train = ImageFolder(_find_split(root, train_split))
+        val = ImageFolder(_find_split(root, val_split) if val_split else _find_eval_split(root))
+        _check_two_classes(train)
+        val = match_classes(val, train.classes, where=val.folder, map_source=train.folder,
+                            allow_missing=allow_missing_classes)
+    else:
+        synthetic = (num_images, image_size, num_classes)
+        train = _open_part(name, root, train_split, download, synthetic)
+        val = _open_part(name, root, val_split, download, synthetic)
+    return select_classes(train, only_classes), select_classes(val, only_classes)
+
+
+def open_eval(
+    name: str,
+    root: str | None = None,
+    *,
+    split: str | None = None,
+    classes: Sequence[str] | None = None,
+    download: bool = False,
+    only_classes: str | None = None,
+    allow_missing_classes: bool = False,
+    num_images: int = 1024,
+    image_size: int | Sequence[int] = 224,
+    num_classes: int = 1000,
+) -> ImageDataset:
+    """One split of a dataset for evaluation, as an ImageDataset.
+
+    The class map is `classes` (names in order, from a checkpoint or `read_class_map`) if given, else that of
+    the folder root/train if there is one, else the split's own folders. `only_classes` is applied before
+    `classes`, so that a model trained on a subset is evaluated with the same option.
+
+    split: the split's folder; None looks for EVAL_SPLITS, then takes `root` itself if it holds class folders.
+    The other arguments and the errors are those of `open_train_val`.
+    """
+    root = os.path.expanduser(root or '')
+    name = _resolve_name(name, root)
+    if name == 'folder':
+        dataset = _open_eval_folder(check_folder(root), split, classes, allow_missing_classes)
+        where = root
+    else:
+        dataset = _open_part(name, root, split, download, (num_images, image_size, num_classes))
+        where = name
+    dataset = select_classes(dataset, only_classes)
+    if classes is not None:
+        dataset = match_classes(dataset, classes, where=where, map_source='the model',
+                                allow_missing=allow_missing_classes)
+    return dataset
+
+
+def _resolve_name(name: str, root: str) -> str:
+    """`name`, which must be one of DATASETS, or 'folder' for its aliases and for CIFAR as image folders."""
+    name = (name or 'folder').lower()
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f'did you mean {near[0]!r}?' if near else f'choose from {", ".join(DATASETS)}'
+        raise UserError(f'unknown dataset {name!r}; {hint}')
+    if name == 'imagenet' or (name in _CIFAR and root and _has_splits(root)):
+        return 'folder'
+    return name
+
+
+def _has_splits(root: str) -> bool:
+    return any(os.path.isdir(os.path.join(root, split)) for split in ('train', *EVAL_SPLITS))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Image folders
+
+
+def _open_eval_folder(
+    root: str, split: str | None, classes: Sequence[str] | None, allow_missing: bool
+) -> ImageDataset:
+    """The evaluation split below `root`, or `root` itself, numbered as root/train if that rules."""
+    folder = _find_split(root, split) if split else _find_eval_split(root, or_itself=True)
+    dataset = ImageFolder(folder)
+    train = os.path.join(root, 'train')
+    if classes is not None:
+        return dataset  # the caller numbers it
+    if os.path.isdir(train) and folder != train:
+        return match_classes(dataset, ImageFolder(train).classes, where=folder, map_source=train,
+                             allow_missing=allow_missing)
+    _check_two_classes(dataset)
+    _logger.info('%s: classes are numbered by its own %d folders', folder, len(dataset.classes))
+    return dataset
+
+
+def _find_split(root: str, split: str) -> str:
+    """The path of the folder `split` in `root`. Raises UserError that says what is in `root` instead."""
+    folder = os.path.join(root, split)
+    if os.path.isdir(folder):
+        return folder
+    raise UserError(f'{root}: no folder {split!r} in it{_describe_content(root)}')
+
+
+def _find_eval_split(root: str, or_itself: bool = False) -> str:
+    """The first of EVAL_SPLITS that is in `root`, or `root` if that is a split and `or_itself` is set."""
+    for split in EVAL_SPLITS:
+        if os.path.isdir(os.path.join(root, split)):
+            return os.path.join(root, split)
+    if or_itself and not os.path.isdir(os.path.join(root, 'train')):
+        return root
+    raise UserError(f'{root}: no folder {", ".join(EVAL_SPLITS[:-1])} or {EVAL_SPLITS[-1]} in it'
+                    f'{_describe_content(root)}')
+
+
+def _describe_content(root: str) -> str:
+    """What to say of a `root` that lacks a split: the usual mistakes, or simply what it holds."""
+    if has_class_folders(root):
+        return f'; it looks like a split itself: give {os.path.dirname(os.path.abspath(root))!r} instead'
+    content = sorted(entry for entry in os.listdir(root) if not entry.startswith('.'))
+    for entry in content:
+        if _has_splits(os.path.join(root, entry)):
+            return f'; did you mean {os.path.join(root, entry)!r}?'
+    found = name_some(content) if content else 'nothing'
+    return f', but {found}; give the folder that holds the splits, or name the split'
+
+
+def _check_two_classes(dataset: ImageFolder):
+    if len(dataset.classes) < 2:
+        raise UserError(f'{dataset.folder}: a single class folder, {dataset.classes[0]!r}; '
+                        'at least two are needed, directly in it')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Datasets that are not folders
+
+_CIFAR = {'cifar10': CIFAR10, 'cifar100': CIFAR100}
+
+
+class ArrayImages(ImageDataset):
+    """Images in an array: uint8 [N, H, W, 3], or [N, H, W] for greyscale. `name` is for messages."""
+
+    def __init__(self, name: str, images: np.ndarray, classes: Sequence[str], targets: Sequence[int]):
+        super().__init__(classes, targets)
+        self._name = name
+        self._images = images
+
+    def image(self, index: int) -> Image.Image:
+        image = Image.fromarray(self._images[index])
+        return image if image.mode == 'RGB' else image.convert('RGB')
+
+    def path(self, index: int) -> str:
+        return f'{self._name}[{index}]'
+
+
+class SyntheticImages(ImageDataset):
+    """Random pictures: smooth fields of colours with noise on them, each from a generator of (seed, index).
+
+    image_size: pixels, an int or (height, width). num_classes: targets go round through them.
+    """
+
+    def __init__(
+        self,
+        num_images: int = 1024,
+        image_size: int | Sequence[int] = 224,
+        num_classes: int = 1000,
+        seed: int = 0,
+    ):
+        if min(num_images, num_classes, *np.atleast_1d(image_size)) < 1:
+            raise UserError(f'synthetic data of {num_images} images, {image_size} pixels, {num_classes} '
+                            'classes; each must be at least 1')
+        super().__init__([f'class{k}' for k in range(num_classes)], np.arange(num_images) % num_classes)
+        self._size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self._seed = seed
+
+    def image(self, index: int) -> Image.Image:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        random = np.random.default_rng((self._seed, int(index)))
+        height, width = self._size
+        field = Image.fromarray(random.integers(0, 224, (8, 8, 3), dtype=np.uint8))
+        field = np.asarray(field.resize((width, height), Image.Resampling.BILINEAR))
+        return Image.fromarray(field + random.integers(0, 32, (height, width, 3), dtype=np.uint8))
+
+    def path(self, index: int) -> str:
+        return f'synthetic[{index}]'
+
+
+def _open_part(name: str, root: str, split: str | None, download: bool, synthetic: tuple) -> ImageDataset:
+    """A part of a dataset without folders: for training if `split` is 'train', else for evaluation."""
+    if split not in (None, 'train', *EVAL_SPLITS):
+        raise UserError(f'dataset {name!r} has no split {split!r}; choose train or val')
+    is_train = split == 'train'
+    if name == 'synthetic':
+        return SyntheticImages(*synthetic, seed=0 if is_train else 1)
+    if name == 'digits':
+        return open_digits(is_train)
+    return _open_cifar(name, root, is_train, download)
+
+
+def open_digits(is_train: bool) -> ArrayImages:
+    """The embedded digits: 1,438 images to train on or 359 to evaluate with; ink 0…16 becomes 0…255."""
+    with np.load(os.path.join(os.path.dirname(__file__), 'digits.npz'), allow_pickle=False) as file:
+        chosen = file['is_val'] != is_train
+        images, targets = file['images'][chosen], file['targets'][chosen]
+    images = np.rint(images * (255 / 16)).astype(np.uint8)
+    return ArrayImages(f'digits/{"train" if is_train else "val"}', images, list('0123456789'), targets)
+
+
+def _open_cifar(name: str, root: str, is_train: bool, download: bool) -> ArrayImages:
+    """CIFAR from torchvision, which checks the MD5 of the files, pickles all of them, before reading them."""
+    if not root:
+        raise UserError(f'dataset {name!r} needs a data folder; give one that holds it or is to hold it')
+    try:
+        source = _CIFAR[name](root, train=is_train, download=download)
+    except (RuntimeError, OSError) as error:  # not found, damaged; no network, no right to write
+        if download:
+            raise UserError(f'dataset {name!r} could not be downloaded to {root} ({error}); download '
+                            f'{_CIFAR[name].url} elsewhere and unpack it there') from None
+        folder = os.path.join(root, _CIFAR[name].base_folder)
+        state = 'damaged or incomplete' if os.path.isdir(folder) else 'missing, and there is no train/ either'
+        remedy = 'check the data folder or allow the download'
+        raise UserError(f'dataset {name!r}: {folder} is {state}; {remedy}') from None
+    part = 'train' if is_train else 'test'
+    return ArrayImages(f'{name}/{part}', source.data, source.classes, source.targets)

@@ -1,0 +1,135 @@
+"""Images in class folders: split/class/…/image.jpg, found in one quick scan that counts every oddity."""
+
+import logging
+import os
+
+from PIL import Image
+from timm.utils.misc import natural_key
+
+from utils.errors import UserError
+
+from .base import ImageDataset, PathList
+from .classes import name_some
+from .decode import EXTENSIONS, load_rgb
+
+_logger = logging.getLogger(__name__)
+
+
+class ImageFolder(ImageDataset):
+    """The images below the class folders of one split, numbered by class and then by path.
+
+    Classes are in natural order ('9' before '10'), as in the published code. An empty class folder keeps its
+    place among the classes. Hidden folders, hidden files and files without the ending of an image are left
+    out. Empty class folders and ignored files are counted and logged.
+
+    Raises UserError if `folder` cannot be read, has no class folders, or has no images in them.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = check_folder(folder)
+        self.num_ignored = 0
+        classes, loose = _list_split(self.folder)
+        if not classes:
+            raise UserError(_explain_no_classes(self.folder, loose))
+        paths, targets, empty = [], [], []
+        for target, name in enumerate(classes):
+            found, ignored = _scan_class(self.folder, name)
+            self.num_ignored += ignored
+            paths += found
+            targets += [target] * len(found)
+            if not found:
+                empty.append(name)
+        if not paths:
+            raise UserError(f'{self.folder}: no images in its {len(classes)} folders ({name_some(classes)}); '
+                            f'class folders with {", ".join(EXTENSIONS)} files are expected directly in it')
+        super().__init__(classes, targets)
+        self._paths = PathList(paths)
+        self.num_ignored += len(loose)
+        self._report(empty)
+
+    def image(self, index: int) -> Image.Image:
+        return load_rgb(self.path(index))
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.folder, self._paths[index])
+
+    def _report(self, empty: list[str]):
+        _logger.info('%s: %d images of %d classes', self.folder, len(self), len(self.classes))
+        if self.num_ignored:
+            _logger.warning('%s: ignored %d files that are no images or lie outside of class folders',
+                           self.folder, self.num_ignored)
+        if empty:
+            _logger.warning('%s: %d class folders without images: %s', self.folder, len(empty),
+                           name_some(empty))
+
+
+def check_folder(folder: str) -> str:
+    """Returns `folder`. Raises UserError if it is not a folder that can be listed."""
+    if not folder:
+        raise UserError('no data folder given; give the folder that holds train/ and val/')
+    if not os.path.lexists(folder):
+        raise UserError(f'data folder {folder!r} does not exist; check the path')
+    if not os.path.isdir(folder):
+        raise UserError(f'data folder {folder!r} is not a folder; give the folder that holds train/ and val/')
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f'data folder {folder!r} cannot be read; check its permissions')
+    return folder
+
+
+def has_class_folders(folder: str) -> bool:
+    """Whether a folder in `folder` holds an image directly: the mark of a split, not of a whole dataset."""
+    classes, _ = _list_split(folder)
+    for name in classes:
+        class_folder = os.path.join(folder, name)
+        if os.access(class_folder, os.R_OK | os.X_OK) and any(map(_is_image, os.listdir(class_folder))):
+            return True
+    return False
+
+
+def _list_split(folder: str) -> tuple[list[str], list[str]]:
+    """The names of the folders in `folder`, without hidden ones, in natural order, and those of its files."""
+    classes, files = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir():
+                files.append(entry.name)
+            elif not entry.name.startswith('.'):  # .ipynb_checkpoints is no class
+                classes.append(entry.name)
+    # Plain order first: names that differ in case alone are equal to natural_key.
+    return sorted(sorted(classes), key=natural_key), files
+
+
+def _scan_class(split: str, name: str) -> tuple[list[str], int]:
+    """The images below folder `name` of `split`, as sorted paths in it, and the number of other files.
+
+    Links to files are followed; links to folders inside a class folder are not, so that the scan ends.
+    """
+    images, ignored, pending = [], 0, [name]
+    while pending:
+        folder = pending.pop()
+        try:
+            with os.scandir(os.path.join(split, folder)) as entries:
+                for entry in entries:
+                    path = os.path.join(folder, entry.name)
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(path)
+                    elif _is_image(entry.name):
+                        images.append(path)
+                    else:
+                        ignored += 1
+        except PermissionError:
+            unreadable = os.path.join(split, folder)
+            raise UserError(f'folder {unreadable!r} cannot be read; check its permissions') from None
+    return sorted(images), ignored
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith('.')
+
+
+def _explain_no_classes(folder: str, files: list[str]) -> str:
+    num_images = sum(map(_is_image, files))
+    if num_images:
+        return (f'{folder}: {num_images} images but no class folders (as ImageNet\'s validation set comes); '
+                'move each image into a folder named after its class, with the names of train')
+    return f'{folder}: no class folders in it; class folders with images are expected directly in it'

@@ -1,0 +1,226 @@
+"""The one place where DataLoaders are built: batches that are the same whoever makes them, and when.
+
+    loader = create_loader(train, transform, TrainSampler(len(train), 64), seed=42, workers=8)
+    for epoch in range(epochs):
+        loader.set_position(epoch)
+        for images, targets in loader:      # uint8 [B, C, H, W] or [B, S, C, H, W], int64 [B]
+
+An image that cannot be decoded ends the loading, unless `max_bad_images` allows for some. Then it is logged;
+in training it is replaced by the next image of the dataset (after the last comes the first; in image folders
+the next one nearly always is of the same class), augmented as the bad one would have been; in evaluation it
+is left out.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, default_collate
+
+from utils.errors import UserError
+
+from .base import ImageDataset
+from .decode import ImageError
+from .samplers import EvalSampler, TrainSampler
+from .seeding import preserved_generators, seed_generators
+
+_logger = logging.getLogger(__name__)
+
+
+def create_loader(
+    dataset: ImageDataset,
+    transform: Callable[[Image.Image], torch.Tensor],
+    sampler: TrainSampler | EvalSampler,
+    *,
+    seed: int = 42,
+    workers: int = 4,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+    persistent: bool = True,
+    context: str | None = None,
+    max_bad_images: int = 0,
+) -> 'Loader':
+    """A Loader of the batches that `sampler` names, decoded and transformed in `workers` processes.
+
+    dataset: an ImageDataset. transform: PIL image → uint8 tensor of one fixed shape.
+    sampler: a TrainSampler, which makes this a training loader, or an EvalSampler.
+    seed: of the samples' randomness in training; evaluation has none.
+    workers: 0 for doing the work in this process. prefetch: batches that each worker prepares ahead.
+    pin_memory: for copies to a GPU that the program need not wait for.
+    persistent: keep the workers from epoch to epoch.
+    context: how processes start ('fork', 'spawn', 'forkserver'), None for the platform's way.
+    max_bad_images: how many images may fail to decode, per rank.
+    """
+    if workers < 0 or max_bad_images < 0:
+        raise UserError(f'workers {workers}, max_bad_images {max_bad_images}; neither can be below 0')
+    batches = BatchSource(dataset, transform, training=isinstance(sampler, TrainSampler), seed=seed,
+                          max_bad_images=max_bad_images)
+    options = dict(num_workers=workers, pin_memory=pin_memory)
+    if workers:
+        # Workers compute with one thread each: PyTorch sets that itself.
+        options.update(persistent_workers=persistent, prefetch_factor=prefetch,
+                       multiprocessing_context=context, worker_init_fn=_shield_worker)
+    # With a generator of its own an iterator takes nothing from the global one; what it draws has no effect.
+    dataloader = DataLoader(batches, batch_sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator(),
+                            **options)
+    return Loader(dataloader, sampler, max_bad_images)
+
+
+class Loader:
+    """Iterates over (images, targets). Made by `create_loader`.
+
+    Iterating raises UserError for one bad image too many, and if a worker process died.
+
+    bad_images: dict of the bad images met so far, {path: why it cannot be decoded}.
+    """
+
+    def __init__(self, dataloader: DataLoader, sampler: TrainSampler | EvalSampler, max_bad_images: int):
+        self._dataloader = dataloader
+        self.sampler = sampler
+        self.max_bad_images = max_bad_images
+        self.bad_images = {}
+
+    def __len__(self) -> int:
+        """The number of batches of a whole epoch on this rank."""
+        return len(self.sampler)
+
+    def set_position(self, epoch: int, start_batch: int = 0):
+        """The next iteration starts at batch `start_batch` of `epoch`; training only, before each epoch."""
+        self.sampler.set_position(epoch, start_batch)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        iterator = iter(self._dataloader)
+        while True:
+            try:
+                images, targets, bad, problem = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if explanation := explain_worker_death(error):
+                    raise explanation from error
+                raise
+            self._note_bad_images(bad)
+            if problem is not None:
+                raise UserError(problem)
+            if len(targets):
+                yield images, targets
+
+    def _note_bad_images(self, bad: dict[str, str]):
+        for path, message in bad.items():
+            if path in self.bad_images:
+                continue  # every epoch meets it again
+            self.bad_images[path] = message
+            if len(self.bad_images) <= self.max_bad_images:
+                _logger.warning('%s (%d of %d tolerated)', message, len(self.bad_images), self.max_bad_images)
+            elif self.max_bad_images:
+                raise UserError(f'{len(self.bad_images)} images cannot be decoded, {self.max_bad_images} are '
+                                f'tolerated; the last one: {message}')
+            else:
+                raise UserError(message)
+
+
+def explain_worker_death(error: RuntimeError) -> UserError | None:
+    """A UserError with advice, if `error` is PyTorch's RuntimeError for a worker process that died, or None.
+
+    PyTorch raises it from a signal handler: it can come up anywhere in the main process, not here alone.
+    """
+    message = str(error)
+    if not message.startswith('DataLoader worker'):
+        return None
+    return UserError(f'a data loading process died: {message.splitlines()[0]} Mostly memory or shared memory '
+                     'ran out: use fewer workers, smaller batches, or a larger /dev/shm')
+
+
+class BatchSource:
+    """What a worker process holds: turns the keys of a batch, a list of (epoch, index), into the batch.
+
+    `__getitems__` gives (images, targets, bad, problem): bad is {path: message} of the images that were
+    replaced or left out, problem the message of a UserError that prevents the batch, else None. The error is
+    handed over as a value because PyTorch would put the worker's traceback into its message.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable[[Image.Image], torch.Tensor],
+        *,
+        training: bool,
+        seed: int,
+        max_bad_images: int,
+    ):
+        self._dataset = dataset
+        self._transform = transform
+        self._training = training
+        self._seed = seed
+        self._max_bad_images = max_bad_images
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple:
+        bad = {}
+        try:
+            if self._training:
+                with preserved_generators():  # without worker processes these are the training loop's own
+                    samples = [self._training_sample(epoch, index, bad) for epoch, index in keys]
+            else:
+                samples = [sample for _, index in keys if (sample := self._sample(index, bad)) is not None]
+        except UserError as error:
+            return None, None, bad, str(error)
+        if not samples:
+            return None, (), bad, None
+        images, targets = zip(*samples, strict=True)
+        return default_collate(images), torch.tensor(targets), bad, None
+
+    def _training_sample(self, epoch: int, index: int, bad: dict[str, str]) -> tuple[torch.Tensor, int]:
+        """The transformed image and the target of (epoch, index), or of the first good image after it."""
+        for step in range(len(self)):
+            seed_generators(self._seed, epoch, index)
+            if (sample := self._sample((index + step) % len(self), bad)) is not None:
+                return sample
+        raise UserError(f'none of {len(self)} images can be decoded; check the dataset')
+
+    def _sample(self, index: int, bad: dict[str, str]) -> tuple[torch.Tensor, int] | None:
+        """The transformed image and the target of `index`; None if the image is bad, which `bad` then tells.
+
+        Raises ImageError if the bad images of this batch alone are too many.
+        """
+        try:
+            image, target = self._dataset.load(index)
+        except ImageError as error:
+            bad[self._dataset.path(index)] = str(error)
+            if len(bad) > self._max_bad_images:
+                raise
+            return None
+        return self._transform(image), target
+
+
+def _as_it_is(batch: tuple) -> tuple:
+    return batch
+
+
+def _shield_worker(worker_id: int):
+    """Keeps signals that are sent to a whole job, by Ctrl-C, torchrun or Slurm, from ending a worker process.
+
+    What they mean is for the main process to decide, and to save before it stops it still needs its batches.
+    A SIGTERM from the main process itself, which is how PyTorch ends a worker that hangs, ends it as ever;
+    and a worker whose main process is gone ends by itself.
+    """
+    for name in ('SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2'):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):  # on Linux; only this tells who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        main_process = multiprocessing.parent_process().pid
+        threading.Thread(target=_await_termination, args=(main_process,), daemon=True).start()
+
+
+def _await_termination(main_process: int):
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
+        pass
+    os._exit(0)

@@ -1,0 +1,139 @@
+"""From options to what the engine takes: datasets, then the loaders and preparers of training and evaluation."""
+from typing import NamedTuple
+
+from timm.data import ImageNetInfo, resolve_data_config
+
+from data.batch import BatchPreparer, TrainBatchPreparer
+from data.classes import read_class_map
+from data.datasets import open_eval, open_train_val
+from data.loader import Loader, create_loader
+from data.samplers import EvalSampler, TrainSampler
+from data.transforms import create_eval_transform, create_train_transform
+from utils.distributed import World, barrier
+from utils.errors import UserError
+
+# Statistics of CIFAR's pixels, under the names of timm's configurations.
+CIFAR_STATS = {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)}
+WITHOUT_FOLDER = ('digits', 'synthetic')
+
+
+class Input(NamedTuple):
+    """What images are to a model: size (height, width), crop, interpolation, statistics of the pixels."""
+    img_size: tuple[int, int]
+    crop_pct: float
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def resolve_input(args, pretrained_cfg: dict) -> Input:
+    """The model's own input settings where the options leave them open.
+
+    Raises:
+        UserError: --mean or --std of another length than 1 or 3, or a crop out of range.
+    """
+    for name in ('mean', 'std'):
+        values = getattr(args, name)
+        if values is not None and len(values) not in (1, 3):
+            raise UserError(f'--{name} {values}: give one number, or three for red, green and blue')
+    if args.crop_pct is not None and args.crop_pct > 1:
+        raise UserError(f'--crop-pct {args.crop_pct}: a part of the image, at most 1')
+    size = (args.img_size, args.img_size) if isinstance(args.img_size, int) else tuple(args.img_size)
+    asked = {'img_size': None, 'input_size': (3, *size), 'crop_pct': args.crop_pct, 'mean': args.mean, 'std': args.std,
+             'interpolation': args.interpolation}
+    config = resolve_data_config(asked, pretrained_cfg=pretrained_cfg)
+    return Input(size, config['crop_pct'], config['interpolation'], tuple(config['mean']), tuple(config['std']))
+
+
+def open_training_data(args, world: World):
+    """The training and the evaluation split that the options name, with the training split's classes."""
+    _check_folder(args)
+
+    def open_both():
+        return open_train_val(args.dataset, args.data, train_split=args.train_split, val_split=args.val_split,
+                              download=args.download and world.is_main, only_classes=args.only_classes,
+                              num_classes=args.num_classes or 1000, image_size=args.img_size)
+
+    # Rank 0 goes first where something may have to be fetched.
+    if args.download and not world.is_main:
+        barrier()
+    splits = open_both()
+    if args.download and world.is_main:
+        barrier()
+    return splits
+
+
+def open_evaluation_data(args, classes: list[str] | None, num_classes: int | None):
+    """The evaluation split alone.
+
+    Its classes are numbered by --class-map; without one, by `classes`, which a checkpoint may carry; without these, for
+    a model of 1,000 classes and folders that are all named after ImageNet's synsets, in the order of ImageNet.
+    """
+    _check_folder(args)
+    if args.class_map:
+        classes = read_class_map(args.class_map)
+
+    def open_with(classes):
+        # A part of the classes is still evaluated right where the map is known to be that of the model.
+        return open_eval(args.dataset, args.data, split=args.val_split, classes=classes, download=args.download,
+                         only_classes=args.only_classes, allow_missing_classes=True, num_classes=num_classes or 1000,
+                         image_size=args.img_size)
+
+    dataset = open_with(classes)
+    if classes is None and num_classes == 1000 and len(dataset.classes) < 1000:
+        synsets = ImageNetInfo().label_names()
+        if set(dataset.classes) <= set(synsets):
+            return open_with(synsets)
+    return dataset
+
+
+def _check_folder(args) -> None:
+    if not args.data and args.dataset not in WITHOUT_FOLDER:
+        raise UserError('no data: give the folder that holds train/ and val/, or --dataset digits to try things out')
+
+
+class TrainingInput(NamedTuple):
+    """What the epoch loop takes: the loaders of this rank, and the preparers that bring their batches to the device."""
+    train_loader: Loader
+    prepare_train: TrainBatchPreparer
+    val_loader: Loader
+    prepare_val: BatchPreparer
+    img_size: tuple[int, int]
+
+
+def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_classes: int, world: World) -> TrainingInput:
+    """Loaders and preparers as the options say; what they leave open is the model's own (`pretrained_cfg`)."""
+    image = resolve_input(args, pretrained_cfg)
+    return TrainingInput(*_create_train_loader(args, train_set, image, num_classes, world),
+                         *create_eval_loader(args, val_set, image, world), image.img_size)
+
+
+def _create_train_loader(args, dataset, image: Input, num_classes: int, world: World) -> tuple[Loader, TrainBatchPreparer]:
+    """The training loader of this rank, with the preparer of its batches."""
+    transform = create_train_transform(
+        image.img_size, crop_mode=args.train_crop_mode, scale=args.scale, ratio=args.ratio, hflip=args.hflip,
+        vflip=args.vflip, color_jitter=args.color_jitter, auto_augment=args.aa, interpolation=args.train_interpolation,
+        mean=image.mean, no_aug=not args.aug, aug_splits=args.aug_splits)
+    prepare = TrainBatchPreparer(
+        world.device, batch_size=args.batch_size, num_classes=num_classes, mean=image.mean, std=image.std,
+        channels_last=args.channels_last, aug_splits=args.aug_splits, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax, mixup_prob=args.mixup_prob, mixup_switch_prob=args.mixup_switch_prob,
+        mixup_mode=args.mixup_mode, smoothing=args.smoothing, erase_prob=args.reprob if args.aug else 0.0,
+        erase_mode=args.remode, erase_count=args.recount, erase_splits=args.resplit)
+    sampler = TrainSampler(len(dataset), args.batch_size, rank=world.rank, world_size=world.size, seed=args.seed,
+                           accum_steps=args.accum_steps)
+    loader = create_loader(dataset, transform, sampler, seed=args.seed, workers=args.workers, pin_memory=args.pin_mem)
+    return loader, prepare
+
+
+def create_eval_loader(args, dataset, image: Input, world: World) -> tuple[Loader, BatchPreparer]:
+    """The evaluation loader of this rank, every image exactly once over all ranks, with the preparer of its batches."""
+    transform = create_eval_transform(image.img_size, crop_pct=image.crop_pct, interpolation=image.interpolation,
+                                      mean=image.mean)
+    prepare = BatchPreparer(world.device, mean=image.mean, std=image.std, channels_last=args.channels_last)
+    batch_size = args.batch_size * args.validation_batch_size_multiplier
+    sampler = EvalSampler(len(dataset), batch_size, rank=world.rank, world_size=world.size)
+    # Evaluation comes between epochs: its workers need not stay.
+    loader = create_loader(dataset, transform, sampler, seed=args.seed, workers=args.workers, pin_memory=args.pin_mem,
+                           persistent=False)
+    return loader, prepare

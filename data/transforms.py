@@ -1,0 +1,157 @@
+"""From a PIL image to a uint8 tensor [C, H, W]: timm's transforms, with the published recipe as defaults.
+
+Normalisation and random erasing are not here but in `batch`, on the device: uint8 is a quarter of the bytes
+to hand over. All randomness comes from the global generators of `random`, numpy and torch, which `loader`
+seeds for each sample.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, create_transform
+from timm.data.transforms import ResizeKeepRatio, str_to_interp_mode
+from torchvision import transforms
+
+from utils.errors import UserError
+
+INTERPOLATIONS = ('bicubic', 'bilinear', 'nearest', 'box', 'hamming', 'lanczos')
+
+
+def create_train_transform(
+    img_size: int | Sequence[int] = 224,
+    *,
+    crop_mode: str = 'rrc',
+    scale: Sequence[float] = (0.08, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+    vflip: float = 0.0,
+    color_jitter: float | None = 0.4,
+    auto_augment: str | None = 'rand-m9-mstd0.5-inc1',
+    interpolation: str = 'random',
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    no_aug: bool = False,
+    aug_splits: int = 0,
+) -> Callable[[Image.Image], torch.Tensor]:
+    """The training transform: PIL RGB image → uint8 [C, H, W], or [S, C, H, W] with S = `aug_splits` ≥ 2.
+
+    img_size: pixels, an int or (height, width).
+    crop_mode: 'rrc' for RandomResizedCrop with `scale` (of the area) and `ratio` (width / height); 'pad', the
+        CIFAR recipe, for resizing to `img_size` and a random crop after padding by an eighth of it.
+    hflip, vflip: probabilities.
+    color_jitter: strength for brightness, contrast and saturation, 0 or None for off; timm does without it
+        wherever `auto_augment` is used, but for '3a'.
+    auto_augment: a timm policy such as 'rand-…', 'augmix-…', 'original', 'v0', '3a'; None or '' for off.
+    interpolation: one of INTERPOLATIONS, or 'random': bilinear or bicubic ('pad' and `no_aug`: bilinear).
+    mean: of the normalisation to come, 0…1: RandAugment fills uncovered corners with it.
+    no_aug: only resize and centre crop.
+    aug_splits: S versions of one crop, the first without augmentation (AugMix); 0 for off.
+    Raises UserError for a value that means nothing.
+    """
+    _check_size(img_size)
+    _check_choice('interpolation', interpolation, (*INTERPOLATIONS, 'random'))
+    _check_choice('crop_mode', crop_mode, ('rrc', 'pad'))
+    _check_range('scale', scale)
+    _check_range('ratio', ratio)
+    if aug_splits < 0 or aug_splits == 1 or (aug_splits and no_aug):
+        raise UserError(f'aug_splits {aug_splits} with no_aug {no_aug}; use 0, or 2 and more without no_aug')
+    mean = per_channel('mean', mean)
+    if no_aug:
+        return create_transform(img_size, is_training=True, no_aug=True, interpolation=interpolation,
+                                use_prefetcher=True)
+    try:
+        crop, augment, to_tensor = create_transform(
+            img_size, is_training=True, use_prefetcher=True, separate=True, scale=scale, ratio=ratio,
+            hflip=hflip, vflip=vflip, color_jitter=color_jitter or None, auto_augment=auto_augment or None,
+            interpolation=interpolation, mean=mean)
+    # How timm answers a policy it cannot read.
+    except (AssertionError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f'auto_augment {auto_augment!r} is no policy of timm ({error}); '
+                        "use for instance 'rand-m9-mstd0.5-inc1'") from None
+    if crop_mode == 'pad':
+        crop = _padded_crop(img_size, interpolation, hflip, vflip)
+    if aug_splits:
+        return SplitTransform(crop, augment, to_tensor, aug_splits)
+    return transforms.Compose([*crop.transforms, *augment.transforms, *to_tensor.transforms])
+
+
+def create_eval_transform(
+    img_size: int | Sequence[int] = 224,
+    *,
+    crop_pct: float = 0.9,
+    interpolation: str = 'bicubic',
+    crop_mode: str = 'center',
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+) -> Callable[[Image.Image], torch.Tensor]:
+    """The evaluation transform of timm: PIL RGB image → uint8 [C, H, W], deterministic.
+
+    It resizes so that `img_size` (int, or (height, width)) is the fraction `crop_pct` of the result, then
+    cuts out the centre.
+
+    crop_mode: 'center' fits the shorter edge, 'squash' both edges, 'border' the longer one, padded by `mean`.
+    Raises UserError for a value that means nothing.
+    """
+    _check_size(img_size)
+    _check_choice('interpolation', interpolation, INTERPOLATIONS)
+    _check_choice('crop_mode', crop_mode, ('center', 'squash', 'border'))
+    mean = per_channel('mean', mean)
+    if not 0 < crop_pct <= 1:
+        raise UserError(f'crop_pct {crop_pct}; give a fraction above 0 and up to 1')
+    return create_transform(img_size, is_training=False, use_prefetcher=True, crop_pct=crop_pct,
+                            crop_mode=crop_mode, interpolation=interpolation, mean=mean)
+
+
+class SplitTransform:
+    """One crop of an image, as it is and augmented `num_splits` − 1 times: PIL image → uint8 [S, C, H, W]."""
+
+    def __init__(self, crop: Callable, augment: Callable, to_tensor: Callable, num_splits: int):
+        self.crop = crop
+        self.augment = augment
+        self.to_tensor = to_tensor
+        self.num_splits = num_splits
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        image = self.crop(image)
+        augmented = [self.augment(image) for _ in range(self.num_splits - 1)]
+        return torch.stack([self.to_tensor(split) for split in (image, *augmented)])
+
+
+def _padded_crop(
+    img_size: int | Sequence[int], interpolation: str, hflip: float, vflip: float
+) -> transforms.Compose:
+    """The CIFAR recipe: resize the shorter edge, pad by an eighth, crop at random, flip."""
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    interpolation = 'bilinear' if interpolation == 'random' else interpolation
+    if height == width:
+        resize = transforms.Resize(height, str_to_interp_mode(interpolation))
+    else:
+        resize = ResizeKeepRatio((height, width), interpolation=interpolation)
+    steps = [resize, transforms.RandomCrop((height, width), padding=(width // 8, height // 8))]
+    if hflip:
+        steps.append(transforms.RandomHorizontalFlip(hflip))
+    if vflip:
+        steps.append(transforms.RandomVerticalFlip(vflip))
+    return transforms.Compose(steps)
+
+
+def per_channel(name: str, values: Sequence[float]) -> tuple[float, float, float]:
+    """Three values from one or three. Raises UserError, which names them `name`, for any other number."""
+    if len(values) not in (1, 3):
+        raise UserError(f'{name} {tuple(values)}; give one value, or three for red, green and blue')
+    return tuple(values) * (3 // len(values))
+
+
+def _check_size(img_size: int | Sequence[int]):
+    sizes = (img_size,) if isinstance(img_size, int) else tuple(img_size)
+    if len(sizes) not in (1, 2) or min(sizes) < 1:
+        raise UserError(f'img_size {img_size}; give one number of pixels, or height and width')
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]):
+    if value not in choices:
+        raise UserError(f'{name} {value!r}; choose from {", ".join(choices)}')
+
+
+def _check_range(name: str, bounds: Sequence[float]):
+    if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
+        raise UserError(f'{name} {tuple(bounds)}; give a lower and an upper bound above 0')

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Starts NUM_PROC processes of train.py (or of $SCRIPT) on this machine, one per GPU:
+#
+#     ./distributed_train.sh 8 /data/imagenet -c configs/t2t_vit_14.yaml
+#     SCRIPT=validate.py ./distributed_train.sh 8 /data/imagenet --model t2t_vit_14 --eval_checkpoint PATH
+#     SCRIPT=transfer.py ./distributed_train.sh 2 …
+#
+# On several machines, say the same on each, with NNODES, NODE_RANK (0, 1, …), MASTER_ADDR and MASTER_PORT set.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [ $# -lt 1 ]; then
+    echo "usage: ./distributed_train.sh NUM_PROC OPTIONS… (see python train.py --help)" >&2
+    exit 2
+fi
+num_proc=$1
+shift
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+exec "${PYTHON:-python}" -m utils.launch "$num_proc" "$here/${SCRIPT:-train.py}" "$@"

@@ -1,0 +1,79 @@
+"""Evaluation: one function for train.py (weights and their average), validate.py and transfer.py."""
+import logging
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from utils.distributed import sum_over_ranks
+from utils.log import progress_bar
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Cross-entropy `loss`, `top1` and `top5` in percent over all `count` images of all ranks."""
+    loss: float
+    top1: float
+    top5: float
+    count: int
+    images_per_second: float
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name: str = 'Test') -> Evaluation:
+    """Evaluates `model` (raw, not DDP: ranks may have different numbers of batches) on all that `loader` gives.
+
+    Sums are taken on every rank, reduced once and divided once, so that the result is exact for any number of images
+    on any number of ranks.
+
+    Args:
+        prepare: (uint8 images [B, C, H, W], targets [B]) → (normalised images, targets) on the device.
+        precision: utils.runtime.Precision, whose autocast the forward pass runs under.
+    """
+    was_training = model.training
+    model.eval()
+    # Sums of loss, top-1, top-5 and images, in float64 so that their order of magnitude costs nothing.
+    sums = torch.zeros(4, dtype=torch.float64, device=prepare.device)
+    batch_time = 0.0
+    start = end = time.perf_counter()
+    bar = progress_bar(total=len(loader), desc=name)
+    for index, (images, targets) in enumerate(loader):
+        images, targets = prepare(images, targets)
+        with precision.autocast():
+            logits = model(images)
+        batch = _batch_sums(logits.float(), targets)
+        sums += batch
+        if index % log_interval == 0 or index == len(loader) - 1:
+            _log_line(name, index, len(loader), batch, sums, batch_time or time.perf_counter() - end,
+                      (time.perf_counter() - start) / (index + 1))
+        batch_time = time.perf_counter() - end
+        end = time.perf_counter()
+        bar.update()
+    bar.close()
+    model.train(was_training)
+    loss, top1, top5, count = sum_over_ranks(sums).tolist()
+    seconds = time.perf_counter() - start
+    return Evaluation(loss / count, 100 * top1 / count, 100 * top5 / count, int(count), count / seconds)
+
+
+def _batch_sums(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """[4] in float64: sum of losses, images right at first and within five guesses, number of images."""
+    guesses = logits.topk(min(5, logits.shape[1])).indices  # [B, 5]
+    right = guesses == targets[:, None]  # [B, 5]
+    loss = F.cross_entropy(logits, targets, reduction='sum')
+    return torch.stack([loss.double(), right[:, 0].sum().double(), right.any(1).sum().double(),
+                        torch.tensor(float(len(targets)), dtype=torch.float64, device=logits.device)])
+
+
+def _log_line(name, index, total, batch, sums, seconds, mean_seconds):
+    """The line that users of timm and of the published code know: value of this batch, mean so far (this rank's)."""
+    (loss, top1, top5, n), (loss_sum, top1_sum, top5_sum, count) = batch.tolist(), sums.tolist()
+    _logger.info('%s: [%4d/%d]  Time: %.3f (%.3f)  Loss: %7.4f (%6.4f)  Acc@1: %7.4f (%7.4f)  Acc@5: %7.4f (%7.4f)',
+                 name, index, total - 1, seconds, mean_seconds, loss / n, loss_sum / count,
+                 100 * top1 / n, 100 * top1_sum / count, 100 * top5 / n, 100 * top5_sum / count)

@@ -1,0 +1,195 @@
+"""The epoch loop, of train.py and transfer.py alike: train, evaluate, log, save, until the last epoch is done."""
+import contextlib
+import logging
+import time
+from pathlib import Path
+
+import torch
+from timm.utils import distribute_bn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.checkpoint import save_checkpoint
+from engine.evaluate import evaluate
+from engine.state import TrainState
+from utils.distributed import World, sum_over_ranks
+from utils.errors import NotFiniteError, UserError
+from utils.log import RunLog, format_seconds, progress_bar
+from utils.runtime import Precision
+
+_logger = logging.getLogger(__name__)
+
+
+def wrap_model(model: nn.Module, world: World) -> nn.Module:
+    """`model` for the training call: DDP where there are several ranks."""
+    if world.size == 1:
+        return model
+    device_ids = [world.device] if world.device.type == 'cuda' else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+class Trainer:
+    """Takes a TrainState from where it stands to the end of its schedule.
+
+    Args:
+        state: what is trained; changed in place.
+        model: `state.model` as it is called in training (see wrap_model).
+        batches: train_loader gives the batches of an epoch from any position on, prepare_train brings them to the device
+            as the model takes them; val_loader and prepare_val do so for evaluation.
+        loss: (logits, targets) → scalar.
+        schedule: sets the learning rates of an epoch (`step(epoch)`).
+        args: the options of the loop (accum_steps, clip_grad, log_interval, checkpoint_steps, …).
+        folder: where checkpoints go.
+    Raises:
+        UserError: no epoch is left, or the state stands where an epoch of these batches has no step.
+    """
+
+    def __init__(self, state: TrainState, model: nn.Module, batches, *, loss, schedule, num_epochs: int,
+                 precision: Precision, args, folder: Path):
+        self.state, self.model = state, model
+        self.train_loader, self.prepare_train = batches.train_loader, batches.prepare_train
+        self.val_loader, self.prepare_val = batches.val_loader, batches.prepare_val
+        self.loss, self.schedule, self.num_epochs = loss, schedule, num_epochs
+        self.precision, self.args, self.folder = precision, args, folder
+        self.steps_per_epoch = len(self.train_loader) // args.accum_steps
+        self._steps_since_start = 0
+        if state.epoch >= self.num_epochs:
+            raise UserError(f'nothing is left to train: the checkpoint stands at the end of epoch {state.epoch} of '
+                            f'{self.num_epochs}; give more --epochs')
+        if state.step > self.steps_per_epoch:
+            raise UserError(f'the checkpoint stands at step {state.step} of its epoch, and with these --batch-size, '
+                            f'--accum-steps and processes an epoch has {self.steps_per_epoch}; use those of the checkpoint')
+
+    def fit(self, log: RunLog) -> None:
+        """All epochs that are left; `log` is told. Ends with the best metric in `state`."""
+        state, self.log = self.state, log
+        self._started = time.perf_counter()
+        while state.epoch < self.num_epochs:
+            epoch_started = time.perf_counter()
+            self.schedule.step(state.epoch)
+            if self.args.mixup_off_epoch:
+                self.prepare_train.mixup_enabled = state.epoch < self.args.mixup_off_epoch
+            train_loss = self._train_epoch()
+            self._share_batch_norm()
+            results = self._evaluate()
+            is_best = self._note_metric(results)
+            record = {'epoch': state.epoch, 'train_loss': train_loss, **results, 'lr': self._top_rate(),
+                      'epoch_seconds': round(time.perf_counter() - epoch_started, 1)}
+            self.log.epoch(record, state.global_step)
+            state.start_next_epoch()
+            self._save(is_best=is_best)
+        _logger.info('*** Best metric: %.4f (%s, epoch %d)', state.best_metric, self.args.eval_metric, state.best_epoch)
+
+    def _train_epoch(self) -> float:
+        """The rest of the epoch in progress; returns the mean loss over all of it and all ranks."""
+        state, args, world = self.state, self.args, self.state.world
+        self.model.train()
+        self.train_loader.set_position(state.epoch, state.step * args.accum_steps)
+        batches = iter(self.train_loader)
+        bar = progress_bar(total=self.steps_per_epoch, initial=state.step, desc=f'Epoch {state.epoch}')
+        window_started, window_sums, window_steps = time.perf_counter(), state.loss_sums.clone(), 0
+        while state.step < self.steps_per_epoch:
+            images = self._step(batches)
+            bar.update()
+            window_steps += 1
+            self._steps_since_start += 1
+            if state.global_step == 1 or (args.save_images and self._is_log_step()):
+                self.log.images('train_batch', self.prepare_train.denormalize(images), state.global_step,
+                                as_file=args.save_images)
+            if self._is_log_step():
+                loss, count = sum_over_ranks(state.loss_sums - window_sums).tolist()
+                self._check_finite(loss)
+                self._log_line(bar, loss / count, count, time.perf_counter() - window_started, window_steps)
+                window_started, window_sums, window_steps = time.perf_counter(), state.loss_sums.clone(), 0
+            if args.checkpoint_steps and state.global_step % args.checkpoint_steps == 0:
+                self._save()
+        bar.close()
+        loss, count = sum_over_ranks(state.loss_sums.clone()).tolist()
+        self._check_finite(loss)
+        return loss / count if count else 0.0
+
+    def _step(self, batches) -> torch.Tensor:
+        """One optimizer step from `accum_steps` batches; returns the last batch's images as the model saw them."""
+        state, args = self.state, self.args
+        for micro_step in range(args.accum_steps):
+            images, targets = self.prepare_train(*next(batches))
+            is_last = micro_step == args.accum_steps - 1
+            # Gradients are averaged over ranks once per step, not once per batch.
+            no_sync = not is_last and isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if no_sync else contextlib.nullcontext():
+                with self.precision.autocast():
+                    loss = self.loss(self.model(images), targets)
+                state.scaler.scale(loss / args.accum_steps).backward()
+            # Stays on the device: reading it here would make the host wait in every step.
+            state.loss_sums += torch.stack([loss.detach().double() * len(images),
+                                            torch.full_like(loss, len(images), dtype=torch.float64)])
+        if args.clip_grad is not None:
+            state.scaler.unscale_(state.optimizer)
+            nn.utils.clip_grad_norm_(state.model.parameters(), args.clip_grad)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.ema:
+            state.ema.update(state.model)
+        state.step += 1
+        state.global_step += 1
+        return images
+
+    def _is_log_step(self) -> bool:
+        state = self.state
+        return state.step == 1 or state.step % self.args.log_interval == 0 or state.step == self.steps_per_epoch
+
+    def _log_line(self, bar, loss: float, count: float, seconds: float, steps: int) -> None:
+        state = self.state
+        speed, lr = count / seconds, self._top_rate()
+        left = (self.num_epochs - state.epoch) * self.steps_per_epoch - state.step
+        eta = format_seconds((time.perf_counter() - self._started) / self._steps_since_start * left)
+        bar.set_postfix_str(f'loss {loss:.4f}, lr {lr:.2e}, {speed:.0f} img/s, run left {eta}')
+        _logger.info('Train: %d [%4d/%d]  Loss: %.4f  Time: %.3fs, %.1f/s  LR: %.3e  Left: %s', state.epoch, state.step,
+                     self.steps_per_epoch, loss, seconds / steps, speed, lr, eta)
+        self.log.train({'epoch': state.epoch, 'step': state.step, 'global_step': state.global_step,
+                        'epoch_progress': state.epoch + state.step / self.steps_per_epoch,
+                        'loss': loss, 'lr': lr, 'images_per_second': round(speed, 1)})
+
+    def _top_rate(self) -> float:
+        return max(group['lr'] for group in self.state.optimizer.param_groups)
+
+    def _check_finite(self, loss: float) -> None:
+        if not torch.isfinite(torch.tensor(loss)):
+            raise NotFiniteError(f'the loss is {loss} at epoch {self.state.epoch}, step {self.state.step}; nothing was '
+                                 'saved since it was finite. A lower --lr, --clip-grad 1 or --amp-dtype bfloat16 helps; '
+                                 '--resume auto goes back to the last checkpoint')
+
+    def _share_batch_norm(self) -> None:
+        if self.args.dist_bn and self.state.world.size > 1:
+            distribute_bn(self.state.model, self.state.world.size, self.args.dist_bn == 'reduce')
+
+    def _evaluate(self) -> dict:
+        """Results of the weights, and of their average under `ema_…`, where one is on the same device."""
+        state, args = self.state, self.args
+        kwargs = {'precision': self.precision, 'log_interval': args.log_interval}
+        results = evaluate(state.model, self.val_loader, self.prepare_val, **kwargs).as_dict()
+        if state.ema and not args.model_ema_force_cpu:
+            of_ema = evaluate(state.ema.module, self.val_loader, self.prepare_val, name='Test (EMA)', **kwargs)
+            results |= {f'ema_{name}': value for name, value in of_ema.as_dict().items() if name in ('loss', 'top1', 'top5')}
+        _logger.info('Epoch %d: Acc@1 %.3f  Acc@5 %.3f  Loss %.4f%s  (%d images)', state.epoch, results['top1'],
+                     results['top5'], results['loss'],
+                     f"  EMA Acc@1 {results['ema_top1']:.3f}" if 'ema_top1' in results else '', results['count'])
+        return results
+
+    def _note_metric(self, results: dict) -> bool:
+        """Records the metric that decides, the average's where it is evaluated, and says whether it is the best so far."""
+        state, name = self.state, self.args.eval_metric
+        state.metric = results.get(f'ema_{name}', results[name])
+        sign = -1 if name == 'loss' else 1
+        if state.best_metric is not None and sign * state.metric <= sign * state.best_metric:
+            return False
+        state.best_metric, state.best_epoch = state.metric, state.epoch
+        return True
+
+    def _save(self, *, is_best: bool = False) -> None:
+        self._check_finite(sum_over_ranks(self.state.loss_sums.clone())[0].item())
+        content = self.state.state_dict()  # every rank has a part in it
+        if self.state.world.is_main:
+            save_checkpoint(content, self.folder, global_step=self.state.global_step, keep=self.args.checkpoint_hist,
+                            is_best=is_best)

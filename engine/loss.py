@@ -1,0 +1,18 @@
+"""The training loss that the options ask for; evaluation always measures plain cross-entropy."""
+from timm.loss import JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+from utils.errors import UserError
+
+
+def create_loss(args, *, soft_targets: bool) -> nn.Module:
+    """`soft_targets`: Mixup gives distributions over classes, already smoothed; otherwise targets are class numbers."""
+    if args.jsd:
+        if args.aug_splits < 2:
+            raise UserError(f'--jsd compares augmentation splits: add --aug-splits 3 (it is {args.aug_splits})')
+        return JsdCrossEntropy(num_splits=args.aug_splits, smoothing=args.smoothing)
+    if soft_targets:
+        return SoftTargetCrossEntropy()
+    if args.smoothing:
+        return LabelSmoothingCrossEntropy(args.smoothing)
+    return nn.CrossEntropyLoss()

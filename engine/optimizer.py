@@ -1,0 +1,70 @@
+"""Parameter groups, the optimizer and the learning rate of every epoch; timm builds both, this says from what."""
+import difflib
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from utils.errors import UserError
+
+
+def param_groups(model: nn.Module, weight_decay: float, body_lr_scale: float = 1.0) -> list[dict]:
+    """Every trainable parameter of `model` in exactly one group.
+
+    Weights decay; biases, 1-D parameters and what `model.no_weight_decay()` names do not. With `body_lr_scale`, all
+    but the classifier learn at this part of the learning rate, at every point of the schedule.
+    """
+    without_decay = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()
+    # A classifier can be several heads (distilled DeiT).
+    classifier = model.get_classifier()
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)
+    in_head = {id(p) for head in heads for p in head.parameters()}
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim > 1 and not name.endswith('.bias') and name not in without_decay
+        scale = 1.0 if id(parameter) in in_head else body_lr_scale
+        group = groups.setdefault((decays, scale), {
+            'params': [], 'weight_decay': weight_decay if decays else 0.0, 'lr_scale': scale})
+        group['params'].append(parameter)
+    return list(groups.values())
+
+
+def create_optimizer(groups: list[dict], args) -> torch.optim.Optimizer:
+    """The optimizer that --opt names, over `groups`.
+
+    Raises:
+        UserError: no such optimizer, or settings that it refuses.
+    """
+    names = list_optimizers()
+    if args.opt.lower() not in names:
+        close = difflib.get_close_matches(args.opt.lower(), names, n=1)
+        raise UserError(f'--opt {args.opt}: no such optimizer' + (f'; did you mean {close[0]}?' if close else ''))
+    extra = {'eps': args.opt_eps, 'betas': args.opt_betas and tuple(args.opt_betas)}
+    try:
+        return create_optimizer_v2(groups, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay,
+                                   momentum=args.momentum, **{k: v for k, v in extra.items() if v is not None})
+    except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as e:
+        raise UserError(f'--opt {args.opt} with these settings: {e}') from None
+
+
+def create_schedule(optimizer: torch.optim.Optimizer, args) -> tuple[Scheduler, int]:
+    """timm's schedule that the options ask for, and the number of epochs with the cool-down.
+
+    `schedule.step(epoch)` sets the rates of that epoch: a function of the epoch and the options, nothing to save. For
+    the published recipe, with lr the top rate: epoch 0 at 1e-6, epochs 1-9 at 1e-6 + e (lr - 1e-6) / 10, epochs 10-299
+    at 1e-5 + (lr - 1e-5)(1 + cos(pi e / 300)) / 2, epochs 300-309 at 1e-5.
+
+    Raises:
+        UserError: the noise is neither one nor two parts of the epochs.
+    """
+    if args.lr_noise and len(args.lr_noise) > 2:
+        raise UserError(f'--lr-noise {args.lr_noise}: give one or two parts of the epochs, such as 0.4 0.9')
+    return create_scheduler_v2(
+        optimizer, args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs,
+        cooldown_epochs=args.cooldown_epochs, decay_rate=args.decay_rate, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs, noise=args.lr_noise, noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std,
+        noise_seed=args.seed, cycle_mul=args.lr_cycle_mul, cycle_limit=args.lr_cycle_limit)

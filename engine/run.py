@@ -1,0 +1,74 @@
+"""One run from its options: the state it starts with, and the way from there to its last epoch."""
+import logging
+
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from engine.checkpoint import resolve_run
+from engine.loop import Trainer, wrap_model
+from engine.loss import create_loss
+from engine.optimizer import create_schedule
+from engine.state import TrainState
+from utils.distributed import World, from_main
+from utils.files import read_checkpoint
+from utils.log import RunLog
+from utils.runtime import Precision
+
+_logger = logging.getLogger(__name__)
+
+# Options that may differ between a run and its continuation without changing what is computed.
+HARMLESS = {'data', 'config', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'checkpoint_steps',
+            'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier', 'download'}
+
+
+def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str], world: World) -> TrainState:
+    """The state of a new run, on its device; the average starts as a copy of the weights."""
+    if args.sync_bn and world.size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(world.device)
+    ema = None
+    if args.model_ema:
+        ema = ModelEmaV3(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
+    return TrainState(arch=args.model.lower(), model=model, optimizer=optimizer, scaler=precision.scaler, ema=ema,
+                      options=args.as_dict(), classes=classes, world=world)
+
+
+def fit(args, state: TrainState, batches, precision: Precision) -> TrainState:
+    """Continues where --resume says, trains to the end of the schedule, and leaves the run's folder complete.
+
+    Args:
+        batches: train_loader, prepare_train, val_loader, prepare_val and input_size, of this rank.
+    Returns:
+        `state`, at its end.
+    """
+    world = state.world
+    loss = create_loss(args, soft_targets=batches.prepare_train.mixing)
+    schedule, num_epochs = create_schedule(state.optimizer, args)
+    size = 'x'.join(str(s) for s in dict.fromkeys(batches.img_size))
+    folder, checkpoint = from_main(resolve_run(
+        output=args.output, experiment=args.experiment, resume=args.resume, name=f'{state.arch}-{size}'))
+    if args.start_epoch is not None:
+        state.epoch = args.start_epoch
+    if checkpoint:
+        content = read_checkpoint(checkpoint)
+        state.load_state_dict(content, source=checkpoint, with_optimizer=args.resume_opt)
+        _report_differences(content['args'], state.options)
+        _logger.info('resumed from %s: epoch %d, step %d', checkpoint, state.epoch, state.step)
+    trainer = Trainer(state, wrap_model(state.model, world), batches, loss=loss, schedule=schedule, num_epochs=num_epochs,
+                      precision=precision, args=args, folder=folder)
+    _logger.info('run folder: %s', folder)
+    log = RunLog(folder if world.is_main else None, options=state.options, global_step=state.global_step,
+                 epoch=state.epoch, tensorboard=args.tensorboard)
+    try:
+        trainer.fit(log)
+    finally:
+        log.close()
+    _logger.info('checkpoints, curves.png and summary.csv are in %s', folder)
+    return state
+
+
+def _report_differences(before: dict, now: dict) -> None:
+    changed = [f'{k} {before.get(k)!r} → {now.get(k)!r}' for k in sorted(before.keys() | now.keys())
+               if before.get(k) != now.get(k) and k not in HARMLESS]
+    if changed:
+        _logger.warning('resumed with other options than the run began with: %s', ', '.join(changed))

@@ -1,0 +1,139 @@
+"""TrainState: everything a resumed run needs. If it is not in here, it is not state."""
+import logging
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from utils.distributed import World, gather
+from utils.errors import UserError
+from utils.runtime import get_rng_state, set_rng_state
+
+_logger = logging.getLogger(__name__)
+
+VERSION = 1
+
+
+class TrainState:
+    """What training changes, and where it stands.
+
+    Attributes:
+        model: the raw model, never a DDP or compiled wrapper.
+        optimizer, scaler: as torch knows them. The learning rate is a function of the epoch and the options.
+        ema: averaged copy of all parameters and buffers, or None.
+        epoch: the epoch in progress, from 0.
+        step: optimizer steps taken in it.
+        global_step: optimizer steps taken in the run.
+        loss_sums: float64 [2], this rank's sum of losses and number of images in the epoch so far.
+        best_metric, best_epoch: of the best checkpoint, or None.
+        metric: of the last evaluation, or None.
+        arch, options, classes: the model's name, the options as a plain dict, the names of the classes.
+    """
+
+    def __init__(self, *, arch: str, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                 ema: ModelEmaV3 | None, options: dict, classes: list[str], world: World):
+        self.arch = arch
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.ema = ema
+        self.options = options
+        self.classes = classes
+        self.world = world
+        self.epoch = 0
+        self.step = 0
+        self.global_step = 0
+        self.loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        self.metric = None
+        self.best_metric = None
+        self.best_epoch = None
+
+    def start_next_epoch(self) -> None:
+        self.epoch += 1
+        self.step = 0
+        self.loss_sums.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state as tensors and plain values, under the names of published checkpoints where those exist.
+
+        Every rank must call it, since each has generators and sums of its own.
+        """
+        ranks = gather({'rng': get_rng_state(self.world.device), 'loss_sums': self.loss_sums.cpu()})
+        return {
+            'version': VERSION,
+            'arch': self.arch,
+            'epoch': self.epoch,
+            'step': self.step,
+            'global_step': self.global_step,
+            'state_dict': self.model.state_dict(),
+            'state_dict_ema': self.ema.module.state_dict() if self.ema else None,
+            'optimizer': self.optimizer.state_dict(),
+            'amp_scaler': self.scaler.state_dict(),
+            'metric': self.metric,
+            'best_metric': self.best_metric,
+            'best_epoch': self.best_epoch,
+            'ranks': ranks,
+            'args': self.options,
+            'classes': self.classes,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, source, with_optimizer: bool = True) -> None:
+        """Puts everything back, or raises and changes nothing.
+
+        Args:
+            source: the file, for messages.
+            with_optimizer: False keeps the new optimizer and scaler.
+        Raises:
+            UserError: not a checkpoint of a run, or of another model, number of classes or image size.
+        """
+        self._check(state, source)
+        self.model.load_state_dict(state['state_dict'])
+        if self.ema:
+            # A run that had no average starts it at its weights.
+            self.ema.module.load_state_dict(state['state_dict_ema'] or state['state_dict'])
+        if with_optimizer:
+            self._load_optimizer(state['optimizer'], source)
+            self.scaler.load_state_dict(state['amp_scaler'])
+        for name in ('epoch', 'step', 'global_step', 'metric', 'best_metric', 'best_epoch'):
+            setattr(self, name, state[name])
+        self._load_rank(state['ranks'])
+
+    def _load_optimizer(self, saved: dict, source) -> None:
+        try:
+            self.optimizer.load_state_dict(saved)
+        except (ValueError, KeyError) as e:
+            raise UserError(f'{source}: its optimizer state is of another kind ({e}); '
+                            'use the same --opt, or --no-resume-opt to start the optimizer anew') from None
+
+    def _load_rank(self, ranks: list[dict]) -> None:
+        if len(ranks) == self.world.size:
+            mine = ranks[self.world.rank]
+            set_rng_state(mine['rng'], self.world.device)
+            self.loss_sums.copy_(mine['loss_sums'])
+            return
+        _logger.warning('the checkpoint is of %d processes, this run has %d: it goes on at the same point, '
+                        'but not with the same random numbers', len(ranks), self.world.size)
+        if self.world.is_main:
+            self.loss_sums.copy_(sum(r['loss_sums'] for r in ranks))
+
+    def _check(self, state: dict[str, Any], source) -> None:
+        missing = {'version', 'state_dict', 'optimizer', 'ranks'} - state.keys()
+        if missing:
+            raise UserError(f'{source}: not a checkpoint that a run can continue from (it has no '
+                            f'{", ".join(sorted(missing))}); --initial-checkpoint starts a new run from its weights')
+        if state['version'] > VERSION:
+            raise UserError(f"{source}: saved by a newer version of this program (format {state['version']}, "
+                            f'this one reads up to {VERSION}); update to resume it')
+        if state['arch'] != self.arch:
+            raise UserError(f"{source}: a checkpoint of {state['arch']}, and this run is of {self.arch}; "
+                            f"say --model {state['arch']}, or resume another file")
+        theirs, ours = state['state_dict'], self.model.state_dict()
+        different = [f'{k} {tuple(theirs[k].shape)} in the file, {tuple(ours[k].shape)} here'
+                     for k in ours if k in theirs and theirs[k].shape != ours[k].shape]
+        different += [f'{k} only in the file' for k in theirs if k not in ours]
+        different += [f'{k} only here' for k in ours if k not in theirs]
+        if different:
+            more = f' and {len(different) - 3} more' if len(different) > 3 else ''
+            raise UserError(f'{source}: other sizes than this run: {"; ".join(different[:3])}{more}; give the '
+                            '--num-classes and --img-size of the checkpoint, or start from its weights with --initial-checkpoint')

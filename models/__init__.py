@@ -1,0 +1,19 @@
+"""Architectures and their weights. Importing this package registers them with timm and does nothing else."""
+from utils.files import read_checkpoint
+
+from .factory import create_model, create_model_from_options, resolve_name
+from .t2t_vit import T2TViT
+from .weights import LoadReport, count_classes, load_for_transfer_learning, load_weights, state_dict_of
+
+__all__ = [
+    'LoadReport',
+    'T2TViT',
+    'count_classes',
+    'create_model',
+    'create_model_from_options',
+    'load_for_transfer_learning',
+    'load_weights',
+    'read_checkpoint',
+    'resolve_name',
+    'state_dict_of',
+]

@@ -1,0 +1,157 @@
+"""Create any model by name for the scripts: ours and timm's, with errors that say what to type instead."""
+import difflib
+import logging
+import pickle
+import re
+from numbers import Real
+from typing import Any
+
+import timm
+from timm.models import split_model_name_tag
+from torch import nn
+
+from models.weights import load_weights
+from utils.errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+# Arguments that some architectures have no use for (a ResNet takes any image size): left out there.
+OPTIONAL_ARGUMENTS = ('img_size', 'global_pool', 'drop_rate', 'attn_drop_rate', 'drop_path_rate')
+
+
+def create_model(
+        name: str,
+        *,
+        pretrained: bool = False,
+        num_classes: int | None = None,
+        img_size: int | tuple[int, int] | None = None,
+        in_chans: int | None = None,
+        global_pool: str | None = None,
+        drop_rate: float | None = None,
+        attn_drop_rate: float | None = None,
+        drop_path_rate: float | None = None,
+        **kwargs: Any,
+) -> nn.Module:
+    """Create a model registered with timm and log what was resolved; None leaves a value to the model.
+
+    Args:
+        name: registered name, in any case ('T2t_vit_14', as before June 2021, is t2t_vit_14).
+        pretrained: download the released weights.
+        num_classes: rows of the classifier; 0 for none.
+        img_size: pixels, one number or (height, width); not passed to models that take any size.
+        in_chans: channels of the images.
+        global_pool: pooling before the classifier.
+        drop_rate: dropout probability.
+        attn_drop_rate: dropout probability of attention weights, where the model has them.
+        drop_path_rate: stochastic depth of the last block, where the model has it.
+        kwargs: further arguments of the model; unlike the above, they must exist.
+
+    Raises:
+        UserError: unknown name, value out of range, or weights that could not be fetched.
+    """
+    name = resolve_name(name)
+    rates = {'drop_rate': drop_rate, 'attn_drop_rate': attn_drop_rate, 'drop_path_rate': drop_path_rate}
+    for argument, rate in rates.items():
+        if rate is not None and not (isinstance(rate, Real) and 0 <= rate < 1):
+            raise UserError(f'{argument} is {rate!r}; give a number from 0 up to, but not including, 1')
+    _check_count('num_classes', num_classes, minimum=0)
+    _check_count('in_chans', in_chans, minimum=1)
+    arguments = {
+        'num_classes': num_classes, 'img_size': _checked_img_size(img_size), 'in_chans': in_chans,
+        'global_pool': global_pool, **rates, **kwargs,
+    }
+    arguments = {argument: value for argument, value in arguments.items() if value is not None}
+    model, left_out = _create(name, pretrained, arguments)
+    for argument in left_out:
+        # Any other argument changes nothing at its default; an image size is a mere hint to such a model.
+        level = logging.WARNING if argument != 'img_size' and arguments[argument] else logging.INFO
+        _logger.log(level, '%s takes no %s: %r is not used', name, argument, arguments[argument])
+    settings = {argument: value for argument, value in arguments.items() if argument not in left_out}
+    _logger.info('model %s: %.2f M parameters, %s weights%s', name,
+                 sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+                 'pretrained' if pretrained else 'random',
+                 ''.join(f', {argument} {value!r}' for argument, value in settings.items()))
+    return model
+
+
+def resolve_name(name: str) -> str:
+    """Return the registered name for `name` in any case, or raise UserError with the nearest names."""
+    registered = {known.lower(): known for known in timm.list_models()}
+    architecture, tag = split_model_name_tag(name)
+    if architecture.lower() not in registered:
+        near = difflib.get_close_matches(architecture.lower(), registered, n=3)
+        hint = ' or '.join(registered[match] for match in near) or 'a name that timm.list_models() lists'
+        raise UserError(f'model {name!r} does not exist; use {hint}')
+    architecture = registered[architecture.lower()]
+    if not tag:
+        return architecture
+    tagged = timm.list_models(f'{architecture}.*', pretrained=True)
+    if f'{architecture}.{tag}' not in tagged:
+        known = ' or '.join([architecture, *tagged])
+        raise UserError(f'model {architecture} has no weights {tag!r}; use {known}')
+    return f'{architecture}.{tag}'
+
+
+def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+    """Create a model, leaving out optional arguments it does not know; return it and the names of those."""
+    left_out: list[str] = []
+    while True:
+        try:
+            known = {argument: value for argument, value in arguments.items() if argument not in left_out}
+            return timm.create_model(name, pretrained=pretrained, **known), left_out
+        except TypeError as error:
+            # timm's entry points take any keyword and hand it down: only trying tells what a model knows.
+            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if refused is None or refused.group(1) not in known:
+                raise
+            if refused.group(1) not in OPTIONAL_ARGUMENTS:
+                raise UserError(f'model {name} takes no argument {refused.group(1)}; leave it out') from error
+            left_out.append(refused.group(1))
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            if not pretrained:
+                raise
+            reason = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+            raise UserError(
+                f'pretrained weights of {name} could not be fetched or do not fit ({reason}); '
+                'without a network, download them elsewhere and load the file as a checkpoint') from error
+        except ValueError as error:
+            raise UserError(f'model {name}: {error}') from error
+
+
+def _checked_img_size(img_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Return (height, width), or raise UserError unless given one or two positive whole numbers."""
+    if img_size is None:
+        return None
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+    whole = isinstance(sides, (tuple, list)) and all(isinstance(side, int) and side > 0 for side in sides)
+    if not whole or len(sides) != 2:
+        raise UserError(f'img_size is {img_size!r}; give one positive number of pixels, or height and width')
+    return tuple(sides)
+
+
+def _check_count(argument: str, value: int | None, minimum: int) -> None:
+    """Raise UserError unless a count is absent or a whole number from `minimum`."""
+    if value is not None and (not isinstance(value, int) or value < minimum):
+        raise UserError(f'{argument} is {value!r}; give a whole number from {minimum}')
+
+
+def create_model_from_options(args, *, num_classes: int, transfer_from: str | None = None) -> nn.Module:
+    """The model that a script's options name, with the weights of --initial-checkpoint or `transfer_from`, if any.
+
+    Args:
+        args: options of utils.options.model_options, and of the regularization and batch norm groups where a script has them.
+        num_classes: rows of the classifier.
+        transfer_from: checkpoint of another data set, whose classifier need not fit.
+
+    Raises:
+        UserError: as create_model and load_weights.
+    """
+    further = {'drop_block_rate': 'drop_block', 'bn_momentum': 'bn_momentum', 'bn_eps': 'bn_eps'}
+    model = create_model(
+        args.model, pretrained=args.pretrained, num_classes=num_classes, img_size=args.img_size, global_pool=args.gp,
+        drop_rate=getattr(args, 'drop', None), drop_path_rate=getattr(args, 'drop_path', None),
+        **{name: getattr(args, option, None) for name, option in further.items()})
+    for path, replace_head in ((args.initial_checkpoint, False), (transfer_from, True)):
+        if path:
+            _logger.info('%s', load_weights(model, path, use_ema=args.use_ema, replace_head=replace_head))
+    return model

@@ -1,0 +1,96 @@
+"""Parts of the T2T-ViT backbone: sinusoid table, multi-head attention, transformer block.
+
+The MLP and stochastic depth are timm's (`timm.layers.Mlp`, `timm.layers.DropPath`).
+
+Dimensions: B images, N tokens, C channels, h heads, d = C / h channels of a head.
+"""
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp
+from torch import nn
+
+
+def sinusoid_table(num_positions: int, dim: int) -> torch.Tensor:
+    """Return the fixed position embedding of Vaswani et al. 2017 (section 3.5), [1, num_positions, dim].
+
+    Even channels i are sin(position / 10000^(2⌊i/2⌋/dim)), odd channels the cosine of the same angle. In
+    T2T-ViT position 0 is the class token's, and the grid follows row by row.
+    """
+    positions = torch.arange(num_positions, dtype=torch.float64)
+    channels = torch.arange(dim, dtype=torch.float64)
+    wavelengths = 10000 ** (2 * torch.div(channels, 2, rounding_mode='floor') / dim)
+    # In float32 the angle of a late position would be off by more than the rounding of the result.
+    angles = positions[:, None] / wavelengths  # [num_positions, dim]
+    table = torch.where(channels % 2 == 0, angles.sin(), angles.cos())
+    return table.float().unsqueeze(0)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of the backbone (T2T-ViT, section 3.2): no bias for q, k and v.
+
+    Args:
+        dim: channels C of the tokens.
+        num_heads: heads h; C must be divisible by it (ValueError).
+        attn_drop: dropout probability of the attention weights.
+        proj_drop: dropout probability after the output projection.
+    """
+
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0., proj_drop: float = 0.):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f'embed_dim {dim} is not divisible by num_heads {num_heads}')
+        self.num_heads = num_heads
+        self.attn_drop_rate = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens [B, N, C] to tokens [B, N, C]."""
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)  # [B, N, 3, h, d]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, h, N, d]
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop_rate if self.training else 0.)
+        x = x.transpose(1, 2).reshape(B, N, C)  # [B, h, N, d] -> [B, N, C]
+        return self.proj_drop(self.proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        dim: channels C of the tokens.
+        num_heads: attention heads.
+        mlp_ratio: hidden channels of the MLP over C.
+        drop: dropout probability after the attention's projection and in the MLP.
+        attn_drop: dropout probability of the attention weights.
+        drop_path: probability of dropping a residual branch for one image (stochastic depth).
+        norm_layer: called with C.
+        act_layer: activation of the MLP.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            mlp_ratio: float,
+            drop: float = 0.,
+            attn_drop: float = 0.,
+            drop_path: float = 0.,
+            norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+            act_layer: Callable[[], nn.Module] = nn.GELU,
+    ):
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, attn_drop=attn_drop, proj_drop=drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens [B, N, C] to tokens [B, N, C]."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x

@@ -1,0 +1,324 @@
+"""T2T-ViT: tokens-to-token module and deep-narrow backbone, one table of variants, registered with timm.
+
+Yuan et al., "Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet", ICCV 2021.
+
+    import models, timm
+    timm.create_model('t2t_vit_14', num_classes=10, img_size=(192, 256))
+
+State dict keys, shapes and order are those of the authors' released checkpoints.
+
+Dimensions: B images, N grid tokens, C channels of the backbone, H × W grid; the class token makes it N + 1.
+"""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import nn
+
+from .layers import Block, sinusoid_table
+from .tokens_to_token import TokensToToken, token_grid
+from .weights import resize_pos_embed, state_dict_of
+
+__all__ = ['T2TViT', 'VARIANTS', 'build_t2t_vit', 'checkpoint_filter_fn']
+
+POOLINGS = ('token', 'avg', '')
+
+
+class T2TViT(nn.Module):
+    """Tokens-to-Token Vision Transformer.
+
+    Images may have another size than `img_size`: the position embedding is then resampled to their grid.
+
+    Args:
+        img_size: pixels, one number or (height, width), at least 16 each; fixes the grid of `pos_embed`.
+        in_chans: channels of the images.
+        num_classes: rows of the classifier; 0 for none.
+        global_pool: what the classifier sees: 'token' (class token, as published), 'avg' (mean of the grid
+            tokens), or '' (every token).
+        embed_dim: channels C of the backbone.
+        depth: number of blocks.
+        num_heads: attention heads of a block.
+        mlp_ratio: hidden channels of a block's MLP over C.
+        drop_rate: dropout probability after the position embedding, attention and MLP of the backbone.
+        attn_drop_rate: dropout probability of the backbone's attention weights.
+        drop_path_rate: stochastic depth of the last block; the rates rise linearly from 0.
+        tokens_type: token layers, 'performer' or 'transformer'.
+        token_dim: channels of the token layers.
+        norm_layer: normalisation of the backbone, called with C; LayerNorm with epsilon 1e-5 by default.
+        act_layer: activation of the backbone's MLPs; the exact GELU by default.
+
+    Raises:
+        ValueError: image below 16 pixels, unknown tokens_type or global_pool, heads that do not divide C.
+    """
+
+    def __init__(
+            self,
+            img_size: int | tuple[int, int] = 224,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'token',
+            embed_dim: int = 384,
+            depth: int = 14,
+            num_heads: int = 6,
+            mlp_ratio: float = 3.,
+            drop_rate: float = 0.,
+            attn_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            tokens_type: str = 'performer',
+            token_dim: int = 64,
+            norm_layer: Callable[[int], nn.Module] | None = None,
+            act_layer: Callable[[], nn.Module] | None = None,
+    ):
+        super().__init__()
+        norm_layer = norm_layer or nn.LayerNorm
+        act_layer = act_layer or nn.GELU
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = _checked_pooling(global_pool)
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim  # timm's three names of C
+        self.num_prefix_tokens = 1
+        self.grid_size = token_grid(*to_2tuple(img_size))
+        self.grad_checkpointing = False
+
+        self.tokens_to_token = TokensToToken(tokens_type, in_chans, embed_dim, token_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        num_positions = self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
+        # Never trained, so a buffer; saved, as in the released checkpoints.
+        self.register_buffer('pos_embed', sinusoid_table(num_positions, embed_dim))
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.blocks = nn.ModuleList([
+            Block(embed_dim, num_heads, mlp_ratio, drop=drop_rate, attn_drop=attn_drop_rate, drop_path=rate,
+                  norm_layer=norm_layer, act_layer=act_layer)
+            for rate in calculate_drop_path_rates(drop_path_rate, depth)
+        ])
+        self.feature_info = [
+            {'module': f'blocks.{i}', 'num_chs': embed_dim, 'reduction': 16} for i in range(depth)
+        ]
+        self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+
+        nn.init.trunc_normal_(self.cls_token, std=.02)
+        self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with more than one dimension that weight decay leaves alone."""
+        return {'cls_token'}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Patterns that order the parameters by depth, for layer-wise learning rates (timm's format)."""
+        return {
+            'stem': r'^cls_token|^pos_embed|^tokens_to_token',
+            'blocks': [(r'^blocks\.(\d+)', None), (r'^norm', (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier: a linear layer, or an identity where there are no classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one (0 classes for none) and, if given, the pooling."""
+        if global_pool is not None:
+            self.global_pool = _checked_pooling(global_pool)
+        self.num_classes = num_classes
+        device, dtype = self.cls_token.device, self.cls_token.dtype
+        self.head = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(self.embed_dim, num_classes, device=device, dtype=dtype)
+            _init_weights(self.head)
+
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images [B, in_chans, height, width] to tokens with positions [B, 1 + N, C]."""
+        B, _, height, width = x.shape
+        grid = token_grid(height, width)  # first, so that a small image fails with a clear message
+        x = self.tokens_to_token(x)  # [B, N, C]
+        x = torch.cat((self.cls_token.expand(B, -1, -1), x), dim=1)  # [B, 1 + N, C]
+        pos_embed = resample_abs_pos_embed(
+            self.pos_embed, grid, self.grid_size, num_prefix_tokens=self.num_prefix_tokens)
+        return self.pos_drop(x + pos_embed)
+
+    def _run_block(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Apply one block, recomputing it in the backward pass where gradient checkpointing is on."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint(block, x)
+        return block(x)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images [B, in_chans, height, width] to normalised tokens [B, 1 + N, C], class token first."""
+        x = self._embed(x)
+        for block in self.blocks:
+            x = self._run_block(block, x)
+        return self.norm(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Map tokens [B, 1 + N, C] to logits [B, num_classes], or to pooled features [B, C] (pre_logits)."""
+        if self.global_pool == 'token':
+            x = x[:, 0]
+        elif self.global_pool == 'avg':
+            x = x[:, self.num_prefix_tokens:].mean(dim=1)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images [B, in_chans, height, width] to logits [B, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: int | list[int] | None = None,
+            return_prefix_tokens: bool = False,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ):
+        """Return the output of chosen blocks, in timm's interface (also behind `features_only=True`).
+
+        Args:
+            x: images [B, in_chans, height, width].
+            indices: the last n blocks if one number, these blocks if a list, all if None.
+            return_prefix_tokens: pair each map with its class token, [B, 1, C].
+            norm: apply the final norm to each.
+            stop_early: do not run the blocks behind the last chosen one.
+            output_fmt: 'NCHW' for maps [B, C, H, W], 'NLC' for tokens [B, N, C].
+            intermediates_only: return the list alone instead of (final tokens, list).
+        """
+        if output_fmt not in ('NCHW', 'NLC'):
+            raise ValueError(f"output_fmt is {output_fmt!r}; choose from 'NCHW', 'NLC'")
+        B, _, height, width = x.shape
+        H, W = token_grid(height, width)
+        chosen, last = feature_take_indices(len(self.blocks), indices)
+        x = self._embed(x)
+        outputs = []
+        for index, block in enumerate(self.blocks[:last + 1] if stop_early else self.blocks):
+            x = self._run_block(block, x)
+            if index in chosen:
+                outputs.append(self.norm(x) if norm else x)
+
+        class_tokens = [y[:, :self.num_prefix_tokens] for y in outputs]
+        outputs = [y[:, self.num_prefix_tokens:] for y in outputs]
+        if output_fmt == 'NCHW':
+            outputs = [y.transpose(1, 2).reshape(B, -1, H, W) for y in outputs]  # [B, C, H, W]
+        if return_prefix_tokens:
+            outputs = list(zip(outputs, class_tokens, strict=True))
+        return outputs if intermediates_only else (self.norm(x), outputs)
+
+    def prune_intermediate_layers(
+            self,
+            indices: int | list[int] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Drop the blocks behind the last of `indices`, and norm and head if told to; return the indices."""
+        chosen, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[:last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, '')
+        return chosen
+
+
+def _checked_pooling(global_pool: str) -> str:
+    """Return `global_pool`, or raise ValueError where it does not exist."""
+    if global_pool not in POOLINGS:
+        raise ValueError(f'global_pool is {global_pool!r}; choose from {", ".join(map(repr, POOLINGS))}')
+    return global_pool
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Initialise as published: truncated normal 0.02 for linear layers, zero biases, norms of one."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class Variant(NamedTuple):
+    """One row of the paper's table of architectures, and the file of its released weights."""
+    tokens_type: str
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    release: str
+
+
+VARIANTS = {
+    't2t_vit_7': Variant('performer', 256, 7, 4, 2., '71.7_T2T_ViT_7.pth.tar'),
+    't2t_vit_10': Variant('performer', 256, 10, 4, 2., '75.2_T2T_ViT_10.pth.tar'),
+    't2t_vit_12': Variant('performer', 256, 12, 4, 2., '76.5_T2T_ViT_12.pth.tar'),
+    't2t_vit_14': Variant('performer', 384, 14, 6, 3., '81.5_T2T_ViT_14.pth.tar'),
+    't2t_vit_19': Variant('performer', 448, 19, 7, 3., '81.9_T2T_ViT_19.pth.tar'),
+    't2t_vit_24': Variant('performer', 512, 24, 8, 3., '82.3_T2T_ViT_24.pth.tar'),
+    't2t_vit_t_14': Variant('transformer', 384, 14, 6, 3., '81.7_T2T_ViTt_14.pth.tar'),
+    't2t_vit_t_19': Variant('transformer', 448, 19, 7, 3., '82.4_T2T_ViTt_19.pth.tar'),
+    't2t_vit_t_24': Variant('transformer', 512, 24, 8, 3., '82.6_T2T_ViTt_24.pth.tar'),
+}
+
+
+def _pretrained_cfg(release: str) -> dict:
+    """Return timm's description of the released weights in `release`."""
+    return {
+        'url': f'https://github.com/yitu-opensource/T2T-ViT/releases/download/main/{release}',
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'fixed_input_size': False,
+        'interpolation': 'bicubic', 'crop_pct': 0.9,
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'classifier': 'head', 'first_conv': None,  # the first layer is a soft split, not a convolution
+        'license': 'bsd-3-clause-clear',
+        'origin_url': 'https://github.com/yitu-opensource/T2T-ViT',
+        'paper_name': 'Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet',
+        'paper_ids': 'arXiv:2101.11986',
+    }
+
+
+# `register_model` looks the description of a model up under this name.
+default_cfgs = generate_default_cfgs({
+    f'{name}.in1k': _pretrained_cfg(variant.release) for name, variant in VARIANTS.items()
+})
+
+
+def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
+    """Unwrap downloaded weights and resample their position embedding to the model's grid (timm's hook)."""
+    return resize_pos_embed(state_dict_of(state_dict), model)[0]
+
+
+def build_t2t_vit(name: str, pretrained: bool = False, **kwargs) -> T2TViT:
+    """Build the registered variant `name`; `kwargs` are the arguments of `T2TViT` and of timm's builder."""
+    architecture = VARIANTS[name]._asdict()
+    del architecture['release']
+    return build_model_with_cfg(
+        T2TViT, name, pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={'out_indices': 3, 'feature_cls': 'getter'},
+        **{**architecture, **kwargs},
+    )
+
+
+def _entrypoint(name: str) -> Callable[..., T2TViT]:
+    """Return the function that timm calls to create the variant `name`."""
+    def entrypoint(pretrained: bool = False, **kwargs) -> T2TViT:
+        return build_t2t_vit(name, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = f'Build {name}; see `T2TViT` for the arguments.'
+    return entrypoint
+
+
+for _name in VARIANTS:
+    # timm adds the name to __all__, so the function has to be found under it in this module.
+    globals()[_name] = register_model(_entrypoint(_name))

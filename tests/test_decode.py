@@ -1,0 +1,194 @@
+"""data/decode.py: every kind of image file gives the RGB pixels it should, every bad one a line that names it."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import decode
+from data.decode import ImageError, load_rgb
+from utils.errors import UserError
+
+SEED = 20211010
+
+
+@pytest.fixture
+def pixels():
+    """uint8 [24, 32, 3], smooth enough that JPEG stays close to it."""
+    print('seed', SEED)
+    small = np.random.default_rng(SEED).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((32, 24), Image.Resampling.BILINEAR))
+
+
+def decoded(path):
+    """The file's pixels, uint8 [H, W, 3]; warnings are errors here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        image = load_rgb(path)
+    assert image.mode == 'RGB'
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize('ending', ['png', 'bmp', 'tiff', 'ppm'])
+def test_lossless_formats_give_the_pixels_that_were_saved(tmp_path, pixels, ending):
+    path = tmp_path / f'image.{ending}'
+    Image.fromarray(pixels).save(path)
+    np.testing.assert_array_equal(decoded(path), pixels)
+
+
+@pytest.mark.parametrize('ending', ['jpg', 'webp'])
+def test_lossy_formats_give_the_pixels_of_pil(tmp_path, pixels, ending):
+    path = tmp_path / f'image.{ending}'
+    Image.fromarray(pixels).save(path, quality=90)
+    np.testing.assert_array_equal(decoded(path), np.asarray(Image.open(path).convert('RGB')))
+    assert np.abs(decoded(path).astype(int) - pixels).mean() < 6
+
+
+def test_the_ending_of_a_name_does_not_matter(tmp_path, pixels):
+    path = tmp_path / 'image.JPEG'  # one of ImageNet's training images is such a file
+    Image.fromarray(pixels).save(path, format='PNG')
+    np.testing.assert_array_equal(decoded(path), pixels)
+
+
+def test_cmyk_is_converted(tmp_path, pixels):
+    path = tmp_path / 'image.jpg'
+    cmyk = Image.fromarray(pixels).convert('CMYK')
+    cmyk.save(path, quality=100, subsampling=0)
+    assert Image.open(path).mode == 'CMYK'
+    assert np.abs(decoded(path).astype(int) - np.asarray(cmyk.convert('RGB'))).mean() < 3
+
+
+def test_alpha_is_dropped_not_blended(tmp_path, pixels):
+    path = tmp_path / 'image.png'
+    alpha = np.full((*pixels.shape[:2], 1), 7, dtype=np.uint8)
+    Image.fromarray(np.concatenate([pixels, alpha], axis=2)).save(path)
+    np.testing.assert_array_equal(decoded(path), pixels)
+
+
+def test_grey_with_alpha(tmp_path, pixels):
+    path = tmp_path / 'image.png'
+    grey_alpha = np.stack([pixels[..., 0], np.zeros_like(pixels[..., 0])], axis=2)
+    Image.fromarray(grey_alpha).save(path)
+    assert Image.open(path).mode == 'LA'
+    np.testing.assert_array_equal(decoded(path), np.repeat(pixels[..., :1], 3, axis=2))
+
+
+@pytest.mark.parametrize('transparency', [None, 3, b'\x00\x80\xff'], ids=['opaque', 'one colour', 'a table'])
+def test_palette_gives_its_colours(tmp_path, pixels, transparency):
+    path = tmp_path / 'image.png'
+    palette = Image.fromarray(pixels).quantize(16)
+    options = {} if transparency is None else {'transparency': transparency}
+    palette.save(path, **options)
+    assert Image.open(path).mode == 'P'
+    np.testing.assert_array_equal(decoded(path), np.asarray(palette.convert('RGB')))
+
+
+def test_one_bit_becomes_black_and_white(tmp_path, pixels):
+    path = tmp_path / 'image.png'
+    bits = pixels[..., 0] > 128
+    Image.fromarray(bits).save(path)
+    assert Image.open(path).mode == '1'
+    np.testing.assert_array_equal(decoded(path), np.repeat(bits[..., None] * np.uint8(255), 3, axis=2))
+
+
+@pytest.mark.parametrize('ending', ['png', 'tiff', 'pgm'])
+def test_sixteen_bit_grey_is_scaled(tmp_path, ending):
+    path = tmp_path / f'ramp.{ending}'
+    ramp = np.linspace(0, 65_535, 512).round().astype(np.uint16).reshape(16, 32)
+    if ending == 'pgm':
+        path.write_bytes(b'P5 32 16 65535\n' + ramp.astype('>u2').tobytes())
+    else:
+        Image.fromarray(ramp).save(path)
+    assert Image.open(path).mode.startswith('I')
+    expected = np.round(ramp / 257).astype(np.uint8)
+    np.testing.assert_array_equal(decoded(path), np.repeat(expected[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize('levels', [np.float32([[0.0, 1.0]]), np.int32([[0, 70_000]])], ids=['float', '32 bits'])
+def test_brightness_without_a_scale_is_refused(tmp_path, levels):
+    path = tmp_path / 'image.tiff'
+    Image.fromarray(levels).save(path)
+    with pytest.raises(ImageError, match='brightness'):
+        load_rgb(path)
+
+
+@pytest.mark.parametrize('ending', ['gif', 'webp', 'png'])
+def test_an_animation_gives_its_first_frame(tmp_path, ending):
+    path = tmp_path / f'image.{ending}'
+    frames = [Image.new('RGB', (16, 8), colour) for colour in ('red', 'blue')]
+    options = {'lossless': True} if ending == 'webp' else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(path).n_frames == 2
+    np.testing.assert_array_equal(decoded(path), np.asarray(frames[0]))
+    # The image must live on after its file was closed.
+    assert load_rgb(path).crop((0, 0, 4, 4)).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_exif_orientation_is_ignored(tmp_path, pixels):
+    plain, turned = tmp_path / 'plain.jpg', tmp_path / 'turned.jpg'
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    Image.fromarray(pixels).save(plain)
+    Image.fromarray(pixels).save(turned, exif=exif)
+    np.testing.assert_array_equal(decoded(turned), decoded(plain))
+
+
+def png_header(width, height):
+    """A PNG file that claims a size and has next to nothing in it."""
+    chunks = b'\x89PNG\r\n\x1a\n'
+    for name, body in ((b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)), (b'IDAT', b''), (b'IEND', b'')):
+        chunks += struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
+    return chunks
+
+
+def jpeg_bytes():
+    file = io.BytesIO()
+    noise = np.random.default_rng(SEED).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, format='JPEG')
+    return file.getvalue()
+
+
+BAD_FILES = {
+    'empty': (b'', 'empty'),
+    'text': (b'<html>404 Not Found</html>', 'none of JPEG'),
+    'truncated JPEG': (jpeg_bytes()[:-900], 'truncated'),
+    'half of a PNG header': (png_header(8, 8)[:20], 'cannot be decoded'),
+    'PNG without data': (png_header(8, 8), 'cannot be decoded'),
+    'bomb at which PIL warns': (png_header(10_000, 10_000), 'more than 89,478,485 pixels'),
+    'bomb at which PIL raises': (png_header(60_000, 60_000), 'more than 89,478,485 pixels'),
+    'EPS, which PIL would open': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n', 'none of JPEG'),
+}
+
+
+@pytest.mark.parametrize('content, reason', BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_a_bad_file_is_one_line_with_its_path(tmp_path, content, reason):
+    path = tmp_path / 'bad.jpg'
+    path.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        with pytest.raises(ImageError, match=reason) as caught:
+            load_rgb(path)
+    assert isinstance(caught.value, UserError)
+    assert str(path) in str(caught.value) and '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('make', [lambda path: None, lambda path: path.mkdir()], ids=['missing', 'a folder'])
+def test_a_path_that_is_no_file(tmp_path, make):
+    path = tmp_path / 'image.jpg'
+    make(path)
+    with pytest.raises(ImageError, match='No such file|Is a directory'):
+        load_rgb(path)
+
+
+def test_the_pixel_cap_is_exact(tmp_path, monkeypatch):
+    path = tmp_path / 'image.png'
+    Image.new('RGB', (10, 10)).save(path)
+    monkeypatch.setattr(decode, 'MAX_PIXELS', 100)
+    load_rgb(path)
+    monkeypatch.setattr(decode, 'MAX_PIXELS', 99)
+    with pytest.raises(ImageError, match='more than 99 pixels'):
+        load_rgb(path)

@@ -1,0 +1,268 @@
+"""data/loader.py: the same bytes for any number of workers and from any position; bad images and dead workers."""
+
+import logging
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import ImageDataset as TimmImageDataset
+from timm.data import create_loader as create_timm_loader
+
+from data import BatchPreparer, EvalSampler, TrainSampler, create_eval_transform, create_loader, create_train_transform
+from data.datasets import open_eval
+from data.loader import BatchSource, explain_worker_death
+from data.seeding import derive_seed
+from utils.errors import UserError
+
+SEED = 11
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A split with two classes of 20 images each, of different sizes."""
+    print('seed', SEED)
+    root = tmp_path_factory.mktemp('images')
+    generator = np.random.default_rng(SEED)
+    for number in range(40):
+        path = root / f'class{number // 20}' / f'{number:02}.{"jpg" if number % 3 else "png"}'
+        path.parent.mkdir(exist_ok=True)
+        height, width = generator.integers(30, 60, 2)
+        noise = generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((int(width), int(height)), Image.Resampling.BICUBIC).save(path)
+    return root
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+    """The same with number 7 truncated and number 39, the last, empty."""
+    for path in sorted(folder.rglob('*.*g')):
+        copy = tmp_path / path.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        content = path.read_bytes()
+        copy.write_bytes({'07': content[:-150], '39': b''}.get(path.stem, content))
+    return tmp_path
+
+
+@pytest.fixture
+def train_transform():
+    return create_train_transform(24, auto_augment='rand-m9-mstd0.5-inc1')
+
+
+def train_loader(root, transform, workers=0, batch_size=8, **options):
+    dataset = open_eval('folder', root)
+    return create_loader(dataset, transform, TrainSampler(len(dataset), batch_size, seed=SEED), seed=SEED, workers=workers,
+                         **options)
+
+
+def epoch_of(loader, epoch, start_batch=0):
+    """All images and targets of an epoch, from a batch on."""
+    loader.set_position(epoch, start_batch)
+    batches = list(loader)
+    return torch.cat([images for images, _ in batches]), torch.cat([targets for _, targets in batches])
+
+
+def test_workers_and_position_do_not_change_a_byte(folder, train_transform):
+    reference = train_loader(folder, train_transform)
+    expected = {epoch: epoch_of(reference, epoch) for epoch in (0, 1, 2)}
+    with_workers = train_loader(folder, train_transform, workers=2)
+    for epoch, start in ((0, 0), (1, 0), (2, 3), (1, 4), (2, 0)):  # persistent workers, forth and back
+        images, targets = epoch_of(with_workers, epoch, start)
+        assert images.dtype == torch.uint8 and targets.dtype == torch.int64
+        assert torch.equal(images, expected[epoch][0][8 * start:])
+        assert torch.equal(targets, expected[epoch][1][8 * start:])
+    assert not torch.equal(expected[0][0], expected[1][0])
+    assert len(with_workers) == 5
+
+
+def test_ranks_load_what_one_rank_would(folder, train_transform):
+    dataset = open_eval('folder', folder)
+    alone = epoch_of(train_loader(folder, train_transform), 1)[0]
+    ranks = [create_loader(dataset, train_transform, TrainSampler(40, 4, rank=rank, world_size=2, seed=SEED), seed=SEED,
+                           workers=0) for rank in (0, 1)]
+    parts = [epoch_of(loader, 1)[0].unflatten(0, (5, 4)) for loader in ranks]
+    assert torch.equal(torch.cat(parts, dim=1).flatten(0, 1), alone)
+
+
+def test_the_augmentation_of_a_sample_is_new_in_every_epoch_and_with_every_seed(folder, train_transform):
+    dataset = open_eval('folder', folder)
+    keys = [(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 2)]
+    versions = []
+    for seed, epoch in keys:
+        source = BatchSource(dataset, train_transform, training=True, seed=seed, max_bad_images=0)
+        versions.append(source.__getitems__([(epoch, 5)])[0])
+    assert len({version.numpy().tobytes() for version in versions}) == len(keys)
+
+
+def test_seeds_differ_for_all_neighbours():
+    seeds = {derive_seed(a, b, c) for a in range(10) for b in range(10) for c in range(10)}
+    assert len(seeds) == 1000
+    assert derive_seed(0, 1, 2) == 16_300_880_846_353_085_108  # the order of resumed runs rests on it
+
+
+def test_leaving_an_epoch_early_does_not_disturb_the_next(folder, train_transform):
+    loader = train_loader(folder, train_transform, workers=2)
+    expected = epoch_of(train_loader(folder, train_transform), 1)[0]
+    loader.set_position(0)
+    for _ in loader:
+        break
+    assert torch.equal(epoch_of(loader, 1)[0], expected)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_the_generators_of_the_main_process_are_left_alone(folder, train_transform, workers):
+    def states():
+        numpy_state = np.random.get_state()
+        return random.getstate(), numpy_state[1].tobytes(), numpy_state[2:], torch.get_rng_state().numpy().tobytes()
+
+    before = states()
+    epoch_of(train_loader(folder, train_transform, workers=workers), 0)
+    dataset = open_eval('folder', folder)
+    for _ in create_loader(dataset, create_eval_transform(24), EvalSampler(40, 16), workers=workers):
+        pass
+    assert states() == before
+
+
+def test_splits_come_as_a_dimension(folder):
+    loader = train_loader(folder, create_train_transform(24, auto_augment='augmix-m3-w2', aug_splits=3))
+    images, targets = next(iter(loader))
+    assert images.shape == (8, 3, 3, 24, 24) and images.dtype == torch.uint8
+    assert targets.shape == (8,)
+
+
+@pytest.mark.parametrize('size', [32, (24, 40)])
+@pytest.mark.parametrize('workers', [0, 1])
+def test_evaluation_batches_are_those_of_timm(folder, size, workers):
+    options = dict(interpolation='bicubic', crop_pct=0.9)
+    theirs = create_timm_loader(TimmImageDataset(str(folder)), (3, *np.broadcast_to(size, 2).tolist()), batch_size=16,
+                                num_workers=0, persistent_workers=False, device=torch.device('cpu'), **options)
+    dataset = open_eval('folder', folder)
+    ours = create_loader(dataset, create_eval_transform(size, **options), EvalSampler(40, 16), workers=workers)
+    prepare = BatchPreparer('cpu')
+    pairs = [(prepare(*batch), reference) for batch, reference in zip(ours, theirs, strict=True)]
+    assert [len(targets) for (_, targets), _ in pairs] == [16, 16, 8]
+    for (images, targets), (their_images, their_targets) in pairs:
+        assert torch.equal(images, their_images) and torch.equal(targets, their_targets)
+
+
+def test_what_workers_get_can_be_sent_to_a_fresh_process(folder, train_transform):
+    source = BatchSource(open_eval('folder', folder), train_transform, training=True, seed=1, max_bad_images=0)
+    copy = pickle.loads(pickle.dumps(source))
+    keys = [(0, 3), (0, 30)]
+    assert torch.equal(copy.__getitems__(keys)[0], source.__getitems__(keys)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Bad images
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('training', [True, False])
+def test_a_bad_image_ends_the_loading_with_one_line(damaged, train_transform, workers, training):
+    dataset = open_eval('folder', damaged)
+    sampler = TrainSampler(40, 8) if training else EvalSampler(40, 8)
+    loader = create_loader(dataset, train_transform, sampler, workers=workers)
+    with pytest.raises(UserError) as caught:
+        for _ in loader:
+            pass
+    message = str(caught.value)
+    assert '\n' not in message and 'Traceback' not in message
+    assert message.startswith(f'image {damaged}') and ('07.' in message or '39.' in message)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_in_training_the_next_image_takes_the_place_of_a_bad_one(damaged, workers, caplog):
+    dataset = open_eval('folder', damaged)
+    sampler = TrainSampler(40, 8, shuffle=False)
+    loader = create_loader(dataset, create_eval_transform(24), sampler, workers=workers, max_bad_images=2)
+    with caplog.at_level(logging.WARNING):
+        images, targets = epoch_of(loader, 0)
+        epoch_of(loader, 1)
+    assert len(images) == 40
+    assert torch.equal(images[7], images[8]) and not torch.equal(images[8], images[9])
+    assert torch.equal(images[39], images[0]) and targets[39] == targets[0] == 0  # with the target of its own class
+    assert sorted(os.path.basename(path)[:2] for path in loader.bad_images) == ['07', '39']
+    assert len([record for record in caplog.records if 'tolerated' in record.message]) == 2  # not once an epoch
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_in_evaluation_bad_images_are_left_out(damaged, workers):
+    dataset = open_eval('folder', damaged)
+    loader = create_loader(dataset, create_eval_transform(24), EvalSampler(40, 13), workers=workers, max_bad_images=2)
+    assert [len(targets) for _, targets in loader] == [12, 13, 13]  # of 13, 13, 13 and the bad one alone
+    assert len(loader.bad_images) == 2
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_bad_images_above_the_budget_end_the_loading(damaged, workers):
+    dataset = open_eval('folder', damaged)
+    loader = create_loader(dataset, create_eval_transform(24), EvalSampler(40, 8), workers=workers, max_bad_images=1)
+    with pytest.raises(UserError, match='2 images cannot be decoded, 1 are tolerated'):
+        list(loader)
+
+
+def test_a_dataset_of_bad_images_does_not_loop_for_ever(tmp_path):
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'image.jpg').touch()
+    dataset = open_eval('folder', tmp_path)
+    loader = create_loader(dataset, create_eval_transform(24), TrainSampler(2, 1), workers=0, max_bad_images=5)
+    with pytest.raises(UserError, match='none of 2 images'):
+        list(loader)
+
+
+@pytest.mark.parametrize('options', [dict(workers=-1), dict(max_bad_images=-1)], ids=str)
+def test_negative_numbers_are_refused(folder, options):
+    with pytest.raises(UserError, match='-1'):
+        create_loader(open_eval('folder', folder), create_eval_transform(24), EvalSampler(40, 8), **options)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Workers and signals
+
+
+@pytest.fixture
+def loader_with_worker(folder):
+    others = set(multiprocessing.active_children())
+    dataset = open_eval('folder', folder)
+    loader = create_loader(dataset, create_eval_transform(24), EvalSampler(40, 8), workers=1)
+    assert sum(len(targets) for _, targets in loader) == 40
+    worker, = set(multiprocessing.active_children()) - others
+    return loader, worker
+
+
+@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='only Linux tells who sent a signal')
+def test_a_worker_outlives_signals_to_the_job_but_not_its_main_process_terminating_it(loader_with_worker):
+    loader, worker = loader_with_worker
+    for name in ('TERM', 'INT', 'HUP', 'USR1', 'USR2'):
+        subprocess.run(['kill', f'-{name}', str(worker.pid)], check=True)
+        assert sum(len(targets) for _, targets in loader) == 40
+        assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert not worker.is_alive()
+
+
+def test_a_killed_worker_is_explained(loader_with_worker):
+    loader, worker = loader_with_worker
+    # PyTorch notices in a signal handler: the error may come up before the loader is asked again.
+    with pytest.raises((UserError, RuntimeError)) as caught:
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join(10)
+        list(loader)
+    error = caught.value if isinstance(caught.value, UserError) else explain_worker_death(caught.value)
+    assert 'fewer workers' in str(error) and 'Killed' in str(error) and '\n' not in str(error)
+    assert explain_worker_death(RuntimeError('CUDA error')) is None
+
+
+def test_a_worker_ends_with_its_loader(loader_with_worker):
+    loader, worker = loader_with_worker
+    del loader_with_worker, loader
+    worker.join(10)
+    assert not worker.is_alive()

@@ -1,0 +1,486 @@
+"""Tests of models/: parity with the authors' code, sizes, mixed precision, timm's interface, the factory.
+
+    python -m pytest tests/test_models.py
+
+The parity test needs the golden data in ../shared, or in the folder that T2T_SHARED names.
+"""
+import logging
+import math
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import T2TViT, create_model
+from models.layers import sinusoid_table
+from models.t2t_vit import VARIANTS
+from models.tokens_to_token import TokenPerformer, performer_attention, token_grid
+from utils.errors import UserError
+
+SHARED = Path(os.environ.get('T2T_SHARED', Path(__file__).resolve().parents[2] / 'shared'))
+GOLDEN = SHARED / 'golden' / 'official_224.npz'
+TOKENS = ('performer', 'transformer')
+
+# Published: parameters with and without the fixed tensors, multiply-accumulates of one image / 1e9.
+PUBLISHED = {
+    't2t_vit_7': (4_310_222, 4_255_694, 1.15),
+    't2t_vit_10': (5_889_230, 5_834_702, 1.52),
+    't2t_vit_12': (6_941_902, 6_887_374, 1.76),
+    't2t_vit_14': (21_545_550, 21_465_806, 4.78),
+    't2t_vit_19': (39_177_422, 39_085_070, 8.48),
+    't2t_vit_24': (64_105_934, 64_000_974, 13.66),
+    't2t_vit_t_14': (21_541_070, 21_465_422, 6.09),
+    't2t_vit_t_19': (39_172_942, 39_084_686, 9.78),
+    't2t_vit_t_24': (64_101_454, 64_000_590, 14.97),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(42)
+    print('seed 42')  # shown by pytest when a test fails
+
+
+def tiny_model(tokens_type: str = 'performer', **kwargs) -> T2TViT:
+    """A T2T-ViT that runs in milliseconds, with weights large enough for every part to matter."""
+    defaults = {'img_size': 64, 'num_classes': 5, 'embed_dim': 32, 'depth': 2, 'num_heads': 2}
+    model = T2TViT(tokens_type=tokens_type, **{**defaults, **kwargs}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The published architecture
+
+def golden_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that the golden outputs were made with: drawn from each key's own random stream."""
+    state = {}
+    for key, tensor in model.state_dict().items():
+        stream = np.random.RandomState(zlib.crc32(key.encode()))
+        draw = stream.standard_normal(tuple(tensor.shape)).astype(np.float32)
+        if 'norm' in key and key.endswith('weight'):
+            draw = 1 + np.float32(0.1) * draw
+        elif key.endswith('.w'):
+            draw = np.float32(0.7) * draw
+        else:
+            draw = np.float32(0.02 if key.endswith(('bias', 'kqv.weight')) else 0.05) * draw
+        state[key] = torch.from_numpy(draw)
+    return state
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason=f'no golden data at {GOLDEN}; set T2T_SHARED to its folder')
+@pytest.mark.parametrize('name', VARIANTS)
+def test_outputs_and_gradients_are_those_of_the_authors_code(name):
+    golden = np.load(GOLDEN)
+    model = timm.create_model(name).eval()
+    shapes = [f'{key} {"x".join(map(str, tensor.shape))}' for key, tensor in model.state_dict().items()]
+    assert shapes == list(golden[f'{name}/keys'])
+
+    model.load_state_dict(golden_state(model))
+    images = np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32)
+    logits = model(torch.from_numpy(images))
+    assert relative_error(logits, torch.from_numpy(golden[f'{name}/logits'])) <= 1e-5
+
+    F.cross_entropy(logits, torch.tensor([3, 7])).backward()
+    parameters = dict(model.named_parameters())
+    assert {f'{name}/grad/{key}' for key in parameters} == {
+        entry for entry in golden.files if entry.startswith(f'{name}/grad/')}
+    expected_norms, expected_sums = np.array([golden[f'{name}/grad/{key}'] for key in parameters]).T
+    norms = np.array([parameter.grad.double().norm() for parameter in parameters.values()])
+    sums = np.array([parameter.grad.double().sum() for parameter in parameters.values()])
+    sizes = np.array([parameter.numel() for parameter in parameters.values()])
+    np.testing.assert_allclose(norms, expected_norms, rtol=1e-5)
+    # A sum may cancel to nearly zero, so it is held against what n values of this norm can add up to.
+    assert np.max(np.abs(sums - expected_sums) / (expected_norms * np.sqrt(sizes))) <= 1e-5
+
+
+def gmacs(name: str, img_size: int) -> float:
+    """Multiply-accumulates per image / 1e9.
+
+    On the meta device: torch's counter does not know the CPU's fused attention and counts nothing for it.
+    """
+    with torch.device('meta'):
+        model = timm.create_model(name, img_size=img_size).eval()
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, img_size, img_size))
+    return counter.get_total_flops() / 2e9
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_parameters_and_macs_are_the_published_ones(name):
+    total, trainable, published_gmacs = PUBLISHED[name]
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == total
+    assert sum(parameter.numel() for parameter in model.parameters()) == trainable
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert round(gmacs(name, 224), 2) == published_gmacs
+
+
+def test_counts_at_384():
+    with torch.device('meta'):
+        model = timm.create_model('t2t_vit_14', img_size=384)
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == 21_691_470
+    assert round(gmacs('t2t_vit_14', 384), 2) == 16.37
+
+
+def test_sinusoid_table():
+    table = sinusoid_table(50, 6)
+    assert table.shape == (1, 50, 6) and table.dtype == torch.float32
+    for position, channel in ((0, 0), (0, 1), (7, 2), (49, 3), (49, 4), (13, 5)):
+        angle = position / 10000 ** (2 * (channel // 2) / 6)
+        expected = math.cos(angle) if channel % 2 else math.sin(angle)
+        assert table[0, position, channel].item() == pytest.approx(expected, abs=1e-7)
+
+
+def test_initialisation():
+    model = T2TViT(num_classes=100, depth=2)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name, linear in linears.items():
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1), name
+        assert linear.bias is None or not linear.bias.any(), name
+    assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            assert (module.weight == 1).all() and not module.bias.any() and module.eps == 1e-5
+    w = model.tokens_to_token.attention1.w
+    assert w.shape == (32, 64)
+    torch.testing.assert_close(w @ w.T, 32 * torch.eye(32), rtol=0, atol=1e-4)
+
+
+def test_random_layers():
+    model = tiny_model(drop_path_rate=0.3, depth=4)
+    rates = [getattr(block.drop_path, 'drop_prob', 0.) for block in model.blocks]
+    assert rates == pytest.approx([0., 0.1, 0.2, 0.3])
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(images), model(images))
+
+    token_layer = TokenPerformer(147, 64)
+    tokens = torch.randn(1, 9, 147)
+    assert [layer.p for layer in token_layer.modules() if isinstance(layer, torch.nn.Dropout)] == [0.1, 0.1]
+    assert not torch.equal(token_layer(tokens), token_layer(tokens))
+
+
+@pytest.mark.parametrize('global_pool', ['token', 'avg'])
+@pytest.mark.parametrize('tokens_type', TOKENS)
+def test_every_parameter_gets_a_gradient_and_buffers_none(tokens_type, global_pool):
+    model = tiny_model(tokens_type, global_pool=global_pool).train()
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    without = [name for name, parameter in model.named_parameters() if not parameter.grad.any()]
+    assert without == []
+    buffers = {'pos_embed'} | ({'tokens_to_token.attention1.w', 'tokens_to_token.attention2.w'}
+                               if tokens_type == 'performer' else set())
+    assert {name for name, _ in model.named_buffers()} == buffers < set(model.state_dict())
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Image sizes
+
+@pytest.mark.parametrize('size, grid', [
+    ((224, 224), (14, 14)), ((192, 256), (12, 16)), ((16, 16), (1, 1)), ((17, 31), (1, 2)),
+    ((223, 227), (14, 15)), ((33, 100), (2, 7)),
+])
+@pytest.mark.parametrize('tokens_type', TOKENS)
+def test_any_image_size(tokens_type, size, grid):
+    assert token_grid(*size) == grid
+    images = torch.randn(2, 3, *size)
+    built_for_it = tiny_model(tokens_type, img_size=size)
+    assert built_for_it.pos_embed.shape == (1, 1 + grid[0] * grid[1], 32)
+    assert built_for_it.tokens_to_token(images).shape == (2, grid[0] * grid[1], 32)
+    assert built_for_it(images).shape == tiny_model(tokens_type, img_size=64)(images).shape == (2, 5)
+
+
+@pytest.mark.parametrize('size, grid', [((96, 48), (6, 3)), ((128, 32), (8, 2))])  # 8 × 2 is as many as 4 × 4
+def test_position_embedding_follows_the_grid(size, grid):
+    model = tiny_model(img_size=64)
+    expected = tiny_model(img_size=size)
+    expected.load_state_dict({**model.state_dict(), 'pos_embed': expected.pos_embed})
+    class_token, table = model.pos_embed[:, :1], model.pos_embed[:, 1:]
+    table = table.reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
+    table = F.interpolate(table, size=grid, mode='bicubic', antialias=True)
+    expected.pos_embed = torch.cat((class_token, table.flatten(2).transpose(1, 2)), dim=1)
+    images = torch.randn(2, 3, *size)
+    torch.testing.assert_close(model(images), expected(images))
+
+
+@pytest.mark.parametrize('size', [(15, 64), (64, 15), (1, 1)])
+def test_small_images_are_refused(size):
+    message = f'{size[0]} × {size[1]} pixels is too small.*at least 16'
+    with pytest.raises(ValueError, match=message):
+        T2TViT(img_size=size)
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(torch.randn(1, 3, *size))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The Performer's arithmetic
+
+def published_attention(k, q, v, w, eps=1e-8):
+    """The formula as published, without any care for overflow."""
+    def features(x):
+        return torch.exp(x @ w.T - x.square().sum(-1, keepdim=True) / 2) / math.sqrt(len(w))
+
+    k, q = features(k), features(q)
+    return (q @ (k.transpose(1, 2) @ v)) / (q @ k.sum(1).unsqueeze(2) + eps)
+
+
+def attention_inputs(scale: float, dtype: torch.dtype = torch.float32, dim: int = 64) -> list[torch.Tensor]:
+    k, q, v = (scale * torch.randn(2, 50, dim) for _ in range(3))
+    w = torch.nn.init.orthogonal_(torch.empty(dim // 2, dim)) * math.sqrt(dim // 2)
+    return [*(tensor.to(dtype).requires_grad_() for tensor in (k, q, v)), w.to(dtype)]
+
+
+def gradients_of(attention, inputs: list[torch.Tensor], weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad((attention(*inputs) * weights.to(inputs[0].dtype)).sum(), inputs[:3])
+
+
+@pytest.mark.parametrize('scale', [0.1, 0.5, 0.7, 0.9])  # from 0.7 on the epsilon decides
+def test_performer_attention_is_the_published_function(scale):
+    inputs = attention_inputs(scale)
+    exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
+    weights = torch.randn(2, 50, 64)
+    assert relative_error(performer_attention(*exact), published_attention(*exact)) <= 1e-12
+    assert relative_error(performer_attention(*inputs), published_attention(*exact)) <= 1e-5
+    published_gradients = gradients_of(published_attention, exact, weights)
+    for given, tolerance in ((exact, 1e-10), (inputs, 1e-5)):
+        gradients = gradients_of(performer_attention, given, weights)
+        for ours, published in zip(gradients, published_gradients, strict=True):
+            assert relative_error(ours, published) <= tolerance
+    without_epsilon = relative_error(published_attention(*exact, eps=0.), published_attention(*exact))
+    assert (without_epsilon > 0.01) == (scale >= 0.7)
+
+
+@pytest.mark.parametrize('dim', [64, 256])  # features up to e^16, and up to e^64, whose products overflow
+@pytest.mark.parametrize('scale', [1., 10., 100.])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_performer_attention_stays_finite(dtype, scale, dim):
+    inputs = attention_inputs(scale, dtype, dim)
+    k, q, v, w = inputs
+    with torch.no_grad():
+        k[0, 0] = q[0, 0] = w[0]  # the largest feature there is
+        k[1], q[1] = w[0], w[1]  # a query that sees next to nothing
+    out = performer_attention(*inputs)
+    assert out.dtype == dtype and out.isfinite().all()
+    assert out.abs().max() <= v.abs().max() * (1 + 1e-5)
+    for gradient in gradients_of(performer_attention, inputs, torch.randn(2, 50, dim)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_performer_attention_ignores_autocast(dtype):
+    inputs, weights = attention_inputs(0.5), torch.randn(2, 50, 64)
+    plain = performer_attention(*inputs)
+    with torch.autocast('cpu', dtype):
+        autocast = performer_attention(*inputs)
+    assert autocast.dtype == torch.float32 and torch.equal(autocast, plain)
+    for ours, reference in zip(torch.autograd.grad(autocast, inputs[:3], weights),
+                               torch.autograd.grad(plain, inputs[:3], weights), strict=True):
+        assert torch.equal(ours, reference)
+
+
+@pytest.mark.parametrize('gain', [1., 100.])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('tokens_type', TOKENS)
+def test_mixed_precision_stays_finite(tokens_type, dtype, gain):
+    model = tiny_model(tokens_type).train()
+    with torch.no_grad():
+        for layer in (model.tokens_to_token.attention1, model.tokens_to_token.attention2):
+            (layer.kqv if tokens_type == 'performer' else layer.attn.qkv).weight.mul_(gain)
+    with torch.autocast('cpu', dtype):
+        logits = model(torch.randn(2, 3, 64, 64))
+        loss = F.cross_entropy(logits, torch.tensor([0, 1]))
+    loss.backward()
+    assert loss.isfinite()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+    assert model.head.weight.grad.any()
+
+
+def test_published_arithmetic_overflows_float16():
+    """Why the tests above are there: the NaN of the published code."""
+    k, q, v, w = (tensor.half() for tensor in attention_inputs(0.5))
+    k[0, 0] = q[0, 0] = w[0]
+    assert not published_attention(k, q, v, w).isfinite().all()
+    assert performer_attention(k, q, v, w).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# timm's interface
+
+def test_registration():
+    assert set(timm.list_models(module='t2t_vit')) == set(VARIANTS) == set(PUBLISHED)
+    for name, variant in VARIANTS.items():
+        cfg = timm.get_pretrained_cfg(name).to_dict()
+        assert cfg['url'].endswith(f'/T2T-ViT/releases/download/main/{variant.release}')
+        assert (cfg['crop_pct'], cfg['interpolation'], cfg['classifier']) == (0.9, 'bicubic', 'head')
+        assert timm.is_model_pretrained(f'{name}.in1k')
+
+
+def test_timm_creates_the_model():
+    model = timm.create_model(
+        't2t_vit_7', num_classes=10, img_size=(192, 256), in_chans=1, drop_path_rate=0.1)
+    assert model.grid_size == (12, 16) and model.num_classes == 10
+    assert model.blocks[-1].drop_path.drop_prob == pytest.approx(0.1)
+    assert model(torch.randn(1, 1, 192, 256)).shape == (1, 10)
+    assert model.num_features == model.head_hidden_size == model.embed_dim == 256
+
+
+@pytest.mark.parametrize('argument', [{'tokens_type': 'pooling'}, {'global_pool': 'max'}, {'num_heads': 3}])
+def test_wrong_arguments_are_refused(argument):
+    with pytest.raises(ValueError, match=str(*argument.values())):
+        tiny_model(**argument)
+
+
+def test_features_and_head():
+    model, images = tiny_model(), torch.randn(2, 3, 64, 80)
+    tokens = model.forward_features(images)
+    assert tokens.shape == (2, 1 + 4 * 5, 32)
+    assert torch.equal(model.forward_head(tokens), model(images))
+    assert torch.equal(model.forward_head(tokens, pre_logits=True), tokens[:, 0])
+    assert torch.equal(model.get_classifier()(tokens[:, 0]), model(images))
+
+    model.reset_classifier(7, global_pool='avg')
+    assert model(images).shape == (2, 7) and model.num_classes == 7
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens[:, 1:].mean(1))
+    model.reset_classifier(0, global_pool='')
+    assert torch.equal(model(images), tokens)
+    with pytest.raises(ValueError, match='max'):
+        model.reset_classifier(7, global_pool='max')
+
+
+@pytest.mark.parametrize('stop_early', [False, True])
+def test_intermediates(stop_early):
+    model, images = tiny_model(depth=3), torch.randn(2, 3, 64, 80)
+    maps = model.forward_intermediates(images, indices=[0, 1], stop_early=stop_early, intermediates_only=True)
+    assert [tuple(feature_map.shape) for feature_map in maps] == [(2, 32, 4, 5)] * 2
+
+    final, [(tokens, class_token)] = model.forward_intermediates(
+        images, indices=1, norm=True, output_fmt='NLC', return_prefix_tokens=True)
+    assert torch.equal(final, model.forward_features(images))
+    assert torch.equal(torch.cat((class_token, tokens), dim=1), final)
+    with pytest.raises(ValueError, match='NHWC'):
+        model.forward_intermediates(images, output_fmt='NHWC')
+
+    assert model.prune_intermediate_layers([1], prune_norm=True) == [1]
+    assert len(model.blocks) == 2
+    torch.testing.assert_close(model(images)[:, 1:].transpose(1, 2).reshape(2, 32, 4, 5), maps[1])
+
+
+def test_features_only():
+    model = timm.create_model('t2t_vit_7', features_only=True, out_indices=(2, 6))
+    assert model.feature_info.channels() == [256, 256] and model.feature_info.reduction() == [16, 16]
+    maps = model(torch.randn(1, 3, 64, 96))
+    assert [tuple(feature_map.shape) for feature_map in maps] == [(1, 256, 4, 6)] * 2
+
+
+def test_parameter_groups():
+    model = tiny_model(depth=3)
+    plain, decayed = param_groups_weight_decay(
+        model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay())
+    assert plain['weight_decay'] == 0. and decayed['weight_decay'] == 0.05
+    one_dimensional = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    assert {id(parameter) for parameter in plain['params']} == {
+        id(parameter) for parameter in [*one_dimensional, model.cls_token]}
+
+    scales = {}
+    for group in param_groups_layer_decay(model, layer_decay=0.5):
+        scales.update({id(parameter): group['lr_scale'] for parameter in group['params']})
+    assert len(scales) == len(list(model.parameters()))
+    depths = [model.cls_token, model.tokens_to_token.project.weight, model.blocks[0].mlp.fc1.weight,
+              model.blocks[2].mlp.fc1.weight, model.head.weight]
+    assert [scales[id(parameter)] for parameter in depths] == [0.5 ** 4, 0.5 ** 4, 0.5 ** 3, 0.5, 1.]
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, images = tiny_model(), torch.randn(2, 3, 64, 64)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for expected, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize('tokens_type', TOKENS)
+def test_compiles_without_graph_breaks(tokens_type):
+    model, images = tiny_model(tokens_type), torch.randn(1, 3, 64, 64)
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(images), model(images))
+    with torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(compiled(images), model(images))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The factory
+
+def test_factory_passes_arguments_and_logs_them(caplog):
+    with caplog.at_level(logging.INFO, logger='models.factory'):
+        model = create_model(
+            'T2t_vit_7', num_classes=10, img_size=64, drop_path_rate=0.2, global_pool='avg')
+    assert model.pretrained_cfg['architecture'] == 't2t_vit_7' and model.pretrained_cfg['tag'] == 'in1k'
+    assert (model.num_classes, model.grid_size, model.global_pool) == (10, (4, 4), 'avg')
+    assert model.blocks[-1].drop_path.drop_prob == pytest.approx(0.2)
+    for part in ('t2t_vit_7', "'avg'", '(64, 64)', 'drop_path_rate 0.2', '4.00 M'):
+        assert part in caplog.text
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'mobilenetv2_050'])
+def test_factory_leaves_out_what_a_model_does_not_take(name, caplog):
+    with caplog.at_level(logging.INFO, logger='models.factory'):
+        model = create_model(name, num_classes=3, img_size=(64, 96), drop_path_rate=0., attn_drop_rate=0.1)
+    assert model.eval()(torch.randn(1, 3, 64, 96)).shape == (1, 3)
+    levels = {record.args[1]: record.levelname for record in caplog.records if 'takes no' in record.msg}
+    assert levels == {'img_size': 'INFO', 'attn_drop_rate': 'WARNING'}  # a dropout was asked for
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'deit_tiny_distilled_patch16_224'])
+def test_factory_sizes_vision_transformers(name):
+    model = create_model(name, num_classes=3, img_size=(64, 96), drop_path_rate=0.1)
+    assert model.patch_embed.grid_size == (4, 6)
+    assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ({'name': 't2t_vit14'}, "'t2t_vit14' does not exist; use t2t_vit_14"),
+    ({'name': 'T2T_ViT_t14'}, 't2t_vit_t_14'),
+    ({'name': 'qwertz'}, 'list_models'),
+    ({'name': 't2t_vit_7.laion'}, "no weights 'laion'; use t2t_vit_7 or t2t_vit_7.in1k"),
+    ({'img_size': 15}, 'at least 16'),
+    ({'img_size': (224, 0)}, r'img_size is \(224, 0\)'),
+    ({'img_size': (224, 224, 3)}, 'height and width'),
+    ({'img_size': 22.4}, 'img_size is 22.4'),
+    ({'num_classes': -1}, 'num_classes is -1; give a whole number from 0'),
+    ({'in_chans': 0}, 'in_chans is 0'),
+    ({'drop_path_rate': 1.}, 'drop_path_rate is 1.0'),
+    ({'drop_rate': 'high'}, "drop_rate is 'high'"),
+    ({'global_pool': 'max'}, "global_pool is 'max'; choose from 'token'"),
+    ({'patch_sise': 16}, 'takes no argument patch_sise'),
+])
+def test_factory_explains_mistakes(arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
+        create_model(**{'name': 't2t_vit_7', **arguments})
+    assert '\n' not in str(caught.value)
+
+
+def test_pretrained_weights_out_of_reach(tmp_path):
+    overlay = {'url': (tmp_path / 'missing.pth.tar').as_uri()}
+    with pytest.raises(UserError, match='weights of t2t_vit_7 could not be fetched.*load the file') as caught:
+        create_model('t2t_vit_7', pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path)
+    assert '\n' not in str(caught.value)

@@ -1,0 +1,90 @@
+"""data/samplers.py: which sample comes when, on which rank; the same for any number of ranks, every one once."""
+
+import pytest
+
+from data.samplers import EvalSampler, TrainSampler
+from utils.errors import UserError
+
+
+def indices(sampler):
+    return [[index for _, index in batch] for batch in sampler]
+
+
+@pytest.mark.parametrize('world_size', [2, 4])
+def test_global_batches_do_not_depend_on_the_number_of_ranks(world_size):
+    alone = TrainSampler(101, 8, seed=3)
+    ranks = [TrainSampler(101, 8 // world_size, rank=rank, world_size=world_size, seed=3) for rank in range(world_size)]
+    for epoch in (0, 1, 7):
+        for sampler in (alone, *ranks):
+            sampler.set_position(epoch)
+        together = [sum(parts, []) for parts in zip(*map(indices, ranks), strict=True)]
+        assert together == indices(alone)
+
+
+def test_an_epoch_is_a_permutation_without_its_incomplete_end():
+    sampler = TrainSampler(50, 8, seed=5)
+    seen = sum(indices(sampler), [])
+    assert len(seen) == len(set(seen)) == 48 and set(seen) <= set(range(50))
+    assert seen != sorted(seen)
+    assert len(sampler) == 6
+
+
+def test_the_order_follows_epoch_and_seed_alone():
+    def order(seed, epoch):
+        sampler = TrainSampler(40, 10, seed=seed)
+        sampler.set_position(epoch)
+        return indices(sampler)
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(0, 2)
+    assert order(0, 1) != order(1, 1)
+    assert order(0, 1) != order(1, 0)  # as a sum of seed and epoch would have it
+
+
+def test_without_shuffling_it_is_the_order_of_the_dataset():
+    assert sum(indices(TrainSampler(20, 4, shuffle=False)), []) == list(range(20))
+
+
+def test_keys_carry_the_epoch_and_a_position_is_the_rest_of_the_epoch():
+    sampler = TrainSampler(40, 4, seed=1, rank=1, world_size=2)
+    sampler.set_position(9)
+    whole = list(sampler)
+    assert {epoch for batch in whole for epoch, _ in batch} == {9}
+    for start in (0, 2, len(sampler)):
+        sampler.set_position(9, start)
+        assert list(sampler) == whole[start:]
+        assert len(sampler) == 5
+
+
+def test_batches_fill_groups_of_accumulation_steps():
+    assert len(TrainSampler(70, 10, accum_steps=1)) == 7
+    assert len(TrainSampler(70, 10, accum_steps=3)) == 6
+    assert len(indices(TrainSampler(70, 10, accum_steps=3))) == 6
+
+
+@pytest.mark.parametrize('arguments, remedy', [
+    (dict(num_samples=10, batch_size=8, world_size=2), 'batch size of at most 5'),
+    (dict(num_samples=10, batch_size=2, world_size=2, accum_steps=3), 'batch size of at most 1'),
+    (dict(num_samples=3, batch_size=1, world_size=4), 'fewer processes'),
+    (dict(num_samples=10, batch_size=0), 'at least 1'),
+])
+def test_too_few_samples_for_a_step_are_an_error_with_numbers_that_fit(arguments, remedy):
+    with pytest.raises(UserError, match=remedy):
+        TrainSampler(**arguments)
+
+
+def test_the_batch_size_that_the_error_proposes_fits():
+    assert len(TrainSampler(10, 5, world_size=2)) == 1
+    assert len(TrainSampler(10, 1, world_size=2, accum_steps=3)) == 3
+
+
+@pytest.mark.parametrize('world_size', [1, 2, 3])
+def test_evaluation_meets_every_sample_exactly_once(world_size):
+    for num_samples in range(1, 34):
+        for batch_size in (1, 4, 16):
+            ranks = [EvalSampler(num_samples, batch_size, rank=rank, world_size=world_size)
+                     for rank in range(world_size)]
+            batches = [indices(sampler) for sampler in ranks]
+            assert sorted(sum(sum(batches, []), [])) == list(range(num_samples))
+            assert [len(sampler) for sampler in ranks] == [len(rank) for rank in batches]
+            assert all(0 < len(batch) <= batch_size for rank in batches for batch in rank)

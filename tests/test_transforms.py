@@ -1,0 +1,132 @@
+"""data/transforms.py: the pixels are timm's, uint8, and mistakes are explained."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from data.seeding import seed_generators
+from data.transforms import create_eval_transform, create_train_transform
+from utils.errors import UserError
+
+SEED = 7
+
+
+@pytest.fixture
+def image():
+    print('seed', SEED)
+    noise = np.random.default_rng(SEED).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((120, 90), Image.Resampling.BICUBIC)
+
+
+def drawn(transform, image, seed):
+    seed_generators(seed)
+    return transform(image)
+
+
+@pytest.mark.parametrize('size', [48, (48, 32)])
+@pytest.mark.parametrize('options', [
+    {}, {'auto_augment': None}, {'auto_augment': '3a', 'interpolation': 'bicubic'}, {'vflip': 0.5, 'scale': (0.5, 1.0)},
+    {'no_aug': True},
+], ids=str)
+def test_training_pixels_are_those_of_timm(image, size, options):
+    ours = create_train_transform(size, **options)
+    recipe = dict(auto_augment='rand-m9-mstd0.5-inc1', interpolation='random', color_jitter=0.4)
+    timms = create_transform(size, is_training=True, use_prefetcher=True, **recipe | options)
+    results = [drawn(ours, image, seed) for seed in range(6)]
+    for seed, result in enumerate(results):
+        assert result.dtype == torch.uint8
+        assert result.shape == (3, *(size if isinstance(size, tuple) else (size, size)))
+        assert torch.equal(result, drawn(timms, image, seed))
+    assert torch.equal(results[0], results[1]) == ('no_aug' in options)
+
+
+@pytest.mark.parametrize('size, shape', [(40, (40, 40)), ((40, 24), (40, 24))])
+def test_pad_mode_crops_out_of_a_frame_of_an_eighth(size, shape):
+    white = Image.new('RGB', (60, 60), 'white')
+    transform = create_train_transform(size, crop_mode='pad', auto_augment=None, color_jitter=0, hflip=0)
+    borders = set()
+    for seed in range(60):
+        result = drawn(transform, white, seed)
+        assert result.shape == (3, *shape)
+        rows = (result[0] > 0).any(dim=1).nonzero()
+        borders.add((rows[0].item(), shape[0] - 1 - rows[-1].item()))
+    assert {top for top, _ in borders} >= {0, 5} and max(max(pair) for pair in borders) == shape[0] // 8
+    assert all(0 in pair for pair in borders)  # black on one side at most
+
+
+def test_pad_mode_flips_and_augments_if_asked(image):
+    plain = create_train_transform(32, crop_mode='pad', auto_augment=None, color_jitter=0, hflip=0)
+    flipped = create_train_transform(32, crop_mode='pad', auto_augment=None, color_jitter=0, hflip=1.0)
+    augmented = create_train_transform(32, crop_mode='pad', auto_augment='rand-m9-p1.0', hflip=0)
+    assert torch.equal(drawn(flipped, image, 3), drawn(plain, image, 3).flip(2))
+    assert not torch.equal(drawn(augmented, image, 3), drawn(plain, image, 3))
+
+
+def test_corners_that_augmentation_uncovers_get_the_mean():
+    white = Image.new('RGB', (64, 64), 'white')
+    mean = (0.1, 0.5, 0.9)
+    policy = 'rand-m10-n4-p1.0-mstd0'
+    transform = create_train_transform(64, scale=(1.0, 1.0), ratio=(1.0, 1.0), auto_augment=policy, mean=mean)
+    expected = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
+    found = 0
+    for seed in range(40):
+        result = drawn(transform, white, seed)
+        found += (result == expected[:, None, None]).all(dim=0).sum().item() > 10
+    assert found > 5
+
+
+def test_splits_are_one_clean_crop_and_augmentations_of_it(image):
+    options = dict(scale=(0.5, 1.0), interpolation='bilinear')
+    splits = drawn(create_train_transform(48, aug_splits=3, auto_augment='augmix-m5-w4-d2', **options), image, 5)
+    clean = drawn(create_train_transform(48, auto_augment=None, color_jitter=0, **options), image, 5)
+    assert splits.shape == (3, 3, 48, 48) and splits.dtype == torch.uint8
+    assert torch.equal(splits[0], clean)
+    assert not torch.equal(splits[1], clean) and not torch.equal(splits[1], splits[2])
+    difference = (splits[1].float() - clean.float()).abs().mean()
+    assert difference < (splits[1].float() - clean.flip(1).float()).abs().mean()
+
+
+@pytest.mark.parametrize('size', [40, (48, 32)])
+@pytest.mark.parametrize('options', [
+    {}, {'crop_pct': 1.0, 'interpolation': 'bilinear'}, {'crop_mode': 'squash'}, {'crop_mode': 'border'},
+], ids=str)
+def test_evaluation_pixels_are_those_of_timm(image, size, options):
+    ours = create_eval_transform(size, **options)
+    recipe = dict(crop_pct=0.9, interpolation='bicubic')
+    state = random.getstate(), torch.get_rng_state()
+    result = ours(image)
+    assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
+    assert torch.equal(result, create_transform(size, use_prefetcher=True, **recipe | options)(image))
+    assert result.dtype == torch.uint8
+
+
+@pytest.mark.parametrize('create, arguments, named', [
+    (create_train_transform, dict(auto_augment='rand-m9-x5'), 'rand-m9-x5'),
+    (create_train_transform, dict(auto_augment='nonsense'), 'nonsense'),
+    (create_train_transform, dict(interpolation='cubic'), 'cubic'),
+    (create_train_transform, dict(crop_mode='center'), 'center'),
+    (create_train_transform, dict(scale=(1.0, 0.08)), 'scale'),
+    (create_train_transform, dict(ratio=(0.0, 1.0)), 'ratio'),
+    (create_train_transform, dict(aug_splits=1), 'aug_splits 1'),
+    (create_train_transform, dict(aug_splits=3, no_aug=True), 'no_aug'),
+    (create_train_transform, dict(mean=(0.5, 0.5)), 'mean'),
+    (create_eval_transform, dict(img_size=0), 'img_size 0'),
+    (create_eval_transform, dict(img_size=(8, 8, 8)), 'img_size'),
+    (create_eval_transform, dict(crop_pct=90), 'crop_pct 90'),
+    (create_eval_transform, dict(interpolation='random'), 'random'),
+], ids=str)
+def test_mistakes_are_explained_in_one_line(create, arguments, named):
+    with pytest.raises(UserError, match=named) as caught:
+        create(**arguments)
+    assert '\n' not in str(caught.value) and ';' in str(caught.value)
+
+
+def test_one_mean_is_for_all_channels(image):
+    options = dict(auto_augment='rand-m9-p1.0')
+    one = create_train_transform(32, mean=(0.5,), **options)
+    three = create_train_transform(32, mean=(0.5, 0.5, 0.5), **options)
+    assert all(torch.equal(drawn(one, image, seed), drawn(three, image, seed)) for seed in range(10))

@@ -1,0 +1,52 @@
+"""Trains a T2T-ViT, or any model of timm, on a folder of images.
+
+    ./distributed_train.sh 8 /data/imagenet --model t2t_vit_14 -b 64 --lr 5e-4 --weight-decay .05 --amp --img-size 224
+    ./distributed_train.sh 8 /data/imagenet -c configs/t2t_vit_14.yaml
+    python train.py -c configs/demo.yaml --device cpu
+
+A run writes one folder, output/train/DATE-MODEL-SIZE: checkpoints, metrics.jsonl, summary.csv, curves.png, args.yaml and
+TensorBoard events. `--resume auto` continues the newest such run.
+"""
+from utils import options
+from utils.errors import run_script
+
+GROUPS = (options.data_options, options.model_options, options.input_options, options.optimizer_options,
+          options.schedule_options, options.augmentation_options, options.batch_norm_options, options.ema_options,
+          options.device_options, options.run_options)
+GONE = {'--eval-checkpoint': 'evaluation is: python validate.py DIR --model MODEL --eval-checkpoint PATH'}
+
+
+def main():
+    # --- Options ------------------------------------------------------------------------------------------------------
+    parser = options.create_parser('Train a T2T-ViT or any model of timm.', GROUPS, gone=GONE)
+    args = options.parse_options(parser)
+
+    # Whatever imports torch takes seconds: --help and a misspelled option have been answered before.
+    from data.pipeline import create_training_input, open_training_data
+    from engine.optimizer import create_optimizer, param_groups
+    from engine.run import create_state, fit
+    from models import create_model_from_options
+    from utils.runtime import start
+
+    # --- Runtime: this process among its peers, its seed, its precision -----------------------------------------------
+    world, precision = start(args)
+
+    # --- Data: the training split's classes rule ----------------------------------------------------------------------
+    train_set, val_set = open_training_data(args, world)
+
+    # --- Model, with weights where some are given ---------------------------------------------------------------------
+    model = create_model_from_options(args, num_classes=options.resolve_num_classes(args, train_set.classes))
+
+    # --- Batches as this model wants them -----------------------------------------------------------------------------
+    batches = create_training_input(args, train_set, val_set, model.pretrained_cfg, model.num_classes, world)
+
+    # --- Optimizer, and all that is state -----------------------------------------------------------------------------
+    optimizer = create_optimizer(param_groups(model, args.weight_decay), args)
+    state = create_state(args, model, optimizer, precision, train_set.classes, world)
+
+    # --- Resume, then the epochs --------------------------------------------------------------------------------------
+    fit(args, state, batches, precision)
+
+
+if __name__ == '__main__':
+    run_script(main)

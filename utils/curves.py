@@ -1,0 +1,43 @@
+"""The picture of a run: loss, accuracy and learning rate against epochs."""
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+matplotlib.use('Agg')
+
+# Okabe and Ito's colours, which people who see colours differently can tell apart.
+BLUE, ORANGE, GREEN = '#0072B2', '#D55E00', '#009E73'
+
+
+def draw_curves(records: list[dict], path: Path) -> None:
+    """Draws the curves of the records of a metrics.jsonl into a PNG file; epochs are counted from 1, as ended."""
+    epochs = [r for r in records if r['kind'] == 'epoch']
+    steps = [r for r in records if r['kind'] == 'train']
+    figure = Figure(figsize=(13, 3.8), layout='constrained')
+    loss, accuracy, rate = figure.subplots(1, 3)
+    ended = [r['epoch'] + 1 for r in epochs]
+    marker = 'o' if len(ended) < 30 else None
+
+    loss.plot([r['epoch_progress'] for r in steps], [r['loss'] for r in steps], color=BLUE, alpha=0.3, linewidth=1)
+    loss.plot(ended, [r['train_loss'] for r in epochs], color=BLUE, marker=marker, markersize=3, label='training')
+    series = [('', 'weights', ORANGE)] + ([('ema_', 'averaged weights', GREEN)] if any('ema_top1' in r for r in epochs) else [])
+    for prefix, name, color in series:
+        have = [(r['epoch'] + 1, r) for r in epochs if f'{prefix}top1' in r]
+        x = [e for e, _ in have]
+        loss.plot(x, [r[f'{prefix}loss'] for _, r in have], color=color, marker=marker, markersize=3, label=f'evaluation, {name}')
+        accuracy.plot(x, [r[f'{prefix}top1'] for _, r in have], color=color, marker=marker, markersize=3, label=name)
+        if have:
+            best_epoch, best = max(((e, r[f'{prefix}top1']) for e, r in have), key=lambda pair: pair[1])
+            accuracy.lines[-1].set_label(f'{name}: best {best:.2f} % (epoch {best_epoch})')
+    rate.plot([r['epoch_progress'] for r in steps], [r['lr'] for r in steps], color=BLUE, drawstyle='steps-post')
+
+    for axes, title in ((loss, 'Loss'), (accuracy, 'Top-1 accuracy, %'), (rate, 'Learning rate')):
+        axes.set_title(title)
+        axes.set_xlabel('epochs')
+        axes.grid(alpha=0.3)
+    for axes in (loss, accuracy):
+        if axes.lines:
+            axes.legend(fontsize=8)
+    rate.ticklabel_format(axis='y', style='sci', scilimits=(-2, 2))
+    figure.savefig(path, dpi=110)

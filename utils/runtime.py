@@ -1,0 +1,106 @@
+"""What a process is before it computes: its seeds, its kernels' habits, its precision."""
+import contextlib
+import logging
+import os
+import platform
+import random
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.distributed import World, join
+from utils.errors import UserError
+from utils.log import setup_logging
+
+_logger = logging.getLogger(__name__)
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seeds Python, numpy, torch and CUDA; each rank draws its own numbers."""
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
+def get_rng_state(device: torch.device) -> dict:
+    """The states of every generator the main process draws from, as plain values and tensors."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        'python': random.getstate(),
+        'numpy': (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        'torch': torch.get_rng_state(),
+        'cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None,
+    }
+
+
+def set_rng_state(state: dict, device: torch.device) -> None:
+    version, internal, gauss = state['python']
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state['numpy']
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state['torch'])
+    if device.type == 'cuda' and state['cuda'] is not None:
+        torch.cuda.set_rng_state(state['cuda'], device)
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Repeatable kernels, or the fastest ones. On CPUs both are the same and repeat to the bit."""
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True)
+
+
+class Precision:
+    """Mixed precision of one device: `autocast()` around the forward pass, and a `scaler` that float16 needs.
+
+    Args:
+        dtype_name: 'auto' (bfloat16 where the device has it, else float16), 'bfloat16' or 'float16'.
+    """
+
+    def __init__(self, device: torch.device, *, enabled: bool, dtype_name: str = 'auto'):
+        if enabled and device.type == 'cpu' and dtype_name == 'float16':
+            raise UserError('--amp-dtype float16: a CPU trains in bfloat16; leave --amp-dtype out')
+        if dtype_name == 'auto':
+            has_bfloat16 = device.type == 'cpu' or torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype_name = 'bfloat16' if has_bfloat16 else 'float16'
+        self.device_type = device.type
+        self.dtype = getattr(torch, dtype_name) if enabled else None
+        # A disabled scaler passes everything through, so that the loop has one form.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+
+    def autocast(self):
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=self.dtype)
+
+    def __str__(self):
+        return str(self.dtype or torch.float32).removeprefix('torch.')
+
+
+def describe_environment(device: torch.device) -> dict:
+    """Machine, versions and commit, for records of results."""
+    import timm
+    import torchvision
+    root = Path(__file__).resolve().parents[1]
+    git = subprocess.run(['git', '-C', root, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
+    return {
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{os.cpu_count()} CPU cores',
+        'python': platform.python_version(), 'torch': torch.__version__,
+        'torchvision': torchvision.__version__, 'timm': timm.__version__,
+        'commit': git.stdout.strip() or None,
+    }
+
+
+def start(args) -> tuple[World, Precision]:
+    """Makes this process what the options say: a rank with a device, a voice, a seed and a precision."""
+    world = join(args.device)
+    setup_logging(is_main=world.is_main)
+    set_determinism(args.deterministic)
+    seed_everything(args.seed, world.rank)
+    precision = Precision(world.device, enabled=args.amp, dtype_name=args.amp_dtype)
+    _logger.info('%d process(es), %s, %s', world.size, world.device, precision)
+    return world, precision

@@ -1,0 +1,97 @@
+"""Evaluates a checkpoint, or pretrained weights, on the evaluation split of a data set.
+
+    python validate.py /data/imagenet --model t2t_vit_14 -b 100 --eval_checkpoint path/to/checkpoint
+    SCRIPT=validate.py ./distributed_train.sh 8 /data/imagenet --model t2t_vit_14 -b 100 --eval_checkpoint path/to/checkpoint
+
+Needs no train/ folder. Every image is counted exactly once on any number of processes. Results go to the console, and to a
+JSON and a CSV file.
+"""
+import csv
+import json
+import logging
+from datetime import datetime
+from pathlib import Path
+
+from utils import options
+from utils.errors import UserError, run_script
+
+GROUPS = (options.data_options, options.model_options, options.input_options, options.device_options)
+
+log = logging.getLogger(__name__)
+
+
+def validate_options(parser):
+    group = parser.add_argument_group('Evaluation')
+    group.add_argument('--eval-checkpoint', '--checkpoint', metavar='PATH', help='checkpoint to evaluate, of any known kind')
+    group.add_argument('--class-map', metavar='FILE',
+                       help='text file with one class folder a line, in the order of the labels')
+    group.add_argument('-b', '--b', '--batch-size', dest='batch_size', type=options.positive_int, default=64, metavar='N',
+                       help='images per batch and process')
+    group.add_argument('--results-file', metavar='FILE',
+                       help='results as FILE.json and FILE.csv (default: output/validate/DATE-MODEL-SIZE)')
+
+
+def main():
+    # --- Options ------------------------------------------------------------------------------------------------------
+    parser = options.create_parser('Evaluate a model.', (*GROUPS, validate_options), defaults={'log_interval': 10})
+    args = options.parse_options(parser)
+    if bool(args.eval_checkpoint) + args.pretrained + bool(args.initial_checkpoint) != 1:
+        raise UserError('what to evaluate? give --eval-checkpoint PATH, or --pretrained for the published weights')
+
+    from data.pipeline import create_eval_loader, open_evaluation_data, resolve_input
+    from engine.evaluate import evaluate
+    from models import count_classes, create_model_from_options, load_weights, resolve_name
+    from utils.files import read_checkpoint
+    from utils.runtime import describe_environment, start
+
+    # --- Runtime ------------------------------------------------------------------------------------------------------
+    world, precision = start(args)
+
+    # --- Weights, data numbered as they were trained, model -----------------------------------------------------------
+    checkpoint = read_checkpoint(args.eval_checkpoint) if args.eval_checkpoint else {}
+    trained_classes = count_classes(checkpoint, resolve_name(args.model), args.use_ema) if checkpoint else None
+    num_classes = args.num_classes or trained_classes
+    dataset = open_evaluation_data(args, checkpoint.get('classes'), num_classes)
+    model = create_model_from_options(args, num_classes=num_classes or len(dataset.classes))
+    if checkpoint:
+        log.info('%s', load_weights(model, checkpoint, use_ema=args.use_ema))
+    if model.num_classes != len(dataset.classes):
+        raise UserError(f'the model tells {model.num_classes} classes apart, the data set has {len(dataset.classes)}, and '
+                        'nothing says which is which; give --class-map FILE with the names of all the classes in order')
+    model.to(world.device)
+
+    # --- Evaluation ---------------------------------------------------------------------------------------------------
+    image = resolve_input(args, model.pretrained_cfg)
+    loader, prepare = create_eval_loader(args, dataset, image, world)
+    result = evaluate(model, loader, prepare, precision=precision, log_interval=args.log_interval)
+
+    # --- Results ------------------------------------------------------------------------------------------------------
+    log.info('Top-1 accuracy of the model is: %.1f%%', result.top1)
+    if world.is_main:
+        record = {
+            'model': args.model, 'checkpoint': args.eval_checkpoint or 'pretrained', 'data': args.data or args.dataset,
+            **result.as_dict(), 'parameters': sum(p.numel() for p in model.parameters()),
+            'img_size': list(image.img_size), 'crop_pct': image.crop_pct, 'interpolation': image.interpolation,
+            'precision': str(precision), 'processes': world.size, **describe_environment(world.device)}
+        print(json.dumps(record, indent=2))
+        size = 'x'.join(str(s) for s in dict.fromkeys(image.img_size))
+        stem = args.results_file or f'output/validate/{datetime.now():%Y%m%d-%H%M%S}-{args.model}-{size}'
+        write_results(record, Path(stem))
+
+
+def write_results(record: dict, stem: Path) -> None:
+    """One JSON object and one CSV row beside each other; `stem` may carry either ending."""
+    if stem.suffix in ('.json', '.csv'):
+        stem = stem.with_suffix('')
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    json_file, csv_file = Path(f'{stem}.json'), Path(f'{stem}.csv')
+    json_file.write_text(json.dumps(record, indent=2) + '\n')
+    with open(csv_file, 'w', newline='') as file:
+        writer = csv.DictWriter(file, record)
+        writer.writeheader()
+        writer.writerow(record)
+    log.info('results: %s, %s', json_file, csv_file)
+
+
+if __name__ == '__main__':
+    run_script(main)
