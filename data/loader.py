@@ -94,21 +94,24 @@ class Loader:
         self.sampler.set_position(epoch, start_batch)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        iterator = iter(self._dataloader)
-        while True:
-            try:
-                images, targets, bad, problem = next(iterator)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if explanation := explain_worker_death(error):
-                    raise explanation from error
-                raise
-            self._note_bad_images(bad)
-            if problem is not None:
-                raise UserError(problem)
-            if len(targets):
-                yield images, targets
+        try:
+            for images, targets, bad, problem in self._dataloader:
+                self._note_bad_images(bad)
+                if problem is not None:
+                    raise UserError(problem)
+                if len(targets):
+                    yield images, targets
+        except RuntimeError as error:
+            if explanation := explain_worker_death(error):
+                raise explanation from error
+            raise
+
+    def close(self):
+        """Ends the worker processes. The loader cannot be used again.
+
+        Forgetting the loader ends them too, but takes five seconds where that is left to the garbage collector.
+        """
+        self._dataloader = None
 
     def _note_bad_images(self, bad: dict[str, str]):
         for path, message in bad.items():
@@ -132,7 +135,7 @@ def explain_worker_death(error: RuntimeError) -> UserError | None:
     message = str(error)
     if not message.startswith('DataLoader worker'):
         return None
-    return UserError(f'a data loading process died: {message.splitlines()[0]} Mostly memory or shared memory '
+    return UserError(f'a data loading process died: {message.splitlines()[0].rstrip(".")}. Mostly memory or shared memory '
                      'ran out: use fewer workers, smaller batches, or a larger /dev/shm')
 
 

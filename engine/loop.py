@@ -37,7 +37,7 @@ class Trainer:
         batches: train_loader gives the batches of an epoch from any position on, prepare_train brings them to the device
             as the model takes them; val_loader and prepare_val do so for evaluation.
         loss: (logits, targets) → scalar.
-        schedule: sets the learning rates of an epoch (`step(epoch)`).
+        schedule: sets the learning rates (see create_schedule).
         args: the options of the loop (accum_steps, clip_grad, log_interval, checkpoint_steps, …).
         folder: where checkpoints go.
     Raises:
@@ -82,13 +82,14 @@ class Trainer:
 
     def _train_epoch(self) -> float:
         """The rest of the epoch in progress; returns the mean loss over all of it and all ranks."""
-        state, args, world = self.state, self.args, self.state.world
+        state, args = self.state, self.args
         self.model.train()
         self.train_loader.set_position(state.epoch, state.step * args.accum_steps)
         batches = iter(self.train_loader)
         bar = progress_bar(total=self.steps_per_epoch, initial=state.step, desc=f'Epoch {state.epoch}')
         window_started, window_sums, window_steps = time.perf_counter(), state.loss_sums.clone(), 0
         while state.step < self.steps_per_epoch:
+            self.schedule.step_update(state.global_step)
             images = self._step(batches)
             bar.update()
             window_steps += 1

@@ -51,12 +51,13 @@ def create_optimizer(groups: list[dict], args) -> torch.optim.Optimizer:
         raise UserError(f'--opt {args.opt} with these settings: {e}') from None
 
 
-def create_schedule(optimizer: torch.optim.Optimizer, args) -> tuple[Scheduler, int]:
+def create_schedule(optimizer: torch.optim.Optimizer, args, steps_per_epoch: int) -> tuple[Scheduler, int]:
     """timm's schedule that the options ask for, and the number of epochs with the cool-down.
 
-    `schedule.step(epoch)` sets the rates of that epoch: a function of the epoch and the options, nothing to save. For
-    the published recipe, with lr the top rate: epoch 0 at 1e-6, epochs 1-9 at 1e-6 + e (lr - 1e-6) / 10, epochs 10-299
-    at 1e-5 + (lr - 1e-5)(1 + cos(pi e / 300)) / 2, epochs 300-309 at 1e-5.
+    `schedule.step(epoch)` sets the rates of an epoch or, with --sched-on-updates, `schedule.step_update(step)` those of
+    a step; the other does nothing. Both are functions of the options, so that there is nothing to save. For the published
+    recipe, with lr the top rate: epoch 0 at 1e-6, epochs 1-9 at 1e-6 + e (lr - 1e-6) / 10, epochs 10-299 at
+    1e-5 + (lr - 1e-5)(1 + cos(pi e / 300)) / 2, epochs 300-309 at 1e-5.
 
     Raises:
         UserError: the noise is neither one nor two parts of the epochs.
@@ -67,4 +68,5 @@ def create_schedule(optimizer: torch.optim.Optimizer, args) -> tuple[Scheduler, 
         optimizer, args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs,
         cooldown_epochs=args.cooldown_epochs, decay_rate=args.decay_rate, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
         warmup_epochs=args.warmup_epochs, noise=args.lr_noise, noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std,
-        noise_seed=args.seed, cycle_mul=args.lr_cycle_mul, cycle_limit=args.lr_cycle_limit)
+        noise_seed=args.seed, cycle_mul=args.lr_cycle_mul, cycle_limit=args.lr_cycle_limit,
+        step_on_epochs=not args.sched_on_updates, updates_per_epoch=steps_per_epoch)

@@ -43,7 +43,7 @@ def fit(args, state: TrainState, batches, precision: Precision) -> TrainState:
     """
     world = state.world
     loss = create_loss(args, soft_targets=batches.prepare_train.mixing)
-    schedule, num_epochs = create_schedule(state.optimizer, args)
+    schedule, num_epochs = create_schedule(state.optimizer, args, len(batches.train_loader) // args.accum_steps)
     size = 'x'.join(str(s) for s in dict.fromkeys(batches.img_size))
     folder, checkpoint = from_main(resolve_run(
         output=args.output, experiment=args.experiment, resume=args.resume, name=f'{state.arch}-{size}'))

@@ -79,6 +79,20 @@ def test_corners_that_augmentation_uncovers_get_the_mean():
     assert found > 5
 
 
+@pytest.mark.parametrize('policy', ['rand-m10-n6-p1.0-mstd0-inc1', 'rand-m0-n6-p1.0-mstd0', 'augmix-m10-w3', 'original',
+                                    'v0-mstd0.5', '3a'])
+def test_no_policy_fails_at_its_ends(image, policy):
+    transform = create_train_transform(24, auto_augment=policy, scale=(1.0, 1.0), hflip=0)
+    assert len({drawn(transform, image, seed).numpy().tobytes() for seed in range(60)}) > 20
+
+
+def test_posterizing_to_no_bits_is_black(image):
+    augment = create_train_transform(24, auto_augment='rand-m10-mstd0-inc1').transforms[2]
+    operation, = [operation for operation in augment.ops if operation.name == 'PosterizeIncreasing']
+    operation.prob = 1.0
+    assert np.asarray(operation(image)).max() == 0
+
+
 def test_splits_are_one_clean_crop_and_augmentations_of_it(image):
     options = dict(scale=(0.5, 1.0), interpolation='bilinear')
     splits = drawn(create_train_transform(48, aug_splits=3, auto_augment='augmix-m5-w4-d2', **options), image, 5)

@@ -352,6 +352,7 @@ def schedule_options(parser):
     group.add_argument('--decay-epochs', type=positive, default=30, metavar='N', help='epochs between steps (step schedule)')
     group.add_argument('--warmup-epochs', type=count, default=10, metavar='N', help='epochs of linear warm-up')
     group.add_argument('--cooldown-epochs', type=count, default=10, metavar='N', help='epochs at --min-lr after the schedule')
+    group.add_argument('--sched-on-updates', action=FLAG, default=False, help='change the rate every step, not every epoch')
     group.add_argument('--decay-rate', '--dr', type=positive, default=0.1, metavar='RATE', help='factor of a step')
 
 
