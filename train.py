@@ -4,8 +4,8 @@
     ./distributed_train.sh 8 /data/imagenet -c configs/t2t_vit_14.yaml
     python train.py -c configs/demo.yaml --device cpu
 
-A run writes one folder, output/train/DATE-MODEL-SIZE: checkpoints, metrics.jsonl, summary.csv, curves.png, args.yaml and
-TensorBoard events. `--resume auto` continues the newest such run.
+A run writes one folder, output/train/DATE-MODEL-SIZE: checkpoints, metrics.jsonl, summary.csv, curves.png, args.yaml
+and TensorBoard events. `--resume auto` continues the newest such run.
 """
 from utils import options
 from utils.errors import run_script

@@ -4,8 +4,8 @@
         --transfer-learning True --transfer-model path/to/checkpoint
     python transfer.py /data/flowers --model t2t_vit_14 --transfer-learning True --transfer-model path/to/checkpoint
 
-The classifier learns at --lr, everything else at --transfer-ratio of it, at every epoch. Without --transfer-learning the
-model trains from random weights, all of it at --lr. CIFAR is looked for in ./data_cifar where no DIR is given.
+The classifier learns at --lr, everything else at --transfer-ratio of it, at every epoch. Without --transfer-learning
+the model trains from random weights, all of it at --lr. CIFAR is fetched into ./data_cifar where no DIR is given.
 """
 from utils import options
 from utils.errors import UserError, run_script
@@ -16,20 +16,20 @@ GROUPS = (options.data_options, options.model_options, options.input_options, op
 
 # The published transfer recipe: SGD, a cosine without warm-up, padded crops and flips, plain cross-entropy.
 DEFAULTS = dict(
-    dataset='cifar10', opt='sgd', lr=0.01, weight_decay=5e-4, batch_size=128, epochs=60, warmup_epochs=0,
+    data='./data_cifar', dataset='cifar10', download=True, opt='sgd', lr=0.01, weight_decay=5e-4, batch_size=128, epochs=60, warmup_epochs=0,
     cooldown_epochs=0, min_lr=2e-4, train_crop_mode='pad', train_interpolation='bilinear', interpolation='bilinear',
     crop_pct=1.0, aa='', color_jitter=0.0, reprob=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, model_ema=False)
 
 
 def transfer_options(parser):
-    group = parser.add_argument_group('Transfer')
-    group.add_argument('--transfer-learning', type=options.truth, nargs='?', const=True, default=False, metavar='True|False',
-                       help='start from --transfer-model, or from --pretrained weights')
-    group.add_argument('--transfer-model', metavar='PATH', help='checkpoint to start from; its classifier may be of any size')
-    group.add_argument('--transfer-ratio', type=options.rate, default=0.01, metavar='R',
-                       help='learning rate of all but the classifier, as a part of --lr')
-    group.add_argument('--pixel-stats', default='imagenet', choices=['imagenet', 'cifar'],
-                       help="normalisation: that of the weights' training (imagenet), or the target's, as published (cifar)")
+    add = parser.add_argument_group('Transfer').add_argument
+    add('--transfer-learning', type=options.truth, nargs='?', const=True, default=False, metavar='True|False',
+        help='start from --transfer-model, or from --pretrained weights')
+    add('--transfer-model', metavar='PATH', help='checkpoint to start from; its classifier may be of any size')
+    add('--transfer-ratio', type=options.rate, default=0.01, metavar='R',
+        help='learning rate of all but the classifier, as a part of --lr')
+    add('--pixel-stats', default='imagenet', choices=['imagenet', 'cifar'],
+        help="normalisation: that of the weights' training (imagenet), or the target's, as published (cifar)")
 
 
 def main():

@@ -1,10 +1,10 @@
 """Evaluates a checkpoint, or pretrained weights, on the evaluation split of a data set.
 
     python validate.py /data/imagenet --model t2t_vit_14 -b 100 --eval_checkpoint path/to/checkpoint
-    SCRIPT=validate.py ./distributed_train.sh 8 /data/imagenet --model t2t_vit_14 -b 100 --eval_checkpoint path/to/checkpoint
+    SCRIPT=validate.py ./distributed_train.sh 8 /data/imagenet --model t2t_vit_14 --eval_checkpoint path/to/checkpoint
 
-Needs no train/ folder. Every image is counted exactly once on any number of processes. Results go to the console, and to a
-JSON and a CSV file.
+Needs no train/ folder. Every image is counted exactly once on any number of processes. Results go to the console, and
+to a JSON and a CSV file.
 """
 import csv
 import json
@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 
 def validate_options(parser):
-    group = parser.add_argument_group('Evaluation')
-    group.add_argument('--eval-checkpoint', '--checkpoint', metavar='PATH', help='checkpoint to evaluate, of any known kind')
-    group.add_argument('--class-map', metavar='FILE',
-                       help='text file with one class folder a line, in the order of the labels')
-    group.add_argument('-b', '--b', '--batch-size', dest='batch_size', type=options.positive_int, default=64, metavar='N',
-                       help='images per batch and process')
-    group.add_argument('--results-file', metavar='FILE',
-                       help='results as FILE.json and FILE.csv (default: output/validate/DATE-MODEL-SIZE)')
+    add = parser.add_argument_group('Evaluation').add_argument
+    add('--eval-checkpoint', '--checkpoint', metavar='PATH', help='checkpoint to evaluate, of any known kind')
+    add('--class-map', metavar='FILE',
+        help='text file with one class folder a line, in the order of the labels')
+    add('-b', '--b', '--batch-size', dest='batch_size', type=options.positive_int, default=64, metavar='N',
+        help='images per batch and process')
+    add('--results-file', metavar='FILE',
+        help='results as FILE.json and FILE.csv (default: output/validate/DATE-MODEL-SIZE)')
 
 
 def main():
@@ -56,8 +56,8 @@ def main():
     if checkpoint:
         log.info('%s', load_weights(model, checkpoint, use_ema=args.use_ema))
     if model.num_classes != len(dataset.classes):
-        raise UserError(f'the model tells {model.num_classes} classes apart, the data set has {len(dataset.classes)}, and '
-                        'nothing says which is which; give --class-map FILE with the names of all the classes in order')
+        raise UserError(f'the model has {model.num_classes} classes, the data set {len(dataset.classes)}, and nothing says '
+                        'which is which; give --class-map FILE with all their names in order')
     model.to(world.device)
 
     # --- Evaluation ---------------------------------------------------------------------------------------------------

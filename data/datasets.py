@@ -176,10 +176,10 @@ def _describe_content(root: str) -> str:
     """What to say of a `root` that lacks a split: the usual mistakes, or simply what it holds."""
     if has_class_folders(root):
         return f'; it looks like a split itself: give {os.path.dirname(os.path.abspath(root))!r} instead'
-    content = sorted(entry for entry in os.listdir(root) if not entry.startswith('.'))
-    for entry in content:
-        if _has_splits(os.path.join(root, entry)):
-            return f'; did you mean {os.path.join(root, entry)!r}?'
+    content = sorted(name for name in os.listdir(root) if not name.startswith('.'))
+    for name in content:
+        if _has_splits(os.path.join(root, name)):
+            return f'; did you mean {os.path.join(root, name)!r}?'
     found = name_some(content) if content else 'nothing'
     return f', but {found}; give the folder that holds the splits, or name the split'
 

@@ -64,37 +64,39 @@ class ImageFolder(ImageDataset):
 
 
 def check_folder(folder: str) -> str:
-    """Returns `folder`. Raises UserError if it is not a folder that can be listed."""
+    """Returns `folder`. Raises UserError if it is not a folder."""
     if not folder:
         raise UserError('no data folder given; give the folder that holds train/ and val/')
     if not os.path.lexists(folder):
         raise UserError(f'data folder {folder!r} does not exist; check the path')
     if not os.path.isdir(folder):
         raise UserError(f'data folder {folder!r} is not a folder; give the folder that holds train/ and val/')
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise UserError(f'data folder {folder!r} cannot be read; check its permissions')
     return folder
 
 
 def has_class_folders(folder: str) -> bool:
     """Whether a folder in `folder` holds an image directly: the mark of a split, not of a whole dataset."""
     classes, _ = _list_split(folder)
-    for name in classes:
-        class_folder = os.path.join(folder, name)
-        if os.access(class_folder, os.R_OK | os.X_OK) and any(map(_is_image, os.listdir(class_folder))):
-            return True
-    return False
+    return any(_is_image(entry.name) for name in classes for entry in _entries(os.path.join(folder, name)))
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    """What is in `folder`. Raises UserError if it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f'folder {folder!r} cannot be read ({error.strerror}); check its permissions') from None
 
 
 def _list_split(folder: str) -> tuple[list[str], list[str]]:
     """The names of the folders in `folder`, without hidden ones, in natural order, and those of its files."""
     classes, files = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.is_dir():
-                files.append(entry.name)
-            elif not entry.name.startswith('.'):  # .ipynb_checkpoints is no class
-                classes.append(entry.name)
+    for entry in _entries(folder):
+        if not entry.is_dir():
+            files.append(entry.name)
+        elif not entry.name.startswith('.'):  # .ipynb_checkpoints is no class
+            classes.append(entry.name)
     # Plain order first: names that differ in case alone are equal to natural_key.
     return sorted(sorted(classes), key=natural_key), files
 
@@ -107,19 +109,14 @@ def _scan_class(split: str, name: str) -> tuple[list[str], int]:
     images, ignored, pending = [], 0, [name]
     while pending:
         folder = pending.pop()
-        try:
-            with os.scandir(os.path.join(split, folder)) as entries:
-                for entry in entries:
-                    path = os.path.join(folder, entry.name)
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(path)
-                    elif _is_image(entry.name):
-                        images.append(path)
-                    else:
-                        ignored += 1
-        except PermissionError:
-            unreadable = os.path.join(split, folder)
-            raise UserError(f'folder {unreadable!r} cannot be read; check its permissions') from None
+        for entry in _entries(os.path.join(split, folder)):
+            path = os.path.join(folder, entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(path)
+            elif _is_image(entry.name):
+                images.append(path)
+            else:
+                ignored += 1
     return sorted(images), ignored
 
 

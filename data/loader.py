@@ -109,7 +109,7 @@ class Loader:
     def close(self):
         """Ends the worker processes. The loader cannot be used again.
 
-        Forgetting the loader ends them too, but takes five seconds where that is left to the garbage collector.
+        Forgetting the loader ends them too, in five seconds where that is left to the garbage collector.
         """
         self._dataloader = None
 
@@ -132,11 +132,11 @@ def explain_worker_death(error: RuntimeError) -> UserError | None:
 
     PyTorch raises it from a signal handler: it can come up anywhere in the main process, not here alone.
     """
-    message = str(error)
-    if not message.startswith('DataLoader worker'):
+    if not str(error).startswith('DataLoader worker'):
         return None
-    return UserError(f'a data loading process died: {message.splitlines()[0].rstrip(".")}. Mostly memory or shared memory '
-                     'ran out: use fewer workers, smaller batches, or a larger /dev/shm')
+    event = str(error).splitlines()[0].rstrip('. ')
+    return UserError(f'a data loading process died ({event}), mostly because memory or shared memory ran out; '
+                     'use fewer workers, smaller batches, or a larger /dev/shm')
 
 
 class BatchSource:

@@ -101,14 +101,16 @@ class TrainingInput(NamedTuple):
     img_size: tuple[int, int]
 
 
-def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_classes: int, world: World) -> TrainingInput:
+def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_classes: int,
+                          world: World) -> TrainingInput:
     """Loaders and preparers as the options say; what they leave open is the model's own (`pretrained_cfg`)."""
     image = resolve_input(args, pretrained_cfg)
     return TrainingInput(*_create_train_loader(args, train_set, image, num_classes, world),
                          *create_eval_loader(args, val_set, image, world), image.img_size)
 
 
-def _create_train_loader(args, dataset, image: Input, num_classes: int, world: World) -> tuple[Loader, TrainBatchPreparer]:
+def _create_train_loader(args, dataset, image: Input, num_classes: int,
+                         world: World) -> tuple[Loader, TrainBatchPreparer]:
     """The training loader of this rank, with the preparer of its batches."""
     transform = create_train_transform(
         image.img_size, crop_mode=args.train_crop_mode, scale=args.scale, ratio=args.ratio, hflip=args.hflip,

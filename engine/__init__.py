@@ -1,1 +1,4 @@
-"""The training core: state, checkpoints, optimizer and schedule, the epoch loop, evaluation. Knows nothing of data or models."""
+"""The training core: state, checkpoints, optimizer and schedule, the epoch loop, evaluation.
+
+Knows nothing of data or models.
+"""

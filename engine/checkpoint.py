@@ -87,8 +87,8 @@ def resolve_run(*, output: str, experiment: str, resume: str, name: str) -> tupl
     if not resume:
         return new, None
     if resume == 'auto':
-        candidates = [new / LAST] if experiment else sorted(runs.glob(f'*-{name}/{LAST}'), key=lambda p: p.stat().st_mtime)
-        found = [path for path in candidates if path.is_file()]
+        candidates = [new / LAST] if experiment else runs.glob(f'*-{name}/{LAST}')
+        found = sorted((path for path in candidates if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
         if not found:
             _logger.info('--resume auto: no checkpoint in %s, starting a new run', new if experiment else runs)
             return new, None

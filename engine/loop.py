@@ -34,8 +34,8 @@ class Trainer:
     Args:
         state: what is trained; changed in place.
         model: `state.model` as it is called in training (see wrap_model).
-        batches: train_loader gives the batches of an epoch from any position on, prepare_train brings them to the device
-            as the model takes them; val_loader and prepare_val do so for evaluation.
+        batches: train_loader gives the batches of an epoch from any position on, prepare_train brings them to the
+            device as the model takes them; val_loader and prepare_val do so for evaluation.
         loss: (logits, targets) → scalar.
         schedule: sets the learning rates (see create_schedule).
         args: the options of the loop (accum_steps, clip_grad, log_interval, checkpoint_steps, …).
@@ -58,7 +58,7 @@ class Trainer:
                             f'{self.num_epochs}; give more --epochs')
         if state.step > self.steps_per_epoch:
             raise UserError(f'the checkpoint stands at step {state.step} of its epoch, and with these --batch-size, '
-                            f'--accum-steps and processes an epoch has {self.steps_per_epoch}; use those of the checkpoint')
+                            f'--accum-steps and processes an epoch has {self.steps_per_epoch}; use those it had')
 
     def fit(self, log: RunLog) -> None:
         """All epochs that are left; `log` is told. Ends with the best metric in `state`."""
@@ -158,8 +158,8 @@ class Trainer:
     def _check_finite(self, loss: float) -> None:
         if not torch.isfinite(torch.tensor(loss)):
             raise NotFiniteError(f'the loss is {loss} at epoch {self.state.epoch}, step {self.state.step}; nothing was '
-                                 'saved since it was finite. A lower --lr, --clip-grad 1 or --amp-dtype bfloat16 helps; '
-                                 '--resume auto goes back to the last checkpoint')
+                                 'saved since it was finite. A lower --lr, --clip-grad 1 or --amp-dtype bfloat16 helps;'
+                                 ' --resume auto goes back to the last checkpoint')
 
     def _share_batch_norm(self) -> None:
         if self.args.dist_bn and self.state.world.size > 1:
@@ -172,14 +172,14 @@ class Trainer:
         results = evaluate(state.model, self.val_loader, self.prepare_val, **kwargs).as_dict()
         if state.ema and not args.model_ema_force_cpu:
             of_ema = evaluate(state.ema.module, self.val_loader, self.prepare_val, name='Test (EMA)', **kwargs)
-            results |= {f'ema_{name}': value for name, value in of_ema.as_dict().items() if name in ('loss', 'top1', 'top5')}
+            results |= {f'ema_{name}': of_ema.as_dict()[name] for name in ('loss', 'top1', 'top5')}
         _logger.info('Epoch %d: Acc@1 %.3f  Acc@5 %.3f  Loss %.4f%s  (%d images)', state.epoch, results['top1'],
                      results['top5'], results['loss'],
                      f"  EMA Acc@1 {results['ema_top1']:.3f}" if 'ema_top1' in results else '', results['count'])
         return results
 
     def _note_metric(self, results: dict) -> bool:
-        """Records the metric that decides, the average's where it is evaluated, and says whether it is the best so far."""
+        """Records the metric that decides, of the average where it is evaluated; True where it is the best so far."""
         state, name = self.state, self.args.eval_metric
         state.metric = results.get(f'ema_{name}', results[name])
         sign = -1 if name == 'loss' else 1

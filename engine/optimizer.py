@@ -54,9 +54,9 @@ def create_optimizer(groups: list[dict], args) -> torch.optim.Optimizer:
 def create_schedule(optimizer: torch.optim.Optimizer, args, steps_per_epoch: int) -> tuple[Scheduler, int]:
     """timm's schedule that the options ask for, and the number of epochs with the cool-down.
 
-    `schedule.step(epoch)` sets the rates of an epoch or, with --sched-on-updates, `schedule.step_update(step)` those of
-    a step; the other does nothing. Both are functions of the options, so that there is nothing to save. For the published
-    recipe, with lr the top rate: epoch 0 at 1e-6, epochs 1-9 at 1e-6 + e (lr - 1e-6) / 10, epochs 10-299 at
+    `schedule.step(epoch)` sets the rates of an epoch or, with --sched-on-updates, `schedule.step_update(step)` those
+    of a step; the other does nothing. Both are functions of the options, so that there is nothing to save. For the
+    published recipe, with lr the top rate: epoch 0 at 1e-6, epochs 1-9 at 1e-6 + e (lr - 1e-6) / 10, epochs 10-299 at
     1e-5 + (lr - 1e-5)(1 + cos(pi e / 300)) / 2, epochs 300-309 at 1e-5.
 
     Raises:

@@ -17,11 +17,12 @@ from utils.runtime import Precision
 _logger = logging.getLogger(__name__)
 
 # Options that may differ between a run and its continuation without changing what is computed.
-HARMLESS = {'data', 'config', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'checkpoint_steps',
-            'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier', 'download'}
+HARMLESS = {'data', 'config', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download',
+            'checkpoint_steps', 'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier'}
 
 
-def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str], world: World) -> TrainState:
+def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str],
+                 world: World) -> TrainState:
     """The state of a new run, on its device; the average starts as a copy of the weights."""
     if args.sync_bn and world.size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -54,8 +55,8 @@ def fit(args, state: TrainState, batches, precision: Precision) -> TrainState:
         state.load_state_dict(content, source=checkpoint, with_optimizer=args.resume_opt)
         _report_differences(content['args'], state.options)
         _logger.info('resumed from %s: epoch %d, step %d', checkpoint, state.epoch, state.step)
-    trainer = Trainer(state, wrap_model(state.model, world), batches, loss=loss, schedule=schedule, num_epochs=num_epochs,
-                      precision=precision, args=args, folder=folder)
+    trainer = Trainer(state, wrap_model(state.model, world), batches, loss=loss, schedule=schedule,
+                      num_epochs=num_epochs, precision=precision, args=args, folder=folder)
     _logger.info('run folder: %s', folder)
     log = RunLog(folder if world.is_main else None, options=state.options, global_step=state.global_step,
                  epoch=state.epoch, tensorboard=args.tensorboard)

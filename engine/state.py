@@ -136,4 +136,4 @@ class TrainState:
         if different:
             more = f' and {len(different) - 3} more' if len(different) > 3 else ''
             raise UserError(f'{source}: other sizes than this run: {"; ".join(different[:3])}{more}; give the '
-                            '--num-classes and --img-size of the checkpoint, or start from its weights with --initial-checkpoint')
+                            '--num-classes and --img-size of the checkpoint, or start anew with --initial-checkpoint')

@@ -139,7 +139,7 @@ def create_model_from_options(args, *, num_classes: int, transfer_from: str | No
     """The model that a script's options name, with the weights of --initial-checkpoint or `transfer_from`, if any.
 
     Args:
-        args: options of utils.options.model_options, and of the regularization and batch norm groups where a script has them.
+        args: options of utils.options.model_options and, in scripts that train, those of regularization and batch norm.
         num_classes: rows of the classifier.
         transfer_from: checkpoint of another data set, whose classifier need not fit.
 

@@ -1,4 +1,4 @@
-"""data/batch.py: normalising, mixing and erasing are timm's, in the published order, from the global generators."""
+"""data/batch.py: normalising, mixing and erasing are timm's, in order, from the global generators."""
 
 import random
 
@@ -60,11 +60,13 @@ def test_training_without_mixing_keeps_hard_targets(batch):
 
 
 @pytest.mark.parametrize('mode', ['batch', 'pair', 'elem'])
-@pytest.mark.parametrize('alphas', [(0.8, 0.0, None), (0.0, 1.0, None), (0.8, 1.0, None), (0.0, 0.0, (0.2, 0.8))], ids=str)
+@pytest.mark.parametrize('alphas', [
+    (0.8, 0.0, None), (0.0, 1.0, None), (0.8, 1.0, None), (0.0, 0.0, (0.2, 0.8)),
+], ids=str)
 def test_mixing_is_timms_and_repeats_from_saved_states(batch, mode, alphas):
     mixup_alpha, cutmix_alpha, minmax = alphas
-    prepare = TrainBatchPreparer('cpu', batch_size=8, num_classes=5, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha,
-                                 cutmix_minmax=minmax, mixup_mode=mode, smoothing=0.1)
+    prepare = TrainBatchPreparer('cpu', batch_size=8, num_classes=5, mixup_alpha=mixup_alpha,
+                                 cutmix_alpha=cutmix_alpha, cutmix_minmax=minmax, mixup_mode=mode, smoothing=0.1)
     reference = Mixup(mixup_alpha, cutmix_alpha, minmax, mode=mode, label_smoothing=0.1, num_classes=5)
     for _ in range(4):
         state = np.random.get_state()
@@ -105,7 +107,8 @@ def test_erasing_is_timms_and_repeats_from_saved_states(batch, mode):
 
 
 def test_erasing_comes_after_mixing(batch):
-    prepare = TrainBatchPreparer('cpu', batch_size=8, num_classes=5, mixup_alpha=0.8, erase_prob=1.0, erase_mode='const')
+    prepare = TrainBatchPreparer('cpu', batch_size=8, num_classes=5, mixup_alpha=0.8, erase_prob=1.0,
+                                 erase_mode='const')
     images, _ = prepare(*batch)
     # Mixed after erasing, a zero would only be left where the erased regions of two images meet.
     assert ((images == 0).all(dim=1).flatten(1).sum(1) > 5).all()

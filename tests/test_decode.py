@@ -1,4 +1,4 @@
-"""data/decode.py: every kind of image file gives the RGB pixels it should, every bad one a line that names it."""
+"""data/decode.py: every kind of image file gives its RGB pixels, every bad one a line that names it."""
 
 import io
 import struct
@@ -140,7 +140,8 @@ def test_exif_orientation_is_ignored(tmp_path, pixels):
 def png_header(width, height):
     """A PNG file that claims a size and has next to nothing in it."""
     chunks = b'\x89PNG\r\n\x1a\n'
-    for name, body in ((b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)), (b'IDAT', b''), (b'IEND', b'')):
+    header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    for name, body in ((b'IHDR', header), (b'IDAT', b''), (b'IEND', b'')):
         chunks += struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
     return chunks
 

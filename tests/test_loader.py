@@ -1,4 +1,4 @@
-"""data/loader.py: the same bytes for any number of workers and from any position; bad images and dead workers."""
+"""data/loader.py: the same bytes for any workers and from any position; bad images; dead workers."""
 
 import logging
 import multiprocessing
@@ -15,10 +15,12 @@ from PIL import Image
 from timm.data import ImageDataset as TimmImageDataset
 from timm.data import create_loader as create_timm_loader
 
-from data import BatchPreparer, EvalSampler, TrainSampler, create_eval_transform, create_loader, create_train_transform
+from data.batch import BatchPreparer
 from data.datasets import open_eval
-from data.loader import BatchSource, explain_worker_death
+from data.loader import BatchSource, create_loader, explain_worker_death
+from data.samplers import EvalSampler, TrainSampler
 from data.seeding import derive_seed
+from data.transforms import create_eval_transform, create_train_transform
 from utils.errors import UserError
 
 SEED = 11

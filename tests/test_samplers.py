@@ -1,4 +1,4 @@
-"""data/samplers.py: which sample comes when, on which rank; the same for any number of ranks, every one once."""
+"""data/samplers.py: which sample comes when on which rank; the same for any number of ranks, each once."""
 
 import pytest
 

@@ -29,8 +29,8 @@ def drawn(transform, image, seed):
 
 @pytest.mark.parametrize('size', [48, (48, 32)])
 @pytest.mark.parametrize('options', [
-    {}, {'auto_augment': None}, {'auto_augment': '3a', 'interpolation': 'bicubic'}, {'vflip': 0.5, 'scale': (0.5, 1.0)},
-    {'no_aug': True},
+    {}, {'auto_augment': None}, {'auto_augment': '3a', 'interpolation': 'bicubic'}, {'no_aug': True},
+    {'vflip': 0.5, 'scale': (0.5, 1.0)},
 ], ids=str)
 def test_training_pixels_are_those_of_timm(image, size, options):
     ours = create_train_transform(size, **options)
@@ -79,8 +79,9 @@ def test_corners_that_augmentation_uncovers_get_the_mean():
     assert found > 5
 
 
-@pytest.mark.parametrize('policy', ['rand-m10-n6-p1.0-mstd0-inc1', 'rand-m0-n6-p1.0-mstd0', 'augmix-m10-w3', 'original',
-                                    'v0-mstd0.5', '3a'])
+@pytest.mark.parametrize('policy', [
+    'rand-m10-n6-p1.0-mstd0-inc1', 'rand-m0-n6-p1.0-mstd0', 'augmix-m10-w3', 'original', 'v0-mstd0.5', '3a',
+])
 def test_no_policy_fails_at_its_ends(image, policy):
     transform = create_train_transform(24, auto_augment=policy, scale=(1.0, 1.0), hflip=0)
     assert len({drawn(transform, image, seed).numpy().tobytes() for seed in range(60)}) > 20

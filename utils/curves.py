@@ -21,15 +21,16 @@ def draw_curves(records: list[dict], path: Path) -> None:
 
     loss.plot([r['epoch_progress'] for r in steps], [r['loss'] for r in steps], color=BLUE, alpha=0.3, linewidth=1)
     loss.plot(ended, [r['train_loss'] for r in epochs], color=BLUE, marker=marker, markersize=3, label='training')
-    series = [('', 'weights', ORANGE)] + ([('ema_', 'averaged weights', GREEN)] if any('ema_top1' in r for r in epochs) else [])
-    for prefix, name, color in series:
-        have = [(r['epoch'] + 1, r) for r in epochs if f'{prefix}top1' in r]
-        x = [e for e, _ in have]
-        loss.plot(x, [r[f'{prefix}loss'] for _, r in have], color=color, marker=marker, markersize=3, label=f'evaluation, {name}')
-        accuracy.plot(x, [r[f'{prefix}top1'] for _, r in have], color=color, marker=marker, markersize=3, label=name)
-        if have:
-            best_epoch, best = max(((e, r[f'{prefix}top1']) for e, r in have), key=lambda pair: pair[1])
-            accuracy.lines[-1].set_label(f'{name}: best {best:.2f} % (epoch {best_epoch})')
+    for prefix, name, color in (('', 'weights', ORANGE), ('ema_', 'averaged weights', GREEN)):
+        have = [r for r in epochs if f'{prefix}top1' in r]
+        if not have:
+            continue
+        best = max(have, key=lambda r: r[f'{prefix}top1'])
+        style = {'color': color, 'marker': marker, 'markersize': 3}
+        x = [r['epoch'] + 1 for r in have]
+        loss.plot(x, [r[f'{prefix}loss'] for r in have], **style, label=f'evaluation, {name}')
+        accuracy.plot(x, [r[f'{prefix}top1'] for r in have], **style,
+                      label=f"{name}: best {best[prefix + 'top1']:.2f} % (epoch {best['epoch'] + 1})")
     rate.plot([r['epoch_progress'] for r in steps], [r['lr'] for r in steps], color=BLUE, drawstyle='steps-post')
 
     for axes, title in ((loss, 'Loss'), (accuracy, 'Top-1 accuracy, %'), (rate, 'Learning rate')):

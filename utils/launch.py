@@ -1,4 +1,6 @@
-"""The Python half of distributed_train.sh: torchrun, but a worker's exit code becomes ours and a mistake stays one line.
+"""The Python half of distributed_train.sh: torchrun, but a worker's exit code is passed on.
+
+A user's mistake stays one line, as if a single process had made it.
 
     python -m utils.launch NUM_PROC SCRIPT OPTIONS…
 

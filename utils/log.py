@@ -67,7 +67,8 @@ class RunLog:
             that is now repeated, is dropped.
     """
 
-    def __init__(self, folder: Path | None, *, options: dict, global_step: int = 0, epoch: int = 0, tensorboard: bool = True):
+    def __init__(self, folder: Path | None, *, options: dict, global_step: int = 0, epoch: int = 0,
+                 tensorboard: bool = True):
         self.folder = folder
         self._board = None
         self._drawn_at = time.monotonic()

@@ -72,7 +72,7 @@ def image_size(text):
     """'224' → 224; '192x256' (height x width) → (192, 256)."""
     match = re.fullmatch(r'(\d+)(?:x(\d+))?', str(text))
     if not match:
-        raise argparse.ArgumentTypeError(f'{text!r} is not an image size: give pixels as 224, or height x width as 192x256')
+        raise argparse.ArgumentTypeError(f'{text!r} is not an image size: give 224, or height x width as 192x256')
     height, width = int(match[1]), int(match[2] or match[1])
     return height if height == width else (height, width)
 
@@ -96,7 +96,7 @@ truth.kind = bool
 # Parser
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is a UserError of one line, and an unknown option is answered with the nearest right one."""
+    """argparse, but an error is a UserError of one line that names the nearest right option."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
@@ -158,13 +158,14 @@ def create_parser(description: str, groups, defaults: dict | None = None, gone: 
     `gone` is, beside REFUSED, what this script does not take and the line that says what to do instead.
     """
     parser = Parser(description=description)
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML recipe: its keys are option names, its values defaults')
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML recipe of defaults: its keys are option names')
     for group in groups:
         group(parser)
     # torch.distributed.launch adds --local-rank to the command line; torchrun's environment says the same.
     parser.add_argument('--local-rank', type=count, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     for name, instead in (REFUSED | (gone or {})).items():
-        parser.add_argument(name, action=Refuse, nargs='?', const=instead, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        parser.add_argument(name, action=Refuse, nargs='?', const=instead, default=argparse.SUPPRESS,
+                            help=argparse.SUPPRESS)
     parser.set_defaults(**(defaults or {}))
     return parser
 
@@ -221,7 +222,7 @@ def read_recipe(path: Path, parser: Parser) -> dict:
     try:
         values = yaml.load(path.read_text(encoding='utf-8'), _RecipeLoader)
     except OSError as e:
-        raise UserError(f'-c {path}: {e.strerror}: give the path of a recipe, such as configs/t2t_vit_14.yaml') from None
+        raise UserError(f'-c {path}: {e.strerror}: give a recipe such as configs/t2t_vit_14.yaml') from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         mark = getattr(e, 'problem_mark', None)
         where = f', line {mark.line + 1}' if mark else ''
@@ -231,7 +232,8 @@ def read_recipe(path: Path, parser: Parser) -> dict:
         return {}
     if not isinstance(values, dict):
         raise UserError(f'{path}: a recipe is lines of "option: value", not a {type(values).__name__}')
-    actions = {a.dest: a for a in parser._actions if a.help is not argparse.SUPPRESS and a.dest not in ('help', 'config')}
+    actions = {a.dest: a for a in parser._actions
+               if a.help is not argparse.SUPPRESS and a.dest not in ('help', 'config')}
     recipe = {}
     for key, value in values.items():
         name = str(key).replace('-', '_')
@@ -254,7 +256,7 @@ def _checked(path: Path, key: str, value, action: argparse.Action):
         return value
     if action.nargs in ('+', 2):
         if not isinstance(value, list) or (action.nargs == 2 and len(value) != 2) or not value:
-            raise UserError(f'{path}: {key}: {value!r} is not a list of {"two" if action.nargs == 2 else "some"} numbers')
+            raise UserError(f'{path}: {key}: {value!r} is no list of {"two" if action.nargs == 2 else "some"} numbers')
         return [_scalar(path, key, v, action) for v in value]
     return _scalar(path, key, value, action)
 
@@ -265,7 +267,8 @@ def _scalar(path: Path, key: str, value, action: argparse.Action):
     # bool is an int to Python, but `epochs: true` is a mistake.
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = {int: 'an integer', float: 'a number', str: 'a string (quote it)', bool: 'true or false'}
-        raise UserError(f'{path}: {key}: {value!r} is not ' + ' or '.join(wanted[k] for k in kinds if (k, kind) != (int, float)))
+        expected = ' or '.join(wanted[k] for k in kinds if (k, kind) != (int, float))
+        raise UserError(f'{path}: {key}: {value!r} is not {expected}')
     if action.type is not None:
         try:
             value = action.type(str(value))
@@ -285,144 +288,146 @@ FLAG = argparse.BooleanOptionalAction
 
 
 def data_options(parser):
-    group = parser.add_argument_group('Data')
-    group.add_argument('data', metavar='DIR', nargs='?', help='data set: a folder with train/ and val/ of class folders')
-    group.add_argument('--dataset', default='folder', choices=['folder', 'imagenet', 'cifar10', 'cifar100', 'digits', 'synthetic'],
-                       help='what is in DIR; digits (embedded) and synthetic (for measuring) need none')
-    group.add_argument('--download', action=FLAG, default=False, help='fetch CIFAR into DIR where it is missing')
-    group.add_argument('--train-split', default='train', metavar='NAME', help='folder of the training images below DIR')
-    group.add_argument('--val-split', metavar='NAME', help='folder of the evaluation images (default: val, validation or test)')
-    group.add_argument('--only-classes', metavar='CLASSES', help="use a part of the classes: '0-4', or names as 'cat,dog'")
-    group.add_argument('-j', '--workers', type=count, default=8, metavar='N', help='data loader processes per rank')
-    group.add_argument('--pin-mem', action=FLAG, default=False, help='page-locked memory for faster copies to a GPU')
+    add = parser.add_argument_group('Data').add_argument
+    add('data', metavar='DIR', nargs='?', help='data set: a folder with train/ and val/ of class folders')
+    add('--dataset', default='folder', choices=['folder', 'imagenet', 'cifar10', 'cifar100', 'digits', 'synthetic'],
+        help='what is in DIR; digits (embedded) and synthetic (for measuring) need none')
+    add('--download', action=FLAG, default=False, help='fetch CIFAR into DIR where it is missing')
+    add('--train-split', default='train', metavar='NAME', help='folder of the training images below DIR')
+    add('--val-split', metavar='NAME', help='folder of the evaluation images (default: val, validation or test)')
+    add('--only-classes', metavar='CLASSES', help="use a part of the classes: '0-4', or names as 'cat,dog'")
+    add('-j', '--workers', type=count, default=8, metavar='N', help='data loader processes per rank')
+    add('--pin-mem', action=FLAG, default=False, help='page-locked memory for faster copies to a GPU')
 
 
 def model_options(parser):
-    group = parser.add_argument_group('Model and weights')
-    group.add_argument('--model', default='t2t_vit_14', metavar='MODEL', help='a T2T-ViT or any model of timm, by name')
-    group.add_argument('--pretrained', action=FLAG, default=False, help="start from the model's published weights")
-    group.add_argument('--initial-checkpoint', default='', metavar='PATH', help='start from the weights of this file')
-    group.add_argument('--use-ema', action=FLAG, default=True, help='of a checkpoint that holds both, take the averaged weights')
-    group.add_argument('--num-classes', type=positive_int, metavar='N',
-                       help="size of the classifier (default: the data set's classes, 1000 for ImageNet)")
-    group.add_argument('--gp', metavar='POOL', help='global pooling (default: that of the model)')
-    group.add_argument('--img-size', type=image_size, default=224, metavar='N', help='input size in pixels, or HxW')
-    group.add_argument('--channels-last', action=FLAG, default=False, help='channels-last memory layout (for convolutions)')
+    add = parser.add_argument_group('Model and weights').add_argument
+    add('--model', default='t2t_vit_14', metavar='MODEL', help='a T2T-ViT or any model of timm, by name')
+    add('--pretrained', action=FLAG, default=False, help="start from the model's published weights")
+    add('--initial-checkpoint', default='', metavar='PATH', help='start from the weights of this file')
+    add('--use-ema', action=FLAG, default=True, help='of a checkpoint that holds both, take the averaged weights')
+    add('--num-classes', type=positive_int, metavar='N',
+        help="size of the classifier (default: the data set's classes, 1000 for ImageNet)")
+    add('--gp', metavar='POOL', help='global pooling (default: that of the model)')
+    add('--img-size', type=image_size, default=224, metavar='N', help='input size in pixels, or HxW')
+    add('--channels-last', action=FLAG, default=False, help='channels-last memory layout (for convolutions)')
 
 
 def input_options(parser):
-    group = parser.add_argument_group('Evaluation input')
-    group.add_argument('-vb', '--validation-batch-size-multiplier', type=positive_int, default=1, metavar='N',
-                       help='evaluation batch = N x --batch-size')
-    group.add_argument('--crop-pct', type=positive, metavar='PCT', help='centre crop as a part of the resized image (model: 0.9)')
-    group.add_argument('--mean', type=real, nargs='+', metavar='MEAN', help='mean of the pixels (default: the model\'s)')
-    group.add_argument('--std', type=positive, nargs='+', metavar='STD', help='standard deviation of the pixels')
-    group.add_argument('--interpolation', default='', choices=['', 'bilinear', 'bicubic', 'nearest'], metavar='NAME',
-                       help='resize of evaluation images: bilinear, bicubic, nearest (default: the model\'s)')
+    add = parser.add_argument_group('Evaluation input').add_argument
+    add('-vb', '--validation-batch-size-multiplier', type=positive_int, default=1, metavar='N',
+        help='evaluation batch = N x --batch-size')
+    add('--crop-pct', type=positive, metavar='PCT', help='centre crop as a part of the resized image (model: 0.9)')
+    add('--mean', type=real, nargs='+', metavar='MEAN', help='mean of the pixels (default: the model\'s)')
+    add('--std', type=positive, nargs='+', metavar='STD', help='standard deviation of the pixels')
+    add('--interpolation', default='', choices=['', 'bilinear', 'bicubic', 'nearest'], metavar='NAME',
+        help='resize of evaluation images: bilinear, bicubic, nearest (default: the model\'s)')
 
 
 def optimizer_options(parser):
-    group = parser.add_argument_group('Optimizer')
-    group.add_argument('-b', '--b', '--batch-size', dest='batch_size', type=positive_int, default=64, metavar='N',
-                       help='images per process and step')
-    group.add_argument('--accum-steps', type=positive_int, default=1, metavar='N', help='batches whose gradients make one step')
-    group.add_argument('--opt', default='adamw', metavar='NAME', help='adamw, sgd or any optimizer of timm')
-    group.add_argument('--opt-eps', type=positive, metavar='EPS', help="optimizer's epsilon (default: its own)")
-    group.add_argument('--opt-betas', type=probability, nargs='+', metavar='BETA', help="optimizer's betas (default: its own)")
-    group.add_argument('--momentum', type=rate, default=0.9, metavar='M', help='momentum of SGD')
-    group.add_argument('--weight-decay', '--wd', type=rate, default=0.05, metavar='W',
-                       help='decay of weights; biases, 1-D parameters and cls_token have none')
-    group.add_argument('--clip-grad', type=positive, metavar='NORM', help='clip the gradient to this norm (default: never)')
+    add = parser.add_argument_group('Optimizer').add_argument
+    add('-b', '--b', '--batch-size', dest='batch_size', type=positive_int, default=64, metavar='N',
+        help='images per process and step')
+    add('--accum-steps', type=positive_int, default=1, metavar='N', help='batches whose gradients make one step')
+    add('--opt', default='adamw', metavar='NAME', help='adamw, sgd or any optimizer of timm')
+    add('--opt-eps', type=positive, metavar='EPS', help="optimizer's epsilon (default: its own)")
+    add('--opt-betas', type=probability, nargs='+', metavar='BETA', help="optimizer's betas (default: its own)")
+    add('--momentum', type=rate, default=0.9, metavar='M', help='momentum of SGD')
+    add('--weight-decay', '--wd', type=rate, default=0.05, metavar='W',
+        help='decay of weights; biases, 1-D parameters and cls_token have none')
+    add('--clip-grad', type=positive, metavar='NORM', help='clip the gradient to this norm (default: never)')
 
 
 def schedule_options(parser):
-    group = parser.add_argument_group('Learning rate schedule')
-    group.add_argument('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'multistep', 'poly'],
-                       help='shape of the schedule after the warm-up')
-    group.add_argument('--lr', type=rate, default=5e-4, metavar='LR', help='learning rate at the top of the schedule')
-    group.add_argument('--lr-noise', type=rate, nargs='+', metavar='PCT', help='noise on the rate between these parts of the epochs')
-    group.add_argument('--lr-noise-pct', type=rate, default=0.67, metavar='PCT', help='limit of that noise')
-    group.add_argument('--lr-noise-std', type=rate, default=1.0, metavar='STD', help='standard deviation of that noise')
-    group.add_argument('--lr-cycle-mul', type=positive, default=1.0, metavar='MULT', help='each cycle is longer by this factor')
-    group.add_argument('--lr-cycle-limit', type=positive_int, default=1, metavar='N', help='number of cosine cycles')
-    group.add_argument('--warmup-lr', type=rate, default=1e-6, metavar='LR', help='rate of the first warm-up epoch')
-    group.add_argument('--min-lr', type=rate, default=1e-5, metavar='LR', help='rate at the end of the schedule')
-    group.add_argument('--epochs', type=positive_int, default=300, metavar='N', help='epochs of the schedule')
-    group.add_argument('--start-epoch', type=count, metavar='N', help='count the epochs from here')
-    group.add_argument('--decay-epochs', type=positive, default=30, metavar='N', help='epochs between steps (step schedule)')
-    group.add_argument('--warmup-epochs', type=count, default=10, metavar='N', help='epochs of linear warm-up')
-    group.add_argument('--cooldown-epochs', type=count, default=10, metavar='N', help='epochs at --min-lr after the schedule')
-    group.add_argument('--sched-on-updates', action=FLAG, default=False, help='change the rate every step, not every epoch')
-    group.add_argument('--decay-rate', '--dr', type=positive, default=0.1, metavar='RATE', help='factor of a step')
+    add = parser.add_argument_group('Learning rate schedule').add_argument
+    add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'multistep', 'poly'],
+        help='shape of the schedule after the warm-up')
+    add('--lr', type=rate, default=5e-4, metavar='LR', help='learning rate at the top of the schedule')
+    add('--lr-noise', type=rate, nargs='+', metavar='PCT', help='noise on the rate between these parts of the epochs')
+    add('--lr-noise-pct', type=rate, default=0.67, metavar='PCT', help='limit of that noise')
+    add('--lr-noise-std', type=rate, default=1.0, metavar='STD', help='standard deviation of that noise')
+    add('--lr-cycle-mul', type=positive, default=1.0, metavar='MULT', help='each cycle is longer by this factor')
+    add('--lr-cycle-limit', type=positive_int, default=1, metavar='N', help='number of cosine cycles')
+    add('--warmup-lr', type=rate, default=1e-6, metavar='LR', help='rate of the first warm-up epoch')
+    add('--min-lr', type=rate, default=1e-5, metavar='LR', help='rate at the end of the schedule')
+    add('--epochs', type=positive_int, default=300, metavar='N', help='epochs of the schedule')
+    add('--start-epoch', type=count, metavar='N', help='count the epochs from here')
+    add('--decay-epochs', type=positive, default=30, metavar='N', help='epochs between steps (step schedule)')
+    add('--warmup-epochs', type=count, default=10, metavar='N', help='epochs of linear warm-up')
+    add('--cooldown-epochs', type=count, default=10, metavar='N', help='epochs at --min-lr after the schedule')
+    add('--sched-on-updates', action=FLAG, default=False, help='change the rate every step, not every epoch')
+    add('--decay-rate', '--dr', type=positive, default=0.1, metavar='RATE', help='factor of a step')
 
 
 def augmentation_options(parser):
-    group = parser.add_argument_group('Augmentation and regularization')
-    group.add_argument('--aug', action=FLAG, default=True, help='--no-aug trains on centre crops, whatever else is said here')
-    group.add_argument('--train-crop-mode', default='rrc', choices=['rrc', 'pad'],
-                       help='rrc: random resized crop; pad: resize, then random crop of the image padded by 1/8')
-    group.add_argument('--scale', type=positive, nargs=2, default=[0.08, 1.0], metavar=('MIN', 'MAX'), help='area of a random resized crop')
-    group.add_argument('--ratio', type=positive, nargs=2, default=[3 / 4, 4 / 3], metavar=('MIN', 'MAX'), help='its aspect ratio')
-    group.add_argument('--hflip', type=probability, default=0.5, metavar='P', help='probability of a horizontal flip')
-    group.add_argument('--vflip', type=probability, default=0.0, metavar='P', help='probability of a vertical flip')
-    group.add_argument('--color-jitter', type=rate, default=0.4, metavar='PCT', help='colour jitter; unused beside --aa')
-    group.add_argument('--aa', default='rand-m9-mstd0.5-inc1', metavar='POLICY', help="AutoAugment or RandAugment policy; '' for none")
-    group.add_argument('--aug-splits', type=count, default=0, metavar='N', help='AugMix splits: 0, or at least 2')
-    group.add_argument('--jsd', action=FLAG, default=False, help='Jensen-Shannon divergence over the splits')
-    group.add_argument('--resplit', action=FLAG, default=False, help='do not erase in the first, clean split')
-    group.add_argument('--reprob', type=probability, default=0.25, metavar='P', help='probability of random erasing')
-    group.add_argument('--remode', default='pixel', choices=['pixel', 'rand', 'const'], help='what an erased region is filled with')
-    group.add_argument('--recount', type=positive_int, default=1, metavar='N', help='erased regions per image')
-    group.add_argument('--mixup', type=rate, default=0.8, metavar='ALPHA', help='Mixup alpha; 0 for none')
-    group.add_argument('--cutmix', type=rate, default=1.0, metavar='ALPHA', help='CutMix alpha; 0 for none')
-    group.add_argument('--cutmix-minmax', type=probability, nargs=2, metavar=('MIN', 'MAX'), help='CutMix region, instead of alpha')
-    group.add_argument('--mixup-prob', type=probability, default=1.0, metavar='P', help='probability of mixing a batch')
-    group.add_argument('--mixup-switch-prob', type=probability, default=0.5, metavar='P', help='of those, the part by CutMix')
-    group.add_argument('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='one mix per batch, pair or image')
-    group.add_argument('--mixup-off-epoch', type=count, default=0, metavar='N', help='no mixing from this epoch on; 0: always')
-    group.add_argument('--smoothing', type=probability, default=0.1, metavar='S', help='label smoothing')
-    group.add_argument('--train-interpolation', default='random', choices=['random', 'bilinear', 'bicubic'],
-                       help='resize of training images')
-    group.add_argument('--drop', type=probability, default=0.0, metavar='P', help='dropout')
-    group.add_argument('--drop-path', type=probability, default=0.1, metavar='P', help='stochastic depth of the last block')
-    group.add_argument('--drop-block', type=probability, metavar='P', help='DropBlock, for models that have it')
+    add = parser.add_argument_group('Augmentation and regularization').add_argument
+    add('--aug', action=FLAG, default=True, help='--no-aug trains on centre crops, whatever else is said here')
+    add('--train-crop-mode', default='rrc', choices=['rrc', 'pad'],
+        help='rrc: random resized crop; pad: resize, then random crop of the image padded by 1/8')
+    add('--scale', type=positive, nargs=2, default=[0.08, 1.0], metavar=('MIN', 'MAX'),
+        help='area of a random resized crop')
+    add('--ratio', type=positive, nargs=2, default=[3 / 4, 4 / 3], metavar=('MIN', 'MAX'), help='its aspect ratio')
+    add('--hflip', type=probability, default=0.5, metavar='P', help='probability of a horizontal flip')
+    add('--vflip', type=probability, default=0.0, metavar='P', help='probability of a vertical flip')
+    add('--color-jitter', type=rate, default=0.4, metavar='PCT', help='colour jitter; unused beside --aa')
+    add('--aa', default='rand-m9-mstd0.5-inc1', metavar='POLICY', help="AutoAugment or RandAugment policy; '' for none")
+    add('--aug-splits', type=count, default=0, metavar='N', help='AugMix splits: 0, or at least 2')
+    add('--jsd', action=FLAG, default=False, help='Jensen-Shannon divergence over the splits')
+    add('--resplit', action=FLAG, default=False, help='do not erase in the first, clean split')
+    add('--reprob', type=probability, default=0.25, metavar='P', help='probability of random erasing')
+    add('--remode', default='pixel', choices=['pixel', 'rand', 'const'], help='what an erased region is filled with')
+    add('--recount', type=positive_int, default=1, metavar='N', help='erased regions per image')
+    add('--mixup', type=rate, default=0.8, metavar='ALPHA', help='Mixup alpha; 0 for none')
+    add('--cutmix', type=rate, default=1.0, metavar='ALPHA', help='CutMix alpha; 0 for none')
+    add('--cutmix-minmax', type=probability, nargs=2, metavar=('MIN', 'MAX'), help='CutMix region, instead of alpha')
+    add('--mixup-prob', type=probability, default=1.0, metavar='P', help='probability of mixing a batch')
+    add('--mixup-switch-prob', type=probability, default=0.5, metavar='P', help='of those, the part by CutMix')
+    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='one mix per batch, pair or image')
+    add('--mixup-off-epoch', type=count, default=0, metavar='N', help='no mixing from this epoch on; 0: always')
+    add('--smoothing', type=probability, default=0.1, metavar='S', help='label smoothing')
+    add('--train-interpolation', default='random', choices=['random', 'bilinear', 'bicubic'],
+        help='resize of training images')
+    add('--drop', type=probability, default=0.0, metavar='P', help='dropout')
+    add('--drop-path', type=probability, default=0.1, metavar='P', help='stochastic depth of the last block')
+    add('--drop-block', type=probability, metavar='P', help='DropBlock, for models that have it')
 
 
 def batch_norm_options(parser):
-    group = parser.add_argument_group('Batch norm (models that have it)')
-    group.add_argument('--bn-momentum', type=rate, metavar='M', help='momentum of the running statistics')
-    group.add_argument('--bn-eps', type=positive, metavar='EPS', help='epsilon')
-    group.add_argument('--sync-bn', action=FLAG, default=False, help='statistics over all processes')
-    group.add_argument('--dist-bn', default='', choices=['', 'reduce', 'broadcast'], help='after an epoch, share the running statistics')
+    add = parser.add_argument_group('Batch norm (models that have it)').add_argument
+    add('--bn-momentum', type=rate, metavar='M', help='momentum of the running statistics')
+    add('--bn-eps', type=positive, metavar='EPS', help='epsilon')
+    add('--sync-bn', action=FLAG, default=False, help='statistics over all processes')
+    add('--dist-bn', default='', choices=['', 'reduce', 'broadcast'],
+        help='after an epoch, share the running statistics')
 
 
 def ema_options(parser):
-    group = parser.add_argument_group('Moving average of the weights')
-    group.add_argument('--model-ema', action=FLAG, default=True, help='keep and evaluate averaged weights')
-    group.add_argument('--model-ema-force-cpu', action=FLAG, default=False, help='keep them in CPU memory; they are not evaluated')
-    group.add_argument('--model-ema-decay', type=probability, default=0.99996, metavar='D', help='decay of the average per step')
+    add = parser.add_argument_group('Moving average of the weights').add_argument
+    add('--model-ema', action=FLAG, default=True, help='keep and evaluate averaged weights')
+    add('--model-ema-force-cpu', action=FLAG, default=False, help='keep them in CPU memory; they are not evaluated')
+    add('--model-ema-decay', type=probability, default=0.99996, metavar='D', help='decay of the average per step')
 
 
 def device_options(parser):
-    group = parser.add_argument_group('Device and precision')
-    group.add_argument('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
-    group.add_argument('--amp', '--native-amp', action=FLAG, default=False, help='mixed precision')
-    group.add_argument('--amp-dtype', default='auto', choices=['auto', 'bfloat16', 'float16'],
-                       help='auto: bfloat16 where the device has it, else float16 with loss scaling')
-    group.add_argument('--deterministic', action=FLAG, default=False, help='only kernels that repeat to the bit (GPU)')
-    group.add_argument('--seed', type=count, default=42, metavar='S', help='seed of everything random')
-    group.add_argument('--log-interval', type=positive_int, default=50, metavar='N', help='steps between log lines')
+    add = parser.add_argument_group('Device and precision').add_argument
+    add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
+    add('--amp', '--native-amp', action=FLAG, default=False, help='mixed precision')
+    add('--amp-dtype', default='auto', choices=['auto', 'bfloat16', 'float16'],
+        help='auto: bfloat16 where the device has it, else float16 with loss scaling')
+    add('--deterministic', action=FLAG, default=False, help='only kernels that repeat to the bit (GPU)')
+    add('--seed', type=count, default=42, metavar='S', help='seed of everything random')
+    add('--log-interval', type=positive_int, default=50, metavar='N', help='steps between log lines')
 
 
 def run_options(parser):
-    group = parser.add_argument_group('Run, checkpoints, resume')
-    group.add_argument('--output', default='./output', metavar='DIR', help='runs go to DIR/train/EXPERIMENT')
-    group.add_argument('--experiment', default='', metavar='NAME', help="the run's folder (default: date-model-size)")
-    group.add_argument('--resume', default='', metavar='PATH', help="continue from this checkpoint; 'auto': the newest of this run")
-    group.add_argument('--resume-opt', action=FLAG, default=True, help='--no-resume-opt: take the weights, start the optimizer anew')
-    group.add_argument('--checkpoint-steps', '--recovery-interval', type=count, default=0, metavar='N',
-                       help='save every N steps within an epoch as well; 0: only after epochs')
-    group.add_argument('--checkpoint-hist', type=positive_int, default=2, metavar='N', help='newest checkpoints to keep; the best is apart')
-    group.add_argument('--eval-metric', default='top1', choices=['top1', 'top5', 'loss'], help='what makes a checkpoint the best')
-    group.add_argument('--save-images', action=FLAG, default=False, help='write the augmented batch as a picture at every log line')
-    group.add_argument('--tensorboard', action=FLAG, default=True, help='write TensorBoard events')
+    add = parser.add_argument_group('Run, checkpoints, resume').add_argument
+    add('--output', default='./output', metavar='DIR', help='runs go to DIR/train/EXPERIMENT')
+    add('--experiment', default='', metavar='NAME', help="the run's folder (default: date-model-size)")
+    add('--resume', default='', metavar='PATH', help="continue from this checkpoint; 'auto': the newest of this run")
+    add('--resume-opt', action=FLAG, default=True, help='--no-resume-opt: take the weights, start the optimizer anew')
+    add('--checkpoint-steps', '--recovery-interval', type=count, default=0, metavar='N',
+        help='save every N steps within an epoch as well; 0: only after epochs')
+    add('--checkpoint-hist', type=positive_int, default=2, metavar='N', help='newest checkpoints to keep, beside the best')
+    add('--eval-metric', default='top1', choices=['top1', 'top5', 'loss'], help='what makes a checkpoint the best')
+    add('--save-images', action=FLAG, default=False, help='write the augmented batch as a picture at every log line')
+    add('--tensorboard', action=FLAG, default=True, help='write TensorBoard events')
