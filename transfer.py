@@ -16,9 +16,10 @@ GROUPS = (options.data_options, options.model_options, options.input_options, op
 
 # The published transfer recipe: SGD, a cosine without warm-up, padded crops and flips, plain cross-entropy.
 DEFAULTS = dict(
-    data='./data_cifar', dataset='cifar10', download=True, opt='sgd', lr=0.01, weight_decay=5e-4, batch_size=128, epochs=60, warmup_epochs=0,
-    cooldown_epochs=0, min_lr=2e-4, train_crop_mode='pad', train_interpolation='bilinear', interpolation='bilinear',
-    crop_pct=1.0, aa='', color_jitter=0.0, reprob=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, model_ema=False)
+    data='./data_cifar', dataset='cifar10', download=True, opt='sgd', lr=0.01, weight_decay=5e-4, batch_size=128,
+    epochs=60, warmup_epochs=0, cooldown_epochs=0, min_lr=2e-4, train_crop_mode='pad', train_interpolation='bilinear',
+    interpolation='bilinear', crop_pct=1.0, aa='', color_jitter=0.0, reprob=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0,
+    model_ema=False)
 
 
 def transfer_options(parser):

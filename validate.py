@@ -56,8 +56,8 @@ def main():
     if checkpoint:
         log.info('%s', load_weights(model, checkpoint, use_ema=args.use_ema))
     if model.num_classes != len(dataset.classes):
-        raise UserError(f'the model has {model.num_classes} classes, the data set {len(dataset.classes)}, and nothing says '
-                        'which is which; give --class-map FILE with all their names in order')
+        raise UserError(f'the model has {model.num_classes} classes, the data set {len(dataset.classes)}, and nothing '
+                        'says which is which; give --class-map FILE with all their names in order')
     model.to(world.device)
 
     # --- Evaluation ---------------------------------------------------------------------------------------------------

@@ -57,10 +57,10 @@ class ImageFolder(ImageDataset):
         _logger.info('%s: %d images of %d classes', self.folder, len(self), len(self.classes))
         if self.num_ignored:
             _logger.warning('%s: ignored %d files that are no images or lie outside of class folders',
-                           self.folder, self.num_ignored)
+                            self.folder, self.num_ignored)
         if empty:
             _logger.warning('%s: %d class folders without images: %s', self.folder, len(empty),
-                           name_some(empty))
+                            name_some(empty))
 
 
 def check_folder(folder: str) -> str:

@@ -9,7 +9,7 @@ from engine.loop import Trainer, wrap_model
 from engine.loss import create_loss
 from engine.optimizer import create_schedule
 from engine.state import TrainState
-from utils.distributed import World, from_main
+from utils.distributed import World, from_main, overwrite_from_main
 from utils.files import read_checkpoint
 from utils.log import RunLog
 from utils.runtime import Precision
@@ -27,6 +27,8 @@ def create_state(args, model: nn.Module, optimizer, precision: Precision, classe
     if args.sync_bn and world.size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(world.device)
+    # Ranks draw different numbers, initial weights too. DDP would set that right in the model, but not in the average.
+    overwrite_from_main(model.state_dict().values())
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)

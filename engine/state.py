@@ -88,13 +88,14 @@ class TrainState:
             UserError: not a checkpoint of a run, or of another model, number of classes or image size.
         """
         self._check(state, source)
+        # The optimizer first: it alone can still refuse.
+        if with_optimizer:
+            self._load_optimizer(state['optimizer'], source)
+            self.scaler.load_state_dict(state['amp_scaler'])
         self.model.load_state_dict(state['state_dict'])
         if self.ema:
             # A run that had no average starts it at its weights.
             self.ema.module.load_state_dict(state['state_dict_ema'] or state['state_dict'])
-        if with_optimizer:
-            self._load_optimizer(state['optimizer'], source)
-            self.scaler.load_state_dict(state['amp_scaler'])
         for name in ('epoch', 'step', 'global_step', 'metric', 'best_metric', 'best_epoch'):
             setattr(self, name, state[name])
         self._load_rank(state['ranks'])

@@ -89,6 +89,13 @@ def from_main(value):
     return box[0]
 
 
+def overwrite_from_main(tensors) -> None:
+    """Writes rank 0's values into these tensors of every rank."""
+    if is_distributed():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
 def gather(value) -> list:
     """Every rank's value of any picklable object, in the order of ranks, on every rank."""
     if not is_distributed():

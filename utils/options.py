@@ -11,6 +11,7 @@ Whatever is wrong raises UserError before anything heavy is imported: this modul
 import argparse
 import difflib
 import re
+import sys
 from pathlib import Path
 
 import yaml
@@ -95,11 +96,20 @@ truth.kind = bool
 # ---------------------------------------------------------------------------------------------------------------------
 # Parser
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to show and the text does not say it in better words."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, '', argparse.SUPPRESS) or 'default' in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is a UserError of one line that names the nearest right option."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(*args, allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message):
         unknown = re.match(r'unrecognized arguments: (.*)', message)
@@ -113,7 +123,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f'{message} (all options: {self.prog} --help)')
 
     def parse_known_args(self, args=None, namespace=None):
-        import sys
         args = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args([_hyphens(a) for a in args], namespace)
 
@@ -427,7 +436,7 @@ def run_options(parser):
     add('--resume-opt', action=FLAG, default=True, help='--no-resume-opt: take the weights, start the optimizer anew')
     add('--checkpoint-steps', '--recovery-interval', type=count, default=0, metavar='N',
         help='save every N steps within an epoch as well; 0: only after epochs')
-    add('--checkpoint-hist', type=positive_int, default=2, metavar='N', help='newest checkpoints to keep, beside the best')
+    add('--checkpoint-hist', type=positive_int, default=2, metavar='N', help='newest checkpoints to keep')
     add('--eval-metric', default='top1', choices=['top1', 'top5', 'loss'], help='what makes a checkpoint the best')
     add('--save-images', action=FLAG, default=False, help='write the augmented batch as a picture at every log line')
     add('--tensorboard', action=FLAG, default=True, help='write TensorBoard events')

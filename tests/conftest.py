@@ -1,0 +1,83 @@
+"""What several test files share: where the project is, its scripts as a user starts them, small data."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 240  # the longest that any one command of a test may take
+
+
+def run_command(command: list, cwd: Path, **environment) -> subprocess.CompletedProcess:
+    """Runs a command in its own process group, which is gone when this returns, however it ends."""
+    env = {**os.environ, 'PYTHON': sys.executable, 'HF_HUB_OFFLINE': '1', **environment}
+    process = subprocess.Popen([str(word) for word in command], cwd=cwd, env=env, text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # every process of the group has ended by itself
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def run_script(script: str, *options, cwd: Path, **environment) -> subprocess.CompletedProcess:
+    """python SCRIPT OPTIONS…, from another folder than the project's."""
+    return run_command([sys.executable, ROOT / script, *options], cwd, **environment)
+
+
+def launch(num_proc, *options, cwd: Path, **environment) -> subprocess.CompletedProcess:
+    """./distributed_train.sh NUM_PROC OPTIONS…"""
+    return run_command([ROOT / 'distributed_train.sh', num_proc, *options], cwd, **environment)
+
+
+def succeeded(result: subprocess.CompletedProcess) -> str:
+    """What the command printed; fails the test with its output if the command failed."""
+    assert result.returncode == 0, f'{result.args}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}'
+    return result.stdout
+
+
+def assert_same(a, b, where='state'):
+    """Equal to the bit, through dicts, lists and tensors."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f'{where}.{key}')
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f'{where}[{i}]')
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def write_images(root: Path, splits: dict[str, int], classes=('ant', 'bee', 'cat'), size=(40, 36), seed=0) -> Path:
+    """An image folder: JPEG files of noise around a colour for each class, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    for split, count in splits.items():
+        for label, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                colour = np.zeros(3)
+                colour[label % 3] = 160
+                pixels = np.clip(colour + rng.normal(60, 30, (*size, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f'{name}_{index}.jpg', quality=90)
+    return root
+
+
+@pytest.fixture(scope='session')
+def image_folder(tmp_path_factory) -> Path:
+    """train/ and val/ of three classes, 12 and 5 images in each."""
+    return write_images(tmp_path_factory.mktemp('images'), {'train': 12, 'val': 5})

@@ -1,0 +1,82 @@
+"""A resumed run ends in the same bytes as one that never stopped: two ranks, everything random switched on."""
+import json
+
+import pytest
+import torch
+
+from tests.conftest import assert_same, launch, succeeded
+from utils.files import read_checkpoint
+
+# 13 steps per epoch, and every source of randomness: crops, flips, RandAugment, erasing, Mixup, CutMix, dropout, drop path.
+RUN = ('--dataset', 'digits', '--only-classes', '0-2', '--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu',
+       '-b', '16', '--epochs', '2', '--cooldown-epochs', '0', '--warmup-epochs', '0', '--lr', '1e-3',
+       '--model-ema-decay', '0.9', '--drop', '0.1', '--clip-grad', '1', '--accum-steps', '2', '--log-interval', '2',
+       '--checkpoint-steps', '2', '--checkpoint-hist', '100', '--no-tensorboard', '--output', 'runs')
+TIMES = {'epoch_seconds', 'images_per_second'}
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('resume')
+    out = succeeded(launch(2, *RUN, '-j', '1', '--experiment', 'whole', cwd=folder))
+    assert '2 process(es), cpu' in out
+    return folder
+
+
+def records(run):
+    lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def final_state(run) -> dict:
+    """All of the last checkpoint but the options, of which --resume and --experiment differ."""
+    return {k: v for k, v in read_checkpoint(run / 'last.pth.tar').items() if k != 'args'}
+
+
+def test_a_state_holds_what_it_must(uninterrupted):
+    content = read_checkpoint(uninterrupted / 'runs/train/whole/last.pth.tar')
+    assert {'state_dict', 'state_dict_ema', 'optimizer', 'amp_scaler', 'epoch', 'step', 'global_step', 'best_metric',
+            'ranks', 'args', 'classes', 'version', 'arch', 'metric'} <= content.keys()
+    assert content['classes'] == ['0', '1', '2'] and content['args']['mixup'] == 0.8 and len(content['ranks']) == 2
+    first, second = (rank['rng']['torch'] for rank in content['ranks'])
+    assert not torch.equal(first, second), 'ranks must draw different numbers'
+
+
+@pytest.mark.parametrize(('where', 'workers'), [('middle', '0'), ('end of an epoch', '1')])
+def test_resumed_run_ends_in_the_same_bytes(uninterrupted, where, workers):
+    whole = uninterrupted / 'runs/train/whole'
+    steps_per_epoch = read_checkpoint(whole / 'last.pth.tar')['global_step'] // 2
+    assert steps_per_epoch % 2 == 0, 'the checkpoints of the middle and the end must not be the same'
+    step = steps_per_epoch + 2 if where == 'middle' else steps_per_epoch
+    start = whole / f'checkpoint-{step:08d}.pth.tar'
+    content = read_checkpoint(start)
+    assert (content['epoch'], content['step']) == (1, step - steps_per_epoch)
+
+    name = where.replace(' ', '_')
+    out = succeeded(launch(2, *RUN, '-j', workers, '--experiment', name, '--resume', start, cwd=uninterrupted))
+    assert f'resumed from {start}: epoch 1, step {step - steps_per_epoch}' in out
+    resumed = uninterrupted / 'runs/train' / name
+    assert_same(final_state(whole), final_state(resumed))
+    assert records(resumed) == [r for r in records(whole) if r['kind'] == 'epoch' and r['epoch'] == 1
+                                or r['kind'] == 'train' and r['global_step'] > step]
+
+
+def test_resume_auto_continues_in_place_with_one_history(uninterrupted):
+    """Cut the run's folder back to a middle, as a crash would leave it, and let --resume auto find its way."""
+    whole = uninterrupted / 'runs/train/whole'
+    expected, history = final_state(whole), records(whole)
+    steps = sorted(whole.glob('checkpoint-*.pth.tar'))
+    middle = steps[1]
+    for later in steps[2:]:
+        later.unlink()
+    (whole / 'last.pth.tar').unlink()
+    (whole / 'last.pth.tar').hardlink_to(middle)
+    # The crash came after lines were written that the checkpoint does not know of, the last of them cut short.
+    with open(whole / 'metrics.jsonl', 'a') as file:
+        file.write('{"kind": "tra')
+
+    out = succeeded(launch(2, *RUN, '-j', '1', '--experiment', 'whole', '--resume', 'auto', cwd=uninterrupted))
+    assert 'resumed from' in out
+    assert_same(expected, final_state(whole))
+    assert records(whole) == history
+    assert (whole / 'summary.csv').read_text().count('\n') == 3 and (whole / 'curves.png').stat().st_size > 10_000
