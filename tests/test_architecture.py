@@ -1,4 +1,5 @@
 """Which way imports go: root scripts → {models, data, engine} → utils, and nothing else."""
+
 import ast
 from pathlib import Path
 
@@ -6,7 +7,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ('models', 'data', 'engine', 'utils')
-MAY_IMPORT = {'models': {'models', 'utils'}, 'data': {'data', 'utils'}, 'engine': {'engine', 'utils'}, 'utils': {'utils'}}
+MAY_IMPORT = {
+    'models': {'models', 'utils'},
+    'data': {'data', 'utils'},
+    'engine': {'engine', 'utils'},
+    'utils': {'utils'},
+}
 SCRIPTS = sorted(ROOT.glob('*.py'))
 
 
@@ -42,8 +48,13 @@ def test_options_import_no_torch():
     while queue:
         file = queue.pop()
         for node in ast.walk(ast.parse(file.read_text())):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-                [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             for module in modules:
                 reached.add(module.split('.')[0])
                 if module.startswith('utils.'):
@@ -52,7 +63,11 @@ def test_options_import_no_torch():
 
 
 def test_dataloaders_are_built_in_one_place():
-    builders = [f.relative_to(ROOT).as_posix() for room in ROOMS for f in (ROOT / room).rglob('*.py')
-                for node in ast.walk(ast.parse(f.read_text()))
-                if isinstance(node, ast.Call) and getattr(node.func, 'id', getattr(node.func, 'attr', '')) == 'DataLoader']
+    builders = [
+        f.relative_to(ROOT).as_posix()
+        for room in ROOMS
+        for f in (ROOT / room).rglob('*.py')
+        for node in ast.walk(ast.parse(f.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, 'id', getattr(node.func, 'attr', '')) == 'DataLoader'
+    ]
     assert builders == ['data/loader.py']

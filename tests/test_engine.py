@@ -1,4 +1,5 @@
 """The training core by itself: learning rates, parameter groups, checkpoint files, state, evaluation."""
+
 import math
 import os
 from argparse import Namespace
@@ -30,13 +31,36 @@ ONE = distributed.World(rank=0, local_rank=0, size=1, device=CPU)
 
 
 def recipe(**changes) -> Namespace:
-    return Namespace(**dict(
-        opt='adamw', opt_eps=None, opt_betas=None, lr=5e-4, weight_decay=0.05, momentum=0.9, sched='cosine', epochs=300,
-        decay_epochs=30, cooldown_epochs=10, decay_rate=0.1, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=10, lr_noise=None,
-        lr_noise_pct=0.67, lr_noise_std=1.0, seed=42, lr_cycle_mul=1.0, lr_cycle_limit=1, sched_on_updates=False) | changes)
+    return Namespace(
+        **dict(
+            opt='adamw',
+            opt_eps=None,
+            opt_betas=None,
+            lr=5e-4,
+            weight_decay=0.05,
+            momentum=0.9,
+            sched='cosine',
+            epochs=300,
+            decay_epochs=30,
+            cooldown_epochs=10,
+            decay_rate=0.1,
+            min_lr=1e-5,
+            warmup_lr=1e-6,
+            warmup_epochs=10,
+            lr_noise=None,
+            lr_noise_pct=0.67,
+            lr_noise_std=1.0,
+            seed=42,
+            lr_cycle_mul=1.0,
+            lr_cycle_limit=1,
+            sched_on_updates=False,
+        )
+        | changes
+    )
 
 
 # --- Learning rate ---------------------------------------------------------------------------------------------------
+
 
 def published_rate(epoch: int, lr: float) -> float:
     if epoch < 10:
@@ -73,6 +97,7 @@ def test_schedule_by_steps_rises_and_falls_within_epochs():
 
 
 # --- Parameter groups ------------------------------------------------------------------------------------------------
+
 
 def test_every_parameter_is_in_one_group_and_the_right_ones_decay():
     model = create_model('t2t_vit_7', num_classes=10, img_size=32)
@@ -118,7 +143,8 @@ def test_losses():
     plain = create_loss(Namespace(jsd=False, smoothing=0.0, aug_splits=0), soft_targets=False)(logits, targets)
     smooth = create_loss(Namespace(jsd=False, smoothing=0.1, aug_splits=0), soft_targets=False)(logits, targets)
     mixed = create_loss(Namespace(jsd=False, smoothing=0.1, aug_splits=0), soft_targets=True)(
-        logits, torch.tensor([[0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3]]))
+        logits, torch.tensor([[0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3]])
+    )
     log_p = logits.log_softmax(1)[0]
     assert plain.item() == pytest.approx(-log_p[0].item())
     assert smooth.item() == pytest.approx((-0.9 * log_p[0] - 0.1 * log_p.mean()).item())
@@ -129,12 +155,15 @@ def test_losses():
 
 # --- Checkpoint files ------------------------------------------------------------------------------------------------
 
+
 def test_checkpoints_are_kept_advertised_and_pruned(tmp_path):
     for step, best in ((10, True), (20, False), (30, False), (40, False)):
         save_checkpoint({'global_step': step}, tmp_path, global_step=step, keep=2, is_best=best)
         assert read_checkpoint(tmp_path / LAST)['global_step'] == step
     assert sorted(p.name for p in tmp_path.glob('checkpoint-*')) == [
-        'checkpoint-00000030.pth.tar', 'checkpoint-00000040.pth.tar']
+        'checkpoint-00000030.pth.tar',
+        'checkpoint-00000040.pth.tar',
+    ]
     assert read_checkpoint(tmp_path / BEST)['global_step'] == 10
     assert not list(tmp_path.glob('.*'))
 
@@ -160,7 +189,9 @@ def test_where_a_run_goes(tmp_path):
     new, none = resolve_run(**place, experiment='', resume='')
     assert new.parent == tmp_path / 'train' and new.name.endswith('-t2t_vit_7-32') and none is None
     assert resolve_run(**place, experiment='', resume='auto')[1] is None
-    for age, name in enumerate(('20260101-000000-t2t_vit_7-32', '20260102-000000-t2t_vit_7-32', '20260103-000000-t2t_vit_14-32')):
+    for age, name in enumerate(
+        ('20260101-000000-t2t_vit_7-32', '20260102-000000-t2t_vit_7-32', '20260103-000000-t2t_vit_14-32')
+    ):
         folder = tmp_path / 'train' / name
         folder.mkdir(parents=True)
         (folder / LAST).touch()
@@ -176,11 +207,19 @@ def test_where_a_run_goes(tmp_path):
 
 # --- State -----------------------------------------------------------------------------------------------------------
 
+
 def tiny_state(num_classes: int = 3, arch: str = 'tiny') -> TrainState:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, num_classes))
-    return TrainState(arch=arch, model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=0.1),
-                      scaler=Precision(CPU, enabled=False).scaler, ema=ModelEmaV3(model, decay=0.9), options={'lr': 0.1},
-                      classes=['a', 'b', 'c'], world=ONE)
+    return TrainState(
+        arch=arch,
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.1),
+        scaler=Precision(CPU, enabled=False).scaler,
+        ema=ModelEmaV3(model, decay=0.9),
+        options={'lr': 0.1},
+        classes=['a', 'b', 'c'],
+        world=ONE,
+    )
 
 
 def train_a_little(state: TrainState, steps: int) -> None:
@@ -212,14 +251,23 @@ def test_state_round_trip_through_a_file_continues_to_the_same_bytes(tmp_path):
     assert_same(state.state_dict(), other.state_dict())
 
 
-@pytest.mark.parametrize(('change', 'said'), [
-    (lambda c: c.pop('optimizer'), 'it has no optimizer.*--initial-checkpoint'),
-    (lambda c: c.update(version=99), 'newer version'),
-    (lambda c: c.update(arch='t2t_vit_14'), 'a checkpoint of t2t_vit_14, and this run is of tiny; say --model t2t_vit_14'),
-    (lambda c: c.update(state_dict=tiny_state(5).model.state_dict()), r'3.weight \(5, 8\) in the file, \(3, 8\) here'),
-    (lambda c: c['state_dict'].pop('1.bias'), '1.bias only here'),
-    (lambda c: c['optimizer']['param_groups'].append({'params': []}), 'optimizer state is of another kind'),
-])
+@pytest.mark.parametrize(
+    ('change', 'said'),
+    [
+        (lambda c: c.pop('optimizer'), 'it has no optimizer.*--initial-checkpoint'),
+        (lambda c: c.update(version=99), 'newer version'),
+        (
+            lambda c: c.update(arch='t2t_vit_14'),
+            'a checkpoint of t2t_vit_14, and this run is of tiny; say --model t2t_vit_14',
+        ),
+        (
+            lambda c: c.update(state_dict=tiny_state(5).model.state_dict()),
+            r'3.weight \(5, 8\) in the file, \(3, 8\) here',
+        ),
+        (lambda c: c['state_dict'].pop('1.bias'), '1.bias only here'),
+        (lambda c: c['optimizer']['param_groups'].append({'params': []}), 'optimizer state is of another kind'),
+    ],
+)
 def test_a_checkpoint_that_does_not_fit_changes_nothing(change, said):
     content = tiny_state().state_dict()
     change(content)
@@ -244,6 +292,7 @@ def draw():
     import random
 
     import numpy as np
+
     return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
 
 
@@ -259,11 +308,14 @@ def test_precision():
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------
 
+
 class Vectors:
     """Images whose pixels are their number: what a fixed linear model makes of them can be computed apart."""
 
     def __init__(self, count: int):
-        self.images = torch.randint(0, 256, (count, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
+        self.images = torch.randint(
+            0, 256, (count, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(count)
+        )
         self.targets = torch.arange(count) % 7
 
     def __len__(self):
@@ -276,7 +328,9 @@ class Vectors:
 def evaluate_share(count: int, rank: int, size: int):
     torch.manual_seed(5)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
-    loader = create_loader(Vectors(count), lambda image: image, EvalSampler(count, 4, rank=rank, world_size=size), workers=0)
+    loader = create_loader(
+        Vectors(count), lambda image: image, EvalSampler(count, 4, rank=rank, world_size=size), workers=0
+    )
     return evaluate(model, loader, BatchPreparer(CPU), precision=Precision(CPU, enabled=False)), model
 
 
@@ -285,8 +339,11 @@ def expected(count: int, model) -> tuple[float, float, float]:
     images, targets = BatchPreparer(CPU)(vectors.images, vectors.targets)
     logits = model(images).detach()
     top5 = logits.topk(5).indices
-    return (nn.functional.cross_entropy(logits, targets).item(),
-            100 * (top5[:, 0] == targets).float().mean().item(), 100 * (top5 == targets[:, None]).any(1).float().mean().item())
+    return (
+        nn.functional.cross_entropy(logits, targets).item(),
+        100 * (top5[:, 0] == targets).float().mean().item(),
+        100 * (top5 == targets[:, None]).any(1).float().mean().item(),
+    )
 
 
 @pytest.mark.parametrize('count', [1, 3, 4, 5, 33])
@@ -323,7 +380,10 @@ def test_evaluation_lines_read_as_users_know_them(caplog):
     caplog.set_level('INFO', logger='engine.evaluate')
     evaluate_share(10, 0, 1)
     number = r'\s*\d+\.\d{4}'
-    line = (rf'Test: \[   0/2\]  Time: \d\.\d{{3}} \(\d\.\d{{3}}\)  Loss: {number} \({number}\)  '
-            rf'Acc@1: {number} \({number}\)  Acc@5: {number} \({number}\)')
+    line = (
+        rf'Test: \[   0/2\]  Time: \d\.\d{{3}} \(\d\.\d{{3}}\)  Loss: {number} \({number}\)  '
+        rf'Acc@1: {number} \({number}\)  Acc@5: {number} \({number}\)'
+    )
     import re
+
     assert re.fullmatch(line, caplog.messages[0]), caplog.messages[0]

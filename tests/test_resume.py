@@ -7,7 +7,7 @@ import torch
 from tests.conftest import assert_same, launch, succeeded
 from utils.files import read_checkpoint
 
-# 13 steps per epoch, and every source of randomness: crops, flips, RandAugment, erasing, Mixup, CutMix, dropout, drop path.
+# Every source of randomness: crops, flips, RandAugment, erasing, Mixup, CutMix, dropout, drop path.
 RUN = ('--dataset', 'digits', '--only-classes', '0-2', '--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu',
        '-b', '16', '--epochs', '2', '--cooldown-epochs', '0', '--warmup-epochs', '0', '--lr', '1e-3',
        '--model-ema-decay', '0.9', '--drop', '0.1', '--clip-grad', '1', '--accum-steps', '2', '--log-interval', '2',
