@@ -47,6 +47,7 @@ def main():
     from engine.optimizer import create_optimizer, param_groups
     from engine.run import create_state, fit
     from models import create_model_from_options
+    from utils.distributed import leave
     from utils.runtime import start
 
     # --- Runtime, data ------------------------------------------------------------------------------------------------
@@ -66,6 +67,7 @@ def main():
 
     # --- Resume, then the epochs --------------------------------------------------------------------------------------
     fit(args, state, batches, precision)
+    leave()
 
 
 if __name__ == '__main__':

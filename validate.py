@@ -41,6 +41,7 @@ def main():
     from data.pipeline import create_eval_loader, open_evaluation_data, resolve_input
     from engine.evaluate import evaluate
     from models import count_classes, create_model_from_options, load_weights, resolve_name
+    from utils.distributed import leave
     from utils.files import read_checkpoint
     from utils.runtime import describe_environment, start
 
@@ -77,6 +78,7 @@ def main():
         size = 'x'.join(str(s) for s in dict.fromkeys(image.img_size))
         stem = args.results_file or f'output/validate/{datetime.now():%Y%m%d-%H%M%S}-{args.model}-{size}'
         write_results(record, Path(stem))
+    leave()
 
 
 def write_results(record: dict, stem: Path) -> None:

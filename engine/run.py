@@ -66,6 +66,7 @@ def fit(args, state: TrainState, batches, precision: Precision) -> TrainState:
         trainer.fit(log)
     finally:
         log.close()
+        batches.train_loader.close()
     _logger.info('checkpoints, curves.png and summary.csv are in %s', folder)
     return state
 

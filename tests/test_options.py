@@ -111,7 +111,7 @@ def test_published_defaults():
     'argv',
     [
         '/data --model t2t_vit_14 -b 64 --lr 5e-4 --weight-decay .05 --amp --img-size 224',
-        '/data --model T2t_vit_14 -b 100 -vb 2 -j 4 --no-aug --no-resume-opt --recovery-interval 100 --dr 0.2 --native-amp',
+        '/data --model T2t_vit_14 -b 100 -vb 2 -j 4 --no-aug --no-resume-opt --recovery-interval 100 --dr 0.2',
         '/data --local_rank=3 --opt_betas 0.9 0.99 --warmup_lr=1e-5',
     ],
 )

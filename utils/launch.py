@@ -28,6 +28,7 @@ def main() -> None:
 def launch(num_proc: int, script: str, options: list[str]) -> None:
     """Starts `num_proc` processes here and waits for them; exits as the first that failed, if any did."""
     import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -40,6 +41,8 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
     try:
         run(parse_args([*_rendezvous(), f'--nproc-per-node={num_proc}', script, *options]))
+    except SignalException as e:
+        report(f'stopped by {e.sigval.name}, with all its processes; --resume auto continues', 128 + e.sigval)
     except ChildFailedError as e:
         _, failure = e.get_first_failure()
         if failure.exitcode == 1:
