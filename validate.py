@@ -55,7 +55,7 @@ def main():
     dataset = open_evaluation_data(args, checkpoint.get('classes'), num_classes)
     model = create_model_from_options(args, num_classes=num_classes or len(dataset.classes))
     if checkpoint:
-        log.info('%s', load_weights(model, checkpoint, use_ema=args.use_ema))
+        log.info('%s', load_weights(model, checkpoint, use_ema=args.use_ema, source=args.eval_checkpoint))
     if model.num_classes != len(dataset.classes):
         raise UserError(f'the model has {model.num_classes} classes, the data set {len(dataset.classes)}, and nothing '
                         'says which is which; give --class-map FILE with all their names in order')
@@ -83,9 +83,10 @@ def main():
 
 def write_results(record: dict, stem: Path) -> None:
     """One JSON object and one CSV row beside each other; `stem` may carry either ending."""
+    from utils.log import make_folder
     if stem.suffix in ('.json', '.csv'):
         stem = stem.with_suffix('')
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(stem.parent, '--results-file')
     json_file, csv_file = Path(f'{stem}.json'), Path(f'{stem}.csv')
     json_file.write_text(json.dumps(record, indent=2) + '\n')
     with open(csv_file, 'w', newline='') as file:

@@ -43,12 +43,17 @@ def create_optimizer(groups: list[dict], args) -> torch.optim.Optimizer:
     if args.opt.lower() not in names:
         close = difflib.get_close_matches(args.opt.lower(), names, n=1)
         raise UserError(f'--opt {args.opt}: no such optimizer' + (f'; did you mean {close[0]}?' if close else ''))
+    if args.opt_betas and len(args.opt_betas) < 2:
+        raise UserError(f'--opt-betas {args.opt_betas[0]}: give all of them, such as 0.9 0.999')
     extra = {'eps': args.opt_eps, 'betas': args.opt_betas and tuple(args.opt_betas)}
     try:
-        return create_optimizer_v2(groups, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay,
+        optimizer = create_optimizer_v2(groups, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay,
                                    momentum=args.momentum, **{k: v for k, v in extra.items() if v is not None})
     except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as e:
         raise UserError(f'--opt {args.opt} with these settings: {e}') from None
+    if getattr(optimizer, 'is_second_order', False):
+        raise UserError(f'--opt {args.opt} needs second derivatives, which training does not compute; use another')
+    return optimizer
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, args, steps_per_epoch: int) -> tuple[Scheduler, int]:

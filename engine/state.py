@@ -13,6 +13,8 @@ from utils.runtime import get_rng_state, set_rng_state
 _logger = logging.getLogger(__name__)
 
 VERSION = 1
+SAVED = ('version', 'arch', 'epoch', 'step', 'global_step', 'state_dict', 'state_dict_ema', 'optimizer', 'amp_scaler',
+         'metric', 'best_metric', 'best_epoch', 'ranks', 'args', 'classes')
 
 
 class TrainState:
@@ -90,7 +92,7 @@ class TrainState:
         self._check(state, source)
         # The optimizer first: it alone can still refuse.
         if with_optimizer:
-            self._load_optimizer(state['optimizer'], source)
+            self._load_optimizer(state['optimizer'], state['args'].get('opt'), source)
             self.scaler.load_state_dict(state['amp_scaler'])
         self.model.load_state_dict(state['state_dict'])
         if self.ema:
@@ -100,7 +102,10 @@ class TrainState:
             setattr(self, name, state[name])
         self._load_rank(state['ranks'])
 
-    def _load_optimizer(self, saved: dict, source) -> None:
+    def _load_optimizer(self, saved: dict, name: str | None, source) -> None:
+        if name != self.options.get('opt'):
+            raise UserError(f"{source}: its optimizer is {name}, this run's is {self.options['opt']}; "
+                            f'say --opt {name}, or --no-resume-opt to start the optimizer anew')
         try:
             self.optimizer.load_state_dict(saved)
         except (ValueError, KeyError) as e:
@@ -119,7 +124,7 @@ class TrainState:
             self.loss_sums.copy_(sum(r['loss_sums'] for r in ranks))
 
     def _check(self, state: dict[str, Any], source) -> None:
-        missing = {'version', 'state_dict', 'optimizer', 'ranks'} - state.keys()
+        missing = set(SAVED) - state.keys()
         if missing:
             raise UserError(f'{source}: not a checkpoint that a run can continue from (it has no '
                             f'{", ".join(sorted(missing))}); --initial-checkpoint starts a new run from its weights')

@@ -114,7 +114,7 @@ def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[nn.
             raise UserError(
                 f'pretrained weights of {name} could not be fetched or do not fit ({reason}); '
                 'without a network, download them elsewhere and load the file as a checkpoint') from error
-        except ValueError as error:
+        except (ValueError, AssertionError) as error:  # timm asserts what its models support
             raise UserError(f'model {name}: {error}') from error
 
 

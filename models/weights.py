@@ -137,6 +137,7 @@ def load_weights(
         use_ema: bool = True,
         strict: bool = True,
         replace_head: bool = False,
+        source: str = 'checkpoint in memory',
 ) -> LoadReport:
     """Load weights from a file or a checkpoint into any timm model and report what was done.
 
@@ -150,12 +151,13 @@ def load_weights(
         strict: refuse keys that are missing or have no place. Other shapes are refused in any case.
         replace_head: where the weights have another number of classes than the model, or no classifier, keep
             the model's own, fresh one (transfer learning) instead of raising.
+        source: what a checkpoint that is no path is called in messages.
 
     Raises:
         UserError: unreadable file, weights of another model, other number of classes without `replace_head`.
     """
     if isinstance(path_or_checkpoint, Mapping):
-        source, checkpoint = 'checkpoint in memory', path_or_checkpoint
+        checkpoint = path_or_checkpoint
     else:
         source, checkpoint = os.fspath(path_or_checkpoint), read_checkpoint(path_or_checkpoint)
     try:
@@ -173,8 +175,8 @@ def load_weights(
     if other_shape or (strict and (missing or unexpected)) or len(unexpected) == len(body):
         raise UserError(f'{source}: {_explain_mismatch(body, target, missing, unexpected, other_shape)}')
     if head_conflict and not replace_head:
-        raise UserError(f'{source}: {head_conflict}; create the model with num_classes as in the weights, '
-                        'or keep its own classifier for transfer learning (replace_head=True)')
+        raise UserError(f'{source}: {head_conflict}; use as many classes (--num-classes), or transfer.py, which '
+                        'gives the model a new classifier (replace_head=True)')
     loaded = {key: tensor for key, tensor in body.items() if key in target}
     model.load_state_dict(loaded, strict=False)  # complete and of the right shapes, as checked above
     return LoadReport(source, format_name, entry, tuple(loaded), (resized,) if resized else (), head_conflict,

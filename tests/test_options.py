@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from utils import options
 from utils.errors import UserError
@@ -145,8 +146,14 @@ def test_options_are_read_only_and_plain():
     with pytest.raises(AttributeError, match='read-only'):
         args.lr = 1.0
     assert args.img_size == (192, 256)
-    assert args.as_dict()['img_size'] == [192, 256]
+    assert args.as_dict()['img_size'] == '192x256'
     assert list(args.as_dict()) == sorted(args.as_dict())
+
+
+def test_resolved_options_are_a_recipe_that_repeats_the_run(tmp_path):
+    args = parse('/data', '-c', str(ROOT / 'configs/demo.yaml'), '--img-size', '32x64', '--opt-betas', '0.9', '0.99')
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(args.as_dict()))
+    assert parse('-c', str(tmp_path / 'args.yaml')).as_dict() == args.as_dict()
 
 
 def test_recipe_under_command_line(tmp_path):
@@ -221,7 +228,7 @@ def test_bad_recipes(tmp_path, text, said):
         ('/data --lr', r'--lr: expected one argument'),
         ('/data --lr fast', r"--lr: 'fast' is not a number"),
         ('/data --epochs 0', r'0 is too small: at least 1'),
-        ('/data --drop-path 2', r'2 is too large: at most 1'),
+        ('/data --drop-path 2', r'2 is too large: it must be less than 1'),
         ('/data --img-size big', r'is not an image size'),
         ('/data extra', r"'extra': no option takes this value"),
         ('/data --sched cosin', r"invalid choice: 'cosin'"),

@@ -8,12 +8,15 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 import yaml
 from tqdm import tqdm
+
+from utils.errors import UserError
 
 METRICS, SUMMARY, CURVES, ARGS = 'metrics.jsonl', 'summary.csv', 'curves.png', 'args.yaml'
 SECONDS_BETWEEN_DRAWINGS = 30
@@ -57,6 +60,16 @@ def format_seconds(seconds: float) -> str:
     return f'{minutes // 60}:{minutes % 60:02d}:{seconds:02d}'
 
 
+def make_folder(folder: Path, option: str) -> None:
+    """Makes a folder that the user named by `option`, or raises UserError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UserError(f'{option}: {folder} cannot be written ({e.strerror}); name another folder') from None
+
+
 class RunLog:
     """Writes a run's folder. With `folder` None (ranks other than 0) every call does nothing.
 
@@ -74,7 +87,7 @@ class RunLog:
         self._drawn_at = time.monotonic()
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, '--output')
         (folder / ARGS).write_text(yaml.safe_dump(options, sort_keys=True))
         self._records = [r for r in read_metrics(folder)
                          if (r['epoch'] < epoch if r['kind'] == 'epoch' else r['global_step'] <= global_step)]

@@ -32,16 +32,18 @@ class Options(argparse.Namespace):
         return self
 
     def as_dict(self) -> dict:
-        """The options as plain values, for YAML files and checkpoints."""
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if not k.startswith('_')}
+        """The options as plain values, for checkpoints and for a recipe that repeats the run."""
+        plain = {k: v for k, v in vars(self).items() if not k.startswith('_') and k != 'config'}
+        if isinstance(plain.get('img_size'), tuple):
+            plain['img_size'] = '{}x{}'.format(*plain['img_size'])
         return dict(sorted(plain.items()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Types of values. Each carries `kind`, the Python type a recipe may give for it.
 
-def number(kind, low=None, high=None, above=None):
-    """A converter to int or float that holds bounds: low and high inclusive, `above` exclusive."""
+def number(kind, low=None, high=None, above=None, below=None):
+    """A converter to int or float that holds bounds: low and high inclusive, `above` and `below` exclusive."""
 
     def convert(text):
         try:
@@ -55,6 +57,8 @@ def number(kind, low=None, high=None, above=None):
             raise argparse.ArgumentTypeError(f'{text} is too small: it must be more than {above}')
         if high is not None and not value <= high:
             raise argparse.ArgumentTypeError(f'{text} is too large: at most {high}')
+        if below is not None and not value < below:
+            raise argparse.ArgumentTypeError(f'{text} is too large: it must be less than {below}')
         return value
 
     convert.kind = kind
@@ -67,6 +71,8 @@ real = number(float)
 rate = number(float, low=0)
 positive = number(float, above=0)
 probability = number(float, low=0, high=1)
+fraction = number(float, low=0, below=1)
+seed = number(int, low=0, high=2**32 - 1)
 
 
 def image_size(text):
@@ -340,7 +346,7 @@ def optimizer_options(parser):
     add('--accum-steps', type=positive_int, default=1, metavar='N', help='batches whose gradients make one step')
     add('--opt', default='adamw', metavar='NAME', help='adamw, sgd or any optimizer of timm')
     add('--opt-eps', type=positive, metavar='EPS', help="optimizer's epsilon (default: its own)")
-    add('--opt-betas', type=probability, nargs='+', metavar='BETA', help="optimizer's betas (default: its own)")
+    add('--opt-betas', type=fraction, nargs='+', metavar='BETA', help="optimizer's betas (default: its own)")
     add('--momentum', type=rate, default=0.9, metavar='M', help='momentum of SGD')
     add('--weight-decay', '--wd', type=rate, default=0.05, metavar='W',
         help='decay of weights; biases, 1-D parameters and cls_token have none')
@@ -393,12 +399,12 @@ def augmentation_options(parser):
     add('--mixup-switch-prob', type=probability, default=0.5, metavar='P', help='of those, the part by CutMix')
     add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='one mix per batch, pair or image')
     add('--mixup-off-epoch', type=count, default=0, metavar='N', help='no mixing from this epoch on; 0: always')
-    add('--smoothing', type=probability, default=0.1, metavar='S', help='label smoothing')
+    add('--smoothing', type=fraction, default=0.1, metavar='S', help='label smoothing')
     add('--train-interpolation', default='random', choices=['random', 'bilinear', 'bicubic'],
         help='resize of training images')
-    add('--drop', type=probability, default=0.0, metavar='P', help='dropout')
-    add('--drop-path', type=probability, default=0.1, metavar='P', help='stochastic depth of the last block')
-    add('--drop-block', type=probability, metavar='P', help='DropBlock, for models that have it')
+    add('--drop', type=fraction, default=0.0, metavar='P', help='dropout')
+    add('--drop-path', type=fraction, default=0.1, metavar='P', help='stochastic depth of the last block')
+    add('--drop-block', type=fraction, metavar='P', help='DropBlock, for models that have it')
 
 
 def batch_norm_options(parser):
@@ -424,7 +430,7 @@ def device_options(parser):
     add('--amp-dtype', default='auto', choices=['auto', 'bfloat16', 'float16'],
         help='auto: bfloat16 where the device has it, else float16 with loss scaling')
     add('--deterministic', action=FLAG, default=False, help='only kernels that repeat to the bit (GPU)')
-    add('--seed', type=count, default=42, metavar='S', help='seed of everything random')
+    add('--seed', type=seed, default=42, metavar='S', help='seed of everything random')
     add('--log-interval', type=positive_int, default=50, metavar='N', help='steps between log lines')
 
 
