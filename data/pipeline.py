@@ -9,11 +9,12 @@ from data.datasets import open_eval, open_train_val
 from data.loader import Loader, create_loader
 from data.samplers import EvalSampler, TrainSampler
 from data.transforms import create_eval_transform, create_train_transform
-from utils.distributed import World, barrier
+from utils.distributed import World, one_per_machine_first
 from utils.errors import UserError
 
 # Statistics of CIFAR's pixels, under the names of timm's configurations.
 CIFAR_STATS = {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)}
+CIFAR_FOLDER = './data_cifar'
 WITHOUT_FOLDER = ('digits', 'synthetic')
 
 
@@ -22,6 +23,7 @@ class Input(NamedTuple):
     img_size: tuple[int, int]
     crop_pct: float
     interpolation: str
+    crop_mode: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -42,44 +44,39 @@ def resolve_input(args, pretrained_cfg: dict) -> Input:
     asked = {'img_size': None, 'input_size': (3, *size), 'crop_pct': args.crop_pct, 'mean': args.mean, 'std': args.std,
              'interpolation': args.interpolation}
     config = resolve_data_config(asked, pretrained_cfg=pretrained_cfg)
-    return Input(size, config['crop_pct'], config['interpolation'], tuple(config['mean']), tuple(config['std']))
+    return Input(size, config['crop_pct'], config['interpolation'], config['crop_mode'],
+                 tuple(config['mean']), tuple(config['std']))
 
 
 def open_training_data(args, world: World):
     """The training and the evaluation split that the options name, with the training split's classes."""
-    _check_folder(args)
-
-    def open_both():
-        return open_train_val(args.dataset, args.data, train_split=args.train_split, val_split=args.val_split,
-                              download=args.download and world.is_main, only_classes=args.only_classes,
+    root, download = _source(args)
+    with one_per_machine_first(world):
+        return open_train_val(args.dataset, root, train_split=args.train_split, val_split=args.val_split,
+                              download=download and world.local_rank == 0, only_classes=args.only_classes,
                               num_classes=args.num_classes or 1000, image_size=args.img_size)
 
-    # Rank 0 goes first where something may have to be fetched.
-    if args.download and not world.is_main:
-        barrier()
-    splits = open_both()
-    if args.download and world.is_main:
-        barrier()
-    return splits
 
 
-def open_evaluation_data(args, classes: list[str] | None, num_classes: int | None):
+
+def open_evaluation_data(args, classes: list[str] | None, num_classes: int | None, world: World):
     """The evaluation split alone.
 
     Its classes are numbered by --class-map; without one, by `classes`, which a checkpoint may carry; without these, for
     a model of 1,000 classes and folders that are all named after ImageNet's synsets, in the order of ImageNet.
     """
-    _check_folder(args)
+    root, download = _source(args)
     if args.class_map:
         classes = read_class_map(args.class_map)
 
     def open_with(classes):
         # A part of the classes is still evaluated right where the map is known to be that of the model.
-        return open_eval(args.dataset, args.data, split=args.val_split, classes=classes, download=args.download,
-                         only_classes=args.only_classes, allow_missing_classes=True, num_classes=num_classes or 1000,
-                         image_size=args.img_size)
+        return open_eval(args.dataset, root, split=args.val_split, classes=classes, only_classes=args.only_classes,
+                         download=download and world.local_rank == 0, allow_missing_classes=True,
+                         num_classes=num_classes or 1000, image_size=args.img_size)
 
-    dataset = open_with(classes)
+    with one_per_machine_first(world):
+        dataset = open_with(classes)
     if classes is None and num_classes == 1000 and len(dataset.classes) < 1000:
         synsets = ImageNetInfo().label_names()
         if set(dataset.classes) <= set(synsets):
@@ -87,9 +84,13 @@ def open_evaluation_data(args, classes: list[str] | None, num_classes: int | Non
     return dataset
 
 
-def _check_folder(args) -> None:
+def _source(args) -> tuple[str | None, bool]:
+    """The folder of the data, and whether to fetch what it lacks: CIFAR that has no DIR gets one of its own."""
+    if not args.data and args.dataset in ('cifar10', 'cifar100'):
+        return CIFAR_FOLDER, True
     if not args.data and args.dataset not in WITHOUT_FOLDER:
         raise UserError('no data: give the folder that holds train/ and val/, or --dataset digits to try things out')
+    return args.data, args.download
 
 
 class TrainingInput(NamedTuple):
@@ -131,7 +132,7 @@ def _create_train_loader(args, dataset, image: Input, num_classes: int,
 def create_eval_loader(args, dataset, image: Input, world: World) -> tuple[Loader, BatchPreparer]:
     """The evaluation loader of this rank, every image exactly once over all ranks, with the preparer of its batches."""
     transform = create_eval_transform(image.img_size, crop_pct=image.crop_pct, interpolation=image.interpolation,
-                                      mean=image.mean)
+                                      crop_mode=image.crop_mode, mean=image.mean)
     prepare = BatchPreparer(world.device, mean=image.mean, std=image.std, channels_last=args.channels_last)
     batch_size = args.batch_size * args.validation_batch_size_multiplier
     sampler = EvalSampler(len(dataset), batch_size, rank=world.rank, world_size=world.size)

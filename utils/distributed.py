@@ -2,6 +2,7 @@
 
 Every helper works without a process group too: a single process is rank 0 of 1.
 """
+import contextlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -58,7 +59,7 @@ def _device(name: str, local_rank: int, local_size: int) -> torch.device:
     if device.type == 'cpu':
         return device
     index = device.index if device.index is not None else local_rank
-    if local_size > max(gpus, 1) or index >= gpus:
+    if local_size > max(gpus, 1) or index >= gpus or (local_size > 1 and ':' in name):
         raise UserError(f'--device {name}: {local_size} process(es) here and {gpus} GPU(s); '
                         'start fewer processes, or say --device cpu')
     return torch.device('cuda', index)
@@ -106,7 +107,11 @@ def gather(value) -> list:
     return values
 
 
-def barrier() -> None:
-    """Waits until every rank is here."""
-    if is_distributed():
+@contextlib.contextmanager
+def one_per_machine_first(world: World):
+    """What is in this block is done by the first rank of every machine, then by the others: for files that it fetches."""
+    if is_distributed() and world.local_rank != 0:
+        dist.barrier()
+    yield
+    if is_distributed() and world.local_rank == 0:
         dist.barrier()
