@@ -38,4 +38,4 @@ $(ABSOLUTE_VENV)/.installed-dev: requirements-dev.txt $(ABSOLUTE_VENV)/.installe
 	touch $@
 
 clean:
-	rm -rf .venv $(DEMO)
+	rm -rf $(ABSOLUTE_VENV) $(DEMO)

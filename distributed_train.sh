@@ -15,4 +15,5 @@ fi
 num_proc=$1
 shift
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python}" -m utils.launch "$num_proc" "$here/${SCRIPT:-train.py}" "$@"
+# -P: a folder named utils where this is called from is not ours.
+exec "${PYTHON:-python}" -P -m utils.launch "$num_proc" "$here/${SCRIPT:-train.py}" "$@"

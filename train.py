@@ -10,9 +10,9 @@ and TensorBoard events. `--resume auto` continues the newest such run.
 from utils import options
 from utils.errors import run_script
 
-GROUPS = (options.data_options, options.model_options, options.input_options, options.optimizer_options,
-          options.schedule_options, options.augmentation_options, options.batch_norm_options, options.ema_options,
-          options.device_options, options.run_options)
+GROUPS = (options.data_options, options.training_data_options, options.model_options, options.input_options,
+          options.optimizer_options, options.schedule_options, options.augmentation_options,
+          options.batch_norm_options, options.ema_options, options.device_options, options.run_options)
 GONE = {'--eval-checkpoint': 'evaluation is: python validate.py DIR --model MODEL --eval-checkpoint PATH'}
 
 
@@ -25,12 +25,13 @@ def main():
     from data.pipeline import create_training_input, open_training_data
     from engine.optimizer import create_optimizer, param_groups
     from engine.run import create_state, fit
-    from models import create_model_from_options
+    from models import create_model_from_options, resolve_name
     from utils.distributed import leave
     from utils.runtime import start
 
     # --- Runtime: this process among its peers, its seed, its precision -----------------------------------------------
     world, precision = start(args)
+    resolve_name(args.model)  # a misspelled name should not wait for the data to be scanned
 
     # --- Data: the training split's classes rule ----------------------------------------------------------------------
     train_set, val_set = open_training_data(args, world)
@@ -46,7 +47,7 @@ def main():
     state = create_state(args, model, optimizer, precision, train_set.classes, world)
 
     # --- Resume, then the epochs --------------------------------------------------------------------------------------
-    fit(args, state, batches, precision)
+    fit(args, state, batches, precision, kind='train')
     leave()
 
 

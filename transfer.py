@@ -11,11 +11,12 @@ defaults are the published recipe, but that biases and norms do not decay.
 from utils import options
 from utils.errors import UserError, run_script
 
-GROUPS = (options.data_options, options.model_options, options.input_options, options.optimizer_options,
-          options.schedule_options, options.augmentation_options, options.batch_norm_options, options.ema_options,
-          options.device_options, options.run_options)
+GROUPS = (options.data_options, options.training_data_options, options.model_options, options.input_options,
+          options.optimizer_options, options.schedule_options, options.augmentation_options,
+          options.batch_norm_options, options.ema_options, options.device_options, options.run_options)
 
-# The published transfer recipe: SGD with plain momentum (timm's 'sgd' is Nesterov's), a cosine without warm-up, padded crops and flips, plain cross-entropy.
+# The published transfer recipe: SGD with plain momentum (timm's 'sgd' is Nesterov's), a cosine without warm-up, padded
+# crops and flips, plain cross-entropy.
 DEFAULTS = dict(
     dataset='cifar10', opt='momentum', lr=0.01, weight_decay=5e-4, batch_size=128,
     epochs=60, warmup_epochs=0, cooldown_epochs=0, min_lr=2e-4, train_crop_mode='pad', train_interpolation='bilinear',
@@ -47,12 +48,13 @@ def main():
     from data.pipeline import CIFAR_STATS, create_training_input, open_training_data
     from engine.optimizer import create_optimizer, param_groups
     from engine.run import create_state, fit
-    from models import create_model_from_options
+    from models import create_model_from_options, resolve_name
     from utils.distributed import leave
     from utils.runtime import start
 
     # --- Runtime, data ------------------------------------------------------------------------------------------------
     world, precision = start(args)
+    resolve_name(args.model)  # a misspelled name should not wait for the data to be scanned
     train_set, val_set = open_training_data(args, world)
 
     # --- Model: weights of the source, a classifier for the target ----------------------------------------------------
@@ -67,7 +69,7 @@ def main():
     state = create_state(args, model, optimizer, precision, train_set.classes, world)
 
     # --- Resume, then the epochs --------------------------------------------------------------------------------------
-    fit(args, state, batches, precision)
+    fit(args, state, batches, precision, kind='transfer')
     leave()
 
 

@@ -38,6 +38,8 @@ def main():
     if bool(args.eval_checkpoint) + args.pretrained + bool(args.initial_checkpoint) != 1:
         raise UserError('what to evaluate? give --eval-checkpoint PATH, or --pretrained for the published weights')
 
+    import torch
+
     from data.pipeline import create_eval_loader, open_evaluation_data, resolve_input
     from engine.evaluate import evaluate
     from models import count_classes, create_model_from_options, load_weights, resolve_name
@@ -50,16 +52,20 @@ def main():
 
     # --- Weights, data numbered as they were trained, model -----------------------------------------------------------
     checkpoint = read_checkpoint(args.eval_checkpoint) if args.eval_checkpoint else {}
-    trained_classes = count_classes(checkpoint, resolve_name(args.model), args.use_ema) if checkpoint else None
-    num_classes = args.num_classes or trained_classes
-    dataset = open_evaluation_data(args, checkpoint.get('classes'), num_classes)
+    num_classes = args.num_classes or count_classes(resolve_name(args.model), checkpoint, args.use_ema,
+                                                    source=args.eval_checkpoint)
+    known_classes = checkpoint.get('classes')
+    dataset = open_evaluation_data(args, known_classes, num_classes, world)
     model = create_model_from_options(args, num_classes=num_classes or len(dataset.classes))
     if checkpoint:
         log.info('%s', load_weights(model, checkpoint, use_ema=args.use_ema, source=args.eval_checkpoint))
-    if model.num_classes != len(dataset.classes):
+    is_numbered = bool(args.class_map or known_classes) and len(dataset.classes) <= model.num_classes
+    if model.num_classes != len(dataset.classes) and not is_numbered:
         raise UserError(f'the model has {model.num_classes} classes, the data set {len(dataset.classes)}, and nothing '
                         'says which is which; give --class-map FILE with all their names in order')
-    model.to(world.device)
+    model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+
+    stem = results_stem(args) if world.is_main else None
 
     # --- Evaluation ---------------------------------------------------------------------------------------------------
     image = resolve_input(args, model.pretrained_cfg)
@@ -75,18 +81,23 @@ def main():
             'img_size': list(image.img_size), 'crop_pct': image.crop_pct, 'interpolation': image.interpolation,
             'precision': str(precision), 'processes': world.size, **describe_environment(world.device)}
         print(json.dumps(record, indent=2))
-        size = 'x'.join(str(s) for s in dict.fromkeys(image.img_size))
-        stem = args.results_file or f'output/validate/{datetime.now():%Y%m%d-%H%M%S}-{args.model}-{size}'
-        write_results(record, Path(stem))
+        write_results(record, stem)
     leave()
 
 
-def write_results(record: dict, stem: Path) -> None:
-    """One JSON object and one CSV row beside each other; `stem` may carry either ending."""
+def results_stem(args) -> Path:
+    """Where results will go, without .json and .csv; checked to be writable before the work begins."""
     from utils.log import make_folder
+    size = args.img_size if isinstance(args.img_size, int) else '{}x{}'.format(*args.img_size)
+    stem = Path(args.results_file or f'output/validate/{datetime.now():%Y%m%d-%H%M%S}-{args.model}-{size}')
     if stem.suffix in ('.json', '.csv'):
         stem = stem.with_suffix('')
     make_folder(stem.parent, '--results-file')
+    return stem
+
+
+def write_results(record: dict, stem: Path) -> None:
+    """One JSON object and one CSV row beside each other."""
     json_file, csv_file = Path(f'{stem}.json'), Path(f'{stem}.csv')
     json_file.write_text(json.dumps(record, indent=2) + '\n')
     with open(csv_file, 'w', newline='') as file:

@@ -111,7 +111,7 @@ def match_classes(
                         f'({len(classes)} classes): {name_some(extra)}; remove them or use its class map')
     if missing and not allow_missing:
         raise UserError(f'{where}: lacks {_count_classes(missing)} of {map_source}: {name_some(missing)}; '
-                        'complete it, or allow missing classes if that is meant')
+                        'complete it, or evaluate apart, with validate.py')
     return ClassView(dataset, classes)
 
 

@@ -72,19 +72,20 @@ def save_checkpoint(content: dict, folder: Path, *, global_step: int, keep: int,
     return path
 
 
-def resolve_run(*, output: str, experiment: str, resume: str, name: str) -> tuple[Path, Path | None]:
+def resolve_run(*, output: str, kind: str, experiment: str, resume: str, name: str) -> tuple[Path, Path | None]:
     """The folder of this run, and the checkpoint it continues from (None for a new run). Creates nothing.
 
     With `resume` a path, the run goes on in that checkpoint's folder, unless `experiment` names another. With
-    'auto' it goes on from the last checkpoint of output/train/experiment, or, where no experiment is named, of the
+    'auto' it goes on from the last checkpoint of output/kind/experiment, or, where no experiment is named, of the
     newest run called `*-name`; where there is none, it starts a new run.
 
     Raises:
-        UserError: the path to resume from is no file.
+        UserError: the path to resume from is no file, or a new run would overwrite another.
     """
-    runs = Path(output).expanduser() / 'train'
+    runs = Path(output).expanduser() / kind
     new = runs / (experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{name}')
     if not resume:
+        _refuse_to_overwrite(new)
         return new, None
     if resume == 'auto':
         candidates = [new / LAST] if experiment else runs.glob(f'*-{name}/{LAST}')
@@ -98,4 +99,13 @@ def resolve_run(*, output: str, experiment: str, resume: str, name: str) -> tupl
         path = path / LAST
     if not path.is_file():
         raise UserError(f"--resume {resume}: no such checkpoint; give a file such as {LAST}, or 'auto'")
-    return (new if experiment else path.resolve().parent), path
+    if not experiment or new.resolve() == path.resolve().parent:
+        return path.resolve().parent, path
+    _refuse_to_overwrite(new)
+    return new, path
+
+
+def _refuse_to_overwrite(folder: Path) -> None:
+    if (folder / LAST).exists():
+        raise UserError(f'--experiment {folder.name}: that run exists in {folder.parent}; --resume auto continues it, '
+                        'another name starts a new one')

@@ -1,6 +1,7 @@
 """The epoch loop, of train.py and transfer.py alike: train, evaluate, log, save, until the last epoch is done."""
 import contextlib
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.checkpoint import save_checkpoint
 from engine.evaluate import evaluate
 from engine.state import TrainState
-from utils.distributed import World, sum_over_ranks
+from utils.distributed import World, overwrite_from_main, sum_over_ranks
 from utils.errors import NotFiniteError, UserError
 from utils.log import RunLog, format_seconds, progress_bar
 from utils.runtime import Precision
@@ -54,8 +55,8 @@ class Trainer:
         self.steps_per_epoch = len(self.train_loader) // args.accum_steps
         self._steps_since_start = 0
         if state.epoch >= self.num_epochs:
-            raise UserError(f'nothing is left to train: the checkpoint stands at the end of epoch {state.epoch} of '
-                            f'{self.num_epochs}; give more --epochs')
+            raise UserError(f'nothing is left to train: epoch {state.epoch} of {self.num_epochs} would be next; '
+                            'give more --epochs')
         if state.step > self.steps_per_epoch:
             raise UserError(f'the checkpoint stands at step {state.step} of its epoch, and with these --batch-size, '
                             f'--accum-steps and processes an epoch has {self.steps_per_epoch}; use those it had')
@@ -70,7 +71,7 @@ class Trainer:
             if self.args.mixup_off_epoch:
                 self.prepare_train.mixup_enabled = state.epoch < self.args.mixup_off_epoch
             train_loss = self._train_epoch()
-            self._share_batch_norm()
+            self._share_buffers()
             results = self._evaluate()
             is_best = self._note_metric(results)
             record = {'epoch': state.epoch, 'train_loss': train_loss, **results, 'lr': self._top_rate(),
@@ -78,7 +79,9 @@ class Trainer:
             self.log.epoch(record, state.global_step)
             state.start_next_epoch()
             self._save(is_best=is_best)
-        _logger.info('*** Best metric: %.4f (%s, epoch %d)', state.best_metric, self.args.eval_metric, state.best_epoch)
+        if state.best_metric is not None:
+            _logger.info('*** Best metric: %.4f (%s, epoch %d)', state.best_metric, self.args.eval_metric,
+                         state.best_epoch)
 
     def _train_epoch(self) -> float:
         """The rest of the epoch in progress; returns the mean loss over all of it and all ranks."""
@@ -156,14 +159,19 @@ class Trainer:
         return max(group['lr'] for group in self.state.optimizer.param_groups)
 
     def _check_finite(self, loss: float) -> None:
-        if not torch.isfinite(torch.tensor(loss)):
-            raise NotFiniteError(f'the loss is {loss} at epoch {self.state.epoch}, step {self.state.step}; nothing was '
-                                 'saved since it was finite. A lower --lr, --clip-grad 1 or --amp-dtype bfloat16 helps;'
-                                 ' --resume auto goes back to the last checkpoint')
+        if not math.isfinite(loss):
+            raise NotFiniteError(
+                f'the loss or a weight is {loss} at epoch {self.state.epoch}, step {self.state.step}; nothing was '
+                'saved since it was finite. A lower --lr, --clip-grad 1 or --amp-dtype bfloat16 helps; --resume auto goes '
+                'back to the last checkpoint')
 
-    def _share_batch_norm(self) -> None:
-        if self.args.dist_bn and self.state.world.size > 1:
-            distribute_bn(self.state.model, self.state.world.size, self.args.dist_bn == 'reduce')
+    def _share_buffers(self) -> None:
+        """Makes the buffers of all ranks those that are saved: batch norms have seen other images on every rank."""
+        state = self.state
+        for model in [state.model] + ([state.ema.module] if state.ema and not self.args.model_ema_force_cpu else []):
+            if self.args.dist_bn == 'reduce' and state.world.size > 1:
+                distribute_bn(model, state.world.size, reduce=True)
+            overwrite_from_main(model.buffers())
 
     def _evaluate(self) -> dict:
         """Results of the weights, and of their average under `ema_…`, where one is on the same device."""
@@ -183,13 +191,17 @@ class Trainer:
         state, name = self.state, self.args.eval_metric
         state.metric = results.get(f'ema_{name}', results[name])
         sign = -1 if name == 'loss' else 1
-        if state.best_metric is not None and sign * state.metric <= sign * state.best_metric:
+        is_better = state.best_metric is None or sign * state.metric > sign * state.best_metric
+        if not is_better or not math.isfinite(state.metric):
             return False
         state.best_metric, state.best_epoch = state.metric, state.epoch
         return True
 
     def _save(self, *, is_best: bool = False) -> None:
         self._check_finite(sum_over_ranks(self.state.loss_sums.clone())[0].item())
+        # The last step may have left the finite numbers after its loss was taken.
+        if not torch.stack([p.isfinite().all() for p in self.state.model.parameters()]).all():
+            self._check_finite(math.nan)
         content = self.state.state_dict()  # every rank has a part in it
         if self.state.world.is_main:
             save_checkpoint(content, self.folder, global_step=self.state.global_step, keep=self.args.checkpoint_hist,

@@ -1,6 +1,7 @@
 """One run from its options: the state it starts with, and the way from there to its last epoch."""
 import logging
 
+import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -10,6 +11,7 @@ from engine.loss import create_loss
 from engine.optimizer import create_schedule
 from engine.state import TrainState
 from utils.distributed import World, from_main, overwrite_from_main
+from utils.errors import UserError
 from utils.files import read_checkpoint
 from utils.log import RunLog
 from utils.runtime import Precision
@@ -25,8 +27,10 @@ def create_state(args, model: nn.Module, optimizer, precision: Precision, classe
                  world: World) -> TrainState:
     """The state of a new run, on its device; the average starts as a copy of the weights."""
     if args.sync_bn and world.size > 1:
+        if world.device.type != 'cuda':
+            raise UserError('--sync-bn: batch norm over several processes needs GPUs; leave it out')
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(world.device)
+    model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     # Ranks draw different numbers, initial weights too. DDP would set that right in the model, but not in the average.
     overwrite_from_main(model.state_dict().values())
     ema = None
@@ -36,27 +40,29 @@ def create_state(args, model: nn.Module, optimizer, precision: Precision, classe
                       options=args.as_dict(), classes=classes, world=world)
 
 
-def fit(args, state: TrainState, batches, precision: Precision) -> TrainState:
+def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) -> TrainState:
     """Continues where --resume says, trains to the end of the schedule, and leaves the run's folder complete.
 
     Args:
+        kind: 'train' or 'transfer', the part of --output where the run's folder is.
         batches: train_loader, prepare_train, val_loader, prepare_val and input_size, of this rank.
     Returns:
         `state`, at its end.
     """
     world = state.world
     loss = create_loss(args, soft_targets=batches.prepare_train.mixing)
-    schedule, num_epochs = create_schedule(state.optimizer, args, len(batches.train_loader) // args.accum_steps)
+    steps_per_epoch = len(batches.train_loader) // args.accum_steps
+    schedule, num_epochs = create_schedule(state.optimizer, args, steps_per_epoch)
     size = 'x'.join(str(s) for s in dict.fromkeys(batches.img_size))
     folder, checkpoint = from_main(resolve_run(
-        output=args.output, experiment=args.experiment, resume=args.resume, name=f'{state.arch}-{size}'))
-    if args.start_epoch is not None:
-        state.epoch = args.start_epoch
+        output=args.output, kind=kind, experiment=args.experiment, resume=args.resume, name=f'{state.arch}-{size}'))
     if checkpoint:
         content = read_checkpoint(checkpoint)
         state.load_state_dict(content, source=checkpoint, with_optimizer=args.resume_opt)
         _report_differences(content['args'], state.options)
         _logger.info('resumed from %s: epoch %d, step %d', checkpoint, state.epoch, state.step)
+    if args.start_epoch is not None:
+        state.start_at(args.start_epoch, steps_per_epoch)
     trainer = Trainer(state, wrap_model(state.model, world), batches, loss=loss, schedule=schedule,
                       num_epochs=num_epochs, precision=precision, args=args, folder=folder)
     _logger.info('run folder: %s', folder)

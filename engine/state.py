@@ -56,6 +56,11 @@ class TrainState:
         self.step = 0
         self.loss_sums.zero_()
 
+    def start_at(self, epoch: int, steps_per_epoch: int) -> None:
+        """Stands at the beginning of `epoch`, whatever was loaded."""
+        self.epoch, self.step, self.global_step = epoch, 0, epoch * steps_per_epoch
+        self.loss_sums.zero_()
+
     def state_dict(self) -> dict[str, Any]:
         """The whole state as tensors and plain values, under the names of published checkpoints where those exist.
 
@@ -90,10 +95,11 @@ class TrainState:
             UserError: not a checkpoint of a run, or of another model, number of classes or image size.
         """
         self._check(state, source)
-        # The optimizer first: it alone can still refuse.
+        # The optimizer first: its torch class can still refuse.
         if with_optimizer:
             self._load_optimizer(state['optimizer'], state['args'].get('opt'), source)
-            self.scaler.load_state_dict(state['amp_scaler'])
+            if state['amp_scaler']:  # empty where the run needed no loss scaling
+                self.scaler.load_state_dict(state['amp_scaler'])
         self.model.load_state_dict(state['state_dict'])
         if self.ema:
             # A run that had no average starts it at its weights.
@@ -103,7 +109,9 @@ class TrainState:
         self._load_rank(state['ranks'])
 
     def _load_optimizer(self, saved: dict, name: str | None, source) -> None:
-        if name != self.options.get('opt'):
+        # The options rule: a decay or momentum that was changed for the rest of the run is the new one.
+        asked = [{k: v for k, v in group.items() if k != 'params'} for group in self.optimizer.param_groups]
+        if str(name).lower() != str(self.options.get('opt')).lower():
             raise UserError(f"{source}: its optimizer is {name}, this run's is {self.options['opt']}; "
                             f'say --opt {name}, or --no-resume-opt to start the optimizer anew')
         try:
@@ -111,6 +119,8 @@ class TrainState:
         except (ValueError, KeyError) as e:
             raise UserError(f'{source}: its optimizer state is of another kind ({e}); '
                             'use the same --opt, or --no-resume-opt to start the optimizer anew') from None
+        for group, settings in zip(self.optimizer.param_groups, asked, strict=True):
+            group.update(settings)
 
     def _load_rank(self, ranks: list[dict]) -> None:
         if len(ranks) == self.world.size:
@@ -134,6 +144,14 @@ class TrainState:
         if state['arch'] != self.arch:
             raise UserError(f"{source}: a checkpoint of {state['arch']}, and this run is of {self.arch}; "
                             f"say --model {state['arch']}, or resume another file")
+        if state['classes'] != self.classes:
+            raise UserError(f'{source}: trained on {_named(state["classes"])}, this data set has '
+                            f'{_named(self.classes)}; resume with the same data, or start a new run with transfer.py')
+        per_step = [o.get('batch_size', 0) * o.get('accum_steps', 1) * n
+                    for o, n in ((state['args'], len(state['ranks'])), (self.options, self.world.size))]
+        if state['step'] and per_step[0] != per_step[1]:
+            raise UserError(f'{source}: stands in the middle of an epoch of {per_step[0]} images a step, this run has '
+                            f'{per_step[1]} (processes x --batch-size x --accum-steps); make both the same')
         theirs, ours = state['state_dict'], self.model.state_dict()
         different = [f'{k} {tuple(theirs[k].shape)} in the file, {tuple(ours[k].shape)} here'
                      for k in ours if k in theirs and theirs[k].shape != ours[k].shape]
@@ -143,3 +161,7 @@ class TrainState:
             more = f' and {len(different) - 3} more' if len(different) > 3 else ''
             raise UserError(f'{source}: other sizes than this run: {"; ".join(different[:3])}{more}; give the '
                             '--num-classes and --img-size of the checkpoint, or start anew with --initial-checkpoint')
+
+
+def _named(classes: list[str]) -> str:
+    return f'{len(classes)} classes ({", ".join(classes[:3])}{", …" if len(classes) > 3 else ""})'

@@ -291,12 +291,21 @@ def _shortened(items: Iterable[str], limit: int = 3) -> str:
     return ', '.join(items[:limit]) + rest
 
 
-def count_classes(checkpoint: Mapping[str, Any], model_name: str, use_ema: bool = True) -> int | None:
-    """The number of classes that the classifier in a checkpoint of `model_name` tells apart; None if it holds none."""
-    weights = state_dict_of(checkpoint, use_ema)
-    sizes = {len(weights[key]) for name in classifier_names(timm.get_pretrained_cfg(model_name).to_dict())
-             if (key := f'{name}.weight') in weights}
-    return max(sizes, default=None)
+def count_classes(model_name: str, checkpoint: Mapping[str, Any], use_ema: bool = True,
+                  source: str = 'checkpoint in memory') -> int | None:
+    """The number of classes of the classifier in a checkpoint of `model_name`; None if it holds no classifier.
+
+    Without a checkpoint (an empty one), that of the model's pretrained weights.
+    """
+    config = timm.get_pretrained_cfg(model_name).to_dict()
+    if not checkpoint:
+        return config['num_classes']
+    try:
+        weights = state_dict_of(checkpoint, use_ema)
+    except UserError as error:
+        raise UserError(f'{source}: {error}') from error
+    return max((len(weights[key]) for name in classifier_names(config) if (key := f'{name}.weight') in weights),
+               default=None)
 
 
 def classifier_names(pretrained_cfg: Mapping[str, Any]) -> tuple[str, ...]:

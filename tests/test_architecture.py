@@ -23,7 +23,7 @@ def imported_modules(path: Path, package: str = '') -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name.split('.')[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(package if node.level else node.module.split('.')[0])
+            names.add(package if node.level == 1 else node.module.split('.')[0])
     return names
 
 

@@ -185,7 +185,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, broken):
 
 
 def test_where_a_run_goes(tmp_path):
-    place = dict(output=str(tmp_path), name='t2t_vit_7-32')
+    place = dict(output=str(tmp_path), kind='train', name='t2t_vit_7-32')
     new, none = resolve_run(**place, experiment='', resume='')
     assert new.parent == tmp_path / 'train' and new.name.endswith('-t2t_vit_7-32') and none is None
     assert resolve_run(**place, experiment='', resume='auto')[1] is None
@@ -201,6 +201,8 @@ def test_where_a_run_goes(tmp_path):
     assert resolve_run(**place, experiment='other', resume='auto') == (tmp_path / 'train' / 'other', None)
     assert resolve_run(**place, experiment='', resume=str(newest)) == (newest, newest / LAST)
     assert resolve_run(**place, experiment='x', resume=str(newest / LAST)) == (tmp_path / 'train' / 'x', newest / LAST)
+    with pytest.raises(UserError, match='that run exists'):
+        resolve_run(**place, experiment=newest.name, resume='')
     with pytest.raises(UserError, match='--resume .*no such checkpoint'):
         resolve_run(**place, experiment='', resume=str(tmp_path / 'no.pth.tar'))
 

@@ -210,7 +210,7 @@ def test_transfer_replaces_the_head_and_leaves_nothing_out(trained, tmp_path):
     )
     assert 'classifier not loaded: the weights have 3 classes, the model has 2 classes' in out
     before = read_checkpoint(source)['state_dict_ema']
-    content = read_checkpoint(tmp_path / RUN / 'last.pth.tar')
+    content = read_checkpoint(tmp_path / 'output/transfer/run/last.pth.tar')
     after = content['state_dict']
     assert after['head.weight'].shape == (2, 256) and content['classes'] == ['dog', 'eel']
     trainable = {n for n, _ in create_model('t2t_vit_7', num_classes=2, img_size=32).named_parameters()}
@@ -270,6 +270,14 @@ def test_gradient_accumulation_equals_the_larger_batch(image_folder, tmp_path):
         torch.testing.assert_close(value, two['state_dict'][key], rtol=1e-3, atol=1e-5)
 
 
+def test_weights_that_are_not_finite_are_never_saved(image_folder, tmp_path):
+    result = run_script('train.py', image_folder, *TRAIN, '--lr', '1e30', '--checkpoint-steps', '1', cwd=tmp_path)
+    assert result.returncode == 3 and 'nothing was saved since it was finite' in result.stderr
+    for checkpoint in (tmp_path / RUN).glob('*.pth.tar'):
+        weights = read_checkpoint(checkpoint)['state_dict'].values()
+        assert all(w.isfinite().all() for w in weights), checkpoint
+
+
 def test_augmix_splits_train(image_folder, tmp_path):
     out = succeeded(
         run_script(
@@ -304,6 +312,7 @@ def mistakes(tmp: Path, images: Path, checkpoint: Path) -> dict:
     (tmp / 'empty').mkdir()
     (tmp / 'text.pth.tar').write_text('not a checkpoint')
     write_images(tmp / 'unmatched', {'train': 1, 'val': 1})
+    write_images(tmp / 'other', {'train': 2, 'val': 1}, classes=('dog', 'eel', 'fox'))
     shutil.rmtree(tmp / 'unmatched/val/bee')
     good = (images, *TRAIN)
     return {
@@ -341,6 +350,14 @@ def mistakes(tmp: Path, images: Path, checkpoint: Path) -> dict:
             'head.weight (3, 256) in the file',
         ),
         'resume done': ('train.py', (*good, '--resume', checkpoint), 'nothing is left to train'),
+        'overwrite': ('train.py', (*good, '--output', checkpoint.parents[2]), '--experiment run: that run exists'),
+        'resume opt': ('train.py', (*good, '--opt', 'sgd', '--resume', checkpoint), 'its optimizer is adamw'),
+        'resume data': (
+            'train.py',
+            (tmp / 'other', *TRAIN, '--resume', checkpoint),
+            'trained on 3 classes (ant, bee, cat), this data set has 3 classes (dog, eel, fox)',
+        ),
+        'output': ('train.py', (*good, '--output', tmp / 'text.pth.tar'), '--output: '),
         'initial': ('train.py', (*good, '--initial-checkpoint', 'no.pth'), 'no.pth does not exist'),
         'what to validate': ('validate.py', (images, *SMALL), 'what to evaluate?'),
         'other model': (
@@ -408,7 +425,8 @@ def test_launcher_says_a_mistake_once_with_exit_code_2(tmp_path, image_folder):
         one_line['GPUs'] = launch(64, image_folder, '--model', 't2t_vit_7', cwd=tmp_path)
     for name, result in one_line.items():
         assert result.returncode == 2, f'{name}: {result}'
-        assert len(result.stderr.strip().splitlines()) == 1 and 'error: ' in result.stderr, f'{name}: {result.stderr}'
+        assert len(result.stderr.strip().splitlines()) == 1, f'{name}: {result.stderr}'
+        assert result.stderr.startswith(('launch.py: error: ', 'train.py: error: ')), f'{name}: {result.stderr}'
     assert "'nothing_like_it' does not exist" in one_line['model'].stderr
     assert not list(tmp_path.iterdir())
 

@@ -1,10 +1,7 @@
 """The picture of a run: loss, accuracy and learning rate against epochs."""
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
-
-matplotlib.use('Agg')
 
 # Okabe and Ito's colours, which people who see colours differently can tell apart.
 BLUE, ORANGE, GREEN = '#0072B2', '#D55E00', '#009E73'

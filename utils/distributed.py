@@ -109,7 +109,7 @@ def gather(value) -> list:
 
 @contextlib.contextmanager
 def one_per_machine_first(world: World):
-    """What is in this block is done by the first rank of every machine, then by the others: for files that it fetches."""
+    """This block is run by the first rank of every machine, then by the others: for files that it fetches."""
     if is_distributed() and world.local_rank != 0:
         dist.barrier()
     yield

@@ -30,7 +30,7 @@ def run_script(main) -> None:
     except UserError as e:
         report(f'{name}: error: {e}', e.exit_code)
     except KeyboardInterrupt:
-        report(f'{name}: interrupted; --resume auto continues from the last checkpoint', EXIT_CTRL_C)
+        report(f'{name}: interrupted; a training goes on from its last checkpoint with --resume auto', EXIT_CTRL_C)
 
 
 def report(line: str, exit_code: int) -> None:
@@ -41,8 +41,7 @@ def report(line: str, exit_code: int) -> None:
     """
     error_file = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if error_file:
-        Path(error_file).write_text(json.dumps({'message': {
-            'message': line, 'extraInfo': {'timestamp': str(int(time.time())), 'py_callstack': ''}}}))
+        Path(error_file).write_text(json.dumps({'message': line, 'timestamp': int(time.time())}))
     else:
         print(line, file=sys.stderr)
     sys.stdout.flush()

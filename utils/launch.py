@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from utils.errors import UserError, report, run_script
+from utils.options import Parser
 
 
 def main() -> None:
@@ -47,8 +48,10 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
         _, failure = e.get_first_failure()
         if failure.exitcode == 1:
             report(f'rank {failure.rank} failed; its traceback is above', 1)
-        message = failure.message if failure.exitcode > 0 else f'{e.format_msg()}'
-        report(message, failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+        if failure.exitcode < 0:
+            report(f'rank {failure.rank} was ended by signal {-failure.exitcode}; --resume auto continues a training',
+                   128 - failure.exitcode)
+        report(failure.message, failure.exitcode)
 
 
 def _rendezvous() -> list[str]:
@@ -64,23 +67,17 @@ def _rendezvous() -> list[str]:
             f'--master-addr={os.environ["MASTER_ADDR"]}', f'--master-port={os.environ.get("MASTER_PORT", "29500")}']
 
 
-def _device(options: list[str]) -> str:
-    """--device of the command line, else of its recipe, else 'auto'."""
-    def value_of(*names):
-        for index, word in enumerate(options):
-            name, equals, value = word.partition('=')
-            if name in names:
-                return value if equals else options[index + 1] if index + 1 < len(options) else ''
-        return None
-
-    recipe = value_of('-c', '--config')
-    said = value_of('--device')
-    if said is None and recipe and Path(recipe).is_file():
-        try:
-            said = (yaml.safe_load(Path(recipe).read_text()) or {}).get('device')
-        except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
-            said = 'cpu'  # no recipe: let the script say what is wrong with it
-    return said or 'auto'
+def _device(words: list[str]) -> str:
+    """--device of the command line, else of its recipe, else 'auto'. What is wrong with either, the script says."""
+    parser = Parser(add_help=False)
+    parser.add_argument('-c', '--config')
+    parser.add_argument('--device')
+    try:
+        args, _ = parser.parse_known_args(words)
+        recipe = yaml.safe_load(Path(args.config).read_text()) if args.config and not args.device else {}
+        return args.device or recipe.get('device', 'auto')
+    except (UserError, OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        return 'cpu'
 
 
 if __name__ == '__main__':

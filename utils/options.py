@@ -308,11 +308,15 @@ def data_options(parser):
     add('--dataset', default='folder', choices=['folder', 'imagenet', 'cifar10', 'cifar100', 'digits', 'synthetic'],
         help='what is in DIR; digits (embedded) and synthetic (for measuring) need none')
     add('--download', action=FLAG, default=False, help='fetch CIFAR into DIR where it is missing')
-    add('--train-split', default='train', metavar='NAME', help='folder of the training images below DIR')
     add('--val-split', metavar='NAME', help='folder of the evaluation images (default: val, validation or test)')
     add('--only-classes', metavar='CLASSES', help="use a part of the classes: '0-4', or names as 'cat,dog'")
     add('-j', '--workers', type=count, default=8, metavar='N', help='data loader processes per rank')
     add('--pin-mem', action=FLAG, default=False, help='page-locked memory for faster copies to a GPU')
+
+
+def training_data_options(parser):
+    add = parser.add_argument_group('Training data').add_argument
+    add('--train-split', default='train', metavar='NAME', help='folder of the training images below DIR')
 
 
 def model_options(parser):
@@ -355,7 +359,7 @@ def optimizer_options(parser):
 
 def schedule_options(parser):
     add = parser.add_argument_group('Learning rate schedule').add_argument
-    add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'multistep', 'poly'],
+    add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'poly'],
         help='shape of the schedule after the warm-up')
     add('--lr', type=rate, default=5e-4, metavar='LR', help='learning rate at the top of the schedule')
     add('--lr-noise', type=rate, nargs='+', metavar='PCT', help='noise on the rate between these parts of the epochs')
@@ -376,7 +380,7 @@ def schedule_options(parser):
 
 def augmentation_options(parser):
     add = parser.add_argument_group('Augmentation and regularization').add_argument
-    add('--aug', action=FLAG, default=True, help='--no-aug trains on centre crops, whatever else is said here')
+    add('--aug', action=FLAG, default=True, help='--no-aug: centre crops, unerased; Mixup stays')
     add('--train-crop-mode', default='rrc', choices=['rrc', 'pad'],
         help='rrc: random resized crop; pad: resize, then random crop of the image padded by 1/8')
     add('--scale', type=positive, nargs=2, default=[0.08, 1.0], metavar=('MIN', 'MAX'),

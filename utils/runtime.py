@@ -86,12 +86,16 @@ def describe_environment(device: torch.device) -> dict:
     import timm
     import torchvision
     root = Path(__file__).resolve().parents[1]
-    git = subprocess.run(['git', '-C', root, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
+    try:
+        git = subprocess.run(['git', '-C', root, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except OSError:  # a machine without git
+        commit = None
     return {
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{os.cpu_count()} CPU cores',
         'python': platform.python_version(), 'torch': torch.__version__,
         'torchvision': torchvision.__version__, 'timm': timm.__version__,
-        'commit': git.stdout.strip() or None,
+        'commit': commit,
     }
 
 
