@@ -146,9 +146,9 @@ def _check_mixing(batch_size: int, aug_splits: int, mode: str, cutmix_minmax: Se
     if batch_size % 2:
         raise UserError(f'batch size {batch_size} with Mixup or CutMix, which pair images; use an even one')
     if aug_splits:
-        raise UserError(f'Mixup or CutMix with aug_splits {aug_splits}; use one or the other')
+        raise UserError(f'Mixup or CutMix with --aug-splits {aug_splits}; use one or the other')
     if mode not in ('batch', 'pair', 'elem'):
         raise UserError(f'mixup_mode {mode!r}; choose from batch, pair, elem')
     if cutmix_minmax is not None:
         if len(cutmix_minmax) != 2 or not 0 <= cutmix_minmax[0] < cutmix_minmax[1] <= 1:
-            raise UserError(f'cutmix_minmax {cutmix_minmax}; give two fractions such as 0.2 0.8')
+            raise UserError(f'--cutmix-minmax {cutmix_minmax}; give two fractions such as 0.2 0.8')

@@ -76,7 +76,7 @@ def _class_range(item: str, classes: list[str]) -> list[int]:
         last = _class_number(item[hyphen.end():].strip(), classes)
         if first is not None and last is not None and first <= last:
             return list(range(first, last + 1))
-    raise UserError(f'only_classes: {item!r} is none of the {len(classes)} classes ({name_some(classes)}); '
+    raise UserError(f'--only-classes: {item!r} is none of the {len(classes)} classes ({name_some(classes)}); '
                     f'give names, numbers from 0 to {len(classes) - 1}, or ranges such as 0-4')
 
 

@@ -56,7 +56,7 @@ def create_train_transform(
     _check_range('scale', scale)
     _check_range('ratio', ratio)
     if aug_splits < 0 or aug_splits == 1 or (aug_splits and no_aug):
-        raise UserError(f'aug_splits {aug_splits} with no_aug {no_aug}; use 0, or 2 and more without no_aug')
+        raise UserError(f'--aug-splits {aug_splits}; use 0, or 2 and more, and not with --no-aug')
     mean = per_channel('mean', mean)
     if no_aug:
         return create_transform(img_size, is_training=True, no_aug=True, interpolation=interpolation,
@@ -68,7 +68,7 @@ def create_train_transform(
             interpolation=interpolation, mean=mean)
     # How timm answers a policy it cannot read.
     except (AssertionError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f'auto_augment {auto_augment!r} is no policy of timm ({error}); '
+        raise UserError(f'--aa {auto_augment!r} is no policy of timm ({error}); '
                         "use for instance 'rand-m9-mstd0.5-inc1'") from None
     _allow_zero_bits(augment)
     if crop_mode == 'pad':
@@ -99,7 +99,7 @@ def create_eval_transform(
     _check_choice('crop_mode', crop_mode, ('center', 'squash', 'border'))
     mean = per_channel('mean', mean)
     if not 0 < crop_pct <= 1:
-        raise UserError(f'crop_pct {crop_pct}; give a fraction above 0 and up to 1')
+        raise UserError(f'--crop-pct {crop_pct}; give a fraction above 0 and up to 1')
     return create_transform(img_size, is_training=False, use_prefetcher=True, crop_pct=crop_pct,
                             crop_mode=crop_mode, interpolation=interpolation, mean=mean)
 

@@ -162,8 +162,8 @@ class Trainer:
         if not math.isfinite(loss):
             raise NotFiniteError(
                 f'the loss or a weight is {loss} at epoch {self.state.epoch}, step {self.state.step}; nothing was '
-                'saved since it was finite. A lower --lr, --clip-grad 1 or --amp-dtype bfloat16 helps; --resume auto goes '
-                'back to the last checkpoint')
+                'saved since it was finite. A lower --lr, --clip-grad 1 or --amp-dtype bfloat16 helps; --resume auto '
+                'goes back to the last checkpoint')
 
     def _share_buffers(self) -> None:
         """Makes the buffers of all ranks those that are saved: batch norms have seen other images on every rank."""

@@ -138,10 +138,10 @@ def normalised_exactly(images):
 
 @pytest.mark.parametrize('options, named', [
     (dict(batch_size=7, mixup_alpha=0.8), 'batch size 7'),
-    (dict(cutmix_alpha=1.0, aug_splits=3), 'aug_splits 3'),
+    (dict(cutmix_alpha=1.0, aug_splits=3), '--aug-splits 3'),
     (dict(mixup_alpha=0.8, mixup_mode='half'), 'half'),
     (dict(mixup_alpha=-1.0), '-1.0'),
-    (dict(cutmix_minmax=(0.8, 0.2)), 'cutmix_minmax'),
+    (dict(cutmix_minmax=(0.8, 0.2)), '--cutmix-minmax'),
     (dict(mixup_prob=1.5), 'mixup_prob 1.5'),
     (dict(erase_prob=0.2, erase_mode='noise'), 'noise'),
     (dict(erase_prob=0.2, erase_count=0), 'erase_count 0'),

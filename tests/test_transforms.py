@@ -126,12 +126,12 @@ def test_evaluation_pixels_are_those_of_timm(image, size, options):
     (create_train_transform, dict(crop_mode='center'), 'center'),
     (create_train_transform, dict(scale=(1.0, 0.08)), 'scale'),
     (create_train_transform, dict(ratio=(0.0, 1.0)), 'ratio'),
-    (create_train_transform, dict(aug_splits=1), 'aug_splits 1'),
-    (create_train_transform, dict(aug_splits=3, no_aug=True), 'no_aug'),
+    (create_train_transform, dict(aug_splits=1), '--aug-splits 1'),
+    (create_train_transform, dict(aug_splits=3, no_aug=True), '--no-aug'),
     (create_train_transform, dict(mean=(0.5, 0.5)), 'mean'),
     (create_eval_transform, dict(img_size=0), 'img_size 0'),
     (create_eval_transform, dict(img_size=(8, 8, 8)), 'img_size'),
-    (create_eval_transform, dict(crop_pct=90), 'crop_pct 90'),
+    (create_eval_transform, dict(crop_pct=90), '--crop-pct 90'),
     (create_eval_transform, dict(interpolation='random'), 'random'),
 ], ids=str)
 def test_mistakes_are_explained_in_one_line(create, arguments, named):
