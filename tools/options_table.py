@@ -31,7 +31,17 @@ def table() -> str:
             where = '' if script == 'train.py' else f' ({script})'
             lines += [f'| **{group.title}**{where} | | |'] + [_row(action) for action in actions]
             seen |= {a.dest for a in actions}
-    return '\n'.join(['| option | default | meaning |', '|---|---|---|', *lines]) + '\n'
+    changed = ', '.join(f'`{_written(name, value)}`' for name, value in transfer.DEFAULTS.items())
+    return '\n'.join(['| option | default | meaning |', '|---|---|---|', *lines, '',
+                      f'transfer.py starts from other defaults: {changed}.']) + '\n'
+
+
+def _written(name: str, value) -> str:
+    """A default as it would be typed."""
+    option = name.replace('_', '-')
+    if isinstance(value, bool):
+        return f'--{option}' if value else f'--no-{option}'
+    return f'--{option} {value!r}' if value == '' else f'--{option} {value}'
 
 
 def _row(action: argparse.Action) -> str:

@@ -2,6 +2,7 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's colours, which people who see colours differently can tell apart.
 BLUE, ORANGE, GREEN = '#0072B2', '#D55E00', '#009E73'
@@ -28,11 +29,12 @@ def draw_curves(records: list[dict], path: Path) -> None:
         loss.plot(x, [r[f'{prefix}loss'] for r in have], **style, label=f'evaluation, {name}')
         accuracy.plot(x, [r[f'{prefix}top1'] for r in have], **style,
                       label=f"{name}: best {best[prefix + 'top1']:.2f} % (epoch {best['epoch'] + 1})")
-    rate.plot([r['epoch_progress'] for r in steps], [r['lr'] for r in steps], color=BLUE, drawstyle='steps-post')
+    rate.plot([r['epoch_progress'] for r in steps], [r['lr'] for r in steps], color=BLUE)
 
     for axes, title in ((loss, 'Loss'), (accuracy, 'Top-1 accuracy, %'), (rate, 'Learning rate')):
         axes.set_title(title)
         axes.set_xlabel('epochs')
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     for axes in (loss, accuracy):
         if axes.lines:

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -40,6 +41,8 @@ def setup_logging(*, is_main: bool) -> None:
     for room in ('models', 'data', 'engine', 'utils', '__main__'):
         logging.getLogger(room).setLevel(logging.INFO if is_main else logging.WARNING)
     logging.captureWarnings(True)
+    # The published default of 8 workers is more than a small machine has cores; the user can say otherwise.
+    warnings.filterwarnings('ignore', message='This DataLoader will create')
 
 
 class _Formatter(logging.Formatter):
