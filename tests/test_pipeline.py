@@ -1,0 +1,57 @@
+"""From options to data: whose classes number an evaluation, where CIFAR is, what a model's input is."""
+import pytest
+import timm
+import torch
+
+from data import pipeline
+from tests.conftest import write_images
+from tests.test_options import parse
+from utils.distributed import World
+from utils.errors import UserError
+
+ONE = World(rank=0, local_rank=0, size=1, device=torch.device('cpu'))
+
+
+def evaluation_data(root, *options, classes=None, num_classes=None):
+    args = parse(str(root), *options, script='validate')
+    return pipeline.open_evaluation_data(args, classes, num_classes, ONE)
+
+
+def test_a_part_of_imagenet_is_numbered_as_imagenet(tmp_path):
+    synsets = ('n01440764', 'n01443537', 'n15075141')  # the first two and the last
+    dataset = evaluation_data(write_images(tmp_path, {'val': 2}, classes=synsets), num_classes=1000)
+    assert len(dataset.classes) == 1000 and sorted(dataset.targets.tolist()) == [0, 0, 1, 1, 999, 999]
+
+
+def test_classes_come_from_the_map_then_the_checkpoint_then_the_folders(tmp_path):
+    root = write_images(tmp_path / 'data', {'val': 1}, classes=('bee', 'cat'))
+    (tmp_path / 'map.txt').write_text('cat\nbee\nant\n')
+    assert evaluation_data(root).classes == ['bee', 'cat']
+    of_checkpoint = evaluation_data(root, classes=['ant', 'bee', 'cat'])
+    assert sorted(of_checkpoint.targets.tolist()) == [1, 2]
+    of_map = evaluation_data(root, '--class-map', str(tmp_path / 'map.txt'), classes=['ant', 'bee', 'cat'])
+    assert of_map.classes == ['cat', 'bee', 'ant'] and sorted(of_map.targets.tolist()) == [0, 1]
+
+
+def test_where_cifar_is_looked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(pipeline, 'open_train_val', lambda *a, **k: asked.append((a, k['download'])))
+    for argv in ('--dataset cifar10', '/data/c --dataset cifar10', '/data/c --dataset cifar100 --download'):
+        pipeline.open_training_data(parse(*argv.split()), ONE)
+    assert asked == [
+        (('cifar10', './data_cifar'), True), (('cifar10', '/data/c'), False), (('cifar100', '/data/c'), True)]
+    with pytest.raises(UserError, match='no data: give the folder'):
+        pipeline.open_training_data(parse(), ONE)
+
+
+def test_input_is_the_models_own_unless_said_otherwise():
+    config = timm.get_pretrained_cfg('deit_small_patch16_224').to_dict()
+    image = pipeline.resolve_input(parse('/data', '--img-size', '192x256', '--mean', '0.5'), config)
+    assert image.img_size == (192, 256) and image.interpolation == 'bicubic' and image.crop_pct == config['crop_pct']
+    assert image.mean == (0.5, 0.5, 0.5) and image.std == tuple(config['std']) and image.crop_mode == 'center'
+    other = pipeline.resolve_input(parse('/data', '--crop-pct', '0.8', '--interpolation', 'bilinear'), config)
+    assert (other.crop_pct, other.interpolation) == (0.8, 'bilinear')
+    with pytest.raises(UserError, match='--mean'):
+        pipeline.resolve_input(parse('/data', '--mean', '0.5', '0.5'), config)
+    with pytest.raises(UserError, match='--crop-pct 2.0'):
+        pipeline.resolve_input(parse('/data', '--crop-pct', '2'), config)
