@@ -35,7 +35,7 @@ def main():
     # --- Options ------------------------------------------------------------------------------------------------------
     parser = options.create_parser('Evaluate a model.', (*GROUPS, validate_options), defaults={'log_interval': 10})
     args = options.parse_options(parser)
-    if bool(args.eval_checkpoint) + args.pretrained + bool(args.initial_checkpoint) != 1:
+    if bool(args.eval_checkpoint) + args.pretrained != 1 or args.initial_checkpoint:
         raise UserError('what to evaluate? give --eval-checkpoint PATH, or --pretrained for the published weights')
 
     import torch

@@ -19,7 +19,7 @@ from utils.runtime import Precision
 _logger = logging.getLogger(__name__)
 
 # Options that may differ between a run and its continuation without changing what is computed.
-HARMLESS = {'data', 'config', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download',
+HARMLESS = {'data', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download',
             'checkpoint_steps', 'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier'}
 
 
@@ -45,7 +45,7 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
 
     Args:
         kind: 'train' or 'transfer', the part of --output where the run's folder is.
-        batches: train_loader, prepare_train, val_loader, prepare_val and input_size, of this rank.
+        batches: train_loader, prepare_train, val_loader, prepare_val and img_size, of this rank.
     Returns:
         `state`, at its end.
     """

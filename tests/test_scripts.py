@@ -359,6 +359,11 @@ def mistakes(tmp: Path, images: Path, checkpoint: Path) -> dict:
         ),
         'output': ('train.py', (*good, '--output', tmp / 'text.pth.tar'), '--output: '),
         'initial': ('train.py', (*good, '--initial-checkpoint', 'no.pth'), 'no.pth does not exist'),
+        'initial is not eval': (
+            'validate.py',
+            (images, *SMALL, '--initial-checkpoint', checkpoint),
+            'what to evaluate? give --eval-checkpoint',
+        ),
         'what to validate': ('validate.py', (images, *SMALL), 'what to evaluate?'),
         'other model': (
             'validate.py',
