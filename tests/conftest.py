@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytest.register_assert_rewrite('tests.golden')  # so that its assertions show their values, as those of tests do
+
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 240  # the longest that any one command of a test may take
 
