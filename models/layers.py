@@ -12,7 +12,7 @@ from timm.layers import DropPath, Mlp
 from torch import nn
 
 
-def sinusoid_table(num_positions: int, dim: int) -> torch.Tensor:
+def sinusoid_table(num_positions: int, dim: int, device=None, dtype=None) -> torch.Tensor:
     """Return the fixed position embedding of Vaswani et al. 2017 (section 3.5), [1, num_positions, dim].
 
     Even channels i are sin(position / 10000^(2⌊i/2⌋/dim)), odd channels the cosine of the same angle. In
@@ -24,7 +24,7 @@ def sinusoid_table(num_positions: int, dim: int) -> torch.Tensor:
     # In float32 the angle of a late position would be off by more than the rounding of the result.
     angles = positions[:, None] / wavelengths  # [num_positions, dim]
     table = torch.where(channels % 2 == 0, angles.sin(), angles.cos())
-    return table.float().unsqueeze(0)
+    return table.unsqueeze(0).to(device=device, dtype=dtype or torch.get_default_dtype())
 
 
 class Attention(nn.Module):
@@ -37,14 +37,16 @@ class Attention(nn.Module):
         proj_drop: dropout probability after the output projection.
     """
 
-    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0., proj_drop: float = 0.):
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0., proj_drop: float = 0.,
+                 device=None, dtype=None):
         super().__init__()
+        dd = {'device': device, 'dtype': dtype}
         if dim % num_heads:
             raise ValueError(f'embed_dim {dim} is not divisible by num_heads {num_heads}')
         self.num_heads = num_heads
         self.attn_drop_rate = attn_drop
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,7 +69,7 @@ class Block(nn.Module):
         drop: dropout probability after the attention's projection and in the MLP.
         attn_drop: dropout probability of the attention weights.
         drop_path: probability of dropping a residual branch for one image (stochastic depth).
-        norm_layer: called with C.
+        norm_layer: called with C, and device and dtype by name.
         act_layer: activation of the MLP.
     """
 
@@ -81,13 +83,16 @@ class Block(nn.Module):
             drop_path: float = 0.,
             norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
             act_layer: Callable[[], nn.Module] = nn.GELU,
+            device=None,
+            dtype=None,
     ):
         super().__init__()
-        self.norm1 = norm_layer(dim)
-        self.attn = Attention(dim, num_heads, attn_drop=attn_drop, proj_drop=drop)
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = Attention(dim, num_heads, attn_drop=attn_drop, proj_drop=drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens [B, N, C] to tokens [B, N, C]."""

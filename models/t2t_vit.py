@@ -16,7 +16,9 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 from torch import nn
 
 from .layers import Block, sinusoid_table
@@ -26,6 +28,10 @@ from .weights import resize_pos_embed, state_dict_of
 __all__ = ['T2TViT', 'VARIANTS', 'build_t2t_vit', 'checkpoint_filter_fn']
 
 POOLINGS = ('token', 'avg', '')
+
+# Leaves to torch.fx, which cannot follow a comparison of sizes.
+torch.fx.wrap('token_grid')
+torch.fx.wrap('resample_abs_pos_embed')
 
 
 class T2TViT(nn.Module):
@@ -48,8 +54,13 @@ class T2TViT(nn.Module):
         drop_path_rate: stochastic depth of the last block; the rates rise linearly from 0.
         tokens_type: token layers, 'performer' or 'transformer'.
         token_dim: channels of the token layers.
+        aux_head: a second classifier over the grid tokens, as in the release trained by token labeling.
+        aux_weight: how much of its maximum over the tokens is added to the class token's logits.
         norm_layer: normalisation of the backbone, called with C; LayerNorm with epsilon 1e-5 by default.
         act_layer: activation of the backbone's MLPs; the exact GELU by default.
+        block_fn: class of the backbone's blocks, with the arguments of `layers.Block`.
+        tokens_fn: class of the tokens-to-token module, with the arguments of `TokensToToken`.
+        device, dtype: where the parameters are made, and of what type.
 
     Raises:
         ValueError: image below 16 pixels, unknown tokens_type or global_pool, heads that do not divide C.
@@ -70,10 +81,17 @@ class T2TViT(nn.Module):
             drop_path_rate: float = 0.,
             tokens_type: str = 'performer',
             token_dim: int = 64,
+            aux_head: bool = False,
+            aux_weight: float = 0.5,
             norm_layer: Callable[[int], nn.Module] | None = None,
             act_layer: Callable[[], nn.Module] | None = None,
+            block_fn: Callable[..., nn.Module] = Block,
+            tokens_fn: Callable[..., nn.Module] = TokensToToken,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        dd = {'device': device, 'dtype': dtype}
         norm_layer = norm_layer or nn.LayerNorm
         act_layer = act_layer or nn.GELU
         self.num_classes = num_classes
@@ -84,25 +102,27 @@ class T2TViT(nn.Module):
         self.grid_size = token_grid(*to_2tuple(img_size))
         self.grad_checkpointing = False
 
-        self.tokens_to_token = TokensToToken(tokens_type, in_chans, embed_dim, token_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.tokens_to_token = tokens_fn(tokens_type, in_chans, embed_dim, token_dim, **dd)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
         num_positions = self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
         # Never trained, so a buffer; saved, as in the released checkpoints.
-        self.register_buffer('pos_embed', sinusoid_table(num_positions, embed_dim))
+        self.register_buffer('pos_embed', sinusoid_table(num_positions, embed_dim, **dd))
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList([
-            Block(embed_dim, num_heads, mlp_ratio, drop=drop_rate, attn_drop=attn_drop_rate, drop_path=rate,
-                  norm_layer=norm_layer, act_layer=act_layer)
+            block_fn(embed_dim, num_heads, mlp_ratio, drop=drop_rate, attn_drop=attn_drop_rate, drop_path=rate,
+                     norm_layer=norm_layer, act_layer=act_layer, **dd)
             for rate in calculate_drop_path_rates(drop_path_rate, depth)
         ])
         self.feature_info = [
             {'module': f'blocks.{i}', 'num_chs': embed_dim, 'reduction': 16} for i in range(depth)
         ]
-        self.norm = norm_layer(embed_dim)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.norm = norm_layer(embed_dim, **dd)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.aux_weight = aux_weight
+        self.aux_head = nn.Linear(embed_dim, num_classes, **dd) if aux_head and num_classes > 0 else None
 
         nn.init.trunc_normal_(self.cls_token, std=.02)
-        self.apply(_init_weights)
+        self.apply(init_weights)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -123,51 +143,69 @@ class T2TViT(nn.Module):
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier: a linear layer, or an identity where there are no classes."""
-        return self.head
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """Return the classifier: a linear layer, an identity where there are no classes, or head and aux_head."""
+        return self.head if self.aux_head is None else (self.head, self.aux_head)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a fresh one (0 classes for none) and, if given, the pooling."""
         if global_pool is not None:
             self.global_pool = _checked_pooling(global_pool)
         self.num_classes = num_classes
-        device, dtype = self.cls_token.device, self.cls_token.dtype
-        self.head = nn.Identity()
-        if num_classes > 0:
-            self.head = nn.Linear(self.embed_dim, num_classes, device=device, dtype=dtype)
-            _init_weights(self.head)
+        self.head = self._new_classifier(num_classes) if num_classes > 0 else nn.Identity()
+        if self.aux_head is not None:
+            self.aux_head = self._new_classifier(num_classes) if num_classes > 0 else None
+
+    def _new_classifier(self, num_classes: int) -> nn.Linear:
+        """Return an initialised linear layer on the device and of the dtype of the model."""
+        head = nn.Linear(self.num_features, num_classes, device=self.cls_token.device, dtype=self.cls_token.dtype)
+        init_weights(head)
+        return head
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resample the position embedding to another image size for good; other sizes are resampled at each call."""
+        grid = token_grid(*to_2tuple(img_size))
+        self.pos_embed = resample_abs_pos_embed(
+            self.pos_embed, grid, self.grid_size, num_prefix_tokens=self.num_prefix_tokens)
+        self.grid_size = grid
+        update_model_input_size(self, img_size)  # timm saves the size with the weights
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         """Map images [B, in_chans, height, width] to tokens with positions [B, 1 + N, C]."""
         B, _, height, width = x.shape
-        grid = token_grid(height, width)  # first, so that a small image fails with a clear message
+        H, W = token_grid(height, width)  # first, so that a small image fails with a clear message
         x = self.tokens_to_token(x)  # [B, N, C]
         x = torch.cat((self.cls_token.expand(B, -1, -1), x), dim=1)  # [B, 1 + N, C]
         pos_embed = resample_abs_pos_embed(
-            self.pos_embed, grid, self.grid_size, num_prefix_tokens=self.num_prefix_tokens)
+            self.pos_embed, [H, W], self.grid_size, num_prefix_tokens=self.num_prefix_tokens)
         return self.pos_drop(x + pos_embed)
-
-    def _run_block(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """Apply one block, recomputing it in the backward pass where gradient checkpointing is on."""
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(block, x)
-        return block(x)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Map images [B, in_chans, height, width] to normalised tokens [B, 1 + N, C], class token first."""
         x = self._embed(x)
         for block in self.blocks:
-            x = self._run_block(block, x)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
         return self.norm(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Map tokens [B, 1 + N, C] to logits [B, num_classes], or to pooled features [B, C] (pre_logits)."""
+        pooled = x
         if self.global_pool == 'token':
-            x = x[:, 0]
+            pooled = x[:, 0]
         elif self.global_pool == 'avg':
-            x = x[:, self.num_prefix_tokens:].mean(dim=1)
-        return x if pre_logits else self.head(x)
+            pooled = x[:, self.num_prefix_tokens:].mean(dim=1)
+        if pre_logits:
+            return pooled
+        logits = self.head(pooled)
+        if self.aux_head is not None and self.global_pool != '':
+            # In training too, so that one function is trained and evaluated and every parameter gets a gradient.
+            token_logits = self.aux_head(x[:, self.num_prefix_tokens:])  # [B, N, num_classes]
+            logits = logits + self.aux_weight * token_logits.amax(dim=1)
+        return logits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images [B, in_chans, height, width] to logits [B, num_classes]."""
@@ -182,7 +220,8 @@ class T2TViT(nn.Module):
             stop_early: bool = False,
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
-    ):
+            output_dict: bool = False,
+    ) -> list | tuple[torch.Tensor, list] | dict[str, torch.Tensor | list]:
         """Return the output of chosen blocks, in timm's interface (also behind `features_only=True`).
 
         Args:
@@ -193,6 +232,8 @@ class T2TViT(nn.Module):
             stop_early: do not run the blocks behind the last chosen one.
             output_fmt: 'NCHW' for maps [B, C, H, W], 'NLC' for tokens [B, N, C].
             intermediates_only: return the list alone instead of (final tokens, list).
+            output_dict: return 'image_intermediates', 'image_intermediates_prefix' (with `return_prefix_tokens`)
+                and 'image_features' (without `intermediates_only`) by name instead.
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt is {output_fmt!r}; choose from 'NCHW', 'NLC'")
@@ -202,7 +243,7 @@ class T2TViT(nn.Module):
         x = self._embed(x)
         outputs = []
         for index, block in enumerate(self.blocks[:last + 1] if stop_early else self.blocks):
-            x = self._run_block(block, x)
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             if index in chosen:
                 outputs.append(self.norm(x) if norm else x)
 
@@ -210,6 +251,11 @@ class T2TViT(nn.Module):
         outputs = [y[:, self.num_prefix_tokens:] for y in outputs]
         if output_fmt == 'NCHW':
             outputs = [y.transpose(1, 2).reshape(B, -1, H, W) for y in outputs]  # [B, C, H, W]
+        if output_dict:
+            named = {'image_intermediates': outputs}
+            if return_prefix_tokens:
+                named['image_intermediates_prefix'] = class_tokens
+            return named if intermediates_only else {**named, 'image_features': self.norm(x)}
         if return_prefix_tokens:
             outputs = list(zip(outputs, class_tokens, strict=True))
         return outputs if intermediates_only else (self.norm(x), outputs)
@@ -237,7 +283,7 @@ def _checked_pooling(global_pool: str) -> str:
     return global_pool
 
 
-def _init_weights(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
     """Initialise as published: truncated normal 0.02 for linear layers, zero biases, norms of one."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=.02)
@@ -255,7 +301,8 @@ class Variant(NamedTuple):
     depth: int
     num_heads: int
     mlp_ratio: float
-    release: str
+    release: str = ''
+    aux_head: bool = False
 
 
 VARIANTS = {
@@ -268,27 +315,37 @@ VARIANTS = {
     't2t_vit_t_14': Variant('transformer', 384, 14, 6, 3., '81.7_T2T_ViTt_14.pth.tar'),
     't2t_vit_t_19': Variant('transformer', 448, 19, 7, 3., '82.4_T2T_ViTt_19.pth.tar'),
     't2t_vit_t_24': Variant('transformer', 512, 24, 8, 3., '82.6_T2T_ViTt_24.pth.tar'),
+    # The paper's ablations that differ in their numbers alone. t2t_vit_14_resnext has the shapes of t2t_vit_14.
+    't2t_vit_14_resnext': Variant('performer', 384, 14, 32, 3.),
+    't2t_vit_14_wide': Variant('performer', 768, 4, 12, 3.),
+    # The 84.2 % release: trained by token labeling (Jiang et al. 2021), which adds a classifier over the tokens.
+    't2t_vit_24_token_labeling': Variant('performer', 512, 24, 8, 3., '84.2_T2T_ViT_24.pth.tar', aux_head=True),
 }
 
 
-def _pretrained_cfg(release: str) -> dict:
-    """Return timm's description of the released weights in `release`."""
+def pretrained_cfg(release: str = '', **kwargs) -> dict:
+    """Return timm's description of a model trained on ImageNet, and of its weights in `release` if there are any."""
     return {
-        'url': f'https://github.com/yitu-opensource/T2T-ViT/releases/download/main/{release}',
+        'url': f'https://github.com/yitu-opensource/T2T-ViT/releases/download/main/{release}' if release else '',
         'num_classes': 1000, 'input_size': (3, 224, 224), 'fixed_input_size': False,
         'interpolation': 'bicubic', 'crop_pct': 0.9,
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'classifier': 'head', 'first_conv': None,  # the first layer is a soft split, not a convolution
+        'classifier': 'head', 'first_conv': (),  # the first layer is a soft split, not a convolution
         'license': 'bsd-3-clause-clear',
         'origin_url': 'https://github.com/yitu-opensource/T2T-ViT',
         'paper_name': 'Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet',
         'paper_ids': 'arXiv:2101.11986',
+        **kwargs,
     }
 
 
 # `register_model` looks the description of a model up under this name.
 default_cfgs = generate_default_cfgs({
-    f'{name}.in1k': _pretrained_cfg(variant.release) for name, variant in VARIANTS.items()
+    f'{name}.in1k': pretrained_cfg(
+        variant.release, classifier=('head', 'aux_head') if variant.aux_head else 'head')
+    for name, variant in VARIANTS.items()
+} | {
+    't2t_vit_14.in1k_384': pretrained_cfg('83.3_T2T_ViT_14.pth.tar', input_size=(3, 384, 384), crop_pct=1.0),
 })
 
 
@@ -301,6 +358,9 @@ def build_t2t_vit(name: str, pretrained: bool = False, **kwargs) -> T2TViT:
     """Build the registered variant `name`; `kwargs` are the arguments of `T2TViT` and of timm's builder."""
     architecture = VARIANTS[name]._asdict()
     del architecture['release']
+    # The position embedding of weights trained at 384 pixels has that size, unless another one is asked for.
+    weights = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    architecture['img_size'] = tuple(weights.input_size[-2:])
     return build_model_with_cfg(
         T2TViT, name, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,

@@ -16,29 +16,20 @@ from torch import nn
 
 # (kernel, stride, padding) of the three soft splits; 224 pixels become 56, 28, then 14 tokens a side.
 SOFT_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
-MIN_IMAGE_SIZE = 16
-# The rescaled epsilon of the Performer stays between exp(-60) and exp(60), well inside float32. Its lower end
-# is out of reach of the published layers: with 32 rows of length √32 no exponent exceeds 16, and
-# log(1e-8) - 2 · 16 > -60. At its upper end the features underflow: the published function is 0 like ours.
-MAX_LOG_EPS = 60.
 
 
-def split_grid(height: int, width: int, kernel: int, stride: int, padding: int) -> tuple[int, int]:
-    """Return rows and columns of the patches that one soft split cuts from a map of height × width."""
-    return (height + 2 * padding - kernel) // stride + 1, (width + 2 * padding - kernel) // stride + 1
-
-
-@register_notrace_function  # a leaf to torch.fx, which cannot follow the comparison
+@register_notrace_function
 def token_grid(height: int, width: int) -> tuple[int, int]:
     """Return rows and columns of the module's tokens for an image of height × width pixels.
 
     Raises ValueError below 16 pixels a side.
     """
-    if height < MIN_IMAGE_SIZE or width < MIN_IMAGE_SIZE:
+    if height < 16 or width < 16:
         raise ValueError(f'an image of {height} × {width} pixels is too small for T2T-ViT: '
-                         f'height and width must be at least {MIN_IMAGE_SIZE}')
-    for kernel, stride, padding in SOFT_SPLITS:
-        height, width = split_grid(height, width, kernel, stride, padding)
+                         'height and width must be at least 16')
+    for kernel, stride, padding in ((7, 4, 2), (3, 2, 1), (3, 2, 1)):  # SOFT_SPLITS: TorchScript sees no globals
+        height = (height + 2 * padding - kernel) // stride + 1
+        width = (width + 2 * padding - kernel) // stride + 1
     return height, width
 
 
@@ -51,7 +42,8 @@ class SoftSplit(nn.Module):
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of the tokens of a map of height × width."""
-        return split_grid(height, width, self.kernel, self.stride, self.padding)
+        margin = 2 * self.padding - self.kernel
+        return (height + margin) // self.stride + 1, (width + margin) // self.stride + 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [B, C, H, W] to tokens [B, N, C · kernel²], row by row."""
@@ -68,7 +60,8 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device_type, enabled=False)
 
 
-@register_notrace_function  # a leaf to torch.fx, which cannot record the autocast context
+@torch.fx.wrap  # a leaf to torch.fx, which cannot record the autocast context
+@register_notrace_function
 def performer_attention(
         k: torch.Tensor,
         q: torch.Tensor,
@@ -80,10 +73,11 @@ def performer_attention(
 
     With features φ(x) = exp(w·x − |x|²/2) / √m the result is φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k) + eps).
 
-    Features reach e¹⁶, far above float16's 65,504. So all of this is float32 (float64 where the inputs are),
-    whatever autocast says, and the largest exponent of each q, and of all k of an image, is subtracted first,
-    so that activations of any size are safe. These factors cancel between numerator and denominator if eps is
-    divided by them too, and so does 1/√m: function and gradient are exactly the published ones.
+    Features reach e¹⁶, far above float16's 65,504. So all of this is float32 (float64 where the inputs are, and
+    in TorchScript), whatever autocast says, and the largest exponent of each q, and of all k of an image, is
+    subtracted first, so that activations of any size are safe. These factors cancel between numerator and
+    denominator if eps is divided by them too, and so does 1/√m: function and gradient are exactly the
+    published ones.
 
     Args:
         k, q, v: keys, queries and values, [B, N, D] each.
@@ -93,23 +87,40 @@ def performer_attention(
     Returns:
         [B, N, D] in the dtype of v, which can hold it: no entry exceeds the largest |v| of its image.
     """
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    with _without_autocast(v.device.type):
-        k, q, values, w = k.to(dtype), q.to(dtype), v.to(dtype), w.to(dtype)
-        q_exponent = q @ w.t() - q.square().sum(-1, keepdim=True) / 2  # [B, N, m]
-        k_exponent = k @ w.t() - k.square().sum(-1, keepdim=True) / 2  # [B, N, m]
-        # Detached: the result does not depend on the shifts, so nor does its gradient.
-        q_shift = q_exponent.detach().amax(dim=2, keepdim=True)  # [B, N, 1], per token
-        k_shift = k_exponent.detach().amax(dim=(1, 2), keepdim=True)  # [B, 1, 1], per image
-        q_features = torch.exp(q_exponent - q_shift)
-        k_features = torch.exp(k_exponent - k_shift)
-        log_eps = math.log(eps * w.shape[0]) - q_shift - k_shift
-        shifted_eps = log_eps.clamp(-MAX_LOG_EPS, MAX_LOG_EPS).exp()  # [B, N, 1]
-
-        weighted_values = k_features.transpose(1, 2) @ values  # [B, m, D]
-        total_weights = k_features.sum(dim=1).unsqueeze(2)  # [B, m, 1]
-        out = (q_features @ weighted_values) / (q_features @ total_weights + shifted_eps)  # [B, N, D]
+    if torch.jit.is_scripting():
+        # TorchScript cannot switch autocast off, but autocast leaves float64 alone.
+        out = _performer_attention(k.double(), q.double(), v.double(), w.double(), eps)
+    else:
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        with _without_autocast(v.device.type):
+            out = _performer_attention(k.to(dtype), q.to(dtype), v.to(dtype), w.to(dtype), eps)
     return out.to(v.dtype)
+
+
+def _performer_attention(
+        k: torch.Tensor,
+        q: torch.Tensor,
+        v: torch.Tensor,
+        w: torch.Tensor,
+        eps: float,
+) -> torch.Tensor:
+    """Compute `performer_attention` in the dtype of its inputs, which must hold the features' range."""
+    q_exponent = q @ w.t() - q.square().sum(-1, keepdim=True) / 2  # [B, N, m]
+    k_exponent = k @ w.t() - k.square().sum(-1, keepdim=True) / 2  # [B, N, m]
+    # Detached: the result does not depend on the shifts, so nor does its gradient.
+    q_shift = q_exponent.detach().amax(dim=2, keepdim=True)  # [B, N, 1], per token
+    k_shift = k_exponent.detach().amax(dim=(1, 2), keepdim=True)  # [B, 1, 1], per image
+    q_features = torch.exp(q_exponent - q_shift)
+    k_features = torch.exp(k_exponent - k_shift)
+    # The rescaled epsilon stays between exp(-60) and exp(60), well inside float32. Its lower end is out of reach of
+    # the published layers: with 32 rows of length √32 no exponent exceeds 16, and log(1e-8) - 2 · 16 > -60. At its
+    # upper end the features underflow: the published function is 0 like ours.
+    log_eps = math.log(eps * w.shape[0]) - q_shift - k_shift
+    shifted_eps = log_eps.clamp(-60., 60.).exp()  # [B, N, 1]
+
+    weighted_values = k_features.transpose(1, 2) @ v  # [B, m, D]
+    total_weights = k_features.sum(dim=1).unsqueeze(2)  # [B, m, 1]
+    return (q_features @ weighted_values) / (q_features @ total_weights + shifted_eps)  # [B, N, D]
 
 
 class TokenPerformer(nn.Module):
@@ -122,20 +133,24 @@ class TokenPerformer(nn.Module):
         drop: dropout probability after the attention's projection and after the MLP, active in training.
     """
 
-    def __init__(self, dim: int, token_dim: int, kernel_ratio: float = 0.5, drop: float = 0.1):
+    def __init__(self, dim: int, token_dim: int, kernel_ratio: float = 0.5, drop: float = 0.1,
+                 device=None, dtype=None):
         super().__init__()
+        dd = {'device': device, 'dtype': dtype}
         self.token_dim = token_dim
-        self.kqv = nn.Linear(dim, 3 * token_dim)
-        self.proj = nn.Linear(token_dim, token_dim)
+        self.kqv = nn.Linear(dim, 3 * token_dim, **dd)
+        self.proj = nn.Linear(token_dim, token_dim, **dd)
         self.dropout = nn.Dropout(drop)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(token_dim)
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.norm2 = nn.LayerNorm(token_dim, **dd)
         # A Sequential for the sake of the released keys, mlp.0 and mlp.2.
         self.mlp = nn.Sequential(
-            nn.Linear(token_dim, token_dim), nn.GELU(), nn.Linear(token_dim, token_dim), nn.Dropout(drop))
+            nn.Linear(token_dim, token_dim, **dd), nn.GELU(), nn.Linear(token_dim, token_dim, **dd), nn.Dropout(drop))
         features = int(token_dim * kernel_ratio)
+        # Drawn in float32: there is no QR decomposition in lower precision.
+        w = nn.init.orthogonal_(torch.empty(features, token_dim, device=device)) * math.sqrt(features)
         # Never trained, so a buffer; saved, because the trained weights belong to this draw.
-        self.register_buffer('w', nn.init.orthogonal_(torch.empty(features, token_dim)) * math.sqrt(features))
+        self.register_buffer('w', w.to(dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens [B, N, dim] to tokens [B, N, D]."""
@@ -148,12 +163,13 @@ class TokenPerformer(nn.Module):
 class TokenAttention(nn.Module):
     """One-head attention from dim to token_dim channels, with the residual taken from v."""
 
-    def __init__(self, dim: int, token_dim: int):
+    def __init__(self, dim: int, token_dim: int, device=None, dtype=None):
         super().__init__()
+        dd = {'device': device, 'dtype': dtype}
         # As published: of the incoming channels (147 or 576), not of the 64 that q and k have.
         self.scale = dim ** -0.5
-        self.qkv = nn.Linear(dim, 3 * token_dim, bias=False)
-        self.proj = nn.Linear(token_dim, token_dim)
+        self.qkv = nn.Linear(dim, 3 * token_dim, bias=False, **dd)
+        self.proj = nn.Linear(token_dim, token_dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens [B, N, dim] to tokens [B, N, D]."""
@@ -170,12 +186,13 @@ class TokenTransformer(nn.Module):
         token_dim: channels D of the outgoing tokens.
     """
 
-    def __init__(self, dim: int, token_dim: int):
+    def __init__(self, dim: int, token_dim: int, device=None, dtype=None):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = TokenAttention(dim, token_dim)
-        self.norm2 = nn.LayerNorm(token_dim)
-        self.mlp = Mlp(token_dim)
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.attn = TokenAttention(dim, token_dim, **dd)
+        self.norm2 = nn.LayerNorm(token_dim, **dd)
+        self.mlp = Mlp(token_dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens [B, N, dim] to tokens [B, N, D]."""
@@ -196,16 +213,17 @@ class TokensToToken(nn.Module):
         token_dim: channels D of the token layers.
     """
 
-    def __init__(self, tokens_type: str, in_chans: int, embed_dim: int, token_dim: int):
+    def __init__(self, tokens_type: str, in_chans: int, embed_dim: int, token_dim: int, device=None, dtype=None):
         super().__init__()
+        dd = {'device': device, 'dtype': dtype}
         if tokens_type not in TOKEN_LAYERS:
             raise ValueError(f'tokens_type is {tokens_type!r}; choose from {", ".join(TOKEN_LAYERS)}')
         token_layer = TOKEN_LAYERS[tokens_type]
         (kernel0, _, _), (kernel1, _, _), (kernel2, _, _) = SOFT_SPLITS
         self.soft_split0, self.soft_split1, self.soft_split2 = (SoftSplit(*split) for split in SOFT_SPLITS)
-        self.attention1 = token_layer(in_chans * kernel0 ** 2, token_dim)
-        self.attention2 = token_layer(token_dim * kernel1 ** 2, token_dim)
-        self.project = nn.Linear(token_dim * kernel2 ** 2, embed_dim)
+        self.attention1 = token_layer(in_chans * kernel0 ** 2, token_dim, **dd)
+        self.attention2 = token_layer(token_dim * kernel1 ** 2, token_dim, **dd)
+        self.project = nn.Linear(token_dim * kernel2 ** 2, embed_dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images [B, C, H, W] to tokens [B, N, embed_dim] on the grid that `token_grid(H, W)` tells."""
