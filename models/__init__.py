@@ -1,6 +1,7 @@
 """Architectures and their weights. Importing this package registers them with timm and does nothing else."""
 from utils.files import read_checkpoint
 
+from .ablations import T2TViTDense
 from .factory import create_model, create_model_from_options, resolve_name
 from .t2t_vit import T2TViT
 from .weights import LoadReport, count_classes, load_for_transfer_learning, load_weights, state_dict_of
@@ -8,6 +9,7 @@ from .weights import LoadReport, count_classes, load_for_transfer_learning, load
 __all__ = [
     'LoadReport',
     'T2TViT',
+    'T2TViTDense',
     'count_classes',
     'create_model',
     'create_model_from_options',

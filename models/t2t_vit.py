@@ -245,7 +245,7 @@ class T2TViT(nn.Module):
         for index, block in enumerate(self.blocks[:last + 1] if stop_early else self.blocks):
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             if index in chosen:
-                outputs.append(self.norm(x) if norm else x)
+                outputs.append(self._norm_intermediate(x) if norm else x)
 
         class_tokens = [y[:, :self.num_prefix_tokens] for y in outputs]
         outputs = [y[:, self.num_prefix_tokens:] for y in outputs]
@@ -255,10 +255,14 @@ class T2TViT(nn.Module):
             named = {'image_intermediates': outputs}
             if return_prefix_tokens:
                 named['image_intermediates_prefix'] = class_tokens
-            return named if intermediates_only else {**named, 'image_features': self.norm(x)}
+            return named if intermediates_only else {**named, 'image_features': self._norm_intermediate(x)}
         if return_prefix_tokens:
             outputs = list(zip(outputs, class_tokens, strict=True))
-        return outputs if intermediates_only else (self.norm(x), outputs)
+        return outputs if intermediates_only else (self._norm_intermediate(x), outputs)
+
+    def _norm_intermediate(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the final norm to the output of any block; a backbone that changes its width overrides this."""
+        return self.norm(x)
 
     def prune_intermediate_layers(
             self,

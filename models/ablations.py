@@ -1,0 +1,429 @@
+"""The paper's ablations and its baseline: designs of CNNs in T2T-ViT and ViT, convolutions in place of the T2T module.
+
+    import models, timm
+    timm.create_model('t2t_vit_dense', num_classes=10)
+
+Published (section 4.2 with Table 6, "From CNN to ViT", and section 4.3 with Table 7): top-1, parameters, MACs at 224.
+
+| model | design | depth × channels | top-1 | parameters | MACs |
+|---|---|---|---|---|---|
+| t2t_vit_14_se | squeeze-excitation | 14 × 384 | 81.6 | 21.9 M | 4.9 G |
+| t2t_vit_dense | dense connections | 19 × 128 to 584 | 80.6 | 23.7 M | 5.5 G |
+| t2t_vit_16_ghost | ghost operations | 16 × 384 | 79.5 | 16.3 M | 3.7 G |
+| t2t_vit_c_14 | convolution tokens | 14 × 384 | 80.8 | 21.3 M | 4.6 G |
+| vit_s_16 | ViT, the baseline | 8 × 768 | 78.1 | 48.6 M | 10.1 G |
+| vit_se | squeeze-excitation | 8 × 768 | 78.4 | 49.2 M | 10.2 G |
+| vit_dn | deep-narrow | 16 × 384 | 79.0 | 24.5 M | 5.5 G |
+
+t2t_vit_14_resnext (81.5, 21.5 M, 4.8 G) and t2t_vit_14_wide (77.9, 25.1 M, 5.0 G) need no code of their own: see
+`VARIANTS` in t2t_vit.py. No weights of any of these were released. The T2T-ViTs have the state dict keys, shapes and
+order of the authors' code.
+
+Dimensions: B images, N tokens, C channels, H × W pixels or grid, D token dimension.
+"""
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block as ViTBlock
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from torch import nn
+
+from .layers import Attention, Block
+from .t2t_vit import T2TViT, checkpoint_filter_fn, init_weights, pretrained_cfg
+from .tokens_to_token import SOFT_SPLITS
+
+__all__ = ['ConvolutionTokens', 'DenseBlock', 'GhostBlock', 'SEBlock', 'SEViTBlock', 'T2TViTDense', 'Transition']
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, dropout: float) -> torch.Tensor:
+    """Return multi-head attention of q, k and v, [B, N, C] each, as [B, N, C]; `dropout` is of the weights."""
+    B, N, C = v.shape
+    q = q.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)  # [B, h, N, d]
+    k = k.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)  # [B, h, N, d]
+    v = v.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)  # [B, h, N, d]
+    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    return x.transpose(1, 2).reshape(B, N, C)  # [B, h, N, d] -> [B, N, C]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Squeeze-excitation
+
+class SqueezeExcitation(nn.Module):
+    """Weights of the channels from their means over all tokens (Hu et al. 2018, section 3), reduction 16."""
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        # A Sequential for the sake of the published keys, fc.0 and fc.2.
+        self.fc = nn.Sequential(
+            nn.Linear(dim, dim // 16, bias=False, **dd), nn.ReLU(),
+            nn.Linear(dim // 16, dim, bias=False, **dd), nn.Sigmoid())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens [B, N, C] to tokens [B, N, C]."""
+        return x * self.fc(x.mean(dim=1, keepdim=True))  # [B, N, C] * [B, 1, C]
+
+
+class SEAttention(Attention):
+    """The backbone's attention with squeeze-excitation after its output projection; arguments of `Attention`."""
+
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0., proj_drop: float = 0., device=None, dtype=None):
+        super().__init__(dim, num_heads, attn_drop, proj_drop, device=device, dtype=dtype)
+        self.se_layer = SqueezeExcitation(dim, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens [B, N, C] to tokens [B, N, C]."""
+        q, k, v = self.qkv(x).chunk(3, dim=2)  # each [B, N, C]
+        x = attend(q, k, v, self.num_heads, self.attn_drop_rate if self.training else 0.)
+        return self.proj_drop(self.se_layer(self.proj(x)))
+
+
+class SEBlock(Block):
+    """The backbone's block with `SEAttention`; arguments of `Block`."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop: float = 0., attn_drop: float = 0.,
+                 device=None, dtype=None, **kwargs: Any):
+        super().__init__(dim, num_heads, mlp_ratio, drop, attn_drop, device=device, dtype=dtype, **kwargs)
+        self.attn = SEAttention(dim, num_heads, attn_drop, drop, device=device, dtype=dtype)
+
+
+class SEViTBlock(ViTBlock):
+    """timm's block of a ViT with squeeze-excitation after the attention's output projection; its arguments."""
+
+    def __init__(self, dim: int, *args: Any, device=None, dtype=None, **kwargs: Any):
+        super().__init__(dim, *args, device=device, dtype=dtype, **kwargs)
+        # LayerScale's place is right behind the attention, and it weights channels too: so no forward of our own.
+        self.ls1 = SqueezeExcitation(dim, device=device, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ghost operations
+
+class CheapOperation(nn.Module):
+    """One learned factor per channel: the "cheap linear operation" of GhostNet (Han et al. 2020) on tokens.
+
+    The published code has a depth-wise convolution over single tokens, hence the weight's shape [C, 1, 1] and
+    its initialisation.
+    """
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, 1, 1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the factors as torch does for a convolution of one input: uniformly between -1 and 1."""
+        nn.init.uniform_(self.weight, -1., 1.)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens [B, N, C] to tokens [B, N, C] of the same dtype, also under autocast, as a convolution does."""
+        return x * self.weight.flatten().to(x.dtype)
+
+
+class GhostAttention(nn.Module):
+    """Multi-head self-attention whose q, k and v are half computed, half cheap copies of that half.
+
+    Args:
+        dim: channels C of the tokens, an even number (ValueError).
+        num_heads: heads; C must be divisible by it (ValueError).
+        attn_drop: dropout probability of the attention weights.
+        proj_drop: dropout probability after the output projection.
+    """
+
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0., proj_drop: float = 0., device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if dim % num_heads or dim % 2:
+            raise ValueError(f'embed_dim {dim} is not divisible by num_heads {num_heads} and by 2')
+        self.num_heads = num_heads
+        self.attn_drop_rate = attn_drop
+        self.q = nn.Linear(dim, dim // 2, bias=False, **dd)
+        self.k = nn.Linear(dim, dim // 2, bias=False, **dd)
+        self.v = nn.Linear(dim, dim // 2, bias=False, **dd)
+        self.cheap_operation_q = CheapOperation(dim // 2, **dd)
+        self.cheap_operation_k = CheapOperation(dim // 2, **dd)
+        self.cheap_operation_v = CheapOperation(dim // 2, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens [B, N, C] to tokens [B, N, C]."""
+        q, k, v = self.q(x), self.k(x), self.v(x)  # each [B, N, C / 2]
+        # Joined before they are cut into heads: the first heads are the computed ones, the last their copies.
+        q = torch.cat((q, self.cheap_operation_q(q)), dim=2)  # [B, N, C]
+        k = torch.cat((k, self.cheap_operation_k(k)), dim=2)  # [B, N, C]
+        v = torch.cat((v, self.cheap_operation_v(v)), dim=2)  # [B, N, C]
+        x = attend(q, k, v, self.num_heads, self.attn_drop_rate if self.training else 0.)
+        return self.proj_drop(self.proj(x))
+
+
+class GhostMlp(nn.Module):
+    """MLP of 3 C hidden channels, of which C are computed and two times C are cheap copies of those."""
+
+    def __init__(self, dim: int, act_layer: Callable[[], nn.Module] = nn.GELU, drop: float = 0.,
+                 device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.fc1 = nn.Linear(dim, dim, **dd)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(3 * dim, dim, **dd)
+        self.drop = nn.Dropout(drop)
+        self.cheap_operation2 = CheapOperation(dim, **dd)
+        self.cheap_operation3 = CheapOperation(dim, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens [B, N, C] to tokens [B, N, C]."""
+        x = self.act(self.fc1(x))  # the copies are made of activations, and activated once more
+        x = torch.cat((x, self.act(self.cheap_operation2(x)), self.act(self.cheap_operation3(x))), dim=2)  # [B, N, 3 C]
+        return self.drop(self.fc2(self.drop(x)))
+
+
+class GhostBlock(Block):
+    """The backbone's block with ghost operations in attention and MLP; arguments of `Block`, mlp_ratio 3 alone."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop: float = 0., attn_drop: float = 0.,
+                 act_layer: Callable[[], nn.Module] = nn.GELU, device=None, dtype=None, **kwargs: Any):
+        if mlp_ratio != 3:
+            raise ValueError(f'mlp_ratio is {mlp_ratio}; the ghost MLP has 3 times the channels, so give 3')
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(dim, num_heads, mlp_ratio, drop, attn_drop, act_layer=act_layer, **dd, **kwargs)
+        self.attn = GhostAttention(dim, num_heads, attn_drop, drop, **dd)
+        self.mlp = GhostMlp(dim, act_layer, drop, **dd)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Dense connections
+
+class DenseBlock(Block):
+    """The backbone's block, whose output is made narrow and put beside its input: C to C + growth channels."""
+
+    def __init__(self, growth_rate: int, dim: int, *args: Any, device=None, dtype=None, **kwargs: Any):
+        super().__init__(dim, *args, device=device, dtype=dtype, **kwargs)
+        self.dense_linear = nn.Linear(dim, growth_rate, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens [B, N, C] to tokens [B, N, C + growth_rate]."""
+        new = x + self.drop_path(self.attn(self.norm1(x)))
+        new = new + self.drop_path(self.mlp(self.norm2(new)))
+        return torch.cat((x, self.dense_linear(new)), dim=2)
+
+
+class Transition(nn.Module):
+    """Between two stages: half as many channels, then the activation."""
+
+    def __init__(self, dim: int, act_layer: Callable[[], nn.Module] = nn.GELU, device=None, dtype=None):
+        super().__init__()
+        self.act = act_layer()
+        self.linear = nn.Linear(dim, dim // 2, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens [B, N, C] to tokens [B, N, C / 2]."""
+        return self.act(self.linear(x))
+
+
+class T2TViTDense(T2TViT):
+    """T2T-ViT with a backbone in stages of `DenseBlock`s, after DenseNet (Huang et al. 2017).
+
+    `embed_dim` is the width of tokens and position embedding, `num_features` that of the final norm and the
+    classifier. Each transition is a block like the others for `forward_intermediates` and layer-wise rates.
+
+    Args:
+        embed_dim: channels of the first block.
+        num_heads: attention heads, in every block.
+        mlp_ratio: hidden channels of a block's MLP over its channels.
+        growth_rate: channels that a block adds.
+        block_config: blocks of each stage; a transition follows each stage but the last.
+        drop_path_rate: stochastic depth. As published a whole stage has the rate of one of 12 blocks, so that the
+            last of four stages drops with 3 / 11 of this.
+        kwargs: arguments of `T2TViT`, but not depth or block_fn.
+
+    Raises:
+        ValueError: as `T2TViT`, for the channels of any block.
+    """
+
+    def __init__(
+            self,
+            embed_dim: int = 128,
+            num_heads: int = 8,
+            mlp_ratio: float = 2.,
+            growth_rate: int = 64,
+            block_config: Sequence[int] = (3, 6, 6, 4),
+            drop_rate: float = 0.,
+            attn_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            norm_layer: Callable[[int], nn.Module] | None = None,
+            act_layer: Callable[[], nn.Module] | None = None,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+            **kwargs: Any,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        norm_layer = norm_layer or nn.LayerNorm
+        act_layer = act_layer or nn.GELU
+        super().__init__(embed_dim=embed_dim, depth=0, drop_rate=drop_rate, norm_layer=norm_layer, **dd, **kwargs)
+        # The parent made everything up to the blocks; what follows has the width that they grow to.
+        dim = embed_dim
+        self.feature_info = []
+        for stage, depth in enumerate(block_config):
+            if stage > 0:
+                self._append(Transition(dim, act_layer, **dd), dim // 2)
+                dim //= 2
+            for _ in range(depth):
+                self._append(DenseBlock(
+                    growth_rate, dim, num_heads, mlp_ratio, drop=drop_rate, attn_drop=attn_drop_rate,
+                    drop_path=drop_path_rate * stage / 11, norm_layer=norm_layer, act_layer=act_layer, **dd,
+                ), dim + growth_rate)
+                dim += growth_rate
+        self.blocks.apply(init_weights)
+        self.num_features = self.head_hidden_size = dim
+        self.norm = norm_layer(dim, **dd)
+        self.reset_classifier(self.num_classes)
+
+    def _append(self, block: nn.Module, dim: int) -> None:
+        """Add a block whose output has `dim` channels."""
+        self.feature_info.append({'module': f'blocks.{len(self.blocks)}', 'num_chs': dim, 'reduction': 16})
+        self.blocks.append(block)
+
+    def _norm_intermediate(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the final norm to outputs of its own width, and leave narrower ones as they are."""
+        return self.norm(x) if x.shape[-1] == self.num_features else x
+
+    def prune_intermediate_layers(
+            self,
+            indices: int | list[int] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Drop the blocks behind the last of `indices`; return the indices.
+
+        Norm and head fit the last block alone: they go with it, and else if told to.
+        """
+        depth = len(self.blocks)
+        chosen = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if len(self.blocks) < depth:
+            self.norm = nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[len(self.blocks) - 1]['num_chs']
+            self.reset_classifier(0, '')
+        return chosen
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Convolution tokens
+
+class ConvolutionTokens(nn.Module):
+    """Three convolutions with the windows of the soft splits, in place of splits and token layers (section 4.3).
+
+    Args:
+        tokens_type: 'convolution' (ValueError otherwise): there are no token layers to choose.
+        in_chans: channels of the image.
+        embed_dim: channels of the backbone.
+        token_dim: channels D of the first two convolutions.
+    """
+
+    def __init__(self, tokens_type: str, in_chans: int, embed_dim: int, token_dim: int, device=None, dtype=None):
+        super().__init__()
+        if tokens_type != 'convolution':
+            raise ValueError(f"tokens_type is {tokens_type!r}; convolution tokens have no token layers, so give "
+                             "'convolution'")
+        widths = (in_chans, token_dim, token_dim, embed_dim)
+        self.soft_split0, self.soft_split1, self.project = (
+            nn.Conv2d(widths[i], widths[i + 1], kernel, stride, padding, device=device, dtype=dtype)
+            for i, (kernel, stride, padding) in enumerate(SOFT_SPLITS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images [B, C, H, W] to tokens [B, N, embed_dim] on the grid that `token_grid(H, W)` tells."""
+        x = self.soft_split1(self.soft_split0(x))  # [B, D, H / 8, W / 8]
+        return self.project(x).flatten(2).transpose(1, 2)  # [B, N, embed_dim]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Registration with timm
+
+_VIT = {'first_conv': 'patch_embed.proj'}
+
+# `register_model` looks the description of a model up under this name.
+default_cfgs = generate_default_cfgs({
+    't2t_vit_14_se.in1k': pretrained_cfg(),
+    't2t_vit_dense.in1k': pretrained_cfg(),
+    't2t_vit_16_ghost.in1k': pretrained_cfg(),
+    't2t_vit_c_14.in1k': pretrained_cfg(first_conv='tokens_to_token.soft_split0'),
+    'vit_s_16.in1k': pretrained_cfg(**_VIT),
+    'vit_se.in1k': pretrained_cfg(**_VIT),
+    'vit_dn.in1k': pretrained_cfg(**_VIT),
+})
+
+
+def _build_t2t_vit(
+        model_class: type[T2TViT], name: str, pretrained: bool, given: dict[str, Any], **architecture: Any) -> T2TViT:
+    """Build a T2T-ViT of this architecture; the arguments that the user has `given` come first."""
+    return build_model_with_cfg(
+        model_class, name, pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={'out_indices': 3, 'feature_cls': 'getter'},
+        **{**architecture, **given},
+    )
+
+
+def _build_vit(name: str, pretrained: bool, given: dict[str, Any], **architecture: Any) -> VisionTransformer:
+    """Build timm's ViT as the paper trained it; the arguments that the user has `given` come first.
+
+    What all of them share: patches of 16 pixels, MLP ratio 3, no bias for q, k and v, LayerNorm with epsilon 1e-6
+    (timm's), and images of any size.
+    """
+    shared = {'patch_size': 16, 'mlp_ratio': 3., 'qkv_bias': False, 'dynamic_img_size': True}
+    return build_model_with_cfg(
+        VisionTransformer, name, pretrained,
+        pretrained_filter_fn=vit_checkpoint_filter_fn,
+        feature_cfg={'out_indices': 3, 'feature_cls': 'getter'},
+        **{**shared, **architecture, **given},
+    )
+
+
+@register_model
+def t2t_vit_14_se(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """Build T2T-ViT-14 with squeeze-excitation in its attention; see `T2TViT` for the arguments."""
+    return _build_t2t_vit(T2TViT, 't2t_vit_14_se', pretrained, kwargs, block_fn=SEBlock)
+
+
+@register_model
+def t2t_vit_dense(pretrained: bool = False, **kwargs: Any) -> T2TViTDense:
+    """Build T2T-ViT with dense connections; see `T2TViTDense` for the arguments."""
+    return _build_t2t_vit(T2TViTDense, 't2t_vit_dense', pretrained, kwargs)
+
+
+@register_model
+def t2t_vit_16_ghost(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """Build T2T-ViT of 16 blocks with ghost operations; see `T2TViT` for the arguments."""
+    return _build_t2t_vit(T2TViT, 't2t_vit_16_ghost', pretrained, kwargs, depth=16, block_fn=GhostBlock)
+
+
+@register_model
+def t2t_vit_c_14(pretrained: bool = False, **kwargs: Any) -> T2TViT:
+    """Build T2T-ViT-14 on convolution tokens; see `T2TViT` for the arguments."""
+    return _build_t2t_vit(
+        T2TViT, 't2t_vit_c_14', pretrained, kwargs, tokens_type='convolution', tokens_fn=ConvolutionTokens)
+
+
+@register_model
+def vit_s_16(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """Build ViT-S/16, the paper's baseline; see timm's `VisionTransformer` for the arguments."""
+    return _build_vit('vit_s_16', pretrained, kwargs, embed_dim=768, depth=8, num_heads=8)
+
+
+@register_model
+def vit_se(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """Build ViT-S/16 with squeeze-excitation; see timm's `VisionTransformer` for the arguments."""
+    return _build_vit('vit_se', pretrained, kwargs, embed_dim=768, depth=8, num_heads=8, block_fn=SEViTBlock)
+
+
+@register_model
+def vit_dn(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """Build the deep and narrow ViT; see timm's `VisionTransformer` for the arguments.
+
+    The paper does not tell the number of heads; 6 is that of its T2T-ViTs of the same width.
+    """
+    return _build_vit('vit_dn', pretrained, kwargs, embed_dim=384, depth=16, num_heads=6)
