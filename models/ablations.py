@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block as ViTBlock
 from timm.models.vision_transformer import VisionTransformer
@@ -237,8 +238,8 @@ class T2TViTDense(T2TViT):
         mlp_ratio: hidden channels of a block's MLP over its channels.
         growth_rate: channels that a block adds.
         block_config: blocks of each stage; a transition follows each stage but the last.
-        drop_path_rate: stochastic depth. As published a whole stage has the rate of one of 12 blocks, so that the
-            last of four stages drops with 3 / 11 of this.
+        drop_path_rate: stochastic depth of the last stage; the rates of the stages rise linearly from 0. The
+            published code takes them from a schedule of 12 blocks, so that its 0.1 is 0.1 · 3 / 11 here.
         kwargs: arguments of `T2TViT`, but not depth or block_fn.
 
     Raises:
@@ -268,14 +269,15 @@ class T2TViTDense(T2TViT):
         # The parent made everything up to the blocks; what follows has the width that they grow to.
         dim = embed_dim
         self.feature_info = []
-        for stage, depth in enumerate(block_config):
+        rates = calculate_drop_path_rates(drop_path_rate, len(block_config))
+        for stage, (depth, rate) in enumerate(zip(block_config, rates, strict=True)):
             if stage > 0:
                 self._append(Transition(dim, act_layer, **dd), dim // 2)
                 dim //= 2
             for _ in range(depth):
                 self._append(DenseBlock(
                     growth_rate, dim, num_heads, mlp_ratio, drop=drop_rate, attn_drop=attn_drop_rate,
-                    drop_path=drop_path_rate * stage / 11, norm_layer=norm_layer, act_layer=act_layer, **dd,
+                    drop_path=rate, norm_layer=norm_layer, act_layer=act_layer, **dd,
                 ), dim + growth_rate)
                 dim += growth_rate
         self.blocks.apply(init_weights)
@@ -343,7 +345,7 @@ class ConvolutionTokens(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Registration with timm
 
-_VIT = {'first_conv': 'patch_embed.proj'}
+_VIT = {'first_conv': 'patch_embed.proj', 'fixed_input_size': True}
 
 # `register_model` looks the description of a model up under this name.
 default_cfgs = generate_default_cfgs({
@@ -372,9 +374,9 @@ def _build_vit(name: str, pretrained: bool, given: dict[str, Any], **architectur
     """Build timm's ViT as the paper trained it; the arguments that the user has `given` come first.
 
     What all of them share: patches of 16 pixels, MLP ratio 3, no bias for q, k and v, LayerNorm with epsilon 1e-6
-    (timm's), and images of any size.
+    (timm's). As timm's others they take images of `img_size` alone, unless built with `dynamic_img_size`.
     """
-    shared = {'patch_size': 16, 'mlp_ratio': 3., 'qkv_bias': False, 'dynamic_img_size': True}
+    shared = {'patch_size': 16, 'mlp_ratio': 3., 'qkv_bias': False}
     return build_model_with_cfg(
         VisionTransformer, name, pretrained,
         pretrained_filter_fn=vit_checkpoint_filter_fn,
