@@ -3,16 +3,27 @@ from utils.files import read_checkpoint
 
 from .ablations import T2TViTDense
 from .factory import create_model, create_model_from_options, resolve_name
+from .identity import Identity, identify
 from .t2t_vit import T2TViT
-from .weights import LoadReport, count_classes, load_for_transfer_learning, load_weights, state_dict_of
+from .weights import (
+    LoadReport,
+    count_classes,
+    fit_to_model,
+    load_for_transfer_learning,
+    load_weights,
+    state_dict_of,
+)
 
 __all__ = [
+    'Identity',
     'LoadReport',
     'T2TViT',
     'T2TViTDense',
     'count_classes',
     'create_model',
     'create_model_from_options',
+    'fit_to_model',
+    'identify',
     'load_for_transfer_learning',
     'load_weights',
     'read_checkpoint',

@@ -1,60 +1,41 @@
-"""Weights from elsewhere: the one place where a known checkpoint becomes a state dict of ours.
+"""Weights from elsewhere: the one place where a known checkpoint gets into a model.
 
     model = timm.create_model('t2t_vit_14')
     print(load_weights(model, '81.5_T2T_ViT_14.pth.tar'))
 
 Three steps, each usable alone: `utils.files.read_checkpoint` (file → dict, running no code from the file),
-`state_dict_of` (dict → flat state dict with our keys), `load_weights` (state dict → model, with a report).
-A new format is one entry in FORMATS.
+`state_dict_of` (dict → flat state dict with our keys; see models/formats.py), `load_weights` (state dict → model,
+with a report). Where weights do not fit, models/identity.py says what they are of.
 """
-import argparse
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
-import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from utils.errors import UserError
 from utils.files import read_checkpoint
 
-StateDict = dict[str, torch.Tensor]
+from .formats import StateDict, extract, recorded_arch, recorded_img_size, shortened
+from .identity import grid_of, identify
+from .tokens_to_token import SOFT_SPLITS
 
-# Where a checkpoint keeps its weights; first match wins. Published accuracies are those of the average (EMA).
-CONTAINERS = ('state_dict_ema', 'state_dict', 'model_ema', 'model', 'net')
-EMA_CONTAINERS = ('state_dict_ema', 'model_ema')
-
-
-# --------------------------------------------------------------------------------------------------
-# Dict → state dict of ours
-
-def _identity(state: dict[str, Any]) -> dict[str, Any]:
-    return state
-
-
-class Format(NamedTuple):
-    """A kind of checkpoint."""
-    name: str  # what the report calls it
-    recognises: Callable[[Mapping[str, Any]], bool]  # looks at the whole checkpoint
-    to_ours: Callable[[dict[str, Any]], dict[str, Any]] = _identity  # flat state dict → our keys and layout
-
-
-# First match wins.
-FORMATS = (
-    Format('official release', lambda content: set(content) == {'state_dict_ema'}),
-    Format('official training run', lambda content: isinstance(content.get('args'), argparse.Namespace)),
-    Format('official CIFAR checkpoint', lambda content: {'net', 'acc'} <= set(content)),
-    Format('training checkpoint', lambda content: any(_has_weights(content, entry) for entry in CONTAINERS)),
-    Format('flat state dict', lambda content: True),
-)
+# The layers of ours that see pixels, channel by channel as unfold orders them: what they have of each in which
+# dimension is summed for one channel (True) or averaged (False).
+FIRST_LAYERS = {
+    'tokens_to_token.attention1.norm1.weight': False,
+    'tokens_to_token.attention1.norm1.bias': False,
+    'tokens_to_token.attention1.kqv.weight': True,
+    'tokens_to_token.attention1.attn.qkv.weight': True,
+}
+LISTED_KEYS = 20  # of one kind in an error, where they are all that is wrong; fewer for another architecture
 
 
 def state_dict_of(checkpoint: Mapping[str, Any], use_ema: bool = True) -> StateDict:
-    """Return the weights in a checkpoint as a flat dict of tensors under our keys.
+    """Return the weights in a checkpoint as a flat dict of tensors under our keys and in our layout.
 
     Args:
         checkpoint: what `read_checkpoint` returns.
@@ -63,71 +44,53 @@ def state_dict_of(checkpoint: Mapping[str, Any], use_ema: bool = True) -> StateD
     Raises:
         UserError: there are no weights in it, or only averaged ones and use_ema is False.
     """
-    return _extract(checkpoint, use_ema)[2]
+    return extract(checkpoint, use_ema).state
 
-
-def _extract(checkpoint: Mapping[str, Any], use_ema: bool) -> tuple[str, str | None, StateDict]:
-    """Return the name of the format, the entry that held the weights (None if flat), and the weights."""
-    checkpoint_format = next(known for known in FORMATS if known.recognises(checkpoint))
-    wanted = [entry for entry in CONTAINERS if use_ema or entry not in EMA_CONTAINERS]
-    entry = next((entry for entry in wanted if _has_weights(checkpoint, entry)), None)
-    if entry is None and any(_has_weights(checkpoint, average) for average in EMA_CONTAINERS):
-        raise UserError('the checkpoint holds averaged weights (EMA) only; use them (use_ema=True)')
-
-    state: dict[str, Any] = {}
-    for key, value in (checkpoint if entry is None else checkpoint[entry]).items():
-        plain_key = _without_wrappers(str(key))
-        if plain_key in state:
-            raise UserError(f'the checkpoint holds {plain_key} twice, with and without a prefix; remove one')
-        state[plain_key] = value
-    state = checkpoint_format.to_ours(state)
-
-    others = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
-    if others or not state:
-        raise UserError(f'no weights found: looked for {", ".join(wanted)} or a flat state dict, '
-                        f'but the checkpoint holds {_shortened(others) or "nothing"}')
-    return checkpoint_format.name, entry, state
-
-
-def _has_weights(checkpoint: Mapping[str, Any], entry: str) -> bool:
-    """Tell whether an entry is there and filled: trainers write None where they keep no average."""
-    return isinstance(checkpoint.get(entry), Mapping) and len(checkpoint[entry]) > 0
-
-
-def _without_wrappers(key: str) -> str:
-    """Strip what DistributedDataParallel (at the front) and torch.compile (anywhere) add to a key."""
-    key = key.replace('_orig_mod.', '')
-    while key.startswith('module.'):
-        key = key.removeprefix('module.')
-    return key
-
-
-# --------------------------------------------------------------------------------------------------
-# State dict → model
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_weights` did; `str()` of it is a sentence for the log."""
+    """What `load_weights` did; `str()` of it is a sentence for the log, `lines()` has every key."""
     source: str  # path of the file, or 'checkpoint in memory'
     format: str  # name of the format, one of FORMATS
     entry: str | None  # entry of the checkpoint that held the weights; None for a flat state dict
     loaded: tuple[str, ...]  # keys copied into the model
-    resized: tuple[str, ...] = ()  # what was resampled, each with both grids
+    renamed: tuple[tuple[str, str], ...] = ()  # (key in the file, our key)
+    transposed: tuple[str, ...] = ()  # keys of linear layers that the file keeps as [in, out]
+    dropped: tuple[str, ...] = ()  # keys in the file that are no weights
+    resized: tuple[str, ...] = ()  # what was resampled or adapted, each with both sizes
     head_replaced: str | None = None  # why the model kept its own classifier, None where it was loaded
     missing: tuple[str, ...] = ()  # keys of the model that kept their values, but for that classifier
     unexpected: tuple[str, ...] = ()  # keys of the weights that have no place, but for that classifier
 
     def __str__(self) -> str:
-        kind = self.format if self.entry is None else f'{self.format}, {self.entry}'
-        parts = [f'{len(self.loaded)} tensors loaded from {self.source} ({kind})']
-        parts += [f'{what} resized' for what in self.resized]
+        parts = [self._headline()]
+        parts += [f'{len(keys)} {what}' for what, keys in (('renamed', self.renamed), ('transposed', self.transposed),
+                                                            ('dropped as no weights', self.dropped)) if keys]
+        parts += self.resized
         if self.head_replaced:
             parts.append(f'classifier not loaded: {self.head_replaced}')
         if self.missing:
-            parts.append(f'{len(self.missing)} not given and kept as initialised: {_shortened(self.missing)}')
+            parts.append(f'{len(self.missing)} not given and kept as initialised: {shortened(self.missing)}')
         if self.unexpected:
-            parts.append(f'{len(self.unexpected)} ignored, having no place: {_shortened(self.unexpected)}')
+            parts.append(f'{len(self.unexpected)} ignored, having no place: {shortened(self.unexpected)}')
         return '; '.join(parts)
+
+    def lines(self) -> list[str]:
+        """Return everything that was not simply copied, one key a line."""
+        return [
+            self._headline(),
+            *(f'renamed: {old} → {new}' for old, new in self.renamed),
+            *(f'transposed: {key}' for key in self.transposed),
+            *(f'dropped, no weights: {key}' for key in self.dropped),
+            *(f'adapted: {what}' for what in self.resized),
+            *([f'classifier not loaded: {self.head_replaced}'] if self.head_replaced else []),
+            *(f'missing, kept as initialised: {key}' for key in self.missing),
+            *(f'ignored, no place: {key}' for key in self.unexpected),
+        ]
+
+    def _headline(self) -> str:
+        kind = self.format if self.entry is None else f'{self.format}, {self.entry}'
+        return f'{len(self.loaded)} tensors loaded from {self.source} ({kind})'
 
 
 def load_weights(
@@ -137,12 +100,13 @@ def load_weights(
         use_ema: bool = True,
         strict: bool = True,
         replace_head: bool = False,
+        img_size: tuple[int, int] | None = None,
         source: str = 'checkpoint in memory',
 ) -> LoadReport:
     """Load weights from a file or a checkpoint into any timm model and report what was done.
 
-    A position embedding of another grid is resampled. Either everything fits and is copied, or an error says
-    why not and the model stays as it was.
+    A position embedding of another grid is resampled, and the first layer of a T2T-ViT adapted to other channels.
+    Either everything fits and is copied, or an error says why not and the model stays as it was.
 
     Args:
         model: target; its classifier's name is read from `model.pretrained_cfg`.
@@ -151,6 +115,8 @@ def load_weights(
         strict: refuse keys that are missing or have no place. Other shapes are refused in any case.
         replace_head: where the weights have another number of classes than the model, or no classifier, keep
             the model's own, fresh one (transfer learning) instead of raising.
+        img_size: height and width of the images that the weights were trained at; by default what the checkpoint
+            records, else they were square.
         source: what a checkpoint that is no path is called in messages.
 
     Raises:
@@ -160,9 +126,10 @@ def load_weights(
         checkpoint = path_or_checkpoint
     else:
         source, checkpoint = os.fspath(path_or_checkpoint), read_checkpoint(path_or_checkpoint)
+    img_size = img_size or recorded_img_size(checkpoint)
     try:
-        format_name, entry, weights = _extract(checkpoint, use_ema)
-        weights, resized = resize_pos_embed(weights, model)
+        given = extract(checkpoint, use_ema)
+        weights, resized = fit_to_model(given.state, model, img_size)
     except UserError as error:
         raise UserError(f'{source}: {error}') from error
 
@@ -173,14 +140,15 @@ def load_weights(
     unexpected = [key for key in body if key not in target]
     other_shape = [key for key in body if key in target and body[key].shape != target[key].shape]
     if other_shape or (strict and (missing or unexpected)) or len(unexpected) == len(body):
-        raise UserError(f'{source}: {_explain_mismatch(body, target, missing, unexpected, other_shape)}')
+        shapes = [f'{key} {list(body[key].shape)} for {list(target[key].shape)}' for key in other_shape]
+        raise UserError(f'{source}: {_explain_mismatch(given.state, checkpoint, model, shapes, missing, unexpected)}')
     if head_conflict and not replace_head:
         raise UserError(f'{source}: {head_conflict}; use as many classes (--num-classes), or transfer.py, which '
                         'gives the model a new classifier (replace_head=True)')
     loaded = {key: tensor for key, tensor in body.items() if key in target}
     model.load_state_dict(loaded, strict=False)  # complete and of the right shapes, as checked above
-    return LoadReport(source, format_name, entry, tuple(loaded), (resized,) if resized else (), head_conflict,
-                      tuple(missing), tuple(unexpected))
+    return LoadReport(source, given.format, given.entry, tuple(loaded), given.renamed, given.transposed, given.dropped,
+                      resized, head_conflict, tuple(missing), tuple(unexpected))
 
 
 def load_for_transfer_learning(
@@ -203,33 +171,93 @@ def load_for_transfer_learning(
         model, checkpoint_path, use_ema=use_ema, strict=strict, replace_head=num_classes != 1000)
 
 
-def resize_pos_embed(weights: StateDict, model: nn.Module) -> tuple[StateDict, str | None]:
+def fit_to_model(
+        weights: StateDict,
+        model: nn.Module,
+        img_size: tuple[int, int] | None = None,
+) -> tuple[StateDict, tuple[str, ...]]:
+    """Adapt a state dict of ours to the image size and the channels of a model.
+
+    Args:
+        weights: state dict; it is left as it is.
+        model: target.
+        img_size: height and width of the images the weights were trained at, or of their grid; None for squares.
+
+    Returns:
+        The adapted state dict, and a phrase for everything that was done.
+
+    Raises:
+        UserError: as `resize_pos_embed`.
+    """
+    weights, resized = resize_pos_embed(weights, model, img_size)
+    weights, adapted = adapt_in_chans(weights, model)
+    return weights, tuple(phrase for phrase in (resized, adapted) if phrase)
+
+
+def resize_pos_embed(
+        weights: StateDict,
+        model: nn.Module,
+        img_size: tuple[int, int] | None = None,
+) -> tuple[StateDict, str | None]:
     """Resample `pos_embed` of a state dict to the grid of the model, in float32.
 
     Works for every model that keeps [1, prefix + rows · columns, C] in `pos_embed` and its grid in
     `grid_size` or `patch_embed.grid_size`; other state dicts come back as they are.
 
+    Args:
+        weights, model, img_size: as in `fit_to_model`.
+
     Returns:
         The state dict (the given one is left as it is) and what was done, None for nothing.
 
     Raises:
-        UserError: the grid of the weights is not square, so that its shape cannot be told from its length.
+        UserError: the grid of the weights is not square, and `img_size` does not tell its shape.
     """
     given, wanted = weights.get('pos_embed'), getattr(model, 'pos_embed', None)
     holder = model if hasattr(model, 'grid_size') else getattr(model, 'patch_embed', None)
     grid = getattr(holder, 'grid_size', None)
-    if given is None or wanted is None or grid is None or given.shape == wanted.shape:
-        return weights, None
-    if given.dim() != 3 or given.shape[-1] != wanted.shape[-1]:
+    if given is None or wanted is None or grid is None or given.dim() != 3 or given.shape[-1] != wanted.shape[-1]:
         return weights, None  # weights of another model, which the caller finds out
     prefix = 0 if getattr(model, 'no_embed_class', False) else getattr(model, 'num_prefix_tokens', 1)
     positions = given.shape[1] - prefix
-    side = math.isqrt(max(positions, 0))
-    if side == 0 or side ** 2 != positions:
+    # Where nothing tells the shape, the same number of positions is taken for the same grid.
+    known = grid_of(positions, img_size) if img_size else None
+    old = known or (tuple(grid) if given.shape == wanted.shape else grid_of(positions))
+    if old is None:
         raise UserError(f'pos_embed has {positions} grid positions, no square, so its rows are unknown; '
                         'create the model with the image size (img_size) that the weights were trained at')
-    pos_embed = resample_abs_pos_embed(given, list(grid), [side, side], num_prefix_tokens=prefix)
-    return {**weights, 'pos_embed': pos_embed}, f'pos_embed from {side} × {side} to {grid[0]} × {grid[1]}'
+    if old == tuple(grid):
+        return weights, None
+    pos_embed = resample_abs_pos_embed(given.float(), list(grid), list(old), num_prefix_tokens=prefix)
+    return {**weights, 'pos_embed': pos_embed}, 'pos_embed resized from {} × {} to {} × {}'.format(*old, *grid)
+
+
+def adapt_in_chans(weights: StateDict, model: nn.Module) -> tuple[StateDict, str | None]:
+    """Adapt the first token layer of a state dict to images with other channels, in float32.
+
+    As timm adapts a first convolution: what the layer has for each channel is summed for one channel; for others
+    it is repeated in turn, scaled so that the sum stays of the same size. The norm before it is averaged or repeated.
+
+    Returns:
+        The state dict (the given one is left as it is) and what was done, None for nothing.
+    """
+    target = {key: tensor for key, tensor in model.state_dict().items() if key in FIRST_LAYERS}
+    patch = SOFT_SPLITS[0][0] ** 2
+    adapted, phrase = {}, None
+    for key, is_summed in FIRST_LAYERS.items():
+        if key not in target or key not in weights or weights[key].dim() != target[key].dim():
+            continue
+        old, new = (tensor.shape[-1] // patch for tensor in (weights[key], target[key]))
+        if old == new or old == 0 or weights[key].shape[-1] % patch:
+            continue
+        channels = weights[key].float().unflatten(-1, (old, patch))  # [..., old, 49]
+        if new == 1:
+            channels = channels.sum(-2, keepdim=True) if is_summed else channels.mean(-2, keepdim=True)
+        else:
+            channels = channels[..., [i % old for i in range(new)], :] * (old / new if is_summed else 1)
+        adapted[key] = channels.flatten(-2)  # [..., new · 49]
+        phrase = f'first layer adapted from {old} to {new} channel{"s" * (new > 1)}'
+    return {**weights, **adapted}, phrase
 
 
 def _compare_heads(model: nn.Module, weights: StateDict, target: StateDict) -> tuple[str | None, set[str]]:
@@ -247,48 +275,29 @@ def _compare_heads(model: nn.Module, weights: StateDict, target: StateDict) -> t
 
 
 def _explain_mismatch(
-        body: StateDict,
-        target: StateDict,
+        weights: StateDict,
+        checkpoint: Mapping[str, Any],
+        model: nn.Module,
+        shapes: list[str],
         missing: list[str],
         unexpected: list[str],
-        other_shape: list[str],
 ) -> str:
-    """Describe in one line how weights differ from a model and, if another variant fits them, name it."""
-    parts = ['the weights do not fit the model']
-    if other_shape:
-        shapes = [f'{key} {list(body[key].shape)} for {list(target[key].shape)}' for key in other_shape]
-        parts.append(f'{len(other_shape)} of other shape ({_shortened(shapes)})')
-    if missing:
-        parts.append(f'{len(missing)} missing ({_shortened(missing)})')
-    if unexpected:
-        parts.append(f'{len(unexpected)} without a place ({_shortened(unexpected)})')
-    fitting = _fitting_variants(body)
-    parts.append(f'they fit {" or ".join(fitting)}' if fitting else 'check the name of the model')
+    """Say in one line what weights are of, if that is another model, how they differ from this one, and what to do."""
+    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+    identity = identify(weights, recorded_img_size(checkpoint))
+    is_other = bool(identity.names) and name not in identity.names
+    kinds = ((shapes, 'of other shape'), (missing, 'missing'), (unexpected, 'without a place'))
+    parts = ['the weights do not fit the model'] + [
+        f'{len(keys)} {what} ({shortened(keys, 3 if is_other else LISTED_KEYS)})' for keys, what in kinds if keys]
+    if is_other:
+        parts[0] = f'the weights are of {identity.description} and do not fit {name}'
+        parts.append(f'use --model {" or ".join(identity.names)}')
+    elif not identity.names:
+        recorded = recorded_arch(checkpoint)
+        claim = f', by its own account {recorded}' if recorded else ''
+        parts[0] = f'the weights are of {identity.description}{claim} and do not fit {name}'
+        parts.append(f'use --model {recorded}' if recorded else 'check the name of the model')
     return '; '.join(parts)
-
-
-def _fitting_variants(body: StateDict) -> list[str]:
-    """Return the registered T2T-ViT variants with the keys and shapes of `body`, pos_embed and head aside."""
-    ignored = ('pos_embed', 'head.')
-
-    def backbone(state: StateDict) -> dict[str, torch.Size]:
-        return {key: tensor.shape for key, tensor in state.items() if not key.startswith(ignored)}
-
-    given = backbone(body)
-    fitting = []
-    for name in timm.list_models('t2t_vit*'):
-        with torch.device('meta'):  # shapes only, no memory
-            variant = timm.create_model(name, num_classes=0)
-        if backbone(variant.state_dict()) == given:
-            fitting.append(name)
-    return fitting
-
-
-def _shortened(items: Iterable[str], limit: int = 3) -> str:
-    """Join the first items by commas and say how many more there are."""
-    items = list(items)
-    rest = f' and {len(items) - limit} more' if len(items) > limit else ''
-    return ', '.join(items[:limit]) + rest
 
 
 def count_classes(model_name: str, checkpoint: Mapping[str, Any], use_ema: bool = True,

@@ -1,19 +1,35 @@
-"""Tests of models/weights.py: every kind of checkpoint, wrong and hostile files, loading into other models.
+"""Tests of models/formats.py, identity.py and weights.py: every kind of checkpoint, loading into other models, reports.
 
     python -m pytest tests/test_weights.py
+
+The files of PaddlePaddle itself lie in ../shared, or in the folder that T2T_SHARED names.
 """
 import argparse
-import os
 import pickle
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import adapt_input_conv
 
-from models import load_for_transfer_learning, load_weights, read_checkpoint, state_dict_of
+from models import (
+    LoadReport,
+    fit_to_model,
+    identify,
+    load_for_transfer_learning,
+    load_weights,
+    state_dict_of,
+)
+from models.identity import grid_of, our_models
+from tests.golden import SHARED, relative_error
 from utils.errors import UserError
+
+FIXTURES = SHARED / 'fixtures'
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +38,9 @@ def seed() -> None:
     print('seed 42')  # shown by pytest when a test fails
 
 
-def tiny_model(**kwargs) -> torch.nn.Module:
+def tiny_model(name: str = 't2t_vit_7', **kwargs) -> torch.nn.Module:
     """A registered T2T-ViT, shrunk so that files of it are small."""
-    return timm.create_model('t2t_vit_7', **{
+    return timm.create_model(name, **{
         'img_size': 64, 'num_classes': 5, 'embed_dim': 32, 'depth': 2, 'num_heads': 2, **kwargs})
 
 
@@ -50,54 +66,183 @@ def assert_refused(model: torch.nn.Module, checkpoint, message: str, **kwargs) -
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Formats
+# Formats. Each writer below turns a state dict of ours into what the file of another project holds.
 
-def checkpoints(state: dict, other: dict) -> dict[str, tuple[dict, str, str | None]]:
-    """Name → (file content with `state` as the weights that count, format, entry)."""
-    options = {'lr': 5e-4, 'model': 't2t_vit_14', 'img_size': None}
-    return {
-        'release': ({'state_dict_ema': state}, 'official release', 'state_dict_ema'),
-        'training run': (
-            {'epoch': 309, 'arch': 't2t_vit_14', 'state_dict': other, 'optimizer': {'state': {}},
-             'args': argparse.Namespace(**options), 'amp_scaler': {'scale': 65536.}, 'state_dict_ema': state,
-             'version': 2, 'metric': 81.5}, 'official training run', 'state_dict_ema'),
-        'cifar': ({'net': wrapped(state), 'acc': 98.3, 'epoch': 59}, 'official CIFAR checkpoint', 'net'),
-        'ours': ({'state_dict': other, 'state_dict_ema': state, 'args': options, 'format': 1, 'epoch': 3},
-                 'training checkpoint', 'state_dict_ema'),
-        'ours, no average': ({'state_dict': state, 'state_dict_ema': None, 'args': options},
-                             'training checkpoint', 'state_dict'),
-        'compiled': ({'state_dict': wrapped(state, '_orig_mod.')}, 'training checkpoint', 'state_dict'),
-        'compiled blocks': (
-            {'state_dict': {key.replace('mlp.', 'mlp._orig_mod.'): value for key, value in state.items()}},
-            'training checkpoint', 'state_dict'),
-        'wrapped twice': ({'model': wrapped(state, 'module._orig_mod.')}, 'training checkpoint', 'model'),
-        'deit': ({'model': other, 'model_ema': state}, 'training checkpoint', 'model_ema'),
-        'flat': (state, 'flat state dict', None),
-    }
+class PaddleTensor:
+    """Pickles as tensors of PaddlePaddle do: as the call tuple((name, array))."""
+
+    def __init__(self, name: str, array: np.ndarray):
+        self.parts = name, array
+
+    def __reduce__(self):
+        return tuple, (self.parts,)
 
 
-@pytest.mark.parametrize('legacy', [False, True], ids=['zip', 'legacy'])
-@pytest.mark.parametrize('name', checkpoints({}, {}))
-def test_known_formats(name, legacy, tmp_path):
-    state, other = tiny_model().state_dict(), tiny_model().state_dict()
-    content, expected_format, expected_entry = checkpoints(state, other)[name]
-    path = tmp_path / 'checkpoint.pth.tar'
-    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    model = tiny_model()
+def renamed(state: dict, *pairs: tuple[str, str]) -> dict:
+    for pattern, replacement in pairs:
+        state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
+    return state
+
+
+def paddle_layout(state: dict) -> dict:
+    return {key: (tensor.T if key.endswith('.weight') and tensor.dim() == 2 else tensor).numpy()
+            for key, tensor in state.items()}
+
+
+def passl(state: dict, as_tensors: bool) -> dict:
+    arrays = renamed(paddle_layout(state), (r'^head\.', 'head.fc_cls.'), (r'^(?!head\.)', 'backbone.'))
+    names = {key: f'linear_{index}.w_0' for index, key in enumerate(arrays)}
+    if as_tensors:
+        return {key: PaddleTensor(names[key], array) for key, array in arrays.items()}
+    return {**arrays, 'StructuredToParameterName@@': names}
+
+
+def old_passl(state: dict) -> dict:
+    return {f'backbone.{key}' if not key.startswith('head.') else key.replace('head.', 'head.fc_cls.'): value
+            for key, value in paddlevit(state).items() if '@@' not in key}
+
+
+def paddlevit(state: dict) -> dict:
+    arrays = renamed(paddle_layout(state), (r'^tokens_to_token\.attention', 'patch_embed.attn'),
+                     (r'^tokens_to_token\.project', 'patch_embed.proj'))
+    return {**arrays, 'StructuredToParameterName@@': {key: key for key in arrays}}
+
+
+def mmpretrain(state: dict) -> dict:
+    state = renamed(state, (r'\.norm([12])\.', r'.ln\1.'), (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
+                    (r'\.mlp\.fc2\.', '.ffn.layers.1.'), (r'^blocks\.', 'encoder.'), (r'^(?!head)', 'backbone.'),
+                    (r'^head\.', 'head.layers.head.'))
+    averages = {'ema_' + key.replace('.', '_'): torch.zeros(()) for key in state}
+    return {'meta': {'epoch': 300, 'CLASSES': None}, 'state_dict': {**state, **averages}}
+
+
+def training_run(state: dict, other: dict) -> dict:
+    """What engine/state.py saves, in outline."""
+    return {'version': 1, 'arch': 't2t_vit_7', 'epoch': 3, 'step': 0, 'global_step': 30, 'state_dict': other,
+            'state_dict_ema': state, 'optimizer': {'state': {}}, 'amp_scaler': {}, 'metric': 81.5, 'ranks': [{}],
+            'args': {'lr': 5e-4, 'model': 't2t_vit_7', 'img_size': 64}, 'classes': ['a', 'b', 'c', 'd', 'e']}
+
+
+def save_torch(content: dict, path: Path) -> None:
+    torch.save(content, path)
+
+
+def save_legacy(content: dict, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def save_paddle(content: dict, path: Path, protocol: int = 4) -> None:
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+
+
+def save_old_paddle(content: dict, path: Path) -> None:
+    save_paddle(content, path, protocol=2)
+
+
+def save_flat(content: dict, path: Path) -> None:
+    safetensors.torch.save_file(content, path)
+
+
+OFFICIAL_RUN = {'epoch': 309, 'arch': 't2t_vit_14', 'optimizer': {'state': {}}, 'amp_scaler': {'scale': 65536.},
+                'args': argparse.Namespace(lr=5e-4, model='t2t_vit_14', img_size=None), 'version': 2, 'metric': 81.5}
+# What the test is called: (architecture, format, entry, how it is saved, content for (weights, other weights)).
+KINDS = {
+    'release': ('performer', 'official release', 'state_dict_ema', save_torch,
+                lambda state, other: {'state_dict_ema': state}),
+    'training run of the authors': (
+        'performer', 'official training run', 'state_dict_ema', save_torch,
+        lambda state, other: {**OFFICIAL_RUN, 'state_dict': other, 'state_dict_ema': state}),
+    'cifar': ('performer', 'official CIFAR checkpoint', 'net', save_legacy,
+              lambda state, other: {'net': wrapped(state), 'acc': 98.3, 'epoch': 59}),
+    'PASSL': ('performer', 'PASSL', None, save_paddle, lambda state, other: passl(state, as_tensors=False)),
+    'PASSL, tensors': ('transformer', 'PASSL', None, save_paddle, lambda state, other: passl(state, as_tensors=True)),
+    'PASSL, protocol 2': ('performer', 'PASSL', None, save_old_paddle,
+                          lambda state, other: passl(state, as_tensors=True)),
+    'PASSL, before it took the names': ('performer', 'PASSL', None, save_paddle,
+                                        lambda state, other: old_passl(state)),
+    'PASSL, training run': ('performer', 'PASSL', 'state_dict', save_paddle, lambda state, other: {
+        'epoch': 3, 'state_dict': passl(state, as_tensors=False), 'optimizer': {'x': np.zeros(3)}}),
+    'PaddleViT': ('performer', 'PaddleViT', None, save_paddle, lambda state, other: paddlevit(state)),
+    'PaddleViT, t': ('transformer', 'PaddleViT', None, save_old_paddle, lambda state, other: paddlevit(state)),
+    'PaddlePaddle': ('performer', 'PaddlePaddle', None, save_paddle, lambda state, other: paddle_layout(state)),
+    'mmpretrain': ('transformer', 'mmpretrain', 'state_dict', save_torch, lambda state, other: mmpretrain(state)),
+    'timm': ('performer', 'timm pull request 2426', None, save_torch,
+             lambda state, other: renamed(state, (r'^tokens_to_token\.', 'patch_embed.'))),
+    'timm, safetensors': ('transformer', 'timm pull request 2426', None, save_flat,
+                          lambda state, other: renamed(state, (r'^tokens_to_token\.', 'patch_embed.'))),
+    'token labeling': ('labeled', 'token-labeling release', 'state_dict_ema', save_torch,
+                       lambda state, other: {'state_dict_ema': state}),
+    'ours': ('performer', 'training run', 'state_dict_ema', save_torch, training_run),
+    'ours, no average': ('performer', 'training run', 'state_dict', save_torch,
+                         lambda state, other: {**training_run(None, state)}),
+    'ours, token labeling': ('labeled', 'training run', 'state_dict_ema', save_legacy, training_run),
+    'compiled': ('performer', 'checkpoint', 'state_dict', save_torch,
+                 lambda state, other: {'state_dict': wrapped(state, '_orig_mod.')}),
+    'compiled blocks': ('performer', 'checkpoint', 'state_dict', save_torch, lambda state, other: {
+        'state_dict': {key.replace('mlp.', 'mlp._orig_mod.'): value for key, value in state.items()}}),
+    'wrapped twice': ('performer', 'checkpoint', 'model', save_torch,
+                      lambda state, other: {'model': wrapped(state, 'module._orig_mod.')}),
+    'deit': ('performer', 'checkpoint', 'model_ema', save_torch,
+             lambda state, other: {'model': other, 'model_ema': state}),
+    'flat': ('performer', 'flat state dict', None, save_legacy, lambda state, other: state),
+    'safetensors': ('transformer', 'flat state dict', None, save_flat, lambda state, other: state),
+}
+ARCHITECTURES = {'performer': 't2t_vit_7', 'transformer': 't2t_vit_t_14', 'labeled': 't2t_vit_24_token_labeling'}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_format_gives_equal_logits(kind, tmp_path):
+    architecture, expected_format, expected_entry, save, content_of = KINDS[kind]
+    name, images, path = ARCHITECTURES[architecture], torch.randn(2, 3, 64, 64), tmp_path / 'checkpoint'
+    source, other, model = (tiny_model(name=name).eval() for _ in range(3))
+    with torch.no_grad():
+        for tensor in source.state_dict().values():  # biases and norms too: what is not loaded shows
+            tensor.add_(torch.randn_like(tensor), alpha=.05)
+    save(content_of(source.state_dict(), other.state_dict()), path)
     report = load_weights(model, path)
-    assert_loaded(model, state)
+    assert_loaded(model, source.state_dict())
+    assert torch.equal(model(images), source(images))
     assert (report.format, report.entry, report.source) == (expected_format, expected_entry, str(path))
-    assert set(report.loaded) == set(state)
+    assert set(report.loaded) == set(source.state_dict())
     assert report.resized == report.missing == report.unexpected == () and report.head_replaced is None
 
 
-def test_safetensors(tmp_path):
-    state = tiny_model().state_dict()
-    path = tmp_path / 'weights.bin'  # told by its content, not by its name
-    safetensors.torch.save_file(state, path)
-    model = tiny_model()
-    load_weights(model, path)
-    assert_loaded(model, state)
+@pytest.mark.skipif(not FIXTURES.is_dir(), reason=f'no files of PaddlePaddle at {FIXTURES}; set T2T_SHARED')
+@pytest.mark.parametrize('fixture, name', [('passl_tiny', 't2t_vit_7'), ('passl_tiny_t', 't2t_vit_t_14')])
+def test_files_of_paddlepaddle_give_its_logits(fixture, name):
+    model = tiny_model(name=name, num_classes=10, embed_dim=64, mlp_ratio=3.)
+    report = load_weights(model, FIXTURES / f'{fixture}.pdparams')
+    images = np.random.RandomState(0).standard_normal((2, 3, 64, 64)).astype(np.float32)
+    expected = torch.from_numpy(np.load(FIXTURES / f'{fixture}.logits.npy'))
+    assert relative_error(model.eval()(torch.from_numpy(images)), expected) < 1e-5
+    assert len(report.loaded) == len(report.renamed) == len(model.state_dict())
+    assert report.dropped == ('StructuredToParameterName@@',)
+
+
+def test_reports_name_every_key():
+    source = tiny_model(name='t2t_vit_t_14').state_dict()
+    report = load_weights(tiny_model(name='t2t_vit_t_14', img_size=96), mmpretrain(source), source='a.pth')
+    lines = report.lines()
+    assert '\n' not in str(report) and 'a.pth (mmpretrain, state_dict)' in str(report)
+    assert f'{len(report.renamed)} renamed; {len(source)} dropped' in str(report)
+    for line in ('renamed: backbone.encoder.1.ffn.layers.0.0.weight → blocks.1.mlp.fc1.weight',
+                 'renamed: backbone.tokens_to_token.attention1.ln1.bias → tokens_to_token.attention1.norm1.bias',
+                 'dropped, no weights: ema_backbone_cls_token',
+                 'adapted: pos_embed resized from 4 × 4 to 6 × 6'):
+        assert line in lines, line
+    assert len(lines) == 1 + len(source) + len(source) + 1  # tokens_to_token.project keeps its name but for backbone.
+
+    report = load_weights(tiny_model(), paddlevit(tiny_model().state_dict()))
+    assert 'transposed: head.weight' in report.lines() and 'transposed' in str(report)
+    assert not any('.w' == key[-2:] for key in report.transposed)
+    assert set(report.transposed) == {key for key, tensor in tiny_model().state_dict().items()
+                                      if key.endswith('.weight') and tensor.dim() == 2}
+
+    report = LoadReport('a.pth', 'checkpoint', None, ('a',), missing=('b', 'c', 'd', 'e'), unexpected=('f',),
+                        head_replaced='why')
+    assert 'b, c, d and 1 more' in str(report) and 'f' in str(report)
+    assert report.lines()[1:] == ['classifier not loaded: why', *(f'missing, kept as initialised: {k}' for k in 'bcde'),
+                                  'ignored, no place: f']
 
 
 def test_the_average_is_taken_only_when_wanted():
@@ -114,96 +259,19 @@ def test_the_average_is_taken_only_when_wanted():
     ({'state_dict': {}}, 'no weights found'),
     ({'state_dict': {'cls_token': [0.]}}, 'no weights found.*holds cls_token'),
     ({'cls_token': torch.zeros(1), 'module.cls_token': torch.zeros(1)}, 'cls_token twice'),
+    ({'pos_embed': torch.zeros(1, 1, 32).expand(1, 10 ** 12 + 1, 32)}, 'pos_embed has the shape .* fewer numbers'),
+    ({'cls_token': torch.zeros(3).to_sparse()}, 'cls_token is a torch.sparse_coo tensor'),
 ])
 def test_checkpoints_without_weights(checkpoint, message):
     assert_refused(tiny_model(), checkpoint, message)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files that are no checkpoints
-
-@pytest.mark.parametrize('content, message', [
-    (b'', 'is empty'),
-    (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n', 'Git LFS pointer.*git lfs pull'),
-    (b'/annex/objects/SHA256E-s1--0.pth\n', 'git-annex pointer'),
-    (b'\n<!DOCTYPE html><html><body>Not found</body></html>', 'a web page'),
-    (b'<HTML>', 'a web page'),
-    (b'some text that is long enough to be read as something', 'not a PyTorch checkpoint'),
-    (bytes(range(256)) * 16, 'not a PyTorch checkpoint'),
-    ((1 << 40).to_bytes(8, 'little') + b'{"a": 1}', 'damaged'),
-    (pickle.dumps({'a': 1}, protocol=2), 'not a PyTorch checkpoint'),
-])
-def test_other_files(content, message, tmp_path):
-    path = tmp_path / 'checkpoint.pth'
-    path.write_bytes(content)
-    assert str(path) in assert_refused(tiny_model(), path, message)
-
-
-def test_paths_that_are_no_files(tmp_path):
-    assert_refused(tiny_model(), tmp_path / 'missing.pth', 'missing.pth does not exist')
-    assert_refused(tiny_model(), str(tmp_path), 'is a folder')
-
-
-@pytest.mark.parametrize('content', [[1, 2], torch.zeros(3)])
-def test_not_a_dict(content, tmp_path):
-    torch.save(content, tmp_path / 'a.pth')
-    assert_refused(tiny_model(), tmp_path / 'a.pth', f'holds a {type(content).__name__}')
-
-
-@pytest.mark.parametrize('kind', ['zip', 'legacy', 'safetensors'])
-def test_truncated_files(kind, tmp_path):
-    state, path = tiny_model().state_dict(), tmp_path / 'a.pth'
-    if kind == 'safetensors':
-        safetensors.torch.save_file(state, path)
-    else:
-        torch.save({'state_dict': state}, path, _use_new_zipfile_serialization=kind == 'zip')
-    whole = path.read_bytes()
-    for length in (1, 9, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match='damaged|not a PyTorch checkpoint') as caught:
-            read_checkpoint(path)
-        assert '\n' not in str(caught.value)
-
-
-class Hostile:
-    """Pickles as a call that creates a file."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize('container', ['zip', 'legacy', 'pickle'])
-@pytest.mark.parametrize('attack', ['system', 'mkdir', 'exec', 'namespace'])
-def test_no_code_of_a_file_is_executed(attack, container, tmp_path):
-    canary, path = tmp_path / 'canary', tmp_path / 'checkpoint.pth'
-    attacks = {
-        'system': Hostile(os.system, f'touch {canary}'),
-        'mkdir': Hostile(os.mkdir, str(canary)),
-        'exec': Hostile(exec, f'open({str(canary)!r}, "w")'),
-        # The one class that is allowed must not carry anything else in.
-        'namespace': argparse.Namespace(lr=Hostile(os.mkdir, str(canary))),
-    }
-    content = {'state_dict_ema': tiny_model().state_dict(), 'args': attacks[attack]}
-    if container == 'pickle':
-        path.write_bytes(pickle.dumps({'args': attacks[attack]}, protocol=2))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=container == 'zip')
-    message = 'refers to .*(system|mkdir|exec), which could run code' if container != 'pickle' else str(path)
-    assert_refused(tiny_model(), path, message)
-    assert not canary.exists()
-
-    pickle.loads(pickle.dumps(attacks[attack]))  # the attack itself works
-    assert canary.exists()
-
-
-def test_the_allowance_ends_with_the_call(tmp_path):
-    torch.save({'state_dict': {'a': torch.zeros(1)}, 'args': argparse.Namespace(lr=1.)}, tmp_path / 'a.pth')
-    assert read_checkpoint(tmp_path / 'a.pth')['args'].lr == 1.
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / 'a.pth', weights_only=True)
+def test_arrays_in_any_byte_order_and_bfloat16():
+    values = torch.tensor([1., -2.5, 2. ** 100])
+    bits = (values.view(torch.int32) >> 16).to(torch.int16).numpy().view(np.uint16)
+    state = state_dict_of({'big': np.array([1, -2.5], '>f4'), 'b': bits, 'w': np.ones((2, 3), np.float16)})
+    assert state['big'].tolist() == [1., -2.5] and state['w'].dtype == torch.float16
+    assert state['b'].dtype == torch.bfloat16 and torch.equal(state['b'], values.bfloat16())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -218,12 +286,85 @@ def test_another_image_size_resamples_the_position_embedding():
     grid = source.pos_embed[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(6, 3), mode='bicubic', antialias=True).flatten(2).transpose(1, 2)
     assert torch.equal(model.pos_embed, torch.cat((source.pos_embed[:, :1], grid), dim=1))
-    assert report.resized == ('pos_embed from 4 × 4 to 6 × 3',) and report.resized[0] in str(report)
+    assert report.resized == ('pos_embed resized from 4 × 4 to 6 × 3',) and report.resized[0] in str(report)
 
     # Both models see the same picture with the same resampled table, whichever of them does the resampling.
     images = torch.randn(1, 3, 96, 48)
     torch.testing.assert_close(model.eval()(images), source.eval()(images))
     assert_refused(tiny_model(), model.state_dict(), '18 grid positions, no square.*img_size')
+
+
+@pytest.mark.parametrize('checkpoint, options', [
+    ({'img_size': [96, 48]}, {}), ({'args': {'img_size': '96x48'}}, {}), ({}, {'img_size': (96, 48)}),
+    ({'args': argparse.Namespace(img_size=(96, 48))}, {}), ({'img_size': 'what?'}, {'img_size': (2, 1)}),
+])
+@pytest.mark.parametrize('size', [64, (48, 96), (32, 144)])
+def test_position_embeddings_of_images_that_were_not_square(checkpoint, options, size):
+    source = tiny_model(img_size=(96, 48)).eval()
+    with torch.no_grad():
+        source.pos_embed.normal_()
+    model = tiny_model(img_size=size).eval()  # (32, 144) has as many positions, 2 × 9 instead of 6 × 3
+    report = load_weights(model, {**checkpoint, 'state_dict': source.state_dict()}, **options)
+    assert 'pos_embed resized from 6 × 3 to' in str(report)
+    images = torch.randn(1, 3, *(size if isinstance(size, tuple) else (size, size)))
+    torch.testing.assert_close(model(images), source(images))
+
+
+@pytest.mark.parametrize('positions, size, grid', [
+    (196, None, (14, 14)), (18, None, None), (0, None, None), (18, (96, 48), (6, 3)), (18, (48, 96), (3, 6)),
+    (16, (128, 32), (8, 2)), (16, (64, 64), (4, 4)), (21, (100, 40), (7, 3)), (2, (17, 31), (1, 2)),
+    (197, (224, 224), None), (63, (16, 1000), (1, 63)), (140, (224, 160), (14, 10)),
+])
+def test_grids(positions, size, grid):
+    assert grid_of(positions, size) == grid
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_halves_are_resampled_in_float32(dtype):
+    source = tiny_model().state_dict()
+    source = {key: torch.randn_like(tensor).to(dtype) for key, tensor in source.items()}
+    model, reference = tiny_model(img_size=96, in_chans=1), tiny_model(img_size=96, in_chans=1)
+    load_weights(model, source)
+    load_weights(reference, {key: tensor.float() for key, tensor in source.items()})
+    assert_loaded(model, reference.state_dict())
+    assert not torch.equal(model.pos_embed, model.pos_embed.to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize('name', ['t2t_vit_7', 't2t_vit_t_14'])
+@pytest.mark.parametrize('old, new', [(3, 1), (3, 2), (3, 4), (3, 6), (1, 3), (2, 3)])
+def test_another_number_of_channels(name, old, new):
+    source, model = tiny_model(name=name, in_chans=old).eval(), tiny_model(name=name, in_chans=new).eval()
+    report = load_weights(model, source.state_dict())
+    assert report.resized == (f'first layer adapted from {old} to {new} channel{"s" if new > 1 else ""}',)
+    assert set(report.loaded) == set(model.state_dict())
+    key = 'tokens_to_token.attention1.' + ('kqv.weight' if name == 't2t_vit_7' else 'attn.qkv.weight')
+    # What timm does to the convolution with the same weights.
+    convolution = source.state_dict()[key].unflatten(1, (old, 7, 7))
+    if old == 3:
+        expected = adapt_input_conv(new, convolution.clone())
+    else:
+        expected = torch.cat([convolution] * 3, 1)[:, :new] * old / new
+    torch.testing.assert_close(model.state_dict()[key].unflatten(1, (new, 7, 7)), expected)
+
+    # A grey image looks the same to both, if all channels count the same: fresh norms are alike.
+    if new == 1 or new % old == 0:
+        grey = torch.randn(1, 1, 64, 64)
+        torch.testing.assert_close(model(grey.expand(1, new, 64, 64)), source(grey.expand(1, old, 64, 64)))
+
+
+def test_norms_of_another_number_of_channels():
+    source = tiny_model().state_dict()
+    norm = source['tokens_to_token.attention1.norm1.weight'].normal_().unflatten(0, (3, 49)).clone()
+    one, four = (fit_to_model(source, tiny_model(in_chans=channels))[0]['tokens_to_token.attention1.norm1.weight']
+                 for channels in (1, 4))
+    torch.testing.assert_close(one, norm.mean(0))
+    assert torch.equal(four.unflatten(0, (4, 49)), norm[[0, 1, 2, 0]])
+
+
+def test_channels_of_other_models_are_an_error():
+    state = timm.create_model('resnet18', num_classes=5).state_dict()
+    model = timm.create_model('resnet18', num_classes=5, in_chans=1)
+    assert_refused(model, state, r'do not fit resnet18; 1 of other shape \(conv1.weight \[64, 3, 7, 7\] for ')
 
 
 def test_another_number_of_classes():
@@ -271,7 +412,9 @@ def test_strict_refuses_what_does_not_fit():
     state.update({f'aux_head.{i}': torch.zeros(1) for i in range(5)})
     message = assert_refused(tiny_model(), state, 'do not fit')
     assert '2 missing (norm.weight, norm.bias)' in message
-    assert '5 without a place (aux_head.0, aux_head.1, aux_head.2 and 2 more)' in message
+    assert '5 without a place (aux_head.0, aux_head.1, aux_head.2, aux_head.3, aux_head.4)' in message
+    message = assert_refused(tiny_model(), {**state, **{f'x{i}': torch.zeros(1) for i in range(50)}}, 'do not fit')
+    assert 'x14 and 35 more' in message
 
     model = tiny_model()
     report = load_weights(model, state, strict=False)
@@ -287,13 +430,51 @@ def test_other_shapes_are_never_accepted():
     assert_refused(tiny_model(), {'something.else': torch.zeros(1)}, 'do not fit', strict=False)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# What weights are of
+
 @pytest.mark.parametrize('name, options', [
-    ('t2t_vit_10', {}), ('t2t_vit_t_14', {'num_classes': 10}), ('t2t_vit_14', {'img_size': 384})])
+    ('t2t_vit_10', {}), ('t2t_vit_t_14', {'num_classes': 10}), ('t2t_vit_14', {'img_size': 384}),
+    ('t2t_vit_24_token_labeling', {'num_classes': 3}), ('t2t_vit_14_wide', {'in_chans': 1}),
+    ('t2t_vit_dense', {'num_classes': 0})])
 def test_weights_of_another_variant_are_named(name, options):
     with torch.device('meta'):
         state = timm.create_model(name, **options).state_dict()
-    message = assert_refused(timm.create_model('t2t_vit_7', img_size=64), state, 'do not fit')
-    assert message.endswith(f'they fit {name}')
+    message = assert_refused(timm.create_model('t2t_vit_7', img_size=64), state, f'are of {name}.* not fit t2t_vit_7')
+    tie = ' or t2t_vit_14_resnext' if name == 't2t_vit_14' else ''
+    assert message.endswith(f'use --model {name}{tie}') and ('only you can tell' in message) == bool(tie)
+
+
+def test_weights_of_no_variant_are_described():
+    state = timm.create_model('resnet18', num_classes=5).state_dict()
+    message = assert_refused(tiny_model(), state, 'an architecture not known here.*conv1.weight')
+    assert message.endswith('check the name of the model')
+    for checkpoint in ({'arch': 'resnet18'}, {'args': {'model': 'resnet18'}}):
+        message = assert_refused(tiny_model(), {'state_dict': state, **checkpoint}, 'by its own account resnet18')
+        assert message.endswith('use --model resnet18')
+    assert_refused(tiny_model(embed_dim=48), tiny_model(name='t2t_vit_t_14').state_dict(),
+                   'a T2T-ViT with transformer tokens, embed_dim 32 and depth 2')
+
+
+@pytest.mark.parametrize('options, expected', [
+    ({}, ((14, 14), (224, 224), 1000, 3)),
+    ({'img_size': (96, 64), 'num_classes': 7, 'in_chans': 1}, ((6, 4), (96, 64), 7, 1)),
+    ({'img_size': 384, 'num_classes': 0}, ((24, 24), (384, 384), None, 3)),
+])
+def test_every_model_is_identified(options, expected):
+    ties = ({'t2t_vit_14', 't2t_vit_14_resnext'}, {'t2t_vit_24', 't2t_vit_24_token_labeling'})
+    names = our_models()
+    assert {'t2t_vit_7', 't2t_vit_t_24', 't2t_vit_14_wide', 't2t_vit_dense', 'vit_s_16'} <= set(names)
+    assert 'resnet18' not in names
+    for name in names:
+        with torch.device('meta'):
+            state = timm.create_model(name, **options).state_dict()
+        identity = identify(state, options['img_size'] if isinstance(options.get('img_size'), tuple) else None)
+        # The second of them differs in its classifiers alone.
+        tied = [tie for tie in ties if name in tie and ('t2t_vit_14' in tie or options.get('num_classes') == 0)]
+        assert set(identity.names) == (tied[0] if tied else {name})
+        assert (identity.grid, identity.img_size, identity.num_classes, identity.in_chans) == expected
+        assert ('only you can tell' in identity.description) == bool(tied)
 
 
 @pytest.mark.parametrize('name, classifier, options', [
@@ -333,3 +514,11 @@ def test_pretrained_through_timm(tmp_path):
         num_classes=10, img_size=(96, 64))
     assert model.head.weight.shape == (10, 256) and model.pos_embed.shape == (1, 1 + 6 * 4, 256)
     assert torch.equal(model.cls_token, state['cls_token'])
+
+
+def test_pretrained_with_another_number_of_channels(tmp_path):
+    state = timm.create_model('t2t_vit_7').state_dict()
+    torch.save({'state_dict_ema': state}, tmp_path / 'a.pth')
+    model = timm.create_model(
+        't2t_vit_7', pretrained=True, pretrained_cfg_overlay={'file': str(tmp_path / 'a.pth')}, in_chans=1)
+    assert_loaded(model, fit_to_model(state, model)[0])

@@ -1,13 +1,17 @@
 """Reading checkpoint files, from wherever they come, without running anything that is in them."""
 import argparse
+import json
 import os
 import pickle
 import re
 from typing import Any
 
+import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 
+from utils import paddle_files
 from utils.errors import UserError
 
 # What people have in place of the file they meant: how it begins, what it is, what to do.
@@ -18,11 +22,18 @@ IMPOSTORS = (
     (b'<html', 'a web page', 'download the file itself'),
 )
 
+# The entry of a safetensors file's metadata, JSON, under which ours keep what belongs to the weights: the entries that
+# a checkpoint of PyTorch would have beside its 'state_dict'.
+METADATA = 't2t_vit'
+
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a PyTorch or safetensors file onto the CPU and return the dict it holds.
+    """Read a PyTorch, PaddlePaddle or safetensors file onto the CPU and return the dict it holds.
 
-    Nothing in the file is executed: only tensors, plain containers and `argparse.Namespace` (the options in
+    Told apart by content. Weights are tensors, in a PaddlePaddle file numpy arrays. A safetensors file is a
+    flat state dict, or, with METADATA of ours, a dict with 'state_dict'.
+
+    Nothing in the file is executed: only tensors, arrays, plain containers and `argparse.Namespace` (the options in
     the authors' checkpoints) are allowed, and there is no fallback.
 
     Raises:
@@ -33,8 +44,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if head[8:9] == b'{':  # a safetensors file: eight bytes of length, then JSON
         return _read_safetensors(path)
     try:
+        if paddle_files.is_bare_pickle(head):
+            return _read_paddle(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(_explain_unpickling(path, error)) from error
     except Exception as error:  # a damaged file makes the reader raise nearly anything: KeyError, EOFError, …
@@ -65,13 +80,31 @@ def _file_start(path: str) -> bytes:
     return head
 
 
-def _read_safetensors(path: str) -> dict[str, torch.Tensor]:
-    """Read a safetensors file, which holds a flat state dict and nothing else."""
+def _read_paddle(path: str) -> dict[str, Any]:
+    """Read a file of paddle.save: a state dict of numpy arrays, or a dict with one in it."""
+    with open(path, 'rb') as file:
+        content = paddle_files.load(file.read())
+    # In the dict itself, as (name, array) pairs, or one dict further down.
+    values = list(content.values()) if isinstance(content, dict) else []
+    values += [part for value in values for part in (value.values() if isinstance(value, dict) else ())]
+    values += [part for value in values if isinstance(value, tuple) for part in value]
+    if not any(isinstance(value, np.ndarray) for value in values):
+        raise UserError(f'{path} is not a PyTorch checkpoint, and as a PaddlePaddle file it holds no arrays; '
+                        'give a file saved by torch.save, paddle.save or safetensors')
+    return content
+
+
+def _read_safetensors(path: str) -> dict[str, Any]:
+    """Read a safetensors file: a flat state dict and, in ours, what belongs to it as text."""
     try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
+        with safetensors.safe_open(path, 'pt') as file:
+            metadata = file.metadata() or {}
+        state = safetensors.torch.load_file(path)
+        beside = dict(json.loads(metadata[METADATA])) if METADATA in metadata else None
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f'{path} is damaged or incomplete ({_first_line(error)}); '
                         'compare its size with the original and copy it again') from error
+    return state if beside is None else {**beside, 'state_dict': state}
 
 
 def _explain_unpickling(path: str, error: pickle.UnpicklingError) -> str:
@@ -80,7 +113,7 @@ def _explain_unpickling(path: str, error: pickle.UnpicklingError) -> str:
     if refused:
         return (f'{path} was not read because it refers to {refused.group(1)}, which could run code; '
                 'if you trust it, save the weights alone: torch.save(model.state_dict(), path)')
-    return f'{path} is damaged or not a PyTorch checkpoint; give a file saved by torch.save or safetensors'
+    return f'{path} is damaged or not a PyTorch checkpoint; give a file saved by torch.save, paddle.save or safetensors'
 
 
 def _first_line(error: Exception) -> str:
