@@ -2,7 +2,7 @@
 from utils.files import read_checkpoint
 
 from .ablations import T2TViTDense
-from .factory import create_model, create_model_from_options, resolve_name
+from .factory import create_from_config, create_model, create_model_from_options, resolve_name, split_head
 from .identity import Identity, identify
 from .t2t_vit import T2TViT
 from .weights import (
@@ -20,6 +20,7 @@ __all__ = [
     'T2TViT',
     'T2TViTDense',
     'count_classes',
+    'create_from_config',
     'create_model',
     'create_model_from_options',
     'fit_to_model',
@@ -28,5 +29,6 @@ __all__ = [
     'load_weights',
     'read_checkpoint',
     'resolve_name',
+    'split_head',
     'state_dict_of',
 ]

@@ -1,9 +1,11 @@
 """Create any model by name for the scripts: ours and timm's, with errors that say what to type instead."""
 import difflib
 import logging
+import os
 import pickle
 import re
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,6 +13,7 @@ from timm.models import split_model_name_tag
 from torch import nn
 
 from models.weights import load_weights
+from utils import options
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -150,8 +153,64 @@ def create_model_from_options(args, *, num_classes: int, transfer_from: str | No
     model = create_model(
         args.model, pretrained=args.pretrained, num_classes=num_classes, img_size=args.img_size, global_pool=args.gp,
         drop_rate=getattr(args, 'drop', None), drop_path_rate=getattr(args, 'drop_path', None),
-        **{name: getattr(args, option, None) for name, option in further.items()})
+        **{name: getattr(args, option, None) for name, option in further.items()}, **_further_arguments(args))
     for path, replace_head in ((args.initial_checkpoint, False), (transfer_from, True)):
         if path:
             _logger.info('%s', load_weights(model, path, use_ema=args.use_ema, replace_head=replace_head))
     return model
+
+
+def create_from_config(path: str | os.PathLike, **overrides: Any) -> nn.Module:
+    """The model of a recipe, with the weights that it names, if any.
+
+        model = create_from_config('configs/t2t_vit_14.yaml')
+        backbone, head = split_head(create_from_config('configs/t2t_vit_14.yaml', num_classes=10))
+
+    Args:
+        path: a recipe such as configs/t2t_vit_14.yaml, or the args.yaml of a run; what it says of data and training
+            has no effect.
+        overrides: options that the recipe does not have, or that it has otherwise: num_classes, img_size,
+            initial_checkpoint, pretrained, …
+
+    Raises:
+        UserError: no such file, a value of the wrong type, no model in it, and as create_model and load_weights.
+    """
+    groups = (options.model_options, options.augmentation_options, options.batch_norm_options)
+    parser = options.create_parser('', groups)
+    recipe = options.read_recipe(Path(path), parser, complete=False)
+    if 'model' not in recipe:
+        raise UserError(f'{path} names no model; add a line such as "model: t2t_vit_14"')
+    defaults = vars(parser.parse_args([]))
+    unknown = overrides.keys() - defaults.keys()
+    if unknown:
+        raise UserError(f'{min(unknown)!r} is no option of a model; the options are those of train.py --help')
+    args = options.Options(**{**defaults, **recipe, **overrides}).freeze()
+    return create_model_from_options(args, num_classes=args.num_classes)
+
+
+def split_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Take a model apart: a backbone that gives pooled features, and the classifier, so that head(backbone(x)) is
+    what model(x) was.
+
+    The backbone is `model` itself, without its classifier.
+
+    Raises:
+        UserError: the model has several classifiers, or its classifier is more than a layer behind the pooling.
+    """
+    head = model.get_classifier()
+    if not isinstance(head, nn.Linear):
+        raise UserError(f'the classifier is a {type(head).__name__}, no linear layer; use model.forward_features and '
+                        'model.forward_head instead')
+    model.reset_classifier(0)
+    return model, head
+
+
+def _further_arguments(args) -> dict[str, Any]:
+    """The arguments of --model-kwargs; those that have an option of their own are refused."""
+    further = options.keywords(args.model_kwargs)
+    named = {'num_classes': '--num-classes', 'img_size': '--img-size', 'global_pool': '--gp', 'drop_rate': '--drop',
+             'drop_path_rate': '--drop-path', 'pretrained': '--pretrained', 'drop_block_rate': '--drop-block',
+             'bn_momentum': '--bn-momentum', 'bn_eps': '--bn-eps'}
+    for name in further.keys() & named.keys():
+        raise UserError(f'--model-kwargs {name}: use {named[name]}')
+    return further

@@ -23,7 +23,7 @@ from torch import nn
 
 from .layers import Block, sinusoid_table
 from .tokens_to_token import TokensToToken, token_grid
-from .weights import resize_pos_embed, state_dict_of
+from .weights import fit_to_model, state_dict_of
 
 __all__ = ['T2TViT', 'VARIANTS', 'build_t2t_vit', 'checkpoint_filter_fn']
 
@@ -354,8 +354,10 @@ default_cfgs = generate_default_cfgs({
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
-    """Unwrap downloaded weights and resample their position embedding to the model's grid (timm's hook)."""
-    return resize_pos_embed(state_dict_of(state_dict), model)[0]
+    """Unwrap downloaded weights, and fit them to the image size and channels of the model (timm's hook)."""
+    # What timm saved with the weights, if it was timm: without it, the grid is taken for a square.
+    saved_size = getattr(model, 'pretrained_model_args', {}).get('img_size')
+    return fit_to_model(state_dict_of(state_dict), model, to_2tuple(saved_size) if saved_size else None)[0]
 
 
 def build_t2t_vit(name: str, pretrained: bool = False, **kwargs) -> T2TViT:

@@ -9,6 +9,7 @@ A recipe (`-c FILE.yaml`) gives defaults, the command line wins. Underscores and
 Whatever is wrong raises UserError before anything heavy is imported: this module imports no torch.
 """
 import argparse
+import ast
 import difflib
 import re
 import sys
@@ -97,6 +98,26 @@ def truth(text):
 
 
 truth.kind = bool
+
+
+def keyword(text):
+    """'name=value', left as it is: `keywords` reads the values."""
+    name, equals, _ = text.partition('=')
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f'{text!r} is no argument: give NAME=VALUE, such as aux_weight=0.25')
+    return text
+
+
+def keywords(arguments) -> dict:
+    """['aux_weight=0.25', 'norm=None'] → {'aux_weight': 0.25, 'norm': None}; what is no Python literal is a string."""
+    values = {}
+    for argument in arguments or ():
+        name, _, value = argument.partition('=')
+        try:
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,10 +250,12 @@ _RecipeLoader.add_implicit_resolver(
     'tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$'), list('-+.0123456789'))
 
 
-def read_recipe(path: Path, parser: Parser) -> dict:
+def read_recipe(path: Path, parser: Parser, *, complete: bool = True) -> dict:
     """Reads a YAML recipe and checks every key and value against the parser's options.
 
-    Raises UserError that names the file, the key and the nearest right name, or the value and what was expected.
+    With `complete` a key that no option has is an error; without, such keys are left out, for a reader that wants a
+    part of the recipe. Raises UserError that names the file, the key and the nearest right name, or the value and what
+    was expected.
     """
     try:
         values = yaml.load(path.read_text(encoding='utf-8'), _RecipeLoader)
@@ -254,6 +277,8 @@ def read_recipe(path: Path, parser: Parser) -> dict:
         name = str(key).replace('-', '_')
         if f'--{name}'.replace('_', '-') in REFUSED:
             raise UserError(f'{path}: {key} is gone: ' + REFUSED[f'--{name}'.replace('_', '-')])
+        if name not in actions and not complete:
+            continue
         if name not in actions:
             close = difflib.get_close_matches(name, actions, n=1, cutoff=0.6)
             raise UserError(f'{path}: {key!r} is no option' + (f'; did you mean {close[0]}?' if close else ''))
@@ -271,7 +296,8 @@ def _checked(path: Path, key: str, value, action: argparse.Action):
         return value
     if action.nargs in ('+', 2):
         if not isinstance(value, list) or (action.nargs == 2 and len(value) != 2) or not value:
-            raise UserError(f'{path}: {key}: {value!r} is no list of {"two" if action.nargs == 2 else "some"} numbers')
+            wanted = {2: 'two numbers'}.get(action.nargs, 'values, as [a, b]')
+            raise UserError(f'{path}: {key}: {value!r} is no list of {wanted}')
         return [_scalar(path, key, v, action) for v in value]
     return _scalar(path, key, value, action)
 
@@ -329,6 +355,8 @@ def model_options(parser):
         help="size of the classifier (default: the data set's classes, 1000 for ImageNet)")
     add('--gp', metavar='POOL', help='global pooling (default: that of the model)')
     add('--img-size', type=image_size, default=224, metavar='N', help='input size in pixels, or HxW')
+    add('--model-kwargs', type=keyword, nargs='+', metavar='NAME=VALUE',
+        help="further arguments of the model, such as aux_weight=0.25")
     add('--channels-last', action=FLAG, default=False, help='channels-last memory layout (for convolutions)')
 
 

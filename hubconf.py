@@ -1,0 +1,16 @@
+"""Entry points of torch.hub: every model of this project by its name.
+
+    torch.hub.load('path/to/clone', 't2t_vit_14', source='local')
+    torch.hub.load('path/to/clone', 't2t_vit_14', source='local', pretrained=True, num_classes=10, img_size=384)
+    torch.hub.load('path/to/clone', 'create_from_config', 'path/to/clone/configs/t2t_vit_14.yaml', source='local')
+
+The arguments are those of timm.create_model.
+"""
+import timm as _timm
+
+from models import create_from_config  # noqa: F401 (an entry point)
+
+dependencies = ['torch', 'timm', 'safetensors', 'yaml']
+
+for _module in ('t2t_vit', 'ablations'):
+    globals().update({_name: _timm.model_entrypoint(_name) for _name in _timm.list_models(module=_module)})

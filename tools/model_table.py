@@ -1,0 +1,144 @@
+"""Prints a table of models in Markdown: parameters, multiply-accumulates, activations, published accuracy.
+
+    python tools/model_table.py
+    python tools/model_table.py --img-size 384 --output zoo.md
+    python tools/model_table.py t2t_vit_14 'deit_small*' resnet50
+
+Names are those of timm.list_models, patterns too; without any, all models of this project. Nothing is computed but
+shapes, so that no memory is needed.
+
+Both conventions of counting are given, as the literature mixes them. Parameters: all that a checkpoint holds, and
+those that are trained (in T2T-ViT `pos_embed` and the Performer's `w` are not). MACs, multiply-accumulates of one
+image: of all matrix products, and of the layers alone (linear and convolution), without the products inside attention.
+Activations are the numbers that these layers put out.
+"""
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import options  # noqa: E402
+from utils.errors import UserError, run_script  # noqa: E402
+
+# Published for the weights of a name, at the size they were trained at: top-1 and top-5 on ImageNet's validation set.
+PUBLISHED = {
+    't2t_vit_7': (71.7, 90.9), 't2t_vit_10': (75.2, 92.8), 't2t_vit_12': (76.5, 93.5),
+    't2t_vit_14': (81.5, 95.67), 't2t_vit_19': (81.9, 95.74), 't2t_vit_24': (82.3, 95.89),
+    't2t_vit_14.in1k_384': (83.3, 96.5), 't2t_vit_24_token_labeling': (84.2, None),
+    't2t_vit_t_14': (81.7, 95.85), 't2t_vit_t_19': (82.4, 96.08), 't2t_vit_t_24': (82.6, 96.07),
+    't2t_vit_14_resnext': (81.5, None), 't2t_vit_14_wide': (77.9, None), 't2t_vit_14_se': (81.6, None),
+    't2t_vit_dense': (80.6, None), 't2t_vit_16_ghost': (79.5, None), 't2t_vit_c_14': (80.8, None),
+    'vit_s_16': (78.1, None), 'vit_se': (78.4, None), 'vit_dn': (79.0, None),
+}
+RECIPES = {'t2t_vit_14.in1k_384': 't2t_vit_14_384'}  # where the recipe is not called as the model
+
+HEADER = ('| model | size | parameters | trained | MACs, G | of layers, G | activations, M | top-1 | top-5 |\n'
+          '|---|---|---|---|---|---|---|---|---|')
+
+
+class Counts(NamedTuple):
+    """What one model costs for one image."""
+    parameters: int  # all that its state dict holds
+    trained: int  # of those, what training changes
+    macs: float  # of all matrix products
+    layer_macs: float  # of linear and convolution layers
+    activations: int  # elements that those layers put out
+
+
+def count(name: str, img_size: tuple[int, int] | None) -> tuple[Counts, tuple[int, int]]:
+    """The counts of a registered model (None: at the size of its weights), and the image size they hold for."""
+    import torch
+    from torch import nn
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import models
+
+    given = {'img_size': img_size} if img_size else {}
+    with torch.device('meta'):  # also because torch's counter does not know the CPU's fused attention
+        model = models.create_model(name, **given).eval()
+    channels, *size = model.pretrained_cfg['input_size']
+    size = img_size or tuple(size)
+    layers = [module for module in model.modules()
+              if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
+    totals = {'macs': 0, 'activations': 0}
+
+    def add(layer, inputs, output):
+        per_output = layer.weight[0].numel()  # inputs of one number of the output
+        totals['macs'] += output.numel() * per_output
+        totals['activations'] += output.numel()
+
+    for layer in layers:
+        layer.register_forward_hook(add)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        try:
+            model(torch.empty(1, channels, *size, device='meta'))
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise UserError(f'{name} does not take images of {size[0]} × {size[1]} ({error}); '
+                            'give another --img-size') from error
+    # Statistics of batch norm are in the state dict, but nobody calls them parameters.
+    statistics = sum(buffer.numel() for key, buffer in model.named_buffers()
+                     if key.endswith(('running_mean', 'running_var', 'num_batches_tracked')))
+    state = sum(tensor.numel() for tensor in model.state_dict().values())
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    return Counts(state - statistics, trained, counter.get_total_flops() / 2, totals['macs'],
+                  totals['activations']), size
+
+
+def row(name: str, img_size: tuple[int, int] | None) -> str:
+    """One line of the table. Accuracy is shown at the size of the published weights alone."""
+    import timm
+
+    counts, size = count(name, img_size)
+    recipe = f'configs/{RECIPES.get(name, name)}.yaml'
+    published = PUBLISHED.get(name, (None, None)) if size == timm.get_pretrained_cfg(name).input_size[-2:] else ()
+    return '| ' + ' | '.join((
+        f'[{name}]({recipe})' if (ROOT / recipe).exists() else name,
+        str(size[0]) if size[0] == size[1] else f'{size[0]} × {size[1]}',
+        f'{counts.parameters:,}', f'{counts.trained:,}',
+        f'{counts.macs / 1e9:.2f}', f'{counts.layer_macs / 1e9:.2f}', f'{counts.activations / 1e6:.1f}',
+        *('' if accuracy is None else str(accuracy) for accuracy in (*published, None, None)[:2]),
+    )) + ' |'
+
+
+def table(patterns: list[str], img_size: tuple[int, int] | None = None) -> str:
+    """The table in Markdown, one row for each model that a pattern names.
+
+    Raises:
+        UserError: a pattern that names no model, or a model that does not take `img_size`.
+    """
+    import timm
+
+    import models  # noqa: F401 (registers ours)
+
+    if patterns:
+        names = [name for pattern in patterns for name in timm.list_models(pattern) or [pattern]]
+    else:
+        names = [*PUBLISHED, *(name for module in ('t2t_vit', 'ablations')
+                               for name in timm.list_models(module=module) if name not in PUBLISHED)]
+    if img_size:
+        names = [name for name in names if '.' not in name or name in patterns]  # one size, one row of a model
+    return '\n'.join([HEADER, *(row(name, img_size) for name in dict.fromkeys(names))]) + '\n'
+
+
+def main():
+    parser = options.Parser(description='Print a table of models.')
+    parser.add_argument('models', nargs='*', metavar='MODEL', help='name or pattern (default: all of this project)')
+    parser.add_argument('--img-size', type=options.image_size, metavar='N',
+                        help="pixels, or HxW (default: that of each model's weights)")
+    parser.add_argument('-o', '--output', metavar='FILE', help='write the table to this file too')
+    args = parser.parse_args()
+    size = (args.img_size, args.img_size) if isinstance(args.img_size, int) else args.img_size
+    text = table(args.models, size)
+    print(text, end='')
+    if args.output:
+        try:
+            Path(args.output).write_text(text, encoding='utf-8')
+        except OSError as error:
+            raise UserError(f'--output {args.output} cannot be written ({error.strerror}); '
+                            'give a file in a folder that exists') from error
+
+
+if __name__ == '__main__':
+    run_script(main)
