@@ -3,17 +3,21 @@
     import models, timm
     timm.create_model('t2t_vit_dense', num_classes=10)
 
-Published (section 4.2 with Table 6, "From CNN to ViT", and section 4.3 with Table 7): top-1, parameters, MACs at 224.
+Published (section 4.2 with Table 6, "From CNN to ViT", and section 4.3 with Table 7), then counted here, at 224:
 
-| model | design | depth × channels | top-1 | parameters | MACs |
-|---|---|---|---|---|---|
-| t2t_vit_14_se | squeeze-excitation | 14 × 384 | 81.6 | 21.9 M | 4.9 G |
-| t2t_vit_dense | dense connections | 19 × 128 to 584 | 80.6 | 23.7 M | 5.5 G |
-| t2t_vit_16_ghost | ghost operations | 16 × 384 | 79.5 | 16.3 M | 3.7 G |
-| t2t_vit_c_14 | convolution tokens | 14 × 384 | 80.8 | 21.3 M | 4.6 G |
-| vit_s_16 | ViT, the baseline | 8 × 768 | 78.1 | 48.6 M | 10.1 G |
-| vit_se | squeeze-excitation | 8 × 768 | 78.4 | 49.2 M | 10.2 G |
-| vit_dn | deep-narrow | 16 × 384 | 79.0 | 24.5 M | 5.5 G |
+| model | design | depth × channels | top-1 | parameters | MACs | counted |
+|---|---|---|---|---|---|---|
+| t2t_vit_14_se | squeeze-excitation | 14 × 384 | 81.6 | 21.9 M | 4.9 G | 21.80 M, 4.78 G |
+| t2t_vit_dense | dense connections | 19 × 128 to 584 | 80.6 | 23.7 M | 5.5 G | 23.65 M, 5.28 G |
+| t2t_vit_16_ghost | ghost operations | 16 × 384 | 79.5 | 16.3 M | 3.7 G | 16.25 M, 3.80 G |
+| t2t_vit_c_14 | convolution tokens | 14 × 384 | 80.8 | 21.3 M | 4.6 G | 21.42 M, 4.59 G |
+| vit_s_16 | ViT, the baseline | 8 × 768 | 78.1 | 48.6 M | 10.1 G | 48.75 M, 9.89 G |
+| vit_se | squeeze-excitation | 8 × 768 | 78.4 | 49.2 M | 10.2 G | 49.34 M, 9.89 G |
+| vit_dn | deep-narrow | 16 × 384 | 79.0 | 24.5 M | 5.5 G | 24.41 M, 5.18 G |
+
+The published parameters of t2t_vit_c_14, vit_s_16 and vit_se leave out class token and position embedding. The MACs
+of that table come from formulas of the authors' that are not published; for the first three rows above, the models
+counted are those of their code, to the last parameter.
 
 t2t_vit_14_resnext (81.5, 21.5 M, 4.8 G) and t2t_vit_14_wide (77.9, 25.1 M, 5.0 G) need no code of their own: see
 `VARIANTS` in t2t_vit.py. No weights of any of these were released. The T2T-ViTs have the state dict keys, shapes and

@@ -170,6 +170,15 @@ def test_ghost_mlp():
     torch.testing.assert_close(mlp(tokens), mlp.fc2(torch.cat((hidden, *copies), dim=2)))
 
 
+def test_ghost_mlp_drops_hidden_channels_and_outputs():
+    mlp, tokens = GhostMlp(64, drop=0.5), torch.randn(2, 5, 64)
+    seen = []
+    mlp.fc2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for values in (mlp(tokens), seen[0]):
+        assert (values == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert mlp.eval()(tokens).all() and seen[1].all()
+
+
 def test_cheap_operations_keep_the_precision_of_autocast():
     operation = CheapOperation(6)
     with torch.autocast('cpu', torch.bfloat16):
@@ -182,6 +191,9 @@ def test_cheap_operations_keep_the_precision_of_autocast():
 def test_ghost_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         GhostBlock(*arguments)
+    if 'mlp_ratio' not in message:
+        with pytest.raises(ValueError, match=message):
+            GhostAttention(*arguments[:2])
 
 
 # ------------------------------------------------------------------------------------------------------------
