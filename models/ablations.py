@@ -29,7 +29,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block as ViTBlock
@@ -37,21 +36,11 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from .layers import Attention, Block
+from .layers import Attention, Block, attend
 from .t2t_vit import T2TViT, checkpoint_filter_fn, init_weights, pretrained_cfg
 from .tokens_to_token import SOFT_SPLITS
 
 __all__ = ['ConvolutionTokens', 'DenseBlock', 'GhostBlock', 'SEBlock', 'SEViTBlock', 'T2TViTDense', 'Transition']
-
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, dropout: float) -> torch.Tensor:
-    """Return multi-head attention of q, k and v, [B, N, C] each, as [B, N, C]; `dropout` is of the weights."""
-    B, N, C = v.shape
-    q = q.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)  # [B, h, N, d]
-    k = k.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)  # [B, h, N, d]
-    v = v.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)  # [B, h, N, d]
-    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    return x.transpose(1, 2).reshape(B, N, C)  # [B, h, N, d] -> [B, N, C]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,19 @@ def sinusoid_table(num_positions: int, dim: int, device=None, dtype=None) -> tor
     return table.unsqueeze(0).to(device=device, dtype=dtype or torch.get_default_dtype())
 
 
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, dropout: float) -> torch.Tensor:
+    """Return multi-head attention of q, k and v, [B, N, C] each, as [B, N, C]; `dropout` is of the weights.
+
+    A function, not a method to override, for TorchScript knows no `super().forward`.
+    """
+    B, N, C = v.shape
+    q = q.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)  # [B, h, N, d]
+    k = k.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)  # [B, h, N, d]
+    v = v.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)  # [B, h, N, d]
+    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    return x.transpose(1, 2).reshape(B, N, C)  # [B, h, N, d] -> [B, N, C]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention of the backbone (T2T-ViT, section 3.2): no bias for q, k and v.
 
@@ -51,11 +64,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens [B, N, C] to tokens [B, N, C]."""
-        B, N, C = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)  # [B, N, 3, h, d]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, h, N, d]
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop_rate if self.training else 0.)
-        x = x.transpose(1, 2).reshape(B, N, C)  # [B, h, N, d] -> [B, N, C]
+        q, k, v = self.qkv(x).chunk(3, dim=2)  # each [B, N, C]
+        x = attend(q, k, v, self.num_heads, self.attn_drop_rate if self.training else 0.)
         return self.proj_drop(self.proj(x))
 
 
