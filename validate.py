@@ -1,6 +1,7 @@
 """Evaluates a checkpoint, or pretrained weights, on the evaluation split of a data set.
 
     python validate.py /data/imagenet --model t2t_vit_14 -b 100 --eval_checkpoint path/to/checkpoint
+    python validate.py /data/imagenet --eval_checkpoint path/to/checkpoint      # model and image size are found out
     SCRIPT=validate.py ./distributed_train.sh 8 /data/imagenet --model t2t_vit_14 --eval_checkpoint path/to/checkpoint
 
 Needs no train/ folder. Every image is counted exactly once on any number of processes. Results go to the console, and
@@ -16,6 +17,9 @@ from utils import options
 from utils.errors import UserError, run_script
 
 GROUPS = (options.data_options, options.model_options, options.input_options, options.device_options)
+
+# Of a checkpoint, model and image size are found out where they are not given.
+DEFAULTS = {'log_interval': 10, 'model': None, 'img_size': None}
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +37,7 @@ def validate_options(parser):
 
 def main():
     # --- Options ------------------------------------------------------------------------------------------------------
-    parser = options.create_parser('Evaluate a model.', (*GROUPS, validate_options), defaults={'log_interval': 10})
+    parser = options.create_parser('Evaluate a model.', (*GROUPS, validate_options), DEFAULTS)
     args = options.parse_options(parser)
     if bool(args.eval_checkpoint) + args.pretrained != 1 or args.initial_checkpoint:
         raise UserError('what to evaluate? give --eval-checkpoint PATH, or --pretrained for the published weights')
@@ -52,6 +56,7 @@ def main():
 
     # --- Weights, data numbered as they were trained, model -----------------------------------------------------------
     checkpoint = read_checkpoint(args.eval_checkpoint) if args.eval_checkpoint else {}
+    args = complete_options(args, checkpoint)
     num_classes = args.num_classes or count_classes(resolve_name(args.model), checkpoint, args.use_ema,
                                                     source=args.eval_checkpoint)
     known_classes = checkpoint.get('classes')
@@ -83,6 +88,18 @@ def main():
         print(json.dumps(record, indent=2))
         write_results(record, stem)
     leave()
+
+
+def complete_options(args, checkpoint: dict):
+    """The options with the model and image size of the checkpoint, or of the model's weights, where not given."""
+    import timm
+
+    from models import model_of_checkpoint, resolve_name
+    name, size = args.model or 't2t_vit_14', None
+    if checkpoint and not (args.model and args.img_size):
+        name, size = model_of_checkpoint(checkpoint, args.model, args.use_ema, source=args.eval_checkpoint)
+    height, width = size or timm.get_pretrained_cfg(resolve_name(name)).input_size[-2:]
+    return args.replacing(model=name, img_size=args.img_size or (height if height == width else (height, width)))
 
 
 def results_stem(args) -> Path:

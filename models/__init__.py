@@ -2,7 +2,14 @@
 from utils.files import read_checkpoint
 
 from .ablations import T2TViTDense
-from .factory import create_from_config, create_model, create_model_from_options, resolve_name, split_head
+from .factory import (
+    create_from_config,
+    create_model,
+    create_model_from_options,
+    model_of_checkpoint,
+    resolve_name,
+    split_head,
+)
 from .identity import Identity, identify
 from .t2t_vit import T2TViT
 from .weights import (
@@ -27,6 +34,7 @@ __all__ = [
     'identify',
     'load_for_transfer_learning',
     'load_weights',
+    'model_of_checkpoint',
     'read_checkpoint',
     'resolve_name',
     'split_head',

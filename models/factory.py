@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import re
+from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import timm
 from timm.models import split_model_name_tag
 from torch import nn
 
-from models.weights import load_weights
+from models.formats import recorded_arch, recorded_img_size
+from models.identity import identify
+from models.weights import load_weights, state_dict_of
 from utils import options
 from utils.errors import UserError
 
@@ -113,6 +116,9 @@ def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[nn.
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             if not pretrained:
                 raise
+            if 'No pretrained weights exist' in str(error):
+                raise UserError(f'no weights of {name} were published; leave --pretrained out, or give a checkpoint '
+                                '(--initial-checkpoint)') from error
             reason = f'{type(error).__name__}: {error}'.splitlines()[0][:200]
             raise UserError(
                 f'pretrained weights of {name} could not be fetched or do not fit ({reason}); '
@@ -186,6 +192,38 @@ def create_from_config(path: str | os.PathLike, **overrides: Any) -> nn.Module:
         raise UserError(f'{min(unknown)!r} is no option of a model; the options are those of train.py --help')
     args = options.Options(**{**defaults, **recipe, **overrides}).freeze()
     return create_model_from_options(args, num_classes=args.num_classes)
+
+
+def model_of_checkpoint(
+        checkpoint: Mapping[str, Any],
+        name: str | None = None,
+        use_ema: bool = True,
+        source: str = 'checkpoint in memory',
+) -> tuple[str, tuple[int, int] | None]:
+    """The name of the model that a checkpoint is of, and the image size it was trained at (None: it does not tell).
+
+    Without a `name`, it is the recorded one, else that of the model of ours with these keys and shapes; of several
+    such models the first, with a warning.
+
+    Raises:
+        UserError: neither tells; or as state_dict_of.
+    """
+    try:
+        weights = state_dict_of(checkpoint, use_ema)
+    except UserError as error:
+        raise UserError(f'{source}: {error}') from error
+    identity = identify(weights, recorded_img_size(checkpoint))
+    if name:
+        return resolve_name(name), identity.img_size
+    recorded = (recorded_arch(checkpoint) or '').lower()
+    if timm.is_model(split_model_name_tag(recorded)[0]):
+        return recorded, identity.img_size
+    if not identity.names:
+        raise UserError(f'{source} does not say what model it is of ({identity.description}); give --model')
+    if len(identity.names) > 1:
+        _logger.warning('%s is taken for %s, but has the shapes of %s too; if it is that, give --model',
+                        source, identity.names[0], ' and '.join(identity.names[1:]))
+    return identity.names[0], identity.img_size
 
 
 def split_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -461,6 +461,11 @@ def test_factory_explains_mistakes(arguments, message):
     assert '\n' not in str(caught.value)
 
 
+def test_weights_that_nobody_published():
+    with pytest.raises(UserError, match='no weights of t2t_vit_14_wide were published; leave --pretrained out'):
+        create_model('t2t_vit_14_wide', pretrained=True)
+
+
 def test_pretrained_weights_out_of_reach(tmp_path):
     overlay = {'url': (tmp_path / 'missing.pth.tar').as_uri()}
     with pytest.raises(UserError, match='weights of t2t_vit_7 could not be fetched.*load the file') as caught:

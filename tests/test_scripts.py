@@ -135,6 +135,30 @@ def test_validate_finds_the_accuracy_that_training_reported(trained, image_folde
     assert (on_two['count'], on_two['processes'], on_two['top1']) == (15, 2, reported['ema_top1'])
 
 
+def test_validate_finds_model_and_size_in_the_checkpoint(trained, image_folder, tmp_path):
+    """Recorded in a run of ours, of any model; inferred from the weights of a release."""
+    runs = {'ours': trained / RUN / 'last.pth.tar', 'release': tmp_path / 'release.pth.tar'}
+    state = read_checkpoint(runs['ours'])['state_dict_ema']
+    torch.save({'state_dict_ema': state}, runs['release'])
+    results = {}
+    for name, path in runs.items():
+        succeeded(
+            run_script(
+                'validate.py',
+                image_folder,
+                *SMALL[4:],
+                '--eval-checkpoint',
+                path,
+                '--results-file',
+                name,
+                cwd=tmp_path,
+            )
+        )
+        results[name] = json.loads((tmp_path / f'{name}.json').read_text())
+        assert (results[name]['model'], results[name]['img_size']) == ('t2t_vit_7', [32, 32])
+    assert results['ours']['loss'] == results['release']['loss']
+
+
 def test_validate_an_official_release_by_its_old_name(image_folder, tmp_path):
     torch.manual_seed(1)
     model = create_model('t2t_vit_7', num_classes=3, img_size=32)
@@ -311,6 +335,7 @@ def mistakes(tmp: Path, images: Path, checkpoint: Path) -> dict:
     """name → (script, options, what the line must say)."""
     (tmp / 'empty').mkdir()
     (tmp / 'text.pth.tar').write_text('not a checkpoint')
+    torch.save({'conv.weight': torch.zeros(3)}, tmp / 'unknown.pth')
     write_images(tmp / 'unmatched', {'train': 1, 'val': 1})
     write_images(tmp / 'other', {'train': 2, 'val': 1}, classes=('dog', 'eel', 'fox'))
     shutil.rmtree(tmp / 'unmatched/val/bee')
@@ -364,6 +389,13 @@ def mistakes(tmp: Path, images: Path, checkpoint: Path) -> dict:
             (images, *SMALL, '--initial-checkpoint', checkpoint),
             'what to evaluate? give --eval-checkpoint',
         ),
+        'what model': (
+            'validate.py',
+            (images, *SMALL[4:], '--eval-checkpoint', tmp / 'unknown.pth'),
+            'does not say what model it is of (an architecture not known here (1 tensors, the first conv.weight)); '
+            'give --model',
+        ),
+        'model kwargs': ('train.py', (*good, '--model-kwargs', 'dept=3'), 'takes no argument dept'),
         'what to validate': ('validate.py', (images, *SMALL), 'what to evaluate?'),
         'other model': (
             'validate.py',

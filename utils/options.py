@@ -32,6 +32,10 @@ class Options(argparse.Namespace):
         self._frozen = True
         return self
 
+    def replacing(self, **values) -> 'Options':
+        """A copy with other values of some options: what was found out after parsing."""
+        return Options(**{k: v for k, v in vars(self).items() if k != '_frozen'} | values).freeze()
+
     def as_dict(self) -> dict:
         """The options as plain values, for checkpoints and for a recipe that repeats the run."""
         plain = {k: v for k, v in vars(self).items() if not k.startswith('_') and k != 'config'}
