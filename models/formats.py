@@ -149,6 +149,12 @@ def has_ema(checkpoint: Mapping[str, Any]) -> bool:
     return any(_has_weights(checkpoint, entry) for entry in EMA_CONTAINERS)
 
 
+def has_plain(checkpoint: Mapping[str, Any]) -> bool:
+    """Tell whether a checkpoint holds weights that are no averages."""
+    plain = [entry for entry in CONTAINERS if entry not in EMA_CONTAINERS]
+    return not has_ema(checkpoint) or any(_has_weights(checkpoint, entry) for entry in plain)
+
+
 def _has_weights(checkpoint: Mapping[str, Any], entry: str) -> bool:
     """Tell whether an entry is there and filled: trainers write None where they keep no average."""
     return isinstance(checkpoint.get(entry), Mapping) and len(checkpoint[entry]) > 0
