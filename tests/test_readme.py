@@ -6,6 +6,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.test_options import parse
+from tools.model_table import table as model_table
 from tools.options_table import table
 
 README = (ROOT / 'README.md').read_text()
@@ -15,6 +16,10 @@ COMMANDS = [line for line in BLOCKS.splitlines() if re.search('train|validate|tr
 
 def test_options_table_is_current():
     assert table() in README
+
+
+def test_model_table_is_current():
+    assert model_table([]) in README
 
 
 def test_files_that_are_named_exist():
@@ -38,6 +43,8 @@ def test_commands_parse(command):
     if words[0] == './distributed_train.sh':
         assert words[1].isdecimal()
         parse(*words[2:], script=script[1] if script else 'train')
+    elif words[0] == 'python' and words[1].startswith('tools/'):
+        assert (ROOT / words[1]).is_file()  # their own tests run them
     elif words[0] == 'python' and words[1] != '-m' and '--help' not in words:
         parse(*words[2:], script=words[1].removesuffix('.py'))
     else:
