@@ -1,0 +1,64 @@
+"""Named points at which a test can make this program fail, switched by the environment variable T2T_FAULTS.
+
+    T2T_FAULTS='step@7#1=kill'                     rank 1 kills itself when it passes the point `step` for the 7th time
+    T2T_FAULTS='save.renamed=kill,step@3=nan'      several, separated by commas; without @N, the first time
+
+Without the variable a point costs one look into a dict. A fault happens in the first incarnation of a process only,
+so that a job that is restarted goes on; `step@7!=kill` happens in every one.
+"""
+import errno
+import os
+import signal
+from pathlib import Path
+
+SIGNALS = {'kill': signal.SIGKILL, 'stop': signal.SIGSTOP, 'term': signal.SIGTERM, 'int': signal.SIGINT,
+           'usr1': signal.SIGUSR1}
+# What the place of the fault makes of it itself.
+TOLD = ('nan', 'flip')
+
+_passed: dict[str, int] = {}
+
+
+def fault_point(name: str) -> str | None:
+    """Does what T2T_FAULTS says for this point, at this passing, on this rank; returns the action, or None.
+
+    Actions: a signal to this process (kill, stop, term, int, usr1), to every process of the job (kill-job), an OSError
+    of a full disk (full), or one that the caller does (nan, flip).
+    """
+    plan = os.environ.get('T2T_FAULTS')
+    if not plan:
+        return None
+    _passed[name] = _passed.get(name, 0) + 1
+    for fault in plan.split(','):
+        where, _, action = fault.partition('=')
+        always = where.endswith('!')
+        where, _, rank = where.rstrip('!').partition('#')
+        point, _, passing = where.partition('@')
+        first = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) == 0
+        if (point == name and int(passing or 1) == _passed[name] and (first or always)
+                and rank in ('', os.environ.get('RANK', '0'))):
+            return _act(action)
+    return None
+
+
+def _act(action: str) -> str:
+    if action in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[action])
+    elif action == 'kill-job':
+        _kill_job()
+    elif action == 'full':
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    else:
+        assert action in TOLD, f'T2T_FAULTS: no such action: {action}'
+    return action
+
+
+def _kill_job() -> None:
+    """SIGKILL to the launcher, then to its other workers, then to this process: no one is left to clean up."""
+    me, launcher = os.getpid(), os.getppid()
+    siblings = [int(pid) for task in Path(f'/proc/{launcher}/task').iterdir()
+                for pid in (task / 'children').read_text().split()]
+    if 'TORCHELASTIC_RUN_ID' in os.environ:  # else there is no launcher, and the parent is whoever started us
+        for pid in (launcher, *(pid for pid in siblings if pid != me)):
+            os.kill(pid, signal.SIGKILL)
+    os.kill(me, signal.SIGKILL)
