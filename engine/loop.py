@@ -15,10 +15,13 @@ from engine.evaluate import evaluate
 from engine.state import TrainState
 from utils.distributed import World, overwrite_from_main, sum_over_ranks
 from utils.errors import NotFiniteError, UserError
+from utils.faults import fault_point
 from utils.log import RunLog, format_seconds, progress_bar
 from utils.runtime import Precision
 
 _logger = logging.getLogger(__name__)
+
+ADVICE = ('A lower --lr, --clip-grad 1 or --amp-dtype bfloat16 helps; --resume auto goes back to the last checkpoint')
 
 
 def wrap_model(model: nn.Module, world: World) -> nn.Module:
@@ -54,6 +57,9 @@ class Trainer:
         self.precision, self.args, self.folder = precision, args, folder
         self.steps_per_epoch = len(self.train_loader) // args.accum_steps
         self._steps_since_start = 0
+        # What a forward pass changes in the model.
+        self._statistics = [buffer for module in state.model.modules()
+                            if isinstance(module, nn.modules.batchnorm._BatchNorm) for buffer in module.buffers()]
         if state.epoch >= self.num_epochs:
             raise UserError(f'nothing is left to train: epoch {state.epoch} of {self.num_epochs} would be next; '
                             'give more --epochs')
@@ -90,31 +96,36 @@ class Trainer:
         self.train_loader.set_position(state.epoch, state.step * args.accum_steps)
         batches = iter(self.train_loader)
         bar = progress_bar(total=self.steps_per_epoch, initial=state.step, desc=f'Epoch {state.epoch}')
-        window_started, window_sums, window_steps = time.perf_counter(), state.loss_sums.clone(), 0
+        started = time.perf_counter(), state.loss_sums.clone(), state.step
         while state.step < self.steps_per_epoch:
             self.schedule.step_update(state.global_step)
             images = self._step(batches)
             bar.update()
-            window_steps += 1
             self._steps_since_start += 1
             if state.global_step == 1 or (args.save_images and self._is_log_step()):
                 self.log.images('train_batch', self.prepare_train.denormalize(images), state.global_step,
                                 as_file=args.save_images)
             if self._is_log_step():
-                loss, count = sum_over_ranks(state.loss_sums - window_sums).tolist()
-                self._check_finite(loss)
-                self._log_line(bar, loss / count, count, time.perf_counter() - window_started, window_steps)
-                window_started, window_sums, window_steps = time.perf_counter(), state.loss_sums.clone(), 0
+                self._log_line(bar, *started)
+                state.window_sums.copy_(state.loss_sums)
+                started = time.perf_counter(), state.loss_sums.clone(), state.step
             if args.checkpoint_steps and state.global_step % args.checkpoint_steps == 0:
                 self._save()
         bar.close()
         loss, count = sum_over_ranks(state.loss_sums.clone()).tolist()
-        self._check_finite(loss)
-        return loss / count if count else 0.0
+        if not count:
+            raise NotFiniteError(f'the gradient was not finite in any step of epoch {state.epoch}. {ADVICE}')
+        return loss / count
 
     def _step(self, batches) -> torch.Tensor:
-        """One optimizer step from `accum_steps` batches; returns the last batch's images as the model saw them."""
+        """One optimizer step from `accum_steps` batches; returns the last batch's images as the model saw them.
+
+        A step whose gradient is not finite changes nothing but the count of such steps, on all ranks alike: what one
+        rank has, the averaged gradient of every rank has.
+        """
         state, args = self.state, self.args
+        statistics = [buffer.clone() for buffer in self._statistics]
+        sums = torch.zeros_like(state.loss_sums)
         for micro_step in range(args.accum_steps):
             images, targets = self.prepare_train(*next(batches))
             is_last = micro_step == args.accum_steps - 1
@@ -123,47 +134,69 @@ class Trainer:
             with self.model.no_sync() if no_sync else contextlib.nullcontext():
                 with self.precision.autocast():
                     loss = self.loss(self.model(images), targets)
+                if fault_point('loss') == 'nan':
+                    loss = loss * math.nan
                 state.scaler.scale(loss / args.accum_steps).backward()
-            # Stays on the device: reading it here would make the host wait in every step.
-            state.loss_sums += torch.stack([loss.detach().double() * len(images),
-                                            torch.full_like(loss, len(images), dtype=torch.float64)])
-        if args.clip_grad is not None:
-            state.scaler.unscale_(state.optimizer)
-            nn.utils.clip_grad_norm_(state.model.parameters(), args.clip_grad)
-        state.scaler.step(state.optimizer)
+            sums += torch.stack([loss.detach().double() * len(images),
+                                 torch.full_like(loss, len(images), dtype=torch.float64)])
+        fault_point('step')
+        state.scaler.unscale_(state.optimizer)
+        parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if norm.isfinite():
+            if args.clip_grad is not None:
+                nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
+            state.scaler.step(state.optimizer)
+            if state.ema:
+                state.ema.update(state.model)
+            state.loss_sums += sums
+            state.skipped_in_a_row = 0
+        else:
+            self._skip_step(statistics)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
-        if state.ema:
-            state.ema.update(state.model)
         state.step += 1
         state.global_step += 1
         return images
+
+    def _skip_step(self, statistics: list[torch.Tensor]) -> None:
+        """Takes back what a step that is not finite has left behind; raises NotFiniteError after too many in a row."""
+        state, limit = self.state, self.args.max_skipped_steps
+        for buffer, before in zip(self._statistics, statistics, strict=True):
+            buffer.copy_(before)
+        state.skipped_steps += 1
+        state.skipped_in_a_row += 1
+        if state.skipped_in_a_row > limit:
+            raise NotFiniteError(
+                f'the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to epoch {state.epoch}, '
+                f'step {state.step}; none of them changed a weight. {ADVICE}')
+        _logger.warning('epoch %d, step %d: the gradient is not finite, the step is skipped (%d so far, %d in a row)',
+                        state.epoch, state.step, state.skipped_steps, state.skipped_in_a_row)
 
     def _is_log_step(self) -> bool:
         state = self.state
         return state.step == 1 or state.step % self.args.log_interval == 0 or state.step == self.steps_per_epoch
 
-    def _log_line(self, bar, loss: float, count: float, seconds: float, steps: int) -> None:
+    def _log_line(self, bar, started: float, sums: torch.Tensor, step: int) -> None:
+        """Says how training goes since the last line; of this process's time since `started`, at `sums` and `step`."""
         state = self.state
-        speed, lr = count / seconds, self._top_rate()
+        totals = torch.stack([state.loss_sums - state.window_sums, state.loss_sums - sums])
+        (loss, count), (_, count_here) = sum_over_ranks(totals).tolist()
+        loss = loss / count if count else None  # none: every step was skipped
+        seconds, lr = time.perf_counter() - started, self._top_rate()
+        speed = count_here / seconds
         left = (self.num_epochs - state.epoch) * self.steps_per_epoch - state.step
         eta = format_seconds((time.perf_counter() - self._started) / self._steps_since_start * left)
-        bar.set_postfix_str(f'loss {loss:.4f}, lr {lr:.2e}, {speed:.0f} img/s, run left {eta}')
-        _logger.info('Train: %d [%4d/%d]  Loss: %.4f  Time: %.3fs, %.1f/s  LR: %.3e  Left: %s', state.epoch, state.step,
-                     self.steps_per_epoch, loss, seconds / steps, speed, lr, eta)
+        shown = 'none' if loss is None else f'{loss:.4f}'
+        bar.set_postfix_str(f'loss {shown}, lr {lr:.2e}, {speed:.0f} img/s, run left {eta}')
+        _logger.info('Train: %d [%4d/%d]  Loss: %s  Time: %.3fs, %.1f/s  LR: %.3e  Left: %s', state.epoch, state.step,
+                     self.steps_per_epoch, shown, seconds / (state.step - step), speed, lr, eta)
         self.log.train({'epoch': state.epoch, 'step': state.step, 'global_step': state.global_step,
-                        'epoch_progress': state.epoch + state.step / self.steps_per_epoch,
-                        'loss': loss, 'lr': lr, 'images_per_second': round(speed, 1)})
+                        'epoch_progress': state.epoch + state.step / self.steps_per_epoch, 'loss': loss, 'lr': lr,
+                        'skipped_steps': state.skipped_steps, 'images_per_second': round(speed, 1)})
 
     def _top_rate(self) -> float:
         return max(group['lr'] for group in self.state.optimizer.param_groups)
-
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise NotFiniteError(
-                f'the loss or a weight is {loss} at epoch {self.state.epoch}, step {self.state.step}; nothing was '
-                'saved since it was finite. A lower --lr, --clip-grad 1 or --amp-dtype bfloat16 helps; --resume auto '
-                'goes back to the last checkpoint')
 
     def _share_buffers(self) -> None:
         """Makes the buffers of all ranks those that are saved: batch norms have seen other images on every rank."""
@@ -198,11 +231,19 @@ class Trainer:
         return True
 
     def _save(self, *, is_best: bool = False) -> None:
-        self._check_finite(sum_over_ranks(self.state.loss_sums.clone())[0].item())
-        # The last step may have left the finite numbers after its loss was taken.
-        if not torch.stack([p.isfinite().all() for p in self.state.model.parameters()]).all():
-            self._check_finite(math.nan)
+        self._check_weights()
         content = self.state.state_dict()  # every rank has a part in it
         if self.state.world.is_main:
             save_checkpoint(content, self.folder, global_step=self.state.global_step, keep=self.args.checkpoint_hist,
                             is_best=is_best)
+
+    def _check_weights(self) -> None:
+        """Raises NotFiniteError on all ranks where a weight of one is not finite: such a state is never saved."""
+        state = self.state
+        models = [state.model] + ([state.ema.module] if state.ema else [])
+        bad = sum(~tensor.isfinite().all().to(state.world.device) for model in models
+                  for tensor in model.state_dict().values() if tensor.is_floating_point())
+        if sum_over_ranks(bad.double()).item():
+            raise NotFiniteError(
+                f'a weight is not finite at epoch {state.epoch}, step {state.step}; nothing was saved since it was '
+                f'finite. {ADVICE}')

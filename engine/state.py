@@ -12,9 +12,11 @@ from utils.runtime import get_rng_state, set_rng_state
 
 _logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 SAVED = ('version', 'arch', 'epoch', 'step', 'global_step', 'state_dict', 'state_dict_ema', 'optimizer', 'amp_scaler',
-         'metric', 'best_metric', 'best_epoch', 'ranks', 'args', 'classes')
+         'metric', 'best_metric', 'best_epoch', 'skipped_steps', 'skipped_in_a_row', 'ranks', 'args', 'classes')
+# What every rank has of its own.
+SUMS = ('loss_sums', 'window_sums')
 
 
 class TrainState:
@@ -28,6 +30,8 @@ class TrainState:
         step: optimizer steps taken in it.
         global_step: optimizer steps taken in the run.
         loss_sums: float64 [2], this rank's sum of losses and number of images in the epoch so far.
+        window_sums: the same at the last log line, so that the next one says what it would have said without a break.
+        skipped_steps, skipped_in_a_row: steps whose gradient was not finite, in the run and since the last good one.
         best_metric, best_epoch: of the best checkpoint, or None.
         metric: of the last evaluation, or None.
         arch, options, classes: the model's name, the options as a plain dict, the names of the classes.
@@ -47,6 +51,9 @@ class TrainState:
         self.step = 0
         self.global_step = 0
         self.loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        self.window_sums = self.loss_sums.clone()
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
         self.metric = None
         self.best_metric = None
         self.best_epoch = None
@@ -55,18 +62,20 @@ class TrainState:
         self.epoch += 1
         self.step = 0
         self.loss_sums.zero_()
+        self.window_sums.zero_()
 
     def start_at(self, epoch: int, steps_per_epoch: int) -> None:
         """Stands at the beginning of `epoch`, whatever was loaded."""
         self.epoch, self.step, self.global_step = epoch, 0, epoch * steps_per_epoch
         self.loss_sums.zero_()
+        self.window_sums.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state as tensors and plain values, under the names of published checkpoints where those exist.
 
         Every rank must call it, since each has generators and sums of its own.
         """
-        ranks = gather({'rng': get_rng_state(self.world.device), 'loss_sums': self.loss_sums.cpu()})
+        ranks = gather({'rng': get_rng_state(self.world.device), **{name: getattr(self, name).cpu() for name in SUMS}})
         return {
             'version': VERSION,
             'arch': self.arch,
@@ -80,6 +89,8 @@ class TrainState:
             'metric': self.metric,
             'best_metric': self.best_metric,
             'best_epoch': self.best_epoch,
+            'skipped_steps': self.skipped_steps,
+            'skipped_in_a_row': self.skipped_in_a_row,
             'ranks': ranks,
             'args': self.options,
             'classes': self.classes,
@@ -104,7 +115,8 @@ class TrainState:
         if self.ema:
             # A run that had no average starts it at its weights.
             self.ema.module.load_state_dict(state['state_dict_ema'] or state['state_dict'])
-        for name in ('epoch', 'step', 'global_step', 'metric', 'best_metric', 'best_epoch'):
+        for name in ('epoch', 'step', 'global_step', 'metric', 'best_metric', 'best_epoch', 'skipped_steps',
+                     'skipped_in_a_row'):
             setattr(self, name, state[name])
         self._load_rank(state['ranks'])
 
@@ -126,12 +138,14 @@ class TrainState:
         if len(ranks) == self.world.size:
             mine = ranks[self.world.rank]
             set_rng_state(mine['rng'], self.world.device)
-            self.loss_sums.copy_(mine['loss_sums'])
+            for name in SUMS:
+                getattr(self, name).copy_(mine[name])
             return
         _logger.warning('the checkpoint is of %d processes, this run has %d: it goes on at the same point, '
                         'but not with the same random numbers', len(ranks), self.world.size)
         if self.world.is_main:
-            self.loss_sums.copy_(sum(r['loss_sums'] for r in ranks))
+            for name in SUMS:
+                getattr(self, name).copy_(sum(rank[name] for rank in ranks))
 
     def _check(self, state: dict[str, Any], source) -> None:
         missing = set(SAVED) - state.keys()
@@ -151,7 +165,8 @@ class TrainState:
                     for o, n in ((state['args'], len(state['ranks'])), (self.options, self.world.size))]
         if state['step'] and per_step[0] != per_step[1]:
             raise UserError(f'{source}: stands in the middle of an epoch of {per_step[0]} images a step, this run has '
-                            f'{per_step[1]} (processes x --batch-size x --accum-steps); make both the same')
+                            f'{per_step[1]} (processes x --batch-size x --accum-steps); '
+                            f'{_fitting(per_step[0], self.world.size)}')
         theirs, ours = state['state_dict'], self.model.state_dict()
         different = [f'{k} {tuple(theirs[k].shape)} in the file, {tuple(ours[k].shape)} here'
                      for k in ours if k in theirs and theirs[k].shape != ours[k].shape]
@@ -161,6 +176,14 @@ class TrainState:
             more = f' and {len(different) - 3} more' if len(different) > 3 else ''
             raise UserError(f'{source}: other sizes than this run: {"; ".join(different[:3])}{more}; give the '
                             '--num-classes and --img-size of the checkpoint, or start anew with --initial-checkpoint')
+
+
+def _fitting(images: int, processes: int) -> str:
+    """The options with which `processes` make steps of `images`, of as few batches as possible."""
+    if images % processes:
+        numbers = ', '.join(str(n) for n in range(1, images + 1) if images % n == 0)
+        return f'{processes} processes cannot share {images}; start {numbers} of them'
+    return f'on {processes} process(es) give -b {images // processes} --accum-steps 1, or another product of as many'
 
 
 def _named(classes: list[str]) -> str:

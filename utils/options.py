@@ -387,6 +387,8 @@ def optimizer_options(parser):
     add('--weight-decay', '--wd', type=rate, default=0.05, metavar='W',
         help='decay of weights; biases, 1-D parameters and cls_token have none')
     add('--clip-grad', type=positive, metavar='NORM', help='clip the gradient to this norm (default: never)')
+    add('--max-skipped-steps', type=count, default=20, metavar='N',
+        help='stop after more steps in a row than this whose gradient is not finite; such steps are skipped')
 
 
 def schedule_options(parser):
@@ -478,7 +480,8 @@ def run_options(parser):
     add('--resume-opt', action=FLAG, default=True, help='--no-resume-opt: take the weights, start the optimizer anew')
     add('--checkpoint-steps', '--recovery-interval', type=count, default=0, metavar='N',
         help='save every N steps within an epoch as well; 0: only after epochs')
-    add('--checkpoint-hist', type=positive_int, default=2, metavar='N', help='newest checkpoints to keep')
+    add('--checkpoint-hist', '--keep', type=positive_int, default=2, metavar='N',
+        help='newest checkpoints to keep, beside the best')
     add('--eval-metric', default='top1', choices=['top1', 'top5', 'loss'], help='what makes a checkpoint the best')
     add('--save-images', action=FLAG, default=False, help='write the augmented batch as a picture at every log line')
     add('--tensorboard', action=FLAG, default=True, help='write TensorBoard events')
