@@ -296,7 +296,7 @@ def test_gradient_accumulation_equals_the_larger_batch(image_folder, tmp_path):
 
 def test_weights_that_are_not_finite_are_never_saved(image_folder, tmp_path):
     result = run_script('train.py', image_folder, *TRAIN, '--lr', '1e30', '--checkpoint-steps', '1', cwd=tmp_path)
-    assert result.returncode == 3 and 'the gradient was not finite in any step of epoch 1. A lower --lr' in result.stderr
+    assert result.returncode == 3 and 'the gradient was not finite in any step of epoch 1. A lower' in result.stderr
     for checkpoint in (tmp_path / RUN).glob('*.pth.tar'):
         weights = read_checkpoint(checkpoint)['state_dict'].values()
         assert all(w.isfinite().all() for w in weights), checkpoint

@@ -1,7 +1,7 @@
 """Named points at which a test can make this program fail, switched by the environment variable T2T_FAULTS.
 
     T2T_FAULTS='step@7#1=kill'                     rank 1 kills itself when it passes the point `step` for the 7th time
-    T2T_FAULTS='save.renamed=kill,step@3=nan'      several, separated by commas; without @N, the first time
+    T2T_FAULTS='save.renamed=kill,loss@3+=nan'     several, separated by commas; without @N, the first time; @N+ from then on
 
 Without the variable a point costs one look into a dict. A fault happens in the first incarnation of a process only,
 so that a job that is restarted goes on; `step@7!=kill` happens in every one.
@@ -22,8 +22,8 @@ _passed: dict[str, int] = {}
 def fault_point(name: str) -> str | None:
     """Does what T2T_FAULTS says for this point, at this passing, on this rank; returns the action, or None.
 
-    Actions: a signal to this process (kill, stop, term, int, usr1), to every process of the job (kill-job), an OSError
-    of a full disk (full), or one that the caller does (nan, flip).
+    Actions: a signal to this process (kill, stop, term, int, usr1) or to its launcher (launcher-term, …), SIGKILL to
+    every process of the job (kill-job), an OSError of a full disk (full), or one that the caller does (nan, flip).
     """
     plan = os.environ.get('T2T_FAULTS')
     if not plan:
@@ -35,8 +35,9 @@ def fault_point(name: str) -> str | None:
         where, _, rank = where.rstrip('!').partition('#')
         point, _, passing = where.partition('@')
         first = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) == 0
-        if (point == name and int(passing or 1) == _passed[name] and (first or always)
-                and rank in ('', os.environ.get('RANK', '0'))):
+        wanted = int(passing.rstrip('+') or 1)
+        is_now = _passed[name] == wanted or (passing.endswith('+') and _passed[name] > wanted)
+        if point == name and is_now and (first or always) and rank in ('', os.environ.get('RANK', '0')):
             return _act(action)
     return None
 
@@ -44,6 +45,8 @@ def fault_point(name: str) -> str | None:
 def _act(action: str) -> str:
     if action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[action])
+    elif action.removeprefix('launcher-') in SIGNALS:
+        os.kill(os.getppid(), SIGNALS[action.removeprefix('launcher-')])
     elif action == 'kill-job':
         _kill_job()
     elif action == 'full':
