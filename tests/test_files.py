@@ -284,43 +284,48 @@ def long(number: int) -> bytes:
 LARGE = 2 ** 16
 LARGE_ARRAY = an_array(shape=b'M' + struct.pack('<H', LARGE // 8) + b'K\x02\x86',
                        content=b'B' + struct.pack('<I', LARGE) + bytes(LARGE))
+# What it is: (what the error says, the pickle).
 ABSURD = {
-    'shape of 10¹²': in_dict(an_array(shape=long(10 ** 12) + b'\x85')),
-    'negative shape': in_dict(an_array(shape=b'J\xff\xff\xff\xff' * 2 + b'\x86')),
-    'shape of text': in_dict(an_array(shape=text('4') + b'\x85')),
-    'dtype of objects': in_dict(an_array(code='O8', content=b']')),
-    'dtype of text': in_dict(an_array(code='U1')),
-    'dtype of 10¹² bytes': in_dict(an_array(code='V1000000000000')),
-    'array without content': in_dict(name('numpy._core.multiarray', '_reconstruct') + name('numpy', 'ndarray')
-                                     + long(10 ** 12) + b'\x85C\x01b\x87R'),
-    'persistent id': in_dict(an_array(), b'K\x01Q'),
-    'text of 10¹² characters': b'\x80\x04\x8d' + struct.pack('<Q', 10 ** 12) + b'abc.',
-    'bytes of 10¹²': b'\x80\x04\x8e' + struct.pack('<Q', 10 ** 12) + b'abc.',
-    'one array in 10,000 places': in_dict(LARGE_ARRAY + b'q\x01', *[b'h\x01'] * 9_999),
-    'one text encoded 10,000 times': in_dict(text('a' * LARGE) + b'q\x01', *[
-        name('_codecs', 'encode') + b'h\x01' + text('latin1') + b'\x86R'] * 10_000),
-    'lists of lists of lists': b'\x80\x02]q\0' + b''.join(
+    'shape of 10¹²': ('of shape .* with 1 numbers', in_dict(an_array(shape=long(10 ** 12) + b'\x85'))),
+    'negative shape': ('of shape .* with 1 numbers', in_dict(an_array(shape=b'J\xff\xff\xff\xff' * 2 + b'\x86'))),
+    'shape of text': ('damaged', in_dict(an_array(shape=text('4') + b'\x85'))),
+    'dtype of objects': ("dtype 'O8'", in_dict(an_array(code='O8', content=b']'))),
+    'dtype of text': ("dtype 'U1'", in_dict(an_array(code='U1'))),
+    'dtype of 10¹² bytes': ("dtype 'V10", in_dict(an_array(code='V1000000000000'))),
+    'array without content': ('without content', in_dict(
+        name('numpy._core.multiarray', '_reconstruct') + name('numpy', 'ndarray') + long(10 ** 12)
+        + b'\x85C\x01b\x87R')),
+    'array of text': ('another class', in_dict(
+        name('numpy._core.multiarray', '_reconstruct') + text('ndarray') + b'K\0\x85C\x01b\x87R')),
+    'persistent id': ('not a PyTorch checkpoint', in_dict(an_array(), b'K\x01Q')),
+    'text of 10¹² characters': ('damaged', b'\x80\x04\x8d' + struct.pack('<Q', 10 ** 12) + b'abc.'),
+    'bytes of 10¹²': ('damaged', b'\x80\x04\x8e' + struct.pack('<Q', 10 ** 12) + b'abc.'),
+    'one array in 10,000 places': ('claim more than', in_dict(LARGE_ARRAY + b'q\x01', *[b'h\x01'] * 9_999)),
+    'one text encoded 10,000 times': ('claim more than', in_dict(text('a' * LARGE) + b'q\x01', *[
+        name('_codecs', 'encode') + b'h\x01' + text('latin1') + b'\x86R'] * 10_000)),
+    'lists of lists of lists': ('claim more than', b'\x80\x02]q\0' + b''.join(
         b'](' + 10 * (b'h' + bytes([level])) + b'eq' + bytes([level + 1]) for level in range(99)) + b'}'
-        + text('a') + b'h\x63s.',
-    'list in itself': b'\x80\x02]q\0h\0a}' + text('a') + b'h\0s.',
-    'empty stack': b'\x80\x04R.',
-    'stack below a mark': b'\x80\x04K\x01K\x02(\x86.',
-    'nothing': b'\x80\x04.',
-    'key that has no hash': b'\x80\x04}]K\x01s.',
-    'BUILD of a function': b'\x80\x04' + name('_codecs', 'encode') + b'}' + text('a') + b'K\x01sb.',
-    'BUILD of a class': b'\x80\x04' + name('numpy', 'dtype') + b'}' + text('a') + b'K\x01sb.',
-    'call of text': b'\x80\x04' + text('a') + b')R.',
+        + text('a') + b'h\x63s.'),
+    'list in itself': ('claim more than', b'\x80\x02]q\0h\0a}' + text('a') + b'h\0s.'),
+    'empty stack': ('stack is empty', b'\x80\x04R.'),
+    'stack below a mark': ('stack is empty', b'\x80\x04K\x01K\x02(\x86.'),
+    'nothing': ('stack is empty', b'\x80\x04.'),
+    'key that has no hash': ('damaged', b'\x80\x04}]K\x01s.'),
+    'BUILD of a function': ('a function where', b'\x80\x04' + name('_codecs', 'encode') + b'}b.'),
+    'BUILD of a class': ('a function where', b'\x80\x04' + name('numpy', 'dtype') + b'}b.'),
+    'call of text': ('a call of a str', b'\x80\x04' + text('a') + b')R.'),
 }
 
 
 @pytest.mark.parametrize('what', ABSURD)
 def test_absurd_pickles(what, tmp_path):
+    message, content = ABSURD[what]
     path = tmp_path / 'a.pdparams'
-    path.write_bytes(ABSURD[what])
+    path.write_bytes(content)
     tracemalloc.start()
     try:
-        assert_refused(path, 'damaged|not a PyTorch checkpoint')
-        assert tracemalloc.get_traced_memory()[1] < 20 * MEGABYTE + 20 * len(ABSURD[what])
+        assert_refused(path, message)
+        assert tracemalloc.get_traced_memory()[1] < 20 * MEGABYTE + 20 * len(content)
     finally:
         tracemalloc.stop()
 

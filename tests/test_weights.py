@@ -456,6 +456,13 @@ def test_weights_of_no_variant_are_described():
                    'a T2T-ViT with transformer tokens, embed_dim 32 and depth 2')
 
 
+def test_equal_keys_with_other_shapes_are_another_model():
+    with torch.device('meta'):
+        assert identify(timm.create_model('t2t_vit_7').state_dict()).names == ('t2t_vit_7',)
+        assert identify(timm.create_model('t2t_vit_7', mlp_ratio=3.).state_dict()).names == ()
+        assert identify(timm.create_model('t2t_vit_7', token_dim=32).state_dict()).names == ()
+
+
 @pytest.mark.parametrize('options, expected', [
     ({}, ((14, 14), (224, 224), 1000, 3)),
     ({'img_size': (96, 64), 'num_classes': 7, 'in_chans': 1}, ((6, 4), (96, 64), 7, 1)),
