@@ -78,6 +78,8 @@ def main():
     result = evaluate(model, loader, prepare, precision=precision, log_interval=args.log_interval)
 
     # --- Results ------------------------------------------------------------------------------------------------------
+    left_out = f', {result.bad_images} left out that cannot be decoded' if result.bad_images else ''
+    log.info('Evaluated %d images%s', result.count, left_out)
     log.info('Top-1 accuracy of the model is: %.1f%%', result.top1)
     if world.is_main:
         record = {

@@ -5,10 +5,11 @@
         loader.set_position(epoch)
         for images, targets in loader:      # uint8 [B, C, H, W] or [B, S, C, H, W], int64 [B]
 
-An image that cannot be decoded ends the loading, unless `max_bad_images` allows for some. Then it is logged;
-in training it is replaced by the next image of the dataset (after the last comes the first; in image folders
-the next one nearly always is of the same class), augmented as the bad one would have been; in evaluation it
-is left out.
+An image that cannot be decoded ends the loading, unless `max_bad_images` allows for some. Then it is logged
+and counted; in training it is replaced by the next image of the dataset (after the last comes the first; in
+image folders the next one nearly always is of the same class), augmented as the bad one would have been; in
+evaluation it is left out. So what takes its place depends on the dataset alone: not on the number of workers
+or ranks, and not on where a run was interrupted.
 """
 
 import logging
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, default_collate
+from torch.utils.data._utils import signal_handling
 
 from utils.errors import UserError
 
@@ -54,7 +56,7 @@ def create_loader(
     pin_memory: for copies to a GPU that the program need not wait for.
     persistent: keep the workers from epoch to epoch.
     context: how processes start ('fork', 'spawn', 'forkserver'), None for the platform's way.
-    max_bad_images: how many images may fail to decode, per rank.
+    max_bad_images: how many different images may fail to decode, per rank and life of the process.
     """
     if workers < 0 or max_bad_images < 0:
         raise UserError(f'workers {workers}, max_bad_images {max_bad_images}; neither can be below 0')
@@ -77,6 +79,7 @@ class Loader:
     Iterating raises UserError for one bad image too many, and if a worker process died.
 
     bad_images: dict of the bad images met so far, {path: why it cannot be decoded}.
+    take_bad_count(): how many samples they were.
     """
 
     def __init__(self, dataloader: DataLoader, sampler: TrainSampler | EvalSampler, max_bad_images: int):
@@ -84,6 +87,7 @@ class Loader:
         self.sampler = sampler
         self.max_bad_images = max_bad_images
         self.bad_images = {}
+        self._bad_count = 0
 
     def __len__(self) -> int:
         """The number of batches of a whole epoch on this rank."""
@@ -95,8 +99,9 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         try:
-            for images, targets, bad, problem in self._dataloader:
+            for images, targets, bad, bad_count, problem in self._batches():
                 self._note_bad_images(bad)
+                self._bad_count += bad_count
                 if problem is not None:
                     raise UserError(problem)
                 if len(targets):
@@ -105,6 +110,20 @@ class Loader:
             if explanation := explain_worker_death(error):
                 raise explanation from error
             raise
+
+    def _batches(self) -> Iterator[tuple]:
+        batches = iter(self._dataloader)
+        _explain_worker_deaths()
+        return batches
+
+    def take_bad_count(self) -> int:
+        """The number of samples replaced or left out in the batches given since this was called last.
+
+        Unlike the length of `bad_images` it counts an image each time it is met. Batches that workers have
+        prepared but nobody has taken do not count: so the sum over an epoch is the same where it was interrupted.
+        """
+        count, self._bad_count = self._bad_count, 0
+        return count
 
     def close(self):
         """Ends the worker processes. The loader cannot be used again.
@@ -128,23 +147,43 @@ class Loader:
 
 
 def explain_worker_death(error: RuntimeError) -> UserError | None:
-    """A UserError with advice, if `error` is PyTorch's RuntimeError for a worker process that died, or None.
-
-    PyTorch raises it from a signal handler: it can come up anywhere in the main process, not here alone.
-    """
+    """A UserError with advice, if `error` is PyTorch's RuntimeError for a worker process that died, or None."""
     if not str(error).startswith('DataLoader worker'):
         return None
     event = str(error).splitlines()[0].rstrip('. ')
     return UserError(f'a data loading process died ({event}), mostly because memory or shared memory ran out; '
-                     'use fewer workers, smaller batches, or a larger /dev/shm')
+                     'use fewer --workers, a smaller --batch-size, or a larger /dev/shm')
+
+
+def _explain_worker_deaths():
+    """Makes PyTorch's error for a dead worker a UserError, wherever in the main process it comes up.
+
+    PyTorch raises it in a handler of SIGCHLD, which it sets with the first worker: between any two lines of the
+    training, far from this module. To be called when workers have been started; does nothing without them.
+    """
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, 'SIGCHLD') else None
+    is_theirs = getattr(handler, '__module__', None) == signal_handling.__name__
+    if not is_theirs or threading.current_thread() is not threading.main_thread():
+        return
+
+    def explaining_handler(number, frame):
+        try:
+            handler(number, frame)
+        except RuntimeError as error:
+            if explanation := explain_worker_death(error):
+                raise explanation from error
+            raise
+
+    signal.signal(signal.SIGCHLD, explaining_handler)
 
 
 class BatchSource:
     """What a worker process holds: turns the keys of a batch, a list of (epoch, index), into the batch.
 
-    `__getitems__` gives (images, targets, bad, problem): bad is {path: message} of the images that were
-    replaced or left out, problem the message of a UserError that prevents the batch, else None. The error is
-    handed over as a value because PyTorch would put the worker's traceback into its message.
+    `__getitems__` gives (images, targets, bad, bad_count, problem): bad is {path: message} of the images that
+    cannot be decoded, bad_count the number of samples replaced or left out, problem the message of a UserError
+    that prevents the batch, else None. The error is handed over as a value because PyTorch would put the
+    worker's traceback into its message.
     """
 
     def __init__(
@@ -174,11 +213,13 @@ class BatchSource:
             else:
                 samples = [sample for _, index in keys if (sample := self._sample(index, bad)) is not None]
         except UserError as error:
-            return None, None, bad, str(error)
+            return None, None, bad, 0, str(error)
+        # Of every sample its own image was tried first.
+        bad_count = sum(self._dataset.path(index) in bad for _, index in keys) if bad else 0
         if not samples:
-            return None, (), bad, None
+            return None, (), bad, bad_count, None
         images, targets = zip(*samples, strict=True)
-        return default_collate(images), torch.tensor(targets), bad, None
+        return default_collate(images), torch.tensor(targets), bad, bad_count, None
 
     def _training_sample(self, epoch: int, index: int, bad: dict[str, str]) -> tuple[torch.Tensor, int]:
         """The transformed image and the target of (epoch, index), or of the first good image after it."""

@@ -57,8 +57,6 @@ def open_training_data(args, world: World):
                               num_classes=args.num_classes or 1000, image_size=args.img_size)
 
 
-
-
 def open_evaluation_data(args, classes: list[str] | None, num_classes: int | None, world: World):
     """The evaluation split alone.
 
@@ -125,7 +123,8 @@ def _create_train_loader(args, dataset, image: Input, num_classes: int,
         erase_mode=args.remode, erase_count=args.recount, erase_splits=args.resplit)
     sampler = TrainSampler(len(dataset), args.batch_size, rank=world.rank, world_size=world.size, seed=args.seed,
                            accum_steps=args.accum_steps)
-    loader = create_loader(dataset, transform, sampler, seed=args.seed, workers=args.workers, pin_memory=args.pin_mem)
+    loader = create_loader(dataset, transform, sampler, seed=args.seed, workers=args.workers, pin_memory=args.pin_mem,
+                           max_bad_images=args.max_bad_images)
     return loader, prepare
 
 
@@ -138,5 +137,5 @@ def create_eval_loader(args, dataset, image: Input, world: World) -> tuple[Loade
     sampler = EvalSampler(len(dataset), batch_size, rank=world.rank, world_size=world.size)
     # Evaluation comes between epochs: its workers need not stay.
     loader = create_loader(dataset, transform, sampler, seed=args.seed, workers=args.workers, pin_memory=args.pin_mem,
-                           persistent=False)
+                           persistent=False, max_bad_images=args.max_bad_val_images)
     return loader, prepare

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.distributed import sum_over_ranks
+from utils.errors import UserError
 from utils.log import progress_bar
 
 _logger = logging.getLogger(__name__)
@@ -14,11 +15,15 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Cross-entropy `loss`, `top1` and `top5` in percent over all `count` images of all ranks."""
+    """Cross-entropy `loss`, `top1` and `top5` in percent over all `count` images of all ranks.
+
+    Beside these there were `bad_images`, which could not be decoded.
+    """
     loss: float
     top1: float
     top5: float
     count: int
+    bad_images: int
     images_per_second: float
 
     def as_dict(self) -> dict:
@@ -35,11 +40,13 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
     Args:
         prepare: (uint8 images [B, C, H, W], targets [B]) → (normalised images, targets) on the device.
         precision: utils.runtime.Precision, whose autocast the forward pass runs under.
+    Raises:
+        UserError: no image was left to evaluate.
     """
     was_training = model.training
     model.eval()
-    # Sums of loss, top-1, top-5 and images, in float64 so that their order of magnitude costs nothing.
-    sums = torch.zeros(4, dtype=torch.float64, device=prepare.device)
+    # Sums of loss, top-1, top-5, images and bad images, in float64 so that their order of magnitude costs nothing.
+    sums = torch.zeros(5, dtype=torch.float64, device=prepare.device)
     batch_time = 0.0
     start = end = time.perf_counter()
     bar = progress_bar(total=len(loader), desc=name)
@@ -48,7 +55,7 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
         with precision.autocast():
             logits = model(images)
         batch = _batch_sums(logits.float(), targets)
-        sums += batch
+        sums[:4] += batch
         if index % log_interval == 0 or index == len(loader) - 1:
             _log_line(name, index, len(loader), batch, sums, batch_time or time.perf_counter() - end,
                       (time.perf_counter() - start) / (index + 1))
@@ -57,9 +64,12 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
         bar.update()
     bar.close()
     model.train(was_training)
-    loss, top1, top5, count = sum_over_ranks(sums).tolist()
+    sums[4] = loader.take_bad_count()
+    loss, top1, top5, count, bad = sum_over_ranks(sums).tolist()
+    if not count:
+        raise UserError(f'none of {int(bad)} evaluation images can be decoded; check the data set')
     seconds = time.perf_counter() - start
-    return Evaluation(loss / count, 100 * top1 / count, 100 * top5 / count, int(count), count / seconds)
+    return Evaluation(loss / count, 100 * top1 / count, 100 * top5 / count, int(count), int(bad), count / seconds)
 
 
 def _batch_sums(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -73,7 +83,7 @@ def _batch_sums(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def _log_line(name, index, total, batch, sums, seconds, mean_seconds):
     """The line that users of timm and of the published code know: value of this batch, mean so far (this rank's)."""
-    (loss, top1, top5, n), (loss_sum, top1_sum, top5_sum, count) = batch.tolist(), sums.tolist()
+    (loss, top1, top5, n), (loss_sum, top1_sum, top5_sum, count, _) = batch.tolist(), sums.tolist()
     _logger.info('%s: [%4d/%d]  Time: %.3f (%.3f)  Loss: %7.4f (%6.4f)  Acc@1: %7.4f (%7.4f)  Acc@5: %7.4f (%7.4f)',
                  name, index, total - 1, seconds, mean_seconds, loss / n, loss_sum / count,
                  100 * top1 / n, 100 * top1_sum / count, 100 * top5 / n, 100 * top5_sum / count)

@@ -342,11 +342,16 @@ def data_options(parser):
     add('--only-classes', metavar='CLASSES', help="use a part of the classes: '0-4', or names as 'cat,dog'")
     add('-j', '--workers', type=count, default=8, metavar='N', help='data loader processes per rank')
     add('--pin-mem', action=FLAG, default=False, help='page-locked memory for faster copies to a GPU')
+    # Its own option: what is left out of an evaluation changes what its numbers are of, as nothing in training does.
+    add('--max-bad-val-images', type=count, default=0, metavar='N',
+        help='leave out up to N evaluation images that cannot be decoded, per process; they are counted')
 
 
 def training_data_options(parser):
     add = parser.add_argument_group('Training data').add_argument
     add('--train-split', default='train', metavar='NAME', help='folder of the training images below DIR')
+    add('--max-bad-images', type=count, default=0, metavar='N',
+        help='replace up to N training images that cannot be decoded by their neighbours, per process')
 
 
 def model_options(parser):
