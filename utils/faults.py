@@ -1,7 +1,7 @@
 """Named points at which a test can make this program fail, switched by the environment variable T2T_FAULTS.
 
     T2T_FAULTS='step@7#1=kill'                     rank 1 kills itself when it passes the point `step` for the 7th time
-    T2T_FAULTS='save.renamed=kill,loss@3+=nan'     several, separated by commas; without @N, the first time; @N+ from then on
+    T2T_FAULTS='save.renamed=kill,loss@3+=nan'     several; without @N the first time, with @N+ from then on
 
 Without the variable a point costs one look into a dict. A fault happens in the first incarnation of a process only,
 so that a job that is restarted goes on; `step@7!=kill` happens in every one.
