@@ -5,37 +5,161 @@ A run's folder holds
     checkpoint-00001234.pth.tar    the newest few, by optimizer step
     last.pth.tar                   the newest of them
     model_best.pth.tar             the one with the best metric
+    .lock                          who writes here
 
-A file appears under its name only when it is whole, and `last.pth.tar` points to it only after that.
+A file appears under its name only when it is whole and on the disk, and `last.pth.tar` points to it only after that.
+Every file ends in its own checksum (see utils.files.verify). A run goes on from the newest file that fits its checksum.
 """
+import contextlib
+import copy
+import fcntl
+import hashlib
 import logging
 import os
 import shutil
+import socket
+import threading
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
 from utils.errors import UserError
+from utils.faults import fault_point
+from utils.files import read_checkpoint, seal, verify
+from utils.log import make_folder
 
 _logger = logging.getLogger(__name__)
 
 LAST = 'last.pth.tar'
 BEST = 'model_best.pth.tar'
+LOCK = '.lock'
+NUMBERED = 'checkpoint-*.pth.tar'
+TEMPORARY = '.*.pth.tar.tmp'
+# Added to the name of a checkpoint of a later point than the one from which its run went on.
+ASIDE = '.aside'
+# A file that turns out to be damaged must have another beside it.
+KEEP_AT_LEAST = 2
+# Where tests break a save, in the order in which it passes them; `removing` once for every file to remove.
+SAVE_POINTS = ('save.started', 'save.opened', 'save.half', 'save.written', 'save.synced', 'save.linked_best',
+               'save.renamed', 'save.shown', 'save.linked_last', 'save.removing', 'save.removed')
+
+
+# --- One file --------------------------------------------------------------------------------------------------------
+
+class _SealedFile:
+    """What torch.save writes to: passes everything on to `file`, and at last the checksum of it.
+
+    Hashing on the way costs less than reading the file again, and sees what was meant, not what the disk made of it.
+    """
+
+    def __init__(self, file, expected_bytes: int):
+        self._file, self._half = file, expected_bytes // 2
+        self._digest = hashlib.sha256()
+        self._kept = b''  # the last two bytes, which the length of the checksum replaces
+        self._count = 0
+        self.error = None  # the OSError that torch makes a RuntimeError of
+
+    def write(self, data) -> int:
+        try:
+            self._write(memoryview(data))
+        except OSError as e:
+            self.error = e
+            raise
+        return len(data)
+
+    def _write(self, data: memoryview) -> None:
+        if len(data) < 2:
+            data = memoryview(self._kept + bytes(data))
+        else:
+            self._pass_on(self._kept)
+        self._pass_on(data[:-2])
+        self._kept = bytes(data[-2:])
+
+    def _pass_on(self, data) -> None:
+        before, self._count = self._count, self._count + len(data)
+        if before <= self._half < self._count:
+            cut = self._half - before
+            self._file.write(data[:cut])
+            self._digest.update(data[:cut])
+            self._file.flush()
+            fault_point('save.half')
+            data = data[cut:]
+        self._file.write(data)
+        self._digest.update(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def finish(self) -> None:
+        assert self._kept == b'\0\0', 'torch.save writes a zip archive without a comment'
+        self._file.write(seal(self._digest.hexdigest()))
+        self._file.flush()
 
 
 def save_atomically(content: dict, path: Path) -> None:
-    """Writes `content` so that `path` is, at any moment and after any crash, the old file or the new one, whole."""
-    temporary = path.with_name(f'.{path.name}.tmp')
-    try:
-        with open(temporary, 'wb') as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+    """Writes `content`, with its checksum, so that `path` is at any moment and after any crash the old or the new one.
+
+    Raises:
+        OSError: it could not be written. `path` is as it was, and nothing else is left.
+    """
+    with _written(content, path) as temporary:
         os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _written(content: dict, path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` with all of `content`, on the disk; gone at the end, unless it was renamed."""
+    temporary = _temporary(path)
+    try:
+        # Not buffered: the parts are large, and no byte that a full disk refused is left to be written at the closing.
+        with open(temporary, 'wb', buffering=0) as raw:
+            fault_point('save.opened')
+            file = _SealedFile(_WholeWrites(raw), _count_bytes(content))
+            try:
+                torch.save(content, file)
+            except RuntimeError:
+                # torch says where in its writer it failed; the file system has said why.
+                if file.error:
+                    raise file.error from None
+                raise
+            file.finish()
+            fault_point('save.written')
+            os.fsync(raw.fileno())
+        fault_point('save.synced')
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+
+
+class _WholeWrites:
+    """A raw file whose `write` writes everything or raises OSError; the system may take less at a time."""
+
+    def __init__(self, raw):
+        self._raw = raw
+
+    def write(self, data) -> None:
+        data = memoryview(data)
+        while data:
+            data = data[self._raw.write(data):]
+
+    def flush(self) -> None:
+        pass
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f'.{path.name}.tmp')
+
+
+def _count_bytes(value) -> int:
+    """Bytes of all tensors in `value`."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(_count_bytes, value.values()))
+    return sum(map(_count_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def _sync_folder(folder: Path) -> None:
@@ -49,63 +173,397 @@ def _sync_folder(folder: Path) -> None:
 
 def _point(link: Path, target: Path) -> None:
     """Makes `link` another name of the file `target`, atomically; a copy where the file system has no hard links."""
-    temporary = link.with_name(f'.{link.name}.tmp')
+    temporary = _temporary(link)
     temporary.unlink(missing_ok=True)
     try:
-        os.link(target, temporary)
-    except OSError:
-        shutil.copyfile(target, temporary)
-    os.replace(temporary, link)
+        try:
+            os.link(target, temporary)
+        except OSError:
+            shutil.copyfile(target, temporary)
+            with open(temporary, 'rb') as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, link)
+    finally:
+        temporary.unlink(missing_ok=True)
 
+
+# --- The checkpoints of a folder -------------------------------------------------------------------------------------
 
 def save_checkpoint(content: dict, folder: Path, *, global_step: int, keep: int, is_best: bool) -> Path:
-    """Saves the newest checkpoint of a run, advertises it, and removes all but the `keep` newest. Rank 0 only."""
+    """Saves the newest checkpoint of a run, advertises it, and removes all older but the `keep` newest, at least two.
+
+    Rank 0 only. The best is linked before the newest appears: were it the other way round, a run killed in between
+    would go on from the newest and never know that it was the best. As it is, it saves this state a second time.
+
+    Raises:
+        OSError: something could not be written; what was there before is still there.
+    """
     path = folder / f'checkpoint-{global_step:08d}.pth.tar'
-    save_atomically(content, path)
-    _point(folder / LAST, path)
-    if is_best:
-        _point(folder / BEST, path)
+    fault_point('save.started')
+    with _written(content, path) as temporary:
+        if is_best:
+            _point(folder / BEST, temporary)
+            fault_point('save.linked_best')
+        os.replace(temporary, path)
+    fault_point('save.renamed')
     _sync_folder(folder)
-    newest_first = sorted(folder.glob('checkpoint-*.pth.tar'), key=lambda p: p.stat().st_mtime_ns, reverse=True)
-    for old in newest_first[keep:]:
-        old.unlink()
+    fault_point('save.shown')
+    set_aside_later(folder, global_step)
+    _point(folder / LAST, path)
+    _sync_folder(folder)
+    fault_point('save.linked_last')
+    for old in _newest_first(folder)[max(keep, KEEP_AT_LEAST):]:
+        fault_point('save.removing')
+        old.unlink(missing_ok=True)
+    fault_point('save.removed')
     return path
 
 
-def resolve_run(*, output: str, kind: str, experiment: str, resume: str, name: str) -> tuple[Path, Path | None]:
-    """The folder of this run, and the checkpoint it continues from (None for a new run). Creates nothing.
+def set_aside_later(folder: Path, global_step: int) -> list[Path]:
+    """Renames the checkpoints of later steps: a run that went back has left them, and must not go on from them."""
+    later = [path for path in _newest_first(folder) if _step(path) > global_step]
+    for path in later:
+        aside = path.with_name(path.name + ASIDE)
+        os.replace(path, aside)
+        _logger.warning('%s is of a later step than %d, from which this run goes on; it is now %s', path, global_step,
+                        aside.name)
+    return later
 
-    With `resume` a path, the run goes on in that checkpoint's folder, unless `experiment` names another. With
-    'auto' it goes on from the last checkpoint of output/kind/experiment, or, where no experiment is named, of the
-    newest run called `*-name`; where there is none, it starts a new run.
+
+def _newest_first(folder: Path) -> list[Path]:
+    """The numbered checkpoints of a folder, by their steps: times of files do not survive copying."""
+    return sorted((path for path in folder.glob(NUMBERED) if _step(path) is not None), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int | None:
+    number = path.name.removeprefix('checkpoint-').removesuffix('.pth.tar')
+    return int(number) if number.isdecimal() else None
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run's folder, or None where it has none at all.
+
+    Each is held against its checksum. A damaged one is named in a warning, and the next older one taken; the best
+    one is the last resort.
 
     Raises:
-        UserError: the path to resume from is no file, or a new run would overwrite another.
+        UserError: there are checkpoints, and none is whole.
+    """
+    damaged = []
+    for path in _candidates(folder):
+        try:
+            verify(path)
+        except UserError as e:
+            damaged.append((path, e))
+            continue
+        for bad, error in damaged:
+            _logger.warning('%s; going back from %s to %s', error, bad.name, path)
+        return path
+    if damaged:
+        raise UserError(f'{folder}: none of its checkpoints is whole ({", ".join(path.name for path, _ in damaged)}); '
+                        'start a new run under another --experiment, or bring back a copy of one of them')
+    return None
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, newest first, each file under one name."""
+    numbered = _newest_first(folder)
+    # Usually another name of the newest; alone where the user has taken the others away, or brought only this one.
+    last = [path for path in (folder / LAST,) if path.is_file() and not any(_same(path, p) for p in numbered)]
+    best = [path for path in (folder / BEST,) if path.is_file() and not any(_same(path, p) for p in numbered + last)]
+    if last and numbered:
+        try:
+            step = read_checkpoint(last[0], verified=True).get('global_step', 0)
+        except UserError:
+            step = _step(numbered[0])  # damaged: no more than its name is known
+        older = [path for path in numbered if _step(path) < step]
+        numbered, last = [path for path in numbered if path not in older], last + older
+    return numbered + last + best
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two names are of one file, which a run that is still at work may be about to remove."""
+    try:
+        return one.samefile(other)
+    except FileNotFoundError:
+        return False
+
+
+# --- Where a run goes ------------------------------------------------------------------------------------------------
+
+def resolve_run(*, output: str, kind: str, experiment: str, resume: str, name: str,
+                restarted: bool = False) -> tuple[Path, Path | None]:
+    """The folder of this run, and the checkpoint it continues from (None for a new run). Creates nothing. Rank 0 only.
+
+    With `resume` a path, the run goes on in that checkpoint's folder, unless `experiment` names another. With
+    'auto' it goes on from the newest whole checkpoint of output/kind/experiment, or, where no experiment is named, of
+    the newest run called `*-name`; where there is none, it starts a new run. A new run is named after the time, that of
+    T2T_STARTED where the launcher has set it, so that processes started again find their folder.
+
+    Args:
+        restarted: these processes take the place of others that have crashed: the run goes on from the newest whole
+            checkpoint of its own folder, whatever `resume` says, once it has one.
+    Raises:
+        UserError: the path to resume from is no whole checkpoint, or a new run would overwrite another.
     """
     runs = Path(output).expanduser() / kind
-    new = runs / (experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{name}')
+    started = os.environ.get('T2T_STARTED') or f'{datetime.now():%Y%m%d-%H%M%S}'
+    new = runs / (experiment or f'{started}-{name}')
+    if restarted:
+        own = _folder_of_resume(resume, experiment, new)
+        found = find_checkpoint(own)
+        if found:
+            return own, found
     if not resume:
-        _refuse_to_overwrite(new)
+        if not restarted:
+            _refuse_to_overwrite(new)
         return new, None
     if resume == 'auto':
-        candidates = [new / LAST] if experiment else runs.glob(f'*-{name}/{LAST}')
-        found = sorted((path for path in candidates if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
-        if not found:
-            _logger.info('--resume auto: no checkpoint in %s, starting a new run', new if experiment else runs)
-            return new, None
-        return found[-1].parent, found[-1]
-    path = Path(resume).expanduser()
-    if path.is_dir():
-        path = path / LAST
-    if not path.is_file():
-        raise UserError(f"--resume {resume}: no such checkpoint; give a file such as {LAST}, or 'auto'")
+        folders = [new] if experiment else [folder for folder in runs.glob(f'*-{name}') if _has_checkpoint(folder)]
+        folder = max(folders, key=_changed, default=new)
+        found = find_checkpoint(folder)
+        if found:
+            return folder, found
+        _logger.info('--resume auto: no checkpoint in %s, starting a new run', new if experiment else runs)
+        return new, None
+    path = _asked_for(resume)
     if not experiment or new.resolve() == path.resolve().parent:
         return path.resolve().parent, path
-    _refuse_to_overwrite(new)
+    if not restarted:
+        _refuse_to_overwrite(new)
     return new, path
 
 
+def _folder_of_resume(resume: str, experiment: str, new: Path) -> Path:
+    """The folder in which a run goes on, as it was chosen when it first started."""
+    if experiment or resume in ('', 'auto'):
+        return new
+    path = Path(resume).expanduser()
+    return (path if path.is_dir() else path.parent).resolve()
+
+
+def _asked_for(resume: str) -> Path:
+    """The checkpoint of --resume PATH: that file; of a folder, or for its LAST, the newest whole one in it."""
+    path = Path(resume).expanduser()
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() or path.name == LAST:
+        found = find_checkpoint(folder)
+        if found:
+            return found
+    if not path.is_file():
+        raise UserError(f"--resume {resume}: no such checkpoint; give a file such as {LAST}, or 'auto'")
+    try:
+        verify(path)
+    except UserError as e:
+        try:
+            found = find_checkpoint(folder)
+        except UserError:
+            found = None
+        beside = f'; the newest whole one beside it is {found}' if found else ''
+        raise UserError(f'--resume {resume}: {e}{beside}') from None
+    return path
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any(_candidates(folder))
+
+
+def _changed(folder: Path) -> int:
+    """When the newest checkpoint of a folder was written."""
+    times = [0]
+    for path in (folder / LAST, *folder.glob(NUMBERED)):
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime_ns)
+    return max(times)
+
+
 def _refuse_to_overwrite(folder: Path) -> None:
-    if (folder / LAST).exists():
+    if (folder / LAST).exists() or _newest_first(folder):
         raise UserError(f'--experiment {folder.name}: that run exists in {folder.parent}; --resume auto continues it, '
                         'another name starts a new one')
+
+
+class RunLock:
+    """One run, one folder: held from here until `release` or the end of this process, however it ends. Rank 0 only.
+
+    The folder is made where it is missing. The file stays; what is in it counts only while a process holds it.
+
+    Raises:
+        UserError: another run writes into the folder, or nothing can be written there.
+    """
+
+    def __init__(self, folder: Path):
+        make_folder(folder, '--output')
+        self._handle = None
+        path = folder / LOCK
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as e:
+            self._warn(path, e)
+            return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 300).decode(errors='replace').strip() or 'unknown'
+            os.close(handle)
+            raise UserError(f'{folder}: another run writes here ({holder}); wait for it or end it, or start this one '
+                            'under another --experiment') from None
+        except OSError as e:
+            os.close(handle)
+            self._warn(path, e)
+            return
+        self._handle = handle
+        # A loader process that outlives this one must not keep the lock that it was born with.
+        os.register_at_fork(after_in_child=self.release)
+        with contextlib.suppress(OSError):  # the name of the holder is a help; a full disk must not stop a run
+            os.truncate(handle, 0)
+            os.write(handle, f'host {socket.gethostname()}, process {os.getpid()}\n'.encode())
+
+    @staticmethod
+    def _warn(path: Path, error: OSError) -> None:
+        _logger.warning('%s cannot be locked (%s): nothing keeps a second run from writing into this folder', path,
+                        error.strerror)
+
+    def release(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+# --- Saving in the background ----------------------------------------------------------------------------------------
+
+class CheckpointWriter:
+    """Saves a run's checkpoints while training goes on. Rank 0 only; one for a run's folder, under its RunLock.
+
+    Args:
+        folder: of the run; what a killed save left in it is removed.
+        keep: newest checkpoints to keep, beside the best; at least two.
+        resumed: the checkpoint this run went on from: where it is in `folder`, later ones there are set aside.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, resumed: Path | None = None):
+        self.folder, self.keep = folder, keep
+        self._snapshot = _Snapshot()
+        self._thread = None
+        self._pending = None  # the save under way, or the last one if it failed: (content, global_step, is_best)
+        self._error = None
+        self._saved = 0
+        for leftover in folder.glob(TEMPORARY):
+            leftover.unlink(missing_ok=True)
+        if resumed and resumed.resolve().parent == folder.resolve():
+            self._start_from(resumed)
+
+    def _start_from(self, resumed: Path) -> None:
+        step = _step(resumed)
+        if step is None:
+            step = read_checkpoint(resumed).get('global_step', 0)
+        set_aside_later(self.folder, step)
+        last = self.folder / LAST
+        if resumed.name != LAST and not (last.is_file() and last.samefile(resumed)):
+            _point(last, resumed)
+            _sync_folder(self.folder)
+
+    def save(self, content: dict, global_step: int, *, is_best: bool = False, must_succeed: bool = False) -> None:
+        """Takes a copy of `content` in memory, after which it may change, and writes that copy in the background.
+
+        Waits for the save before. One that fails because of the disk is a warning; what was saved before is still
+        there, and the next save tries again.
+
+        Args:
+            must_succeed: return only when it is written.
+        Raises:
+            UserError: must_succeed, and it could not be written.
+        """
+        self._join()
+        if self._pending and self._pending[2]:
+            self._write()  # the best so far is in no file yet
+        self._pending = self._snapshot.take(content), global_step, is_best
+        self._thread = threading.Thread(target=self._write, name='checkpoint')
+        self._thread.start()
+        if must_succeed:
+            self.close()
+
+    def wait(self) -> None:
+        """Returns when the save under way has ended, well or with a warning."""
+        self._join()
+
+    def close(self) -> None:
+        """At the end of a run and before an exit: returns when the last save is on the disk.
+
+        Raises:
+            UserError: it could not be written, in a second attempt neither.
+        """
+        self._join()
+        if self._pending:
+            self._write(warn=False)
+            self._raise_unexpected()
+        if self._pending:
+            raise UserError(f'{self._describe()}; make room or name another --output, and --resume auto goes on from '
+                            'the checkpoint before')
+
+    def _join(self) -> None:
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        self._raise_unexpected()
+
+    def _raise_unexpected(self) -> None:
+        """What is not the disk's fault is a fault of the program, and ends it."""
+        if self._error and not isinstance(self._error, OSError):
+            error, self._error, self._pending = self._error, None, None
+            raise error
+
+    def _write(self, warn: bool = True) -> None:
+        content, global_step, is_best = self._pending
+        try:
+            save_checkpoint(content, self.folder, global_step=global_step, keep=self.keep, is_best=is_best)
+        except Exception as e:
+            self._error = e
+            if warn and isinstance(e, OSError):
+                _logger.warning('%s; training goes on, and the next save tries again', self._describe())
+            return
+        self._pending = self._error = None
+        self._saved += 1
+        if self._saved == max(self.keep, KEEP_AT_LEAST):
+            for path in self.folder.glob(NUMBERED + ASIDE):
+                path.unlink(missing_ok=True)
+
+    def _describe(self) -> str:
+        path = self.folder / f'checkpoint-{self._pending[1]:08d}.pth.tar'
+        return f'{path} could not be saved ({self._error.strerror or self._error})'
+
+
+class _Snapshot:
+    """Copies of nested dicts, lists and tensors, on the CPU; the memory of one copy serves the next."""
+
+    def __init__(self):
+        self._buffers = {}
+
+    def take(self, content: dict) -> dict:
+        """A copy of `content` that shares nothing with it; the one before is no longer valid."""
+        before, self._buffers, self._copied = self._buffers, {}, {}
+        copied = self._copy(content, (), before)
+        self._copied = {}
+        return copied
+
+    def _copy(self, value, where: tuple, before: dict):
+        if isinstance(value, torch.Tensor):
+            # One tensor under two names stays one.
+            same = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+            if value.numel() and same in self._copied:
+                return self._copied[same]
+            buffer = before.get(where)
+            if buffer is None or (buffer.shape, buffer.stride(), buffer.dtype) != same[2:]:
+                buffer = torch.empty_like(value, device='cpu', requires_grad=False)
+            self._buffers[where] = self._copied[same] = buffer
+            return buffer.copy_(value.detach())
+        if isinstance(value, dict):
+            # A copy of the dict itself keeps what state_dict() notes in its attributes.
+            copied = copy.copy(value)
+            for key in value:
+                copied[key] = self._copy(value[key], (*where, key), before)
+            return copied
+        if isinstance(value, list | tuple):
+            items = [self._copy(item, (*where, index), before) for index, item in enumerate(value)]
+            return type(value)(items)
+        return copy.deepcopy(value)

@@ -1,5 +1,6 @@
 """Reading checkpoint files, from wherever they come, without running anything that is in them."""
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -26,8 +27,14 @@ IMPOSTORS = (
 # a checkpoint of PyTorch would have beside its 'state_dict'.
 METADATA = 't2t_vit'
 
+# A checkpoint of a run ends in its own checksum: the comment of the zip archive that torch writes, two bytes of length
+# and then SEAL with the SHA-256 of all that comes before the length. Copies, links and renames keep it.
+SEAL = b'sha256:'
+SEAL_LENGTH = len(SEAL) + 2 * hashlib.sha256().digest_size
+END_OF_ARCHIVE = b'PK\5\6'
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+
+def read_checkpoint(path: str | os.PathLike, *, verified: bool = False) -> dict[str, Any]:
     """Read a PyTorch, PaddlePaddle or safetensors file onto the CPU and return the dict it holds.
 
     Told apart by content. Weights are tensors, in a PaddlePaddle file numpy arrays. A safetensors file is a
@@ -36,11 +43,14 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     Nothing in the file is executed: only tensors, arrays, plain containers and `argparse.Namespace` (the options in
     the authors' checkpoints) are allowed, and there is no fallback.
 
+    Args:
+        verified: the file must have a checksum, as every checkpoint of a run has. Where there is one, it must fit.
     Raises:
         UserError: the file is missing, is not a checkpoint, is damaged, or holds other objects.
     """
     path = os.fspath(path)
     head = _file_start(path)
+    verify(path, required=verified)
     if head[8:9] == b'{':  # a safetensors file: eight bytes of length, then JSON
         return _read_safetensors(path)
     try:
@@ -59,6 +69,60 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint; '
                         'save a dict, such as model.state_dict()')
     return checkpoint
+
+
+def seal(digest: str) -> bytes:
+    """The end of a file whose SHA-256 up to here is `digest`; torch would end it with two zeros instead."""
+    return SEAL_LENGTH.to_bytes(2, 'little') + SEAL + digest.encode()
+
+
+def verify(path: str | os.PathLike, *, required: bool = True) -> None:
+    """Compare a file with the checksum at its end. torch itself notices no changed bit of a weight.
+
+    Raises:
+        UserError: it is damaged; or, where a checksum is `required`, it has none; or it is no file that can be read.
+    """
+    path = os.fspath(path)
+    _file_start(path)
+    try:
+        with open(path, 'rb') as file:
+            size = file.seek(0, os.SEEK_END)
+            length = SEAL_LENGTH + 2
+            file.seek(max(0, size - length - len(END_OF_ARCHIVE) - 16))
+            end = file.read()
+            if not _is_sealed(end):
+                if required:
+                    raise UserError(f'{path} has no checksum, as every checkpoint of a run has: it is damaged or of '
+                                    'another kind; resume another one, or start from its weights with '
+                                    '--initial-checkpoint')
+                return
+            digest = _hash(file, max(0, size - length))
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror}); check the disk') from error
+    if end[-length:] != seal(digest):
+        raise UserError(f'{path} is damaged: its content does not fit its checksum; '
+                        'copy it again, or take another checkpoint of the run')
+
+
+def _is_sealed(end: bytes) -> bool:
+    """Whether the last bytes of a file are, or were before a bit changed or the end was cut off, a checksum."""
+    archive = end.rfind(END_OF_ARCHIVE)
+    announced = archive >= 0 and end[archive + 20:archive + 22] == SEAL_LENGTH.to_bytes(2, 'little')
+    return announced or end[-SEAL_LENGTH:].startswith(SEAL)
+
+
+def _hash(file, length: int) -> str:
+    """SHA-256 of the first `length` bytes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(2 ** 22))
+    file.seek(0)
+    while length > 0:
+        count = file.readinto(buffer[:min(length, len(buffer))])
+        if not count:
+            break  # it has become shorter since; the checksum will not fit
+        digest.update(buffer[:count])
+        length -= count
+    return digest.hexdigest()
 
 
 def _file_start(path: str) -> bytes:
