@@ -46,7 +46,7 @@ def main():
 
     from data.pipeline import create_eval_loader, open_evaluation_data, resolve_input
     from engine.evaluate import evaluate
-    from models import count_classes, create_model_from_options, load_weights, resolve_name
+    from models import count_classes, create_model_from_options, load_weights, recorded_classes, resolve_name
     from utils.distributed import leave
     from utils.files import read_checkpoint
     from utils.runtime import describe_environment, start
@@ -59,7 +59,7 @@ def main():
     args = complete_options(args, checkpoint)
     num_classes = args.num_classes or count_classes(resolve_name(args.model), checkpoint, args.use_ema,
                                                     source=args.eval_checkpoint)
-    known_classes = checkpoint.get('classes')
+    known_classes = recorded_classes(checkpoint)
     dataset = open_evaluation_data(args, known_classes, num_classes, world)
     model = create_model_from_options(args, num_classes=num_classes or len(dataset.classes))
     if checkpoint:

@@ -76,11 +76,11 @@ class Trainer:
             self.schedule.step(state.epoch)
             if self.args.mixup_off_epoch:
                 self.prepare_train.mixup_enabled = state.epoch < self.args.mixup_off_epoch
-            train_loss = self._train_epoch()
+            training = self._train_epoch()
             self._share_buffers()
             results = self._evaluate()
             is_best = self._note_metric(results)
-            record = {'epoch': state.epoch, 'train_loss': train_loss, **results, 'lr': self._top_rate(),
+            record = {'epoch': state.epoch, **training, **results, 'lr': self._top_rate(),
                       'epoch_seconds': round(time.perf_counter() - epoch_started, 1)}
             self.log.epoch(record, state.global_step)
             state.start_next_epoch()
@@ -89,8 +89,8 @@ class Trainer:
             _logger.info('*** Best metric: %.4f (%s, epoch %d)', state.best_metric, self.args.eval_metric,
                          state.best_epoch)
 
-    def _train_epoch(self) -> float:
-        """The rest of the epoch in progress; returns the mean loss over all of it and all ranks."""
+    def _train_epoch(self) -> dict:
+        """The rest of the epoch in progress; returns its mean loss and bad images, over all of it and all ranks."""
         state, args = self.state, self.args
         self.model.train()
         self.train_loader.set_position(state.epoch, state.step * args.accum_steps)
@@ -100,6 +100,7 @@ class Trainer:
         while state.step < self.steps_per_epoch:
             self.schedule.step_update(state.global_step)
             images = self._step(batches)
+            state.bad_images += self.train_loader.take_bad_count()
             bar.update()
             self._steps_since_start += 1
             if state.global_step == 1 or (args.save_images and self._is_log_step()):
@@ -112,10 +113,10 @@ class Trainer:
             if args.checkpoint_steps and state.global_step % args.checkpoint_steps == 0:
                 self._save()
         bar.close()
-        loss, count = sum_over_ranks(state.loss_sums.clone()).tolist()
+        loss, count, bad = sum_over_ranks(torch.cat((state.loss_sums, state.bad_images))).tolist()
         if not count:
             raise NotFiniteError(f'the gradient was not finite in any step of epoch {state.epoch}. {ADVICE}')
-        return loss / count
+        return {'train_loss': loss / count, 'train_bad_images': int(bad)}
 
     def _step(self, batches) -> torch.Tensor:
         """One optimizer step from `accum_steps` batches; returns the last batch's images as the model saw them.

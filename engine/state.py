@@ -16,7 +16,7 @@ VERSION = 2
 SAVED = ('version', 'arch', 'epoch', 'step', 'global_step', 'state_dict', 'state_dict_ema', 'optimizer', 'amp_scaler',
          'metric', 'best_metric', 'best_epoch', 'skipped_steps', 'skipped_in_a_row', 'ranks', 'args', 'classes')
 # What every rank has of its own.
-SUMS = ('loss_sums', 'window_sums')
+SUMS = ('loss_sums', 'window_sums', 'bad_images')
 
 
 class TrainState:
@@ -31,6 +31,7 @@ class TrainState:
         global_step: optimizer steps taken in the run.
         loss_sums: float64 [2], this rank's sum of losses and number of images in the epoch so far.
         window_sums: the same at the last log line, so that the next one says what it would have said without a break.
+        bad_images: float64 [1], images of the epoch so far that this rank could not decode, and has replaced.
         skipped_steps, skipped_in_a_row: steps whose gradient was not finite, in the run and since the last good one.
         best_metric, best_epoch: of the best checkpoint, or None.
         metric: of the last evaluation, or None.
@@ -52,6 +53,7 @@ class TrainState:
         self.global_step = 0
         self.loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         self.window_sums = self.loss_sums.clone()
+        self.bad_images = torch.zeros(1, dtype=torch.float64, device=world.device)
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self.metric = None
@@ -61,14 +63,16 @@ class TrainState:
     def start_next_epoch(self) -> None:
         self.epoch += 1
         self.step = 0
-        self.loss_sums.zero_()
-        self.window_sums.zero_()
+        self._reset_sums()
 
     def start_at(self, epoch: int, steps_per_epoch: int) -> None:
         """Stands at the beginning of `epoch`, whatever was loaded."""
         self.epoch, self.step, self.global_step = epoch, 0, epoch * steps_per_epoch
-        self.loss_sums.zero_()
-        self.window_sums.zero_()
+        self._reset_sums()
+
+    def _reset_sums(self) -> None:
+        for name in SUMS:
+            getattr(self, name).zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state as tensors and plain values, under the names of published checkpoints where those exist.

@@ -10,6 +10,7 @@ from .factory import (
     resolve_name,
     split_head,
 )
+from .formats import recorded_classes
 from .identity import Identity, identify
 from .t2t_vit import T2TViT
 from .weights import (
@@ -36,6 +37,7 @@ __all__ = [
     'load_weights',
     'model_of_checkpoint',
     'read_checkpoint',
+    'recorded_classes',
     'resolve_name',
     'split_head',
     'state_dict_of',
