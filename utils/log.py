@@ -2,15 +2,22 @@
 
 metrics.jsonl is the record: one JSON object per log line ("kind": "train") and per epoch ("kind": "epoch"). The summary
 and the curves are drawn from it, so that a resumed run has one history.
+
+What cannot be written, because a disk is full or a package is missing, is one warning, and training goes on. Lines that
+metrics.jsonl lacks are written with the next one for which there is room.
 """
+import contextlib
 import csv
+import io
 import json
 import logging
 import os
 import sys
 import tempfile
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,8 +25,12 @@ import yaml
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.faults import fault_point
+
+_logger = logging.getLogger(__name__)
 
 METRICS, SUMMARY, CURVES, ARGS = 'metrics.jsonl', 'summary.csv', 'curves.png', 'args.yaml'
+BOARD = 'TensorBoard events'
 SECONDS_BETWEEN_DRAWINGS = 30
 
 
@@ -73,8 +84,21 @@ def make_folder(folder: Path, option: str) -> None:
         raise UserError(f'{option}: {folder} cannot be written ({e.strerror}); name another folder') from None
 
 
+def check_folder(folder: Path, option: str) -> None:
+    """Raises the UserError of `make_folder` if that folder could not be made or written, but makes nothing."""
+    folder = folder.absolute()
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as e:
+        raise UserError(f'{option}: {folder} cannot be written ({e.strerror}); name another folder') from None
+
+
 class RunLog:
     """Writes a run's folder. With `folder` None (ranks other than 0) every call does nothing.
+
+    Raises UserError if the folder cannot be written at the start; from then on what fails is a warning.
 
     Args:
         folder: the run's folder, made if it is not there.
@@ -91,14 +115,24 @@ class RunLog:
         if folder is None:
             return
         make_folder(folder, '--output')
-        (folder / ARGS).write_text(yaml.safe_dump(options, sort_keys=True))
+        self._failing = set()
+        with self._warning_only(ARGS):
+            _write_whole(folder / ARGS, yaml.safe_dump(options, sort_keys=True))
         self._records = [r for r in read_metrics(folder)
                          if (r['epoch'] < epoch if r['kind'] == 'epoch' else r['global_step'] <= global_step)]
-        (folder / METRICS).write_text(''.join(json.dumps(r) + '\n' for r in self._records))
-        self._metrics = open(folder / METRICS, 'a', encoding='utf-8')
+        # How much of the records metrics.jsonl holds, and in how many bytes; None where it holds something else.
+        self._written, self._size = 0, None
+        self._write_records()
         if tensorboard:
+            self._open_board(options, global_step)
+
+    def _open_board(self, options: dict, global_step: int) -> None:
+        with self._warning_only(BOARD):
+            fault_point('log.board')
             from torch.utils.tensorboard import SummaryWriter
-            self._board = SummaryWriter(folder, purge_step=global_step + 1 if global_step else None)
+            # Its thread hands an error on to the next call; on the console there would be a traceback as well.
+            threading.excepthook = _quiet_for_tensorboard
+            self._board = SummaryWriter(self.folder, purge_step=global_step + 1 if global_step else None)
             self._board.add_text('options', '```yaml\n' + yaml.safe_dump(options) + '```', global_step)
 
     def train(self, record: dict) -> None:
@@ -120,52 +154,133 @@ class RunLog:
             return
         from torchvision.utils import make_grid, save_image
         grid = make_grid(images[:16].detach().float().cpu(), nrow=4)
-        if self._board:
-            self._board.add_image(name, grid, global_step)
+        with self._warning_only(BOARD):
+            if self._board:
+                self._board.add_image(name, grid, global_step)
         if as_file:
-            save_image(grid, self.folder / f'{name}-{global_step:08d}.png')
+            with self._warning_only('images'):
+                fault_point('log.images')
+                save_image(grid, self.folder / f'{name}-{global_step:08d}.png')
 
     def close(self) -> None:
         if self.folder is None:
             return
         self._draw()
-        self._metrics.close()
-        if self._board:
-            self._board.close()
+        self._write_records()
+        with self._warning_only(BOARD):
+            if self._board:
+                self._board.close()
 
     def _write(self, record: dict, global_step: int, prefix: str) -> None:
         if self.folder is None:
             return
         self._records.append(record)
-        self._metrics.write(json.dumps(record) + '\n')
-        self._metrics.flush()
-        if self._board:
-            for name, value in record.items():
+        self._write_records()
+        with self._warning_only(BOARD):
+            for name, value in record.items() if self._board else ():
                 if isinstance(value, (int, float)) and name not in ('global_step', 'epoch'):
+                    fault_point('log.board')
                     self._board.add_scalar(f'{prefix}/{name}', value, global_step)
+
+    def _write_records(self) -> None:
+        """Appends to metrics.jsonl what it lacks, over what a failed attempt has left; or writes it anew as a whole."""
+        path = self.folder / METRICS
+        with self._warning_only(METRICS):
+            fault_point('log.metrics')
+            if self._size is None or not path.exists():
+                text = ''.join(json.dumps(r) + '\n' for r in self._records)
+                _write_whole(path, text)
+                self._size = 0
+            else:
+                text = ''.join(json.dumps(r) + '\n' for r in self._records[self._written:])
+                with open(path, 'r+b') as file:
+                    file.seek(self._size)
+                    file.write(text.encode())
+                    file.truncate()
+            self._size += len(text.encode())
+            self._written = len(self._records)
 
     def _write_summary(self) -> None:
         epochs = [{k: v for k, v in r.items() if k != 'kind'} for r in self._records if r['kind'] == 'epoch']
-        columns = list(dict.fromkeys(name for r in epochs for name in r))
-        with open(self.folder / SUMMARY, 'w', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(epochs)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for r in epochs for name in r)))
+        writer.writeheader()
+        writer.writerows(epochs)
+        with self._warning_only(SUMMARY):
+            fault_point('log.summary')
+            _write_whole(self.folder / SUMMARY, text.getvalue())
 
     def _draw(self) -> None:
-        from utils.curves import draw_curves
-        draw_curves(self._records, self.folder / CURVES)
+        with self._warning_only(CURVES):
+            fault_point('log.curves')
+            from utils.curves import draw_curves
+            draw_curves(self._records, self.folder / CURVES)
         self._drawn_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def _warning_only(self, what: str) -> Iterator[None]:
+        """Around what writes `what`: a warning where it begins to fail, a line where it succeeds again.
+
+        TensorBoard is given up at its first failure, since its writer cannot go on.
+        """
+        try:
+            yield
+        except UserError:  # comes from elsewhere, such as the end of a loader's worker
+            raise
+        except Exception as e:  # what libraries make of a full disk is not always an OSError
+            reason = e.strerror if isinstance(e, OSError) and e.strerror else f'{type(e).__name__}: {e}'.splitlines()[0]
+            if what == BOARD:
+                self._board = None
+                _logger.warning('%s cannot be written to %s (%s); training goes on without them', what, self.folder,
+                                reason)
+            elif what not in self._failing:
+                self._failing.add(what)
+                _logger.warning('%s cannot be written (%s); training goes on', self.folder / what, reason)
+        else:
+            if what in self._failing:
+                self._failing.discard(what)
+                _logger.info('%s is written again', self.folder / what)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file so that, if there is no room for it, the one before stays."""
+    temporary = path.with_name(f'.{path.name}.tmp')
+    try:
+        with open(temporary, 'w', encoding='utf-8', newline='') as file:
+            file.write(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _quiet_for_tensorboard(args) -> None:
+    if not type(args.thread).__module__.startswith('tensorboard.'):
+        threading.__excepthook__(args)
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The records of a run's metrics.jsonl; a last line that a crash cut short is left out."""
+    """The records of a run's metrics.jsonl, without a last line that a crash cut short, and without damaged ones.
+
+    Raises UserError if there is something of that name that cannot be read.
+    """
     path = folder / METRICS
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding='utf-8').splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; it is to hold the run's record: move it out of the way") from None
+    records = [_read_record(line) for line in lines]
+    if damaged := sum(record is None for record in records[:-1]):
+        _logger.warning('%s: %d damaged lines are left out', path, damaged)
+    return [record for record in records if record is not None]
+
+
+def _read_record(line: bytes) -> dict | None:
+    """The record in a line of metrics.jsonl; None where there is none."""
+    try:
+        record = json.loads(line)
+        is_whole = isinstance(record['epoch' if record['kind'] == 'epoch' else 'global_step'], int)
+    except (ValueError, TypeError, KeyError):
+        return None
+    return record if is_whole else None
