@@ -1,5 +1,5 @@
 # make demo    a T2T-ViT trained on the embedded digits by two processes, validated, with its curves
-# make test    all tests but the slow ones, and the linter
+# make test    all tests but the slow ones, and the linter; make test-slow, make test-faults: the others
 # make clean   removes the environment and the demo's output
 #
 # VENV=… uses or makes the environment in another place.
@@ -9,7 +9,7 @@ ABSOLUTE_VENV := $(abspath $(VENV))
 RUN := $(ABSOLUTE_VENV)/bin/python
 DEMO := output/train/demo
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-faults lint clean
 
 demo: $(ABSOLUTE_VENV)/.installed
 	rm -rf $(DEMO)
@@ -19,10 +19,13 @@ demo: $(ABSOLUTE_VENV)/.installed
 	@echo 'The curves are in $(DEMO)/curves.png'
 
 test: $(ABSOLUTE_VENV)/.installed-dev lint
-	$(RUN) -m pytest -m 'not slow'
+	$(RUN) -m pytest -m 'not slow and not faults'
 
 test-slow: $(ABSOLUTE_VENV)/.installed-dev
 	$(RUN) -m pytest -m slow
+
+test-faults: $(ABSOLUTE_VENV)/.installed-dev
+	$(RUN) -m pytest tests/faults
 
 lint: $(ABSOLUTE_VENV)/.installed-dev
 	$(RUN) -m ruff check .
