@@ -22,7 +22,8 @@ def main():
     args = options.parse_options(parser)
 
     # Whatever imports torch takes seconds: --help and a misspelled option have been answered before.
-    from data.pipeline import create_training_input, open_training_data
+    from data.pipeline import check_training_input, create_training_input, open_training_data
+    from engine.checks import check_run_options
     from engine.optimizer import create_optimizer, param_groups
     from engine.run import create_state, fit
     from models import create_model_from_options, resolve_name
@@ -31,7 +32,10 @@ def main():
 
     # --- Runtime: this process among its peers, its seed, its precision -----------------------------------------------
     world, precision = start(args)
-    resolve_name(args.model)  # a misspelled name should not wait for the data to be scanned
+    # What is wrong with the options should not wait for the data to be scanned.
+    resolve_name(args.model)
+    check_training_input(args)
+    check_run_options(args, world, kind='train')
 
     # --- Data: the training split's classes rule ----------------------------------------------------------------------
     train_set, val_set = open_training_data(args, world)

@@ -45,7 +45,8 @@ def main():
         raise UserError(f'--transfer-model {args.transfer_model} is given, but transfer learning is off; '
                         'add --transfer-learning True, or leave the checkpoint out to train from scratch')
 
-    from data.pipeline import CIFAR_STATS, create_training_input, open_training_data
+    from data.pipeline import CIFAR_STATS, check_training_input, create_training_input, open_training_data
+    from engine.checks import check_run_options
     from engine.optimizer import create_optimizer, param_groups
     from engine.run import create_state, fit
     from models import create_model_from_options, resolve_name
@@ -54,7 +55,10 @@ def main():
 
     # --- Runtime, data ------------------------------------------------------------------------------------------------
     world, precision = start(args)
-    resolve_name(args.model)  # a misspelled name should not wait for the data to be scanned
+    # What is wrong with the options should not wait for the data to be scanned.
+    resolve_name(args.model)
+    check_training_input(args)
+    check_run_options(args, world, kind='transfer')
     train_set, val_set = open_training_data(args, world)
 
     # --- Model: weights of the source, a classifier for the target ----------------------------------------------------

@@ -59,6 +59,9 @@ def main():
     args = complete_options(args, checkpoint)
     num_classes = args.num_classes or count_classes(resolve_name(args.model), checkpoint, args.use_ema,
                                                     source=args.eval_checkpoint)
+    # What is wrong with the options should not wait for the data to be scanned.
+    stem = results_stem(args)
+    resolve_input(args, {})
     known_classes = recorded_classes(checkpoint)
     dataset = open_evaluation_data(args, known_classes, num_classes, world)
     model = create_model_from_options(args, num_classes=num_classes or len(dataset.classes))
@@ -69,8 +72,6 @@ def main():
         raise UserError(f'the model has {model.num_classes} classes, the data set {len(dataset.classes)}, and nothing '
                         'says which is which; give --class-map FILE with all their names in order')
     model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
-
-    stem = results_stem(args) if world.is_main else None
 
     # --- Evaluation ---------------------------------------------------------------------------------------------------
     image = resolve_input(args, model.pretrained_cfg)
@@ -105,18 +106,20 @@ def complete_options(args, checkpoint: dict):
 
 
 def results_stem(args) -> Path:
-    """Where results will go, without .json and .csv; checked to be writable before the work begins."""
-    from utils.log import make_folder
+    """Where results will go, without .json and .csv; checked to be writable before the work begins, but not made."""
+    from utils.log import check_folder
     size = args.img_size if isinstance(args.img_size, int) else '{}x{}'.format(*args.img_size)
     stem = Path(args.results_file or f'output/validate/{datetime.now():%Y%m%d-%H%M%S}-{args.model}-{size}')
     if stem.suffix in ('.json', '.csv'):
         stem = stem.with_suffix('')
-    make_folder(stem.parent, '--results-file')
+    check_folder(stem.parent, '--results-file')
     return stem
 
 
 def write_results(record: dict, stem: Path) -> None:
     """One JSON object and one CSV row beside each other."""
+    from utils.log import make_folder
+    make_folder(stem.parent, '--results-file')
     json_file, csv_file = Path(f'{stem}.json'), Path(f'{stem}.csv')
     json_file.write_text(json.dumps(record, indent=2) + '\n')
     with open(csv_file, 'w', newline='') as file:

@@ -108,34 +108,50 @@ def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_cl
                          *create_eval_loader(args, val_set, image, world), image.img_size)
 
 
+def check_training_input(args) -> None:
+    """Raises the UserError that `create_training_input` would raise for these options, before there is a data set."""
+    image = resolve_input(args, {})
+    _create_train_transform(args, image)
+    _create_train_preparer(args, image, num_classes=2, device='cpu')
+    _create_eval_transform(image)
+
+
 def _create_train_loader(args, dataset, image: Input, num_classes: int,
                          world: World) -> tuple[Loader, TrainBatchPreparer]:
     """The training loader of this rank, with the preparer of its batches."""
-    transform = create_train_transform(
+    sampler = TrainSampler(len(dataset), args.batch_size, rank=world.rank, world_size=world.size, seed=args.seed,
+                           accum_steps=args.accum_steps)
+    loader = create_loader(dataset, _create_train_transform(args, image), sampler, seed=args.seed, workers=args.workers,
+                           pin_memory=args.pin_mem, max_bad_images=args.max_bad_images)
+    return loader, _create_train_preparer(args, image, num_classes, world.device)
+
+
+def _create_train_transform(args, image: Input):
+    return create_train_transform(
         image.img_size, crop_mode=args.train_crop_mode, scale=args.scale, ratio=args.ratio, hflip=args.hflip,
         vflip=args.vflip, color_jitter=args.color_jitter, auto_augment=args.aa, interpolation=args.train_interpolation,
         mean=image.mean, no_aug=not args.aug, aug_splits=args.aug_splits)
-    prepare = TrainBatchPreparer(
-        world.device, batch_size=args.batch_size, num_classes=num_classes, mean=image.mean, std=image.std,
+
+
+def _create_train_preparer(args, image: Input, num_classes: int, device) -> TrainBatchPreparer:
+    return TrainBatchPreparer(
+        device, batch_size=args.batch_size, num_classes=num_classes, mean=image.mean, std=image.std,
         channels_last=args.channels_last, aug_splits=args.aug_splits, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix,
         cutmix_minmax=args.cutmix_minmax, mixup_prob=args.mixup_prob, mixup_switch_prob=args.mixup_switch_prob,
         mixup_mode=args.mixup_mode, smoothing=args.smoothing, erase_prob=args.reprob if args.aug else 0.0,
         erase_mode=args.remode, erase_count=args.recount, erase_splits=args.resplit)
-    sampler = TrainSampler(len(dataset), args.batch_size, rank=world.rank, world_size=world.size, seed=args.seed,
-                           accum_steps=args.accum_steps)
-    loader = create_loader(dataset, transform, sampler, seed=args.seed, workers=args.workers, pin_memory=args.pin_mem,
-                           max_bad_images=args.max_bad_images)
-    return loader, prepare
-
 
 def create_eval_loader(args, dataset, image: Input, world: World) -> tuple[Loader, BatchPreparer]:
     """The evaluation loader of this rank, every image exactly once over all ranks, with the preparer of its batches."""
-    transform = create_eval_transform(image.img_size, crop_pct=image.crop_pct, interpolation=image.interpolation,
-                                      crop_mode=image.crop_mode, mean=image.mean)
     prepare = BatchPreparer(world.device, mean=image.mean, std=image.std, channels_last=args.channels_last)
     batch_size = args.batch_size * args.validation_batch_size_multiplier
     sampler = EvalSampler(len(dataset), batch_size, rank=world.rank, world_size=world.size)
     # Evaluation comes between epochs: its workers need not stay.
-    loader = create_loader(dataset, transform, sampler, seed=args.seed, workers=args.workers, pin_memory=args.pin_mem,
-                           persistent=False, max_bad_images=args.max_bad_val_images)
+    loader = create_loader(dataset, _create_eval_transform(image), sampler, seed=args.seed, workers=args.workers,
+                           pin_memory=args.pin_mem, persistent=False, max_bad_images=args.max_bad_val_images)
     return loader, prepare
+
+
+def _create_eval_transform(image: Input):
+    return create_eval_transform(image.img_size, crop_pct=image.crop_pct, interpolation=image.interpolation,
+                                 crop_mode=image.crop_mode, mean=image.mean)

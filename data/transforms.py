@@ -54,6 +54,8 @@ def create_train_transform(
     _check_choice('interpolation', interpolation, (*INTERPOLATIONS, 'random'))
     _check_choice('crop_mode', crop_mode, ('rrc', 'pad'))
     _check_range('scale', scale)
+    if scale[1] > 1:
+        raise UserError(f'scale {tuple(scale)}; a crop has at most the area of the image, 1')
     _check_range('ratio', ratio)
     if aug_splits < 0 or aug_splits == 1 or (aug_splits and no_aug):
         raise UserError(f'--aug-splits {aug_splits}; use 0, or 2 and more, and not with --no-aug')

@@ -11,6 +11,7 @@ Whatever is wrong raises UserError before anything heavy is imported: this modul
 import argparse
 import ast
 import difflib
+import math
 import re
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ class Options(argparse.Namespace):
         return dict(sorted(plain.items()))
 
 
+MAX_IMAGE_SIZE = 8192  # beyond it no memory holds the tokens
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Types of values. Each carries `kind`, the Python type a recipe may give for it.
 
@@ -64,6 +67,10 @@ def number(kind, low=None, high=None, above=None, below=None):
             raise argparse.ArgumentTypeError(f'{text} is too large: at most {high}')
         if below is not None and not value < below:
             raise argparse.ArgumentTypeError(f'{text} is too large: it must be less than {below}')
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f'{text} is not a finite number')
+        if kind is int and abs(value) >= 2**63:
+            raise argparse.ArgumentTypeError(f'{text[:20]}… is too large')
         return value
 
     convert.kind = kind
@@ -86,6 +93,8 @@ def image_size(text):
     if not match:
         raise argparse.ArgumentTypeError(f'{text!r} is not an image size: give 224, or height x width as 192x256')
     height, width = int(match[1]), int(match[2] or match[1])
+    if not 1 <= min(height, width) <= max(height, width) <= MAX_IMAGE_SIZE:
+        raise argparse.ArgumentTypeError(f'{text} is out of range: give 1 to {MAX_IMAGE_SIZE} pixels')
     return height if height == width else (height, width)
 
 
@@ -473,6 +482,8 @@ def device_options(parser):
     add('--amp-dtype', default='auto', choices=['auto', 'bfloat16', 'float16'],
         help='auto: bfloat16 where the device has it, else float16 with loss scaling')
     add('--deterministic', action=FLAG, default=False, help='only kernels that repeat to the bit (GPU)')
+    add('--timeout', type=positive, default=1800, metavar='SECONDS',
+        help='stop, and name the process to blame, when the others have waited this long for it')
     add('--seed', type=seed, default=42, metavar='S', help='seed of everything random')
     add('--log-interval', type=positive_int, default=50, metavar='N', help='steps between log lines')
 
