@@ -3,14 +3,28 @@
 Every helper works without a process group too: a single process is rank 0 of 1.
 """
 import contextlib
+import json
 import os
+import sys
+import threading
+import time
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from utils.errors import UserError
+from utils.errors import HangError, PeerLostError, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+# Where processes that start at the same time may be apart: imports, a cold disk.
+START = timedelta(minutes=10)
+# Processes that wait in vain for the same one notice it within this many seconds of each other.
+PATIENCE = 3.0
+LOST = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'Connection refused', 'was aborted',
+        'remote process exited')
+TIMED_OUT = ('timed out', 'timeout', 'Timed out')
 
 
 @dataclass(frozen=True)
@@ -40,9 +54,15 @@ def join(device_name: str, timeout: timedelta = timedelta(minutes=30)) -> World:
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if size > 1:
+        store, _, _ = next(dist.rendezvous('env://', timeout=START))
+        # All are here before the time of `timeout`, which may be short, begins to count.
+        store.set(f'joined/{rank}', '')
+        store.wait([f'joined/{other}' for other in range(size)], START)
         # A device_id makes barriers use the right GPU and communicators come up early.
         kwargs = {'device_id': device} if device.type == 'cuda' else {}
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timeout, **kwargs)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank, world_size=size,
+                                timeout=timeout, **kwargs)
+        _progress.start(store, rank, size, timeout)
     return World(rank, local_rank, size, device)
 
 
@@ -67,6 +87,7 @@ def _device(name: str, local_rank: int, local_size: int) -> torch.device:
 
 def leave() -> None:
     """The end of a script: gives the group's connections back."""
+    _progress.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -75,11 +96,150 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def was_restarted() -> bool:
+    """True where the launcher has started this process in the place of one that has crashed."""
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+
+
+# --- A process that does not come ------------------------------------------------------------------------------------
+
+class _Progress:
+    """Where each rank stands, told once a second to the store that all share, by a thread that computes nothing."""
+
+    def __init__(self):
+        self.step = 0
+        self._since = time.time()
+        self._store = None
+        self._stopped = threading.Event()
+
+    def start(self, store, rank: int, size: int, timeout: timedelta) -> None:
+        self._store, self._rank, self._size, self.timeout = store, rank, size, timeout
+        self._stopped.clear()
+        threading.Thread(target=self._run, name='progress', daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._store = None
+
+    def note(self, step: int) -> None:
+        self.step, self._since = step, time.time()
+
+    def _run(self) -> None:
+        store = self._store
+        while True:
+            told = {'step': self.step, 'since': self._since, 'now': time.time(), 'where': _where_main_thread_is()}
+            try:
+                store.set(f'progress/{self._rank}', json.dumps(told))
+            except RuntimeError:
+                return  # the launcher is gone, and its store
+            if self._stopped.wait(1):
+                return
+
+    def missing(self) -> list[str] | None:
+        """What is known of each rank that does not wait in vain as this one does; None if the store is gone."""
+        try:
+            self._store.set(f'waiting/{self._rank}', '')
+            others = {rank for rank in range(self._size) if rank != self._rank}
+            end = time.monotonic() + PATIENCE
+            while others and time.monotonic() < end:
+                others = {rank for rank in others if not self._store.check([f'waiting/{rank}'])}
+                time.sleep(0.05)
+            return [self._describe(rank) for rank in sorted(others)]
+        except (RuntimeError, AttributeError):
+            return None
+
+    def someone_waits(self) -> bool:
+        """True where a rank has waited in vain, and has said so before it ended."""
+        try:
+            return any(self._store.check([f'waiting/{rank}']) for rank in range(self._size))
+        except (RuntimeError, AttributeError):
+            return False
+
+    def _describe(self, rank: int) -> str:
+        if not self._store.check([f'progress/{rank}']):
+            return f'rank {rank}, of which nothing is known'
+        told = json.loads(self._store.get(f'progress/{rank}'))
+        text = f'rank {rank}, at step {told["step"]} since {_clock(told["since"])}, in {told["where"]}'
+        if time.time() - told['now'] > 2 * PATIENCE:
+            text += f', silent since {_clock(told["now"])} (stopped, or its machine is out of reach)'
+        return text
+
+
+_progress = _Progress()
+
+
+def note_progress(global_step: int) -> None:
+    """Tells the other ranks, should they wait for this one, that it has begun this step."""
+    _progress.note(global_step)
+
+
+@contextlib.contextmanager
+def hang_explained():
+    """Turns the errors of collectives in this block, where another rank is to blame, into one line.
+
+    Raises:
+        HangError: a rank did not come in time; it is named, with where it was last.
+        PeerLostError: a rank has ended.
+    """
+    try:
+        yield
+    except Exception as error:
+        if explained := explain(error):
+            raise explained from error
+        raise
+
+
+def explain(error: Exception) -> HangError | PeerLostError | None:
+    """What an error of a collective means, or None where it is of another kind."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not is_distributed():
+        return None
+    timed_out = any(words in text for words in TIMED_OUT)
+    if not timed_out and not any(words in text for words in LOST) and not isinstance(error, dist.DistError):
+        return None
+    # The first to lose patience closes its connections: to the others it looks as if it had died.
+    if timed_out or _progress.someone_waits():
+        missing = _progress.missing()
+        seconds = f'{_progress.timeout.total_seconds():g} s (--timeout)'
+        if missing:
+            return HangError(f'waited {seconds} in vain for {"; for ".join(missing)}')
+        if missing is not None:
+            return HangError(f'waited {seconds} in vain, as all ranks did; see to the network between them')
+    return PeerLostError(f'another process of the job was lost ({text.splitlines()[0][:200]})')
+
+
+def _where_main_thread_is() -> str:
+    """The innermost line of this project that the main thread is in: 'data/loader.py:98 (_batches)'."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    while frame:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(ROOT):
+            return f'{path.relative_to(ROOT)}:{frame.f_lineno} ({frame.f_code.co_name})'
+        frame = frame.f_back
+    return 'the libraries'
+
+
+def _clock(seconds: float) -> str:
+    return f'{datetime.fromtimestamp(seconds):%H:%M:%S}'
+
+
+# --- What ranks say to one another -----------------------------------------------------------------------------------
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The elementwise sum of `values` over all ranks, in place."""
     if is_distributed():
         dist.all_reduce(values)
     return values
+
+
+def max_over_ranks(number: int, device: torch.device) -> int:
+    """The largest `number` of all ranks, on every rank."""
+    if not is_distributed():
+        return number
+    value = torch.tensor(number, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value)
 
 
 def from_main(value):

@@ -1,19 +1,45 @@
-"""The error of a user's mistake, and how a script ends: one line and an exit code, never a traceback for a mistake."""
+"""The error of a user's mistake, and how a script ends: one line and an exit code, never a traceback for a mistake.
+
+Exit codes, of the scripts and of distributed_train.sh alike:
+
+      0  done
+      1  a bug: its traceback is printed
+      2  a user's mistake
+      3  training has left the finite numbers
+      4  a process did not come to the others for --timeout seconds
+      5  another process of the job was lost (distributed_train.sh ends with that one's code)
+     75  interrupted by SIGTERM, SIGHUP, SIGUSR1 or SIGQUIT; a training has saved its state: started again it goes on
+    130  the same, by Ctrl-C
+  128+n  killed by signal n
+"""
 import json
 import os
+import shlex
+import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
+from utils import signals
+
+EXIT_BUG = 1
 EXIT_USER_ERROR = 2
 EXIT_NOT_FINITE = 3
+EXIT_HANG = 4
+EXIT_PEER_LOST = 5
+EXIT_INTERRUPTED = 75  # sysexits.h: a temporary failure, try again
 EXIT_CTRL_C = 130
+
+# Ends that were decided on: the same would come of starting the processes again.
+DECISIONS = (EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_INTERRUPTED, EXIT_CTRL_C)
 
 
 class UserError(ValueError):
     """Something the user gave is wrong. The message says what, with its value, and what to do instead."""
 
     exit_code = EXIT_USER_ERROR
+    label = 'error: '
 
 
 class NotFiniteError(UserError):
@@ -22,28 +48,93 @@ class NotFiniteError(UserError):
     exit_code = EXIT_NOT_FINITE
 
 
+class HangError(UserError):
+    """A process has not come to the others in time; the message names it."""
+
+    exit_code = EXIT_HANG
+
+
+class PeerLostError(UserError):
+    """Another process of the job has ended; why, its own message or the launcher says."""
+
+    exit_code = EXIT_PEER_LOST
+
+
+class InterruptedRun(UserError):
+    """A signal has asked a training to stop, and its state is saved.
+
+    Args:
+        number: of the signal.
+        epoch, step: where the state stands.
+        folder: the run's, or one of its checkpoints.
+    """
+
+    label = ''
+
+    def __init__(self, number: int, *, epoch: int, step: int, folder):
+        super().__init__(f'interrupted by {signal.Signals(number).name}; the state is saved, at epoch {epoch}, step '
+                         f'{step}. To go on: {resume_command(folder)}')
+        self.exit_code = EXIT_CTRL_C if number == signal.SIGINT else EXIT_INTERRUPTED
+
+
+def resume_command(folder) -> str:
+    """The command that this process, or its job, was started with, with --resume `folder` at its end."""
+    options = sys.argv[1:]
+    for index in reversed(range(len(options))):
+        if options[index] == '--resume':
+            del options[index:index + 2]
+        elif options[index].startswith('--resume='):
+            del options[index]
+    command = ['python', sys.argv[0]]
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        names = ['SCRIPT'] if os.environ.get('SCRIPT') else []
+        if os.environ.get('NNODES', '1') != '1':
+            names += ['NNODES', 'NODE_RANK', 'MASTER_ADDR', 'MASTER_PORT']
+        command = [f'{name}={os.environ[name]}' for name in names if name in os.environ]
+        command += [os.environ.get('T2T_COMMAND', './distributed_train.sh'), os.environ['LOCAL_WORLD_SIZE']]
+    return shlex.join([*command, *options, '--resume', str(folder)])
+
+
 def run_script(main) -> None:
     """Calls a script's `main()` and ends the process with the exit code that says how it went."""
     name = Path(sys.argv[0]).name
+    signals.prepare()
     try:
         main()
     except UserError as e:
-        report(f'{name}: error: {e}', e.exit_code)
+        report(f'{name}: {e.label}{e}', e.exit_code)
     except KeyboardInterrupt:
         report(f'{name}: interrupted; a training goes on from its last checkpoint with --resume auto', EXIT_CTRL_C)
+    except Exception as e:
+        # Only a process that has torch has peers; this module stays light for those that have none.
+        distributed = sys.modules.get('utils.distributed')
+        if distributed is None or not distributed.is_distributed():
+            raise
+        if explained := distributed.explain(e):
+            report(f'{name}: {explained.label}{explained}', explained.exit_code)
+        traceback.print_exc()
+        leave_at_once(EXIT_BUG)
 
 
 def report(line: str, exit_code: int) -> None:
     """Says `line` once, however many processes have the same to say, and exits.
 
     Under torchrun the message goes into the file that its agent reads; the launcher prints the first one. A process on
-    its own prints it. The exit skips waiting for the other ranks, which may be in the midst of a collective.
+    its own prints it, and so does rank 0 when the launcher is gone.
     """
     error_file = os.environ.get('TORCHELASTIC_ERROR_FILE')
-    if error_file:
+    if error_file and not signals.is_orphan():
         Path(error_file).write_text(json.dumps({'message': line, 'timestamp': int(time.time())}))
-    else:
+    elif os.environ.get('RANK', '0') == '0':
         print(line, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    leave_at_once(exit_code)
+
+
+def leave_at_once(exit_code: int) -> None:
+    """Exits without waiting for threads, or for other ranks, which may be in the midst of a collective."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            pass  # whoever read it is gone
     os._exit(exit_code)

@@ -5,6 +5,7 @@ import os
 import platform
 import random
 import subprocess
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,7 @@ def describe_environment(device: torch.device) -> dict:
 
 def start(args) -> tuple[World, Precision]:
     """Makes this process what the options say: a rank with a device, a voice, a seed and a precision."""
-    world = join(args.device)
+    world = join(args.device, timedelta(seconds=args.timeout))
     setup_logging(is_main=world.is_main)
     set_determinism(args.deterministic)
     seed_everything(args.seed, world.rank)

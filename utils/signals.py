@@ -1,0 +1,98 @@
+"""What signals do to a process of ours.
+
+Until a training's loop runs, a signal that asks a process to stop ends it at once, with one line and the exit code of
+an interruption. From `install` on it only leaves a note: the loop looks at `received` between two steps, saves, and
+ends then.
+
+    prepare()                       every script, at its start
+    install()                       before the loop
+    if number := received(): …      at a step's end
+"""
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+
+# SIGUSR1 is Slurm's warning before the end of the time limit (--signal=USR1@120).
+STOPPING = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGQUIT')
+# One Ctrl-C reaches a process twice where its job's launcher passes on what the terminal or srun sent to all.
+ECHO_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1
+
+_received = 0
+_interrupted_at: float | None = None
+_launcher: int | None = None
+
+
+def prepare() -> None:
+    """For the start of a script: signals end it at once, SIGUSR2 shows its stacks, and it ends with its launcher."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # only a test calls a script's main like this
+    # A Ctrl-C stays Python's KeyboardInterrupt: what is to be tidied up gets its chance.
+    _handle(_end_at_once, set(STOPPING) - {'SIGINT'})
+    if hasattr(signal, 'SIGUSR2'):
+        faulthandler.register(signal.SIGUSR2, all_threads=True)
+    _follow_launcher()
+
+
+def install() -> None:
+    """From now on a signal that asks to stop is only noted; a second Ctrl-C still ends the process at once."""
+    _handle(_note, STOPPING)
+
+
+def received() -> int:
+    """The number of the first signal that asked to stop since `install`, or 0."""
+    return _received
+
+
+def stoppable() -> list[signal.Signals]:
+    """The signals that ask a process to stop, but for those that it was started to ignore (nohup, a shell's &)."""
+    numbers = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def is_orphan() -> bool:
+    """True where this process had a launcher and has outlived it."""
+    return _launcher is not None and os.getppid() != _launcher
+
+
+def _handle(handler, names) -> None:
+    for number in stoppable():
+        if number.name in names:
+            signal.signal(number, handler)
+
+
+def _end_at_once(number: int, frame) -> None:
+    from utils.errors import EXIT_INTERRUPTED, report  # which import this module
+    report(f'{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name}; the same command starts it '
+           'again', EXIT_INTERRUPTED)
+
+
+def _note(number: int, frame) -> None:
+    global _received, _interrupted_at
+    _received = _received or number
+    if number != signal.SIGINT:
+        return
+    now = time.monotonic()
+    if _interrupted_at is None:
+        _interrupted_at = now
+    elif now - _interrupted_at > ECHO_SECONDS:
+        from utils.errors import EXIT_CTRL_C, report
+        report(f'{os.path.basename(sys.argv[0])}: interrupted twice, ended at once; --resume auto goes on from the '
+               'last checkpoint', EXIT_CTRL_C)
+
+
+def _follow_launcher() -> None:
+    """Has the kernel send SIGTERM when the launcher dies, however it does (Linux; elsewhere its workers live on)."""
+    global _launcher
+    launcher = os.environ.pop('T2T_LAUNCHER', None)  # not for the children of this process
+    if launcher is None:
+        return
+    _launcher = int(launcher)
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+        if is_orphan():  # it died before we asked
+            _end_at_once(signal.SIGTERM, None)
