@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,19 @@ def test_a_kill_at_every_point_of_a_save(nursery, tmp_path):
     kill_many(nursery, tmp_path, draw_kills(1, len(SAVE_POINTS) + 1))
 
 
+def test_a_kill_at_every_point_of_the_save_of_the_best(nursery, tmp_path):
+    """The third save, the first that removes one: all its points, each in a run of its own, which then goes on."""
+    once = ('save.linked_best', 'save.removing')
+    for point in SAVE_POINTS:
+        run = tmp_path / point
+        run.mkdir()
+        assert nursery.run(f'{point}@{1 if point in once else 3}=kill', run) == -signal.SIGKILL, nursery.said
+        step = assert_survived(run, 2)
+        assert step == (2 if SAVE_POINTS.index(point) < SAVE_POINTS.index('save.renamed') else 3)
+        assert nursery.run('', run, saves=1) == 0
+        assert assert_survived(run, step) == step + 1
+
+
 @pytest.mark.faults
 def test_two_hundred_kills(nursery, tmp_path):
     print('seed 2')
@@ -298,15 +312,16 @@ def test_two_hundred_damaged_files_are_detected_on_resume(real, tmp_path, caplog
             pass
 
 
-def test_every_flip_of_the_last_bytes_is_detected(real, tmp_path):
-    whole = (real / LAST).read_bytes()
+def test_every_flip_of_the_last_bytes_is_detected(tmp_path):
     path = tmp_path / LAST
+    save_atomically({'global_step': 1}, path)
+    whole = path.read_bytes()
     for offset in range(len(whole) - SEAL_LENGTH - 30, len(whole)):
         for bit in range(8):
             data = bytearray(whole)
             data[offset] ^= 1 << bit
             path.write_bytes(data)
-            with pytest.raises(UserError, match='is damaged'):
+            with pytest.raises(UserError, match='does not fit its checksum'):
                 verify(path)
 
 
@@ -476,11 +491,14 @@ def test_the_copy_in_memory_is_the_same_memory_and_the_same_content(tmp_path):
     snapshot = checkpoint_files._Snapshot()
     tensor = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
     model = torch.nn.BatchNorm2d(3)
-    content = {'a': tensor, 'tied': tensor, 'part': tensor[:2], 'empty': torch.ones(0, 3), 'model': model.state_dict()}
+    content = {'a': tensor, 'tied': tensor, 'part': tensor[:2], 'empty': torch.ones(0, 3), 'model': model.state_dict(),
+               'options': Namespace(lr=1.)}
     one = snapshot.take(content)
     assert_same(one, content)
     assert one['a'] is one['tied'] and one['a'].is_contiguous(memory_format=torch.channels_last)
     assert one['model']._metadata == content['model']._metadata
+    content['options'].lr = 2.
+    assert one['options'].lr == 1.
     before = one['a'].data_ptr()
     tensor.zero_()
     two = snapshot.take({**content, 'a': tensor, 'part': torch.ones(7)})
