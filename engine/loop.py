@@ -10,11 +10,12 @@ from timm.utils import distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.checkpoint import save_checkpoint
+from engine.checkpoint import CheckpointWriter
 from engine.evaluate import evaluate
 from engine.state import TrainState
-from utils.distributed import World, overwrite_from_main, sum_over_ranks
-from utils.errors import NotFiniteError, UserError
+from utils import signals
+from utils.distributed import World, max_over_ranks, note_progress, overwrite_from_main, sum_over_ranks
+from utils.errors import InterruptedRun, NotFiniteError, UserError
 from utils.faults import fault_point
 from utils.log import RunLog, format_seconds, progress_bar
 from utils.runtime import Precision
@@ -43,7 +44,7 @@ class Trainer:
         loss: (logits, targets) → scalar.
         schedule: sets the learning rates (see create_schedule).
         args: the options of the loop (accum_steps, clip_grad, log_interval, checkpoint_steps, …).
-        folder: where checkpoints go.
+        folder: the run's, for messages.
     Raises:
         UserError: no epoch is left, or the state stands where an epoch of these batches has no step.
     """
@@ -67,9 +68,13 @@ class Trainer:
             raise UserError(f'the checkpoint stands at step {state.step} of its epoch, and with these --batch-size, '
                             f'--accum-steps and processes an epoch has {self.steps_per_epoch}; use those it had')
 
-    def fit(self, log: RunLog) -> None:
-        """All epochs that are left; `log` is told. Ends with the best metric in `state`."""
-        state, self.log = self.state, log
+    def fit(self, log: RunLog, writer: CheckpointWriter | None) -> None:
+        """All epochs that are left; on rank 0 `log` is told and `writer` saves.
+
+        Raises:
+            InterruptedRun: a signal has asked to stop; the state is saved.
+        """
+        state, self.log, self.writer = self.state, log, writer
         self._started = time.perf_counter()
         while state.epoch < self.num_epochs:
             epoch_started = time.perf_counter()
@@ -78,13 +83,17 @@ class Trainer:
                 self.prepare_train.mixup_enabled = state.epoch < self.args.mixup_off_epoch
             training = self._train_epoch()
             self._share_buffers()
+            fault_point('evaluate')
             results = self._evaluate()
             is_best = self._note_metric(results)
             record = {'epoch': state.epoch, **training, **results, 'lr': self._top_rate(),
                       'epoch_seconds': round(time.perf_counter() - epoch_started, 1)}
             self.log.epoch(record, state.global_step)
             state.start_next_epoch()
-            self._save(is_best=is_best)
+            number = self._signal_to_stop()
+            self._save(is_best=is_best, must_succeed=bool(number) or state.epoch == self.num_epochs)
+            if number and state.epoch < self.num_epochs:
+                raise self._interrupted(number)
         if state.best_metric is not None:
             _logger.info('*** Best metric: %.4f (%s, epoch %d)', state.best_metric, self.args.eval_metric,
                          state.best_epoch)
@@ -110,6 +119,9 @@ class Trainer:
                 self._log_line(bar, *started)
                 state.window_sums.copy_(state.loss_sums)
                 started = time.perf_counter(), state.loss_sums.clone(), state.step
+            if number := self._signal_to_stop():
+                self._save(must_succeed=True)
+                raise self._interrupted(number)
             if args.checkpoint_steps and state.global_step % args.checkpoint_steps == 0:
                 self._save()
         bar.close()
@@ -125,6 +137,7 @@ class Trainer:
         rank has, the averaged gradient of every rank has.
         """
         state, args = self.state, self.args
+        note_progress(state.global_step)
         statistics = [buffer.clone() for buffer in self._statistics]
         sums = torch.zeros_like(state.loss_sums)
         for micro_step in range(args.accum_steps):
@@ -173,6 +186,13 @@ class Trainer:
                 f'step {state.step}; none of them changed a weight. {ADVICE}')
         _logger.warning('epoch %d, step %d: the gradient is not finite, the step is skipped (%d so far, %d in a row)',
                         state.epoch, state.step, state.skipped_steps, state.skipped_in_a_row)
+
+    def _signal_to_stop(self) -> int:
+        """The signal that asks to stop, or 0: the same on all ranks, whichever got it, so that all stop here."""
+        return max_over_ranks(signals.received(), self.state.world.device)
+
+    def _interrupted(self, number: int) -> InterruptedRun:
+        return InterruptedRun(number, epoch=self.state.epoch, step=self.state.step, folder=self.folder)
 
     def _is_log_step(self) -> bool:
         state = self.state
@@ -231,12 +251,11 @@ class Trainer:
         state.best_metric, state.best_epoch = state.metric, state.epoch
         return True
 
-    def _save(self, *, is_best: bool = False) -> None:
+    def _save(self, *, is_best: bool = False, must_succeed: bool = False) -> None:
         self._check_weights()
         content = self.state.state_dict()  # every rank has a part in it
-        if self.state.world.is_main:
-            save_checkpoint(content, self.folder, global_step=self.state.global_step, keep=self.args.checkpoint_hist,
-                            is_best=is_best)
+        if self.writer:
+            self.writer.save(content, self.state.global_step, is_best=is_best, must_succeed=must_succeed)
 
     def _check_weights(self) -> None:
         """Raises NotFiniteError on all ranks where a weight of one is not finite: such a state is never saved."""

@@ -5,12 +5,13 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from engine.checkpoint import resolve_run
+from engine.checkpoint import CheckpointWriter, RunLock, resolve_run
 from engine.loop import Trainer, wrap_model
 from engine.loss import create_loss
 from engine.optimizer import create_schedule
 from engine.state import TrainState
-from utils.distributed import World, from_main, overwrite_from_main
+from utils import signals
+from utils.distributed import World, from_main, overwrite_from_main, was_restarted
 from utils.errors import UserError
 from utils.files import read_checkpoint
 from utils.log import RunLog
@@ -54,10 +55,11 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
     steps_per_epoch = len(batches.train_loader) // args.accum_steps
     schedule, num_epochs = create_schedule(state.optimizer, args, steps_per_epoch)
     size = 'x'.join(str(s) for s in dict.fromkeys(batches.img_size))
-    folder, checkpoint = from_main(resolve_run(
-        output=args.output, kind=kind, experiment=args.experiment, resume=args.resume, name=f'{state.arch}-{size}'))
+    folder, checkpoint = _on_main(
+        world, resolve_run, output=args.output, kind=kind, experiment=args.experiment, resume=args.resume,
+        name=f'{state.arch}-{size}', restarted=was_restarted())
     if checkpoint:
-        content = read_checkpoint(checkpoint)
+        content = read_checkpoint(checkpoint, verified=True)
         state.load_state_dict(content, source=checkpoint, with_optimizer=args.resume_opt)
         _report_differences(content['args'], state.options)
         _logger.info('resumed from %s: epoch %d, step %d', checkpoint, state.epoch, state.step)
@@ -65,16 +67,41 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
         state.start_at(args.start_epoch, steps_per_epoch)
     trainer = Trainer(state, wrap_model(state.model, world), batches, loss=loss, schedule=schedule,
                       num_epochs=num_epochs, precision=precision, args=args, folder=folder)
+    # From here on the folder is this run's, and a signal has the state saved first.
+    lock = _on_main(world, RunLock, folder)
+    writer = CheckpointWriter(folder, keep=args.checkpoint_hist, resumed=checkpoint) if world.is_main else None
+    signals.install()
     _logger.info('run folder: %s', folder)
     log = RunLog(folder if world.is_main else None, options=state.options, global_step=state.global_step,
                  epoch=state.epoch, tensorboard=args.tensorboard)
     try:
-        trainer.fit(log)
+        trainer.fit(log, writer)
     finally:
         log.close()
         batches.train_loader.close()
+        if writer:
+            writer.wait()
+            lock.release()
     _logger.info('checkpoints, curves.png and summary.csv are in %s', folder)
     return state
+
+
+def _on_main(world: World, function, *args, **kwargs):
+    """What rank 0 gets from `function`, on every rank; a lock, which no other rank can have, on rank 0 alone.
+
+    Raises:
+        UserError: on every rank, as `function` does on rank 0.
+    """
+    result, mistake = None, None
+    if world.is_main:
+        try:
+            result = function(*args, **kwargs)
+        except UserError as error:
+            mistake = str(error)
+    shared, mistake = from_main((None if isinstance(result, RunLock) else result, mistake))
+    if mistake:
+        raise UserError(mistake)
+    return result if world.is_main else shared
 
 
 def _report_differences(before: dict, now: dict) -> None:
