@@ -1,0 +1,21 @@
+"""Keeps what the fault tests measured, for the scorecard: T2T_FIGURES names a JSON file."""
+import json
+import os
+from pathlib import Path
+
+_results: dict[str, dict] = {}
+
+
+def pytest_runtest_logreport(report) -> None:
+    """Notes the outcome of every test, with what it recorded by record_property; the worst of its phases counts."""
+    known = _results.setdefault(report.nodeid.split('::', 1)[1], {'outcome': 'passed', 'seconds': 0.0})
+    known['seconds'] = round(known['seconds'] + report.duration, 1)
+    if report.outcome != 'passed':
+        known['outcome'] = report.outcome
+    known.update(report.user_properties)
+
+
+def pytest_sessionfinish() -> None:
+    if path := os.environ.get('T2T_FIGURES'):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(_results, indent=1) + '\n')
