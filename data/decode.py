@@ -24,6 +24,10 @@ MAX_PIXELS = 89_478_485
 """More pixels than this in one image are refused: a quarter of a GiB as RGB. It is where PIL warns."""
 
 
+MAX_RATIO = 200
+"""Longer images, by edge to edge, are refused: resized by their shorter edge they would fill the memory."""
+
+
 class ImageError(UserError):
     """An image file that cannot be decoded. The message names the file and says why."""
 
@@ -32,7 +36,7 @@ def load_rgb(path: str | os.PathLike) -> Image.Image:
     """Decodes the image file `path` to a PIL image of mode RGB.
 
     Raises ImageError if the file is missing, unreadable, truncated, of none of `FORMATS`, of more than
-    `MAX_PIXELS` pixels, or of a kind whose brightness has no defined scale.
+    `MAX_PIXELS` pixels or edges of more than 1 : `MAX_RATIO`, or of a kind whose brightness has no defined scale.
     """
     try:
         with warnings.catch_warnings():
@@ -41,6 +45,8 @@ def load_rgb(path: str | os.PathLike) -> Image.Image:
             with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
+                if max(image.size) > MAX_RATIO * min(image.size):
+                    raise ValueError(f'{image.width} × {image.height} pixels: cut it to at most 1 × {MAX_RATIO}')
                 image.load()
                 return _to_rgb(image)
     except MemoryError:
