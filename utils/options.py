@@ -252,13 +252,28 @@ class _RecipeLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f'the key {key_node.value!r} is there twice', key_node.start_mark)
-            seen.add(key_node.value)
+            problem = None
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == 'tag:yaml.org,2002:merge':
+                problem = 'a key is the name of an option'
+            elif key_node.value.replace('-', '_') in seen:
+                problem = f'the key {key_node.value!r} is there twice'
+            if problem:
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key_node.value.replace('-', '_'))
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node):
+        """As Python reads it: 010 is ten, and 1:30 no number (to YAML they are eight, and ninety)."""
+        for kind in (int, float):
+            try:
+                return kind(node.value)
+            except ValueError:
+                continue
+        return super().construct_yaml_float(node) if node.value.lstrip('+-').lower() in ('.inf', '.nan') else node.value
 
+
+_RecipeLoader.add_constructor('tag:yaml.org,2002:int', _RecipeLoader.construct_number)
+_RecipeLoader.add_constructor('tag:yaml.org,2002:float', _RecipeLoader.construct_number)
 _RecipeLoader.add_implicit_resolver(
     'tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$'), list('-+.0123456789'))
 
@@ -274,10 +289,10 @@ def read_recipe(path: Path, parser: Parser, *, complete: bool = True) -> dict:
         values = yaml.load(path.read_text(encoding='utf-8'), _RecipeLoader)
     except OSError as e:
         raise UserError(f'-c {path}: {e.strerror}: give a recipe such as configs/t2t_vit_14.yaml') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except Exception as e:  # PyYAML raises more than its own errors: ValueError, RecursionError, …
         mark = getattr(e, 'problem_mark', None)
         where = f', line {mark.line + 1}' if mark else ''
-        problem = getattr(e, 'problem', None) or str(e).splitlines()[0]
+        problem = getattr(e, 'problem', None) or f'{type(e).__name__}: {e}'.splitlines()[0]
         raise UserError(f'{path}{where}: not a recipe: {problem}') from None
     if values is None:
         return {}
@@ -322,7 +337,7 @@ def _scalar(path: Path, key: str, value, action: argparse.Action):
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = {int: 'an integer', float: 'a number', str: 'a string (quote it)', bool: 'true or false'}
         expected = ' or '.join(wanted[k] for k in kinds if (k, kind) != (int, float))
-        raise UserError(f'{path}: {key}: {value!r} is not {expected}')
+        raise UserError(f'{path}: {key}: {repr(value)[:80]} is not {expected}')
     if action.type is not None:
         try:
             value = action.type(str(value))

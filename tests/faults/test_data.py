@@ -262,8 +262,8 @@ def compare_evaluations(numbers, tmp_path):
     (tmp_path / 'script.py').write_text(EVALUATION)
     results = {}
     for num_proc in (1, 2):
-        out = succeeded(run_command([sys.executable, '-m', 'utils.launch', num_proc, tmp_path / 'script.py',
-                                     *map(str, numbers), '--device', 'cpu'], ROOT, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'))
+        command = [sys.executable, '-m', 'utils.launch', num_proc, tmp_path / 'script.py', *numbers, '--device', 'cpu']
+        out = succeeded(run_command(command, ROOT, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'))
         text = next(line for line in out.splitlines() if line.startswith('{'))
         results[num_proc] = {int(number): result for number, result in json.loads(text).items()}
     assert list(results[1]) == list(numbers)
