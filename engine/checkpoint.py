@@ -338,20 +338,28 @@ def _folder_of_resume(resume: str, experiment: str, new: Path) -> Path:
     """The folder in which a run goes on, as it was chosen when it first started."""
     if experiment or resume in ('', 'auto'):
         return new
-    path = Path(resume).expanduser()
+    path = Path(resume).expanduser()  # which the run itself may have removed since, after newer ones
     return (path if path.is_dir() else path.parent).resolve()
+
+
+def check_resume(resume: str) -> Path:
+    """The folder of --resume PATH, without reading what is in it, for a check before the data is scanned.
+
+    Raises:
+        UserError: no checkpoint is there.
+    """
+    path = Path(resume).expanduser()
+    folder = path if path.is_dir() else path.parent
+    if not path.is_file() and not ((path.is_dir() or path.name == LAST) and _has_checkpoint(folder)):
+        raise UserError(f"--resume {resume}: no such checkpoint; give a file such as {LAST}, or 'auto'")
+    return folder.resolve()
 
 
 def _asked_for(resume: str) -> Path:
     """The checkpoint of --resume PATH: that file; of a folder, or for its LAST, the newest whole one in it."""
-    path = Path(resume).expanduser()
-    folder = path if path.is_dir() else path.parent
+    path, folder = Path(resume).expanduser(), check_resume(resume)
     if path.is_dir() or path.name == LAST:
-        found = find_checkpoint(folder)
-        if found:
-            return found
-    if not path.is_file():
-        raise UserError(f"--resume {resume}: no such checkpoint; give a file such as {LAST}, or 'auto'")
+        return find_checkpoint(path if path.is_dir() else path.parent)
     try:
         verify(path)
     except UserError as e:
@@ -365,7 +373,7 @@ def _asked_for(resume: str) -> Path:
 
 
 def _has_checkpoint(folder: Path) -> bool:
-    return any(_candidates(folder))
+    return bool(_newest_first(folder)) or any((folder / name).is_file() for name in (LAST, BEST))
 
 
 def _changed(folder: Path) -> int:

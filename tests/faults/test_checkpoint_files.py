@@ -28,6 +28,7 @@ from engine.checkpoint import (
     SAVE_POINTS,
     CheckpointWriter,
     RunLock,
+    check_resume,
     find_checkpoint,
     resolve_run,
     save_atomically,
@@ -232,20 +233,27 @@ def test_points_are_passed_in_their_order(fault, monkeypatch, tmp_path):
 
 # --- Damage ----------------------------------------------------------------------------------------------------------
 
+def tiny_state(*, classes=('a', 'b', 'c'), img_size=32, processes=1, options=None, arch='t2t_vit_7',
+               **kwargs) -> TrainState:
+    """A run's state with a T2T-ViT, its average and AdamW."""
+    model = create_model(arch, img_size=img_size, num_classes=len(classes),
+                         **{'embed_dim': 32, 'depth': 2, 'num_heads': 2, **kwargs})
+    cpu = torch.device('cpu')
+    return TrainState(arch=arch, model=model, optimizer=torch.optim.AdamW(model.parameters()),
+                      ema=ModelEmaV3(model, decay=0.9), scaler=Precision(cpu, enabled=False).scaler,
+                      options={'opt': 'adamw', 'batch_size': 16, 'accum_steps': 1, **(options or {})},
+                      classes=list(classes), world=World(rank=0, local_rank=0, size=processes, device=cpu))
+
+
 @pytest.fixture(scope='module')
 def real(tmp_path_factory) -> Path:
-    """A folder with two checkpoints of a T2T-ViT, its average and AdamW, at steps 1 and 2."""
+    """A folder with two checkpoints of a real run's state, of steps 1 and 2 of its first epoch."""
     folder = tmp_path_factory.mktemp('real')
-    model = create_model('t2t_vit_7', img_size=32, num_classes=3, embed_dim=32, depth=2, num_heads=2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    cpu = torch.device('cpu')
-    state = TrainState(arch='t2t_vit_7', model=model, optimizer=optimizer, ema=ModelEmaV3(model, decay=0.9),
-                       scaler=Precision(cpu, enabled=False).scaler, options={'lr': 0.1}, classes=['a', 'b', 'c'],
-                       world=World(rank=0, local_rank=0, size=1, device=cpu))
+    state = tiny_state()
     for step in (1, 2):
-        model(torch.randn(2, 3, 32, 32)).square().sum().backward()
-        optimizer.step()
-        state.global_step = step
+        state.model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+        state.optimizer.step()
+        state.step = state.global_step = step
         save_checkpoint(state.state_dict(), folder, global_step=step, keep=2, is_best=False)
     return folder
 
@@ -384,6 +392,9 @@ def test_a_file_asked_for_is_that_file_or_an_error_that_names_another(runs):
 
 def test_the_newest_is_found_when_the_link_to_it_is_missing_old_or_alone(runs, tmp_path):
     (runs / LAST).unlink()
+    assert check_resume(runs) == check_resume(runs / LAST) == runs
+    with pytest.raises(UserError, match='no such checkpoint'):
+        check_resume(tmp_path)
     assert resolve(runs) == resolve(runs, runs / LAST) == resolve(runs, runs) == (runs, at(runs, 40))
     with pytest.raises(UserError, match='that run exists'):
         resolve(runs, '')
@@ -416,7 +427,8 @@ def test_processes_started_again_go_on_in_their_own_folder(runs, monkeypatch, tm
     assert resolve(runs, '', restarted=True) == (runs, at(runs, 40))
     other = runs.parent / 'other'
     assert resolve(runs, at(runs, 20), 'other', restarted=True) == (other, at(other, 60))
-    assert resolve(runs, at(runs, 40), '', restarted=True) == (runs, at(runs, 40))
+    at(runs, 10).unlink()
+    assert resolve(runs, at(runs, 10), '', restarted=True) == (runs, at(runs, 40)), 'the run removed its start'
 
 
 def test_a_run_that_went_back_never_goes_on_from_what_it_left(runs, caplog):
@@ -449,6 +461,31 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch, links):
         assert (tmp_path / name).samefile(at(tmp_path, 3)) == links
         assert_same(read_checkpoint(tmp_path / name, verified=True), state_at(3))
     assert find_checkpoint(tmp_path).name in (at(tmp_path, 3).name, LAST)
+
+
+# --- A checkpoint of another run --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(('other', 'said'), [
+    ({'arch': 't2t_vit_10'}, 'a checkpoint of t2t_vit_7, and this run is of t2t_vit_10; say --model t2t_vit_7'),
+    ({'classes': 'ab'}, r'trained on 3 classes \(a, b, c\), this data set has 2 classes \(a, b\)'),
+    ({'classes': 'abd'}, r'trained on 3 classes \(a, b, c\), this data set has 3 classes \(a, b, d\)'),
+    ({'img_size': 64}, r'pos_embed \(1, 5, 32\) in the file, \(1, 17, 32\) here; .*--img-size'),
+    ({'embed_dim': 64}, r'cls_token \(1, 1, 32\) in the file, \(1, 1, 64\) here'),
+    ({'depth': 3}, 'blocks.2.norm1.weight only here'),
+    ({'in_chans': 1}, r'\(192, 147\) in the file, \(192, 49\) here'),
+    ({'processes': 2}, 'middle of an epoch of 16 images a step, this run has 32 .*on 2 process.*-b 8'),
+    ({'processes': 3}, '3 processes cannot share 16; start 1, 2, 4, 8, 16 of them'),
+    ({'options': {'batch_size': 8}}, 'middle of an epoch of 16 images a step, this run has 8'),
+    ({'options': {'opt': 'sgd'}}, "optimizer is adamw, this run's is sgd; say --opt adamw, or --no-resume-opt"),
+])
+def test_a_checkpoint_of_another_run_is_refused_by_name_and_changes_nothing(real, other, said):
+    state = tiny_state(**other)
+    before = {key: tensor.clone() for key, tensor in state.model.state_dict().items()}
+    with pytest.raises(UserError, match=f'^{real / LAST}: .*{said}') as caught:
+        state.load_state_dict(read_checkpoint(real / LAST, verified=True), source=real / LAST)
+    assert '\n' not in str(caught.value)
+    assert_same(dict(state.model.state_dict()), before)
+    assert state.global_step == 0
 
 
 # --- In the background -----------------------------------------------------------------------------------------------
