@@ -5,6 +5,9 @@
 #     SCRIPT=validate.py ./distributed_train.sh 8 /data/imagenet --model t2t_vit_14 --eval_checkpoint PATH
 #     SCRIPT=transfer.py ./distributed_train.sh 2 …
 #
+# After a crash the processes are started again, MAX_RESTARTS times (3), and go on from the run's last checkpoint. SIGTERM,
+# SIGHUP, SIGUSR1 (Slurm) and Ctrl-C have them save first, for which they have GRACE seconds (120).
+#
 # On several machines, say the same on each, with NNODES, NODE_RANK (0, 1, …), MASTER_ADDR and MASTER_PORT set.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -14,6 +17,7 @@ if [ $# -lt 1 ]; then
 fi
 num_proc=$1
 shift
+export T2T_COMMAND="$0"  # for the line that says how to go on
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 # -P: a folder named utils where this is called from is not ours.
 exec "${PYTHON:-python}" -P -m utils.launch "$num_proc" "$here/${SCRIPT:-train.py}" "$@"

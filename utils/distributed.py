@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from utils.errors import HangError, PeerLostError, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve()
+ROOT = HERE.parents[1]
 # Where processes that start at the same time may be apart: imports, a cold disk.
 START = timedelta(minutes=10)
 # Processes that wait in vain for the same one notice it within this many seconds of each other.
@@ -45,8 +46,10 @@ def join(device_name: str, timeout: timedelta = timedelta(minutes=30)) -> World:
 
     Args:
         device_name: 'auto', 'cuda', 'cuda:N' or 'cpu'.
+        timeout: how long a rank waits for the others in a collective before it ends with an error.
     Raises:
         UserError: no such device, or more processes here than GPUs.
+        PeerLostError: not all processes have come.
     """
     rank, size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     local_rank, local_size = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
@@ -54,16 +57,27 @@ def join(device_name: str, timeout: timedelta = timedelta(minutes=30)) -> World:
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if size > 1:
-        store, _, _ = next(dist.rendezvous('env://', timeout=START))
-        # All are here before the time of `timeout`, which may be short, begins to count.
-        store.set(f'joined/{rank}', '')
-        store.wait([f'joined/{other}' for other in range(size)], START)
-        # A device_id makes barriers use the right GPU and communicators come up early.
-        kwargs = {'device_id': device} if device.type == 'cuda' else {}
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank, world_size=size,
-                                timeout=timeout, **kwargs)
+        try:
+            store = _meet(rank, size)
+            # A device_id makes barriers use the right GPU and communicators come up early.
+            kwargs = {'device_id': device} if device.type == 'cuda' else {}
+            dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank,
+                                    world_size=size, timeout=timeout, **kwargs)
+        except RuntimeError as e:
+            raise PeerLostError(f'the processes of the job have not found one another ({_first_line(e)})') from e
         _progress.start(store, rank, size, timeout)
     return World(rank, local_rank, size, device)
+
+
+def _meet(rank: int, size: int) -> dist.Store:
+    """The store that all ranks share, once they have all come."""
+    store, _, _ = next(dist.rendezvous('env://', timeout=START))
+    # The launcher's store holds what the processes before a restart have said, their addresses too.
+    store = dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+    # Only now the time of --timeout, which may be short, begins to count.
+    store.set(f'joined/{rank}', '')
+    store.wait([f'joined/{other}' for other in range(size)], START)
+    return store
 
 
 def _device(name: str, local_rank: int, local_size: int) -> torch.device:
@@ -205,7 +219,7 @@ def explain(error: Exception) -> HangError | PeerLostError | None:
             return HangError(f'waited {seconds} in vain for {"; for ".join(missing)}')
         if missing is not None:
             return HangError(f'waited {seconds} in vain, as all ranks did; see to the network between them')
-    return PeerLostError(f'another process of the job was lost ({text.splitlines()[0][:200]})')
+    return PeerLostError(f'another process of the job was lost ({_first_line(error)})')
 
 
 def _where_main_thread_is() -> str:
@@ -213,10 +227,14 @@ def _where_main_thread_is() -> str:
     frame = sys._current_frames().get(threading.main_thread().ident)
     while frame:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT):
+        if path.is_relative_to(ROOT) and path != HERE:  # whoever calls the helpers of this file says more
             return f'{path.relative_to(ROOT)}:{frame.f_lineno} ({frame.f_code.co_name})'
         frame = frame.f_back
     return 'the libraries'
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _clock(seconds: float) -> str:

@@ -124,7 +124,10 @@ def report(line: str, exit_code: int) -> None:
     """
     error_file = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if error_file and not signals.is_orphan():
-        Path(error_file).write_text(json.dumps({'message': line, 'timestamp': int(time.time())}))
+        # By way of a rename: the launcher must not find half of it, should this process be killed now.
+        written = Path(f'{error_file}.new')
+        written.write_text(json.dumps({'message': line, 'timestamp': int(time.time())}))
+        written.replace(error_file)
     elif os.environ.get('RANK', '0') == '0':
         print(line, file=sys.stderr)
     leave_at_once(exit_code)

@@ -1,0 +1,199 @@
+"""torchrun's agent, which starts the processes of this machine, and again after a crash; with better manners.
+
+Unlike torch's own it
+- restarts after a crash only, not after an end that was decided on (see utils/errors.py), and says in a line why;
+- passes on every signal that asks to stop, and gives the processes `grace` seconds to save;
+- leaves processes that are to end time to do so, and nothing of them behind;
+- shows the stacks of those that the others have waited for in vain.
+"""
+import os
+import signal
+import sys
+import time
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from utils.errors import (
+    DECISIONS,
+    EXIT_BUG,
+    EXIT_CTRL_C,
+    EXIT_HANG,
+    EXIT_INTERRUPTED,
+    EXIT_PEER_LOST,
+    report,
+)
+from utils.signals import ECHO_SECONDS, stoppable
+
+# How long a crash's survivors may take to notice it, or to finish a checkpoint that they write, before they are killed.
+SURVIVAL_SECONDS = 4.0
+STACK_SECONDS = 0.5  # for one process to print its stacks
+
+
+class Stopped(SignalException):
+    """A signal has stopped the job, and no process of it had more to say than that."""
+
+    def __init__(self, number: int, *, killed: bool):
+        name = signal.Signals(number).name
+        if killed:
+            text = f'stopped by {name}; processes that had not ended in the grace time were killed'
+        else:
+            text = f'stopped by {name}, before there was anything to save'
+        super().__init__(f'{text}; --resume auto goes on from the last checkpoint', signal.Signals(number))
+        self.exit_code = 128 + number if killed else EXIT_CTRL_C if number == signal.SIGINT else EXIT_INTERRUPTED
+
+
+class Agent(LocalElasticAgent):
+    """As LocalElasticAgent, whose private methods of this version range (torch 2.11 to 2.14) it replaces.
+
+    Args:
+        grace: seconds from a signal that asks to stop until the processes that are left are killed.
+    """
+
+    def __init__(self, *args, grace: float, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._grace = grace
+        self._watching = False
+        self._signal = 0
+        self._interrupted_at = None
+        for number in stoppable():
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame) -> None:
+        if not self._watching:  # in a rendezvous, which may take minutes, and no process is there yet
+            raise Stopped(number, killed=False)
+        self._signal = self._signal or number
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted_at is None:
+                self._interrupted_at = now
+            elif now - self._interrupted_at > ECHO_SECONDS:
+                self._kill()
+                report('interrupted twice, ended at once; --resume auto goes on from the last checkpoint', EXIT_CTRL_C)
+
+    def _start_workers(self, worker_group):
+        self._failures: dict[int, ProcessFailure] = {}
+        self._killed = set()
+        self._deadline = None
+        self._watching = True
+        return super()._start_workers(worker_group)
+
+    def _monitor_workers(self, worker_group) -> RunResult:
+        """What torch's agent asks ten times a second. After a failure it returns when all processes have ended."""
+        self._pass_on()
+        running = self._poll()
+        is_over = bool(self._failures) or (self._deadline is not None and time.monotonic() > self._deadline)
+        if running and not is_over:
+            return RunResult(state=WorkerState.HEALTHY)
+        if is_over:
+            self._await_the_others()
+            self._show_stacks(worker_group)
+        self._kill()
+        self._watching = False
+        if not self._failures:
+            return RunResult(state=WorkerState.SUCCEEDED,
+                             return_values={worker.global_rank: None for worker in worker_group.workers})
+        return self._judge(worker_group)
+
+    def _pass_on(self) -> None:
+        """Sends the signal that this process has got to all processes, once."""
+        if self._signal and self._deadline is None:
+            self._deadline = time.monotonic() + self._grace
+            for handler in self._handlers().values():
+                if handler.proc.poll() is None:
+                    handler.proc.send_signal(self._signal)
+
+    def _handlers(self) -> dict:
+        return self._pcontext.subprocess_handlers if self._pcontext else {}
+
+    def _poll(self) -> list[int]:
+        """The local ranks that are running; of those that have failed, notes how."""
+        running = []
+        for local_rank, handler in self._handlers().items():
+            code = handler.proc.poll()
+            if code is None:
+                running.append(local_rank)
+            elif code != 0 and local_rank not in self._failures:
+                self._failures[local_rank] = ProcessFailure(local_rank, handler.proc.pid, code,
+                                                            self._pcontext.error_files[local_rank])
+        return running
+
+    def _await_the_others(self) -> None:
+        """Waits for the processes that are left, as long as the way in which the first has ended allows."""
+        failed = time.monotonic()
+        while self._poll():
+            self._pass_on()
+            if self._deadline is None and self._codes() & {EXIT_INTERRUPTED, EXIT_CTRL_C}:
+                self._deadline = failed + self._grace  # one process has got a signal, and they all save
+            if time.monotonic() > (self._deadline or failed + SURVIVAL_SECONDS):
+                return
+            time.sleep(0.05)
+
+    def _codes(self) -> set[int]:
+        return {failure.exitcode for failure in self._failures.values()}
+
+    def _show_stacks(self, worker_group) -> None:
+        """Has the processes print their stacks that did not come to the others; NCCL aborts those that have waited."""
+        if not self._codes() & {EXIT_HANG, -signal.SIGABRT}:
+            return
+        for local_rank in self._poll():
+            process = self._handlers()[local_rank].proc
+            rank = worker_group.workers[local_rank].global_rank
+            _say(f'rank {rank} (process {process.pid}) did not come; its stack:')
+            # In this order a stopped process shows where it was stopped.
+            process.send_signal(signal.SIGUSR2)
+            process.send_signal(signal.SIGCONT)
+            time.sleep(STACK_SECONDS)
+
+    def _kill(self) -> None:
+        """Ends whatever is left of the processes, and what they have started: each is in a session of its own."""
+        for local_rank, handler in self._handlers().items():
+            if handler.proc.poll() is None:
+                self._killed.add(local_rank)
+            try:
+                os.killpg(handler.proc.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass  # all had ended
+        for local_rank in self._killed:
+            self._handlers()[local_rank].proc.wait()
+        self._poll()
+
+    def _judge(self, worker_group) -> RunResult:
+        """The failure that the others followed from, as torch's agent wants it; restarts are over if it was decided."""
+        local_rank, failure = min(self._failures.items(), key=lambda item: self._blame(*item))
+        rank = worker_group.workers[local_rank].global_rank
+        if failure.exitcode in DECISIONS:
+            self._remaining_restarts = 0
+        elif self._signal:
+            raise Stopped(self._signal, killed=bool(self._killed))
+        elif self._remaining_restarts > 0:
+            limit = worker_group.spec.max_restarts
+            _say(f'{describe(rank, failure)}; restart {limit - self._remaining_restarts + 1} of {limit}')
+        return RunResult(state=WorkerState.FAILED, failures={rank: failure})
+
+    def _blame(self, local_rank: int, failure: ProcessFailure) -> tuple:
+        """Least for the failure to be reported: what was decided, then crashes, then what they have led to."""
+        code = failure.exitcode
+        interrupted_first = (EXIT_INTERRUPTED, EXIT_CTRL_C, *DECISIONS)
+        if code in interrupted_first:
+            return 0, interrupted_first.index(code), local_rank
+        if local_rank in self._killed:
+            return 4, 0, local_rank
+        return {EXIT_HANG: 1, EXIT_PEER_LOST: 3}.get(code, 2), 0, local_rank
+
+
+def describe(rank: int, failure: ProcessFailure) -> str:
+    """How a process has ended, in one line: in its own words where it had any."""
+    if failure.exitcode == EXIT_BUG:
+        return f'rank {rank} failed; its traceback is above'
+    if failure.exitcode < 0:
+        number = -failure.exitcode
+        hint = ', as it is when memory runs out' if number == signal.SIGKILL else ''
+        return f'rank {rank} was ended by {signal.Signals(number).name} (signal {number}{hint})'
+    return failure.message
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
