@@ -224,6 +224,8 @@ BAD_RECIPES = {
     'set': 'model: !!set {a, b}',
     'duplicate key': 'lr: 1\nlr: 2',
     'duplicate key in two spellings': 'weight-decay: 1\nweight_decay: 2',
+    'duplicate key in the other two': 'weight_decay: 1\nweight-decay: 2',
+    'word without end': 'lr: ' + 'x' * 5000,
     'duplicate key far away': 'lr: 1\nepochs: 3\namp: true\nlr: 2',
     'bomb of anchors': 'a: &a [x, x, x, x, x, x, x, x, x]\n' + ''.join(
         f'{chr(98 + i)}: &{chr(98 + i)} [{", ".join(["*" + chr(97 + i)] * 9)}]\n' for i in range(12)),
@@ -264,6 +266,13 @@ def test_a_bad_recipe_is_one_line_and_nothing_is_executed(name, tmp_path):
     assert '\n' not in str(caught.value) and len(str(caught.value)) < 500
     assert time.monotonic() - started < 5
     assert not canary.exists()
+
+
+def test_a_key_that_is_no_name_is_called_that(tmp_path):
+    for name in ('list as a key', 'mapping as a key', 'merge'):
+        (tmp_path / 'r.yaml').write_text(BAD_RECIPES[name])
+        with pytest.raises(UserError, match='line 1: not a recipe: a key is the name of an option'):
+            parse('-c', str(tmp_path / 'r.yaml'), '/data')
 
 
 def test_the_attacks_of_recipes_work_on_a_careless_reader(tmp_path):
