@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]
 # Where processes that start at the same time may be apart: imports, a cold disk.
 START = timedelta(minutes=10)
+BEAT = 0.5  # seconds between two words of a rank on where it stands
 # Processes that wait in vain for the same one notice it within this many seconds of each other.
 PATIENCE = 3.0
 LOST = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'Connection refused', 'was aborted',
@@ -118,7 +119,7 @@ def was_restarted() -> bool:
 # --- A process that does not come ------------------------------------------------------------------------------------
 
 class _Progress:
-    """Where each rank stands, told once a second to the store that all share, by a thread that computes nothing."""
+    """Where each rank stands, told twice a second to the store that all share, by a thread: no step waits for it."""
 
     def __init__(self):
         self.step = 0
@@ -146,7 +147,7 @@ class _Progress:
                 store.set(f'progress/{self._rank}', json.dumps(told))
             except RuntimeError:
                 return  # the launcher is gone, and its store
-            if self._stopped.wait(1):
+            if self._stopped.wait(BEAT):
                 return
 
     def missing(self) -> list[str] | None:

@@ -33,6 +33,7 @@ def prepare() -> None:
         return  # only a test calls a script's main like this
     # A Ctrl-C stays Python's KeyboardInterrupt: what is to be tidied up gets its chance.
     _handle(_end_at_once, set(STOPPING) - {'SIGINT'})
+    faulthandler.enable()  # a crash in a library shows where it was called
     if hasattr(signal, 'SIGUSR2'):
         faulthandler.register(signal.SIGUSR2, all_threads=True)
     _follow_launcher()
