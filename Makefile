@@ -25,7 +25,7 @@ test-slow: $(ABSOLUTE_VENV)/.installed-dev
 	$(RUN) -m pytest -m slow
 
 test-faults: $(ABSOLUTE_VENV)/.installed-dev
-	T2T_FIGURES=benchmarks/results/faults.json $(RUN) -m pytest tests/faults
+	T2T_FIGURES=output/faults.json $(RUN) -m pytest tests/faults
 
 lint: $(ABSOLUTE_VENV)/.installed-dev
 	$(RUN) -m ruff check .

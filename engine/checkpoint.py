@@ -18,8 +18,8 @@ import logging
 import os
 import shutil
 import socket
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -452,7 +452,9 @@ class CheckpointWriter:
     def __init__(self, folder: Path, *, keep: int, resumed: Path | None = None):
         self.folder, self.keep = folder, keep
         self._snapshot = _Snapshot()
-        self._thread = None
+        # One thread for all saves: a thread that ends while a loader forks can leave the new process in a deadlock.
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix='checkpoint')
+        self._running = None
         self._pending = None  # the save under way, or the last one if it failed: (content, global_step, is_best)
         self._error = None
         self._saved = 0
@@ -486,8 +488,7 @@ class CheckpointWriter:
         if self._pending and self._pending[2]:
             self._write()  # the best so far is in no file yet
         self._pending = self._snapshot.take(content), global_step, is_best
-        self._thread = threading.Thread(target=self._write, name='checkpoint')
-        self._thread.start()
+        self._running = self._executor.submit(self._write)
         if must_succeed:
             self.close()
 
@@ -510,9 +511,9 @@ class CheckpointWriter:
                             'the checkpoint before')
 
     def _join(self) -> None:
-        if self._thread:
-            self._thread.join()
-            self._thread = None
+        if self._running:
+            self._running.result()
+            self._running = None
         self._raise_unexpected()
 
     def _raise_unexpected(self) -> None:

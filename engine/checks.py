@@ -4,11 +4,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.checkpoint import LAST
+from engine.checkpoint import check_resume
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule
-from utils.distributed import World
-from utils.errors import UserError
+from utils.distributed import World, was_restarted
 from utils.files import read_checkpoint
 from utils.log import check_folder
 
@@ -23,12 +22,9 @@ def check_run_options(args, world: World, *, kind: str) -> None:
     create_schedule(create_optimizer([group], args), args, steps_per_epoch=1)
     create_loss(args, soft_targets=False)
     folder = Path(args.output).expanduser() / kind / args.experiment
-    if args.resume not in ('', 'auto'):
-        checkpoint = Path(args.resume).expanduser()
-        checkpoint = checkpoint / LAST if checkpoint.is_dir() else checkpoint
-        if not checkpoint.is_file():
-            raise UserError(f"--resume {args.resume}: no such checkpoint; give a file such as {LAST}, or 'auto'")
-        folder = folder if args.experiment else checkpoint.parent
+    if args.resume not in ('', 'auto') and not was_restarted():
+        start = check_resume(args.resume)
+        folder = folder if args.experiment else start
     if world.is_main:
         check_folder(folder, '--output')
         for path in (args.initial_checkpoint, getattr(args, 'transfer_model', None)):

@@ -21,7 +21,8 @@ _logger = logging.getLogger(__name__)
 
 # Options that may differ between a run and its continuation without changing what is computed.
 HARMLESS = {'data', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download',
-            'checkpoint_steps', 'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier'}
+            'checkpoint_steps', 'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier',
+            'max_bad_images', 'max_bad_val_images', 'timeout'}
 
 
 def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str],
@@ -63,7 +64,8 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
         state.load_state_dict(content, source=checkpoint, with_optimizer=args.resume_opt)
         _report_differences(content['args'], state.options)
         _logger.info('resumed from %s: epoch %d, step %d', checkpoint, state.epoch, state.step)
-    if args.start_epoch is not None:
+    went_on = was_restarted() and checkpoint and content['args'].get('start_epoch') == args.start_epoch
+    if args.start_epoch is not None and not went_on:
         state.start_at(args.start_epoch, steps_per_epoch)
     trainer = Trainer(state, wrap_model(state.model, world), batches, loss=loss, schedule=schedule,
                       num_epochs=num_epochs, precision=precision, args=args, folder=folder)
@@ -79,6 +81,7 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
     finally:
         log.close()
         batches.train_loader.close()
+        batches.val_loader.close()
         if writer:
             writer.wait()
             lock.release()

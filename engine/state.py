@@ -15,6 +15,9 @@ _logger = logging.getLogger(__name__)
 VERSION = 2
 SAVED = ('version', 'arch', 'epoch', 'step', 'global_step', 'state_dict', 'state_dict_ema', 'optimizer', 'amp_scaler',
          'metric', 'best_metric', 'best_epoch', 'skipped_steps', 'skipped_in_a_row', 'ranks', 'args', 'classes')
+KINDS = {'version': int, 'arch': str, 'epoch': int, 'step': int, 'global_step': int, 'state_dict': dict,
+         'optimizer': dict, 'amp_scaler': dict, 'skipped_steps': int, 'skipped_in_a_row': int, 'ranks': list,
+         'args': dict, 'classes': list}
 # What every rank has of its own.
 SUMS = ('loss_sums', 'window_sums', 'bad_images')
 
@@ -156,6 +159,11 @@ class TrainState:
         if missing:
             raise UserError(f'{source}: not a checkpoint that a run can continue from (it has no '
                             f'{", ".join(sorted(missing))}); --initial-checkpoint starts a new run from its weights')
+        wrong = [name for name, kind in KINDS.items() if not isinstance(state[name], kind)]
+        wrong = wrong or [key for key, value in state['state_dict'].items() if not isinstance(value, torch.Tensor)]
+        if wrong:
+            raise UserError(f'{source}: not as a run leaves it ({", ".join(wrong[:3])}); resume another of its '
+                            'checkpoints')
         if state['version'] > VERSION:
             raise UserError(f"{source}: saved by a newer version of this program (format {state['version']}, "
                             f'this one reads up to {VERSION}); update to resume it')
@@ -171,7 +179,11 @@ class TrainState:
             raise UserError(f'{source}: stands in the middle of an epoch of {per_step[0]} images a step, this run has '
                             f'{per_step[1]} (processes x --batch-size x --accum-steps); '
                             f'{_fitting(per_step[0], self.world.size)}')
-        theirs, ours = state['state_dict'], self.model.state_dict()
+        for entry in ('state_dict', 'state_dict_ema') if self.ema and state['state_dict_ema'] else ('state_dict',):
+            self._check_weights(state[entry], source)
+
+    def _check_weights(self, theirs: dict[str, torch.Tensor], source) -> None:
+        ours = self.model.state_dict()
         different = [f'{k} {tuple(theirs[k].shape)} in the file, {tuple(ours[k].shape)} here'
                      for k in ours if k in theirs and theirs[k].shape != ours[k].shape]
         different += [f'{k} only in the file' for k in theirs if k not in ours]
@@ -179,7 +191,8 @@ class TrainState:
         if different:
             more = f' and {len(different) - 3} more' if len(different) > 3 else ''
             raise UserError(f'{source}: other sizes than this run: {"; ".join(different[:3])}{more}; give the '
-                            '--num-classes and --img-size of the checkpoint, or start anew with --initial-checkpoint')
+                            '--num-classes, --img-size and --model-kwargs of the checkpoint, or start anew with '
+                            '--initial-checkpoint')
 
 
 def _fitting(images: int, processes: int) -> str:

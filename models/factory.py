@@ -67,7 +67,12 @@ def create_model(
         'global_pool': global_pool, **rates, **kwargs,
     }
     arguments = {argument: value for argument, value in arguments.items() if value is not None}
-    model, left_out = _create(name, pretrained, arguments)
+    try:
+        model, left_out = _create(name, pretrained, arguments)
+    except (TypeError, RuntimeError, ZeroDivisionError) as error:
+        if not kwargs:  # what has a name here is checked above
+            raise
+        raise UserError(f'model {name} with {kwargs}: {str(error).splitlines()[0]}') from error
     for argument in left_out:
         # Any other argument changes nothing at its default; an image size is a mere hint to such a model.
         level = logging.WARNING if argument != 'img_size' and arguments[argument] else logging.INFO
