@@ -118,6 +118,9 @@ class Agent(LocalElasticAgent):
             elif code != 0 and local_rank not in self._failures:
                 self._failures[local_rank] = ProcessFailure(local_rank, handler.proc.pid, code,
                                                             self._pcontext.error_files[local_rank])
+                # Loader workers outlive it for seconds, and with them its connections, which they have inherited: as
+                # long as these are open the other ranks wait.
+                _kill_session(handler.proc.pid)
         return running
 
     def _await_the_others(self) -> None:
@@ -148,14 +151,11 @@ class Agent(LocalElasticAgent):
             time.sleep(STACK_SECONDS)
 
     def _kill(self) -> None:
-        """Ends whatever is left of the processes, and what they have started: each is in a session of its own."""
+        """Ends whatever is left of the processes, and what they have started."""
         for local_rank, handler in self._handlers().items():
             if handler.proc.poll() is None:
                 self._killed.add(local_rank)
-            try:
-                os.killpg(handler.proc.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass  # all had ended
+            _kill_session(handler.proc.pid)
         for local_rank in self._killed:
             self._handlers()[local_rank].proc.wait()
         self._poll()
@@ -182,6 +182,14 @@ class Agent(LocalElasticAgent):
         if local_rank in self._killed:
             return 4, 0, local_rank
         return {EXIT_HANG: 1, EXIT_PEER_LOST: 3}.get(code, 2), 0, local_rank
+
+
+def _kill_session(leader: int) -> None:
+    """Kills all processes that a process of ours has started, and itself: each has a session of its own."""
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass  # all had ended
 
 
 def describe(rank: int, failure: ProcessFailure) -> str:
