@@ -146,9 +146,9 @@ def create_eval_loader(args, dataset, image: Input, world: World) -> tuple[Loade
     prepare = BatchPreparer(world.device, mean=image.mean, std=image.std, channels_last=args.channels_last)
     batch_size = args.batch_size * args.validation_batch_size_multiplier
     sampler = EvalSampler(len(dataset), batch_size, rank=world.rank, world_size=world.size)
-    # Evaluation comes between epochs: its workers need not stay.
+    # Its workers stay between epochs: to fork while threads end, as those of a loader that was used up, can deadlock.
     loader = create_loader(dataset, _create_eval_transform(image), sampler, seed=args.seed, workers=args.workers,
-                           pin_memory=args.pin_mem, persistent=False, max_bad_images=args.max_bad_val_images)
+                           pin_memory=args.pin_mem, max_bad_images=args.max_bad_val_images)
     return loader, prepare
 
 
