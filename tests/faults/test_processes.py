@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, SECONDS, assert_same, run_command, succeeded
+from utils.agent import SURVIVAL_SECONDS
 from utils.files import read_checkpoint
 
 RUN = ('--dataset', 'digits', '--only-classes', '0-2', '--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu',
@@ -303,6 +304,20 @@ def test_a_process_that_does_not_end_in_the_grace_time_is_killed(tmp_path):
         os.kill(job.launcher.pid, signal.SIGTERM)
         code, said = job.ended()
     assert code == 128 + signal.SIGTERM and 'stopped by SIGTERM' in said and 'were killed' in said, said
+
+
+@pytest.mark.faults
+def test_a_process_that_has_ended_does_not_cut_short_what_another_one_saves(tmp_path):
+    """Rank 1 has nothing to write and ends at once; rank 0 takes longer than the survivors of a crash are given."""
+    with Job(tmp_path, '-j', '0', '--experiment', 'run', '--checkpoint-steps', '0',
+             T2T_FAULTS=f'step@{STEP}#1=term,save.written#0=stop') as job:
+        saving = job.stopped_rank(0)
+        _eventually(lambda: job.rank(1) is None)
+        time.sleep(SURVIVAL_SECONDS + 1)
+        os.kill(saving, signal.SIGCONT)
+        code, said = job.ended()
+    assert code == 75 and 'the state is saved' in said, said
+    assert_nothing_lost(tmp_path / 'runs/train/run')
 
 
 @pytest.mark.faults
