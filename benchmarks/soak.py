@@ -6,7 +6,7 @@
 The faults are drawn from the seed: processes killed in a step, in every part of a save and in the evaluation, signals
 to workers and to the launcher, a full disk, and damage to the newest checkpoint between two starts. After each the
 same command is given again. The line at the end says `same final state`, or what differs. A record of the faults goes
-to --output as JSON; tools/scorecard.py makes benchmarks/results/reliability.md of it.
+to --output as JSON, and benchmarks/results/reliability.md is written anew from it and from the other results.
 """
 import argparse
 import json
@@ -191,6 +191,8 @@ def main() -> None:
     args.output.write_text(json.dumps(record, indent=1) + '\n')
     if not args.keep_runs:
         shutil.rmtree(folder)
+    from benchmarks.scorecard import write_scorecard
+    write_scorecard()
     print(f'{len(faults)} faults, {steps} steps, {len(logs[0])} log lines of which {lines} differ')
     print('same final state' if not unequal and not lines else f'OTHER final state: {unequal[:10]}')
     sys.exit(bool(unequal or lines))
