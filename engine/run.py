@@ -11,7 +11,7 @@ from engine.loss import create_loss
 from engine.optimizer import create_schedule
 from engine.state import TrainState
 from utils import signals
-from utils.distributed import World, from_main, overwrite_from_main, was_restarted
+from utils.distributed import World, from_main, hang_explained, overwrite_from_main, was_restarted
 from utils.errors import UserError
 from utils.files import read_checkpoint
 from utils.log import RunLog
@@ -77,7 +77,8 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
     log = RunLog(folder if world.is_main else None, options=state.options, global_step=state.global_step,
                  epoch=state.epoch, tensorboard=args.tensorboard)
     try:
-        trainer.fit(log, writer)
+        with hang_explained():  # before anything else: the other ranks ask within seconds who has waited
+            trainer.fit(log, writer)
     finally:
         log.close()
         batches.train_loader.close()
