@@ -388,18 +388,6 @@ def test_parameter_groups():
     assert [scales[id(parameter)] for parameter in depths] == [0.5 ** 4, 0.5 ** 4, 0.5 ** 3, 0.5, 1.]
 
 
-def test_gradient_checkpointing_changes_nothing():
-    model, images = tiny_model(), torch.randn(2, 3, 64, 64)
-    gradients = []
-    for enable in (False, True):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        model(images).square().sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    for expected, ours in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, expected)
-
-
 @pytest.mark.parametrize('tokens_type', TOKENS)
 def test_compiles_without_graph_breaks(tokens_type):
     model, images = tiny_model(tokens_type), torch.randn(1, 3, 64, 64)
