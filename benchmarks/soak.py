@@ -147,6 +147,9 @@ def main() -> None:
     parser.add_argument('--output', type=Path, default=ROOT / 'benchmarks/results/soak.json')
     parser.add_argument('--keep-runs', type=Path, help='folder for the two runs (default: a temporary one)')
     args = parser.parse_args()
+    # Whoever starts this in the background has these ignored, which what it starts would inherit, and respect.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     rng = random.Random(args.seed)
     folder = args.keep_runs or Path(tempfile.mkdtemp(prefix='soak-'))
     runs = folder / 'train'

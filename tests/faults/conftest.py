@@ -1,9 +1,16 @@
 """Keeps what the fault tests measured, for the scorecard: T2T_FIGURES names a JSON file."""
 import json
 import os
+import signal
 from pathlib import Path
 
 _results: dict[str, dict] = {}
+
+# Whoever starts the tests in the background has these ignored, which what they start would inherit, and respect.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_runtest_logreport(report) -> None:
