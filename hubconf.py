@@ -9,8 +9,8 @@ The arguments are those of timm.create_model.
 import timm as _timm
 
 from models import create_from_config  # noqa: F401 (an entry point)
+from models import our_models as _our_models
 
 dependencies = ['torch', 'timm', 'safetensors', 'yaml']
 
-for _module in ('t2t_vit', 'ablations'):
-    globals().update({_name: _timm.model_entrypoint(_name) for _name in _timm.list_models(module=_module)})
+globals().update({_name: _timm.model_entrypoint(_name) for _name in _our_models()})

@@ -255,7 +255,7 @@ def _shield_worker(worker_id: int):
     A SIGTERM from the main process itself, which is how PyTorch ends a worker that hangs, ends it as ever;
     and a worker whose main process is gone ends by itself.
     """
-    for name in ('SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2'):
+    for name in ('SIGINT', 'SIGHUP', 'SIGQUIT', 'SIGUSR1', 'SIGUSR2'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, 'sigwaitinfo'):  # on Linux; only this tells who sent a signal

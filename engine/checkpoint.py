@@ -574,5 +574,5 @@ class _Snapshot:
             return copied
         if isinstance(value, list | tuple):
             items = [self._copy(item, (*where, index), before) for index, item in enumerate(value)]
-            return type(value)(items)
+            return type(value)(*items) if hasattr(value, '_fields') else type(value)(items)
         return copy.deepcopy(value)

@@ -14,7 +14,7 @@ from engine.checkpoint import CheckpointWriter
 from engine.evaluate import evaluate
 from engine.state import TrainState
 from utils import signals
-from utils.distributed import World, max_over_ranks, note_progress, overwrite_from_main, sum_over_ranks
+from utils.distributed import World, from_main, max_over_ranks, note_progress, overwrite_from_main, sum_over_ranks
 from utils.errors import InterruptedRun, NotFiniteError, UserError
 from utils.faults import fault_point
 from utils.log import RunLog, format_seconds, progress_bar
@@ -30,7 +30,11 @@ def wrap_model(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     device_ids = [world.device] if world.device.type == 'cuda' else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # DDP puts the gradients into other buckets after its first step, and from three ranks on a sum depends on where in
+    # a bucket it is taken: the first step after a resume would not be that of a run that went on. So, from the first.
+    wrapped.reducer._push_all_rebuilt_params()
+    return wrapped
 
 
 class Trainer:
@@ -79,6 +83,8 @@ class Trainer:
         while state.epoch < self.num_epochs:
             epoch_started = time.perf_counter()
             self.schedule.step(state.epoch)
+            if state.step:  # the rate of the step before, should no other one follow
+                self.schedule.step_update(state.global_step - 1)
             if self.args.mixup_off_epoch:
                 self.prepare_train.mixup_enabled = state.epoch < self.args.mixup_off_epoch
             training = self._train_epoch()
@@ -184,8 +190,10 @@ class Trainer:
             raise NotFiniteError(
                 f'the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to epoch {state.epoch}, '
                 f'step {state.step}; none of them changed a weight. {ADVICE}')
-        _logger.warning('epoch %d, step %d: the gradient is not finite, the step is skipped (%d so far, %d in a row)',
-                        state.epoch, state.step, state.skipped_steps, state.skipped_in_a_row)
+        if state.world.is_main:
+            _logger.warning(
+                'epoch %d, step %d: the gradient is not finite, the step is skipped (%d so far, %d in a row)',
+                state.epoch, state.step, state.skipped_steps, state.skipped_in_a_row)
 
     def _signal_to_stop(self) -> int:
         """The signal that asks to stop, or 0: the same on all ranks, whichever got it, so that all stop here."""
@@ -254,8 +262,16 @@ class Trainer:
     def _save(self, *, is_best: bool = False, must_succeed: bool = False) -> None:
         self._check_weights()
         content = self.state.state_dict()  # every rank has a part in it
+        mistake = None
         if self.writer:
-            self.writer.save(content, self.state.global_step, is_best=is_best, must_succeed=must_succeed)
+            self.log.sync()  # a line is on the disk before the checkpoint that it led to
+            try:
+                self.writer.save(content, self.state.global_step, is_best=is_best, must_succeed=must_succeed)
+            except UserError as error:
+                mistake = str(error)
+        # No rank may say that the state is saved where rank 0 could not.
+        if must_succeed and (mistake := from_main(mistake)):
+            raise UserError(mistake)
 
     def _check_weights(self) -> None:
         """Raises NotFiniteError on all ranks where a weight of one is not finite: such a state is never saved."""

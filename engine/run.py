@@ -61,8 +61,11 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
         name=f'{state.arch}-{size}', restarted=was_restarted())
     if checkpoint:
         content = read_checkpoint(checkpoint, verified=True)
-        state.load_state_dict(content, source=checkpoint, with_optimizer=args.resume_opt)
-        _report_differences(content['args'], state.options)
+        # What was asked for once is not to be done again where the launcher starts the processes anew.
+        again = was_restarted() and not content['args'].get('resume_opt', True)
+        state.load_state_dict(content, source=checkpoint, with_optimizer=args.resume_opt or again)
+        if world.is_main:
+            _report_differences(content['args'], state.options)
         _logger.info('resumed from %s: epoch %d, step %d', checkpoint, state.epoch, state.step)
     went_on = was_restarted() and checkpoint and content['args'].get('start_epoch') == args.start_epoch
     if args.start_epoch is not None and not went_on:

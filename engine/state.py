@@ -82,7 +82,8 @@ class TrainState:
 
         Every rank must call it, since each has generators and sums of its own.
         """
-        ranks = gather({'rng': get_rng_state(self.world.device), **{name: getattr(self, name).cpu() for name in SUMS}})
+        ranks = gather({'rng': get_rng_state(self.world.device), 'statistics': [b.cpu() for b in self._statistics()],
+                        **{name: getattr(self, name).cpu() for name in SUMS}})
         return {
             'version': VERSION,
             'arch': self.arch,
@@ -102,6 +103,14 @@ class TrainState:
             'args': self.options,
             'classes': self.classes,
         }
+
+    def _statistics(self) -> list[torch.Tensor]:
+        """The running statistics that this rank has of its own, until --dist-bn reduce averages them."""
+        if self.options.get('dist_bn') != 'reduce' or self.world.size == 1:
+            return []
+        models = [self.model] + ([self.ema.module] if self.ema else [])
+        return [buffer for model in models for module in model.modules()
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) for buffer in module.buffers()]
 
     def load_state_dict(self, state: dict[str, Any], *, source, with_optimizer: bool = True) -> None:
         """Puts everything back, or raises and changes nothing.
@@ -147,8 +156,11 @@ class TrainState:
             set_rng_state(mine['rng'], self.world.device)
             for name in SUMS:
                 getattr(self, name).copy_(mine[name])
+            for buffer, saved in zip(self._statistics(), mine['statistics'], strict=True):
+                buffer.copy_(saved)
             return
-        _logger.warning('the checkpoint is of %d processes, this run has %d: it goes on at the same point, '
+        if self.world.is_main:
+            _logger.warning('the checkpoint is of %d processes, this run has %d: it goes on at the same point, '
                         'but not with the same random numbers', len(ranks), self.world.size)
         if self.world.is_main:
             for name in SUMS:

@@ -37,7 +37,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from .layers import Attention, Block, attend
-from .t2t_vit import T2TViT, checkpoint_filter_fn, init_weights, pretrained_cfg
+from .t2t_vit import T2TViT, build_t2t_vit, init_weights, pretrained_cfg
 from .tokens_to_token import SOFT_SPLITS
 
 __all__ = ['ConvolutionTokens', 'DenseBlock', 'GhostBlock', 'SEBlock', 'SEViTBlock', 'T2TViTDense', 'Transition']
@@ -352,17 +352,6 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _build_t2t_vit(
-        model_class: type[T2TViT], name: str, pretrained: bool, given: dict[str, Any], **architecture: Any) -> T2TViT:
-    """Build a T2T-ViT of this architecture; the arguments that the user has `given` come first."""
-    return build_model_with_cfg(
-        model_class, name, pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': 3, 'feature_cls': 'getter'},
-        **{**architecture, **given},
-    )
-
-
 def _build_vit(name: str, pretrained: bool, given: dict[str, Any], **architecture: Any) -> VisionTransformer:
     """Build timm's ViT as the paper trained it; the arguments that the user has `given` come first.
 
@@ -381,25 +370,25 @@ def _build_vit(name: str, pretrained: bool, given: dict[str, Any], **architectur
 @register_model
 def t2t_vit_14_se(pretrained: bool = False, **kwargs: Any) -> T2TViT:
     """Build T2T-ViT-14 with squeeze-excitation in its attention; see `T2TViT` for the arguments."""
-    return _build_t2t_vit(T2TViT, 't2t_vit_14_se', pretrained, kwargs, block_fn=SEBlock)
+    return build_t2t_vit(T2TViT, 't2t_vit_14_se', pretrained, kwargs, block_fn=SEBlock)
 
 
 @register_model
 def t2t_vit_dense(pretrained: bool = False, **kwargs: Any) -> T2TViTDense:
     """Build T2T-ViT with dense connections; see `T2TViTDense` for the arguments."""
-    return _build_t2t_vit(T2TViTDense, 't2t_vit_dense', pretrained, kwargs)
+    return build_t2t_vit(T2TViTDense, 't2t_vit_dense', pretrained, kwargs)
 
 
 @register_model
 def t2t_vit_16_ghost(pretrained: bool = False, **kwargs: Any) -> T2TViT:
     """Build T2T-ViT of 16 blocks with ghost operations; see `T2TViT` for the arguments."""
-    return _build_t2t_vit(T2TViT, 't2t_vit_16_ghost', pretrained, kwargs, depth=16, block_fn=GhostBlock)
+    return build_t2t_vit(T2TViT, 't2t_vit_16_ghost', pretrained, kwargs, depth=16, block_fn=GhostBlock)
 
 
 @register_model
 def t2t_vit_c_14(pretrained: bool = False, **kwargs: Any) -> T2TViT:
     """Build T2T-ViT-14 on convolution tokens; see `T2TViT` for the arguments."""
-    return _build_t2t_vit(
+    return build_t2t_vit(
         T2TViT, 't2t_vit_c_14', pretrained, kwargs, tokens_type='convolution', tokens_fn=ConvolutionTokens)
 
 

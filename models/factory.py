@@ -67,12 +67,16 @@ def create_model(
         'global_pool': global_pool, **rates, **kwargs,
     }
     arguments = {argument: value for argument, value in arguments.items() if value is not None}
+    given = {argument: value for argument, value in kwargs.items() if value is not None}
     try:
         model, left_out = _create(name, pretrained, arguments)
+    except UserError:
+        raise
     except (TypeError, RuntimeError, ZeroDivisionError) as error:
-        if not kwargs:  # what has a name here is checked above
+        if not given:  # what has a name here is checked above, so that this is no mistake of the user
             raise
-        raise UserError(f'model {name} with {kwargs}: {str(error).splitlines()[0]}') from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f'model {name} with {given}: {reason}') from error
     for argument in left_out:
         # Any other argument changes nothing at its default; an image size is a mere hint to such a model.
         level = logging.WARNING if argument != 'img_size' and arguments[argument] else logging.INFO
@@ -178,10 +182,10 @@ def create_from_config(path: str | os.PathLike, **overrides: Any) -> nn.Module:
         backbone, head = split_head(create_from_config('configs/t2t_vit_14.yaml', num_classes=10))
 
     Args:
-        path: a recipe such as configs/t2t_vit_14.yaml, or the args.yaml of a run; what it says of data and training
-            has no effect.
+        path: a recipe such as configs/t2t_vit_14.yaml; what it says of data and training has no effect. Where it does
+            not say num_classes, they are those of the model's published weights.
         overrides: options that the recipe does not have, or that it has otherwise: num_classes, img_size,
-            initial_checkpoint, pretrained, …
+            initial_checkpoint, pretrained, …; of the types that a recipe has.
 
     Raises:
         UserError: no such file, a value of the wrong type, no model in it, and as create_model and load_weights.
@@ -195,6 +199,9 @@ def create_from_config(path: str | os.PathLike, **overrides: Any) -> nn.Module:
     unknown = overrides.keys() - defaults.keys()
     if unknown:
         raise UserError(f'{min(unknown)!r} is no option of a model; the options are those of train.py --help')
+    overrides = {name: 'x'.join(map(str, value)) if isinstance(value, tuple) else value
+                 for name, value in overrides.items()}
+    overrides = options.check_values(overrides, parser, source='create_from_config')
     args = options.Options(**{**defaults, **recipe, **overrides}).freeze()
     return create_model_from_options(args, num_classes=args.num_classes)
 

@@ -10,7 +10,7 @@ State dict keys, shapes and order are those of the authors' released checkpoints
 Dimensions: B images, N grid tokens, C channels of the backbone, H × W grid; the class token makes it N + 1.
 """
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -119,6 +119,7 @@ class T2TViT(nn.Module):
         self.norm = norm_layer(embed_dim, **dd)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.aux_weight = aux_weight
+        self.has_aux_head = aux_head
         self.aux_head = nn.Linear(embed_dim, num_classes, **dd) if aux_head and num_classes > 0 else None
 
         nn.init.trunc_normal_(self.cls_token, std=.02)
@@ -153,8 +154,7 @@ class T2TViT(nn.Module):
             self.global_pool = _checked_pooling(global_pool)
         self.num_classes = num_classes
         self.head = self._new_classifier(num_classes) if num_classes > 0 else nn.Identity()
-        if self.aux_head is not None:
-            self.aux_head = self._new_classifier(num_classes) if num_classes > 0 else None
+        self.aux_head = self._new_classifier(num_classes) if self.has_aux_head and num_classes > 0 else None
 
     def _new_classifier(self, num_classes: int) -> nn.Linear:
         """Return an initialised linear layer on the device and of the dtype of the model."""
@@ -360,25 +360,31 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     return fit_to_model(state_dict_of(state_dict), model, to_2tuple(saved_size) if saved_size else None)[0]
 
 
-def build_t2t_vit(name: str, pretrained: bool = False, **kwargs) -> T2TViT:
-    """Build the registered variant `name`; `kwargs` are the arguments of `T2TViT` and of timm's builder."""
-    architecture = VARIANTS[name]._asdict()
-    del architecture['release']
+def build_t2t_vit(
+        model_class: type[T2TViT],
+        name: str,
+        pretrained: bool,
+        given: dict[str, Any],
+        **architecture: Any,
+) -> T2TViT:
+    """Build the registered model `name` of this architecture; the arguments that the user has `given` come first."""
     # The position embedding of weights trained at 384 pixels has that size, unless another one is asked for.
-    weights = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    weights = resolve_pretrained_cfg(name, given.get('pretrained_cfg'), given.get('pretrained_cfg_overlay'))
     architecture['img_size'] = tuple(weights.input_size[-2:])
     return build_model_with_cfg(
-        T2TViT, name, pretrained,
+        model_class, name, pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={'out_indices': 3, 'feature_cls': 'getter'},
-        **{**architecture, **kwargs},
+        **{**architecture, **given},
     )
 
 
 def _entrypoint(name: str) -> Callable[..., T2TViT]:
     """Return the function that timm calls to create the variant `name`."""
     def entrypoint(pretrained: bool = False, **kwargs) -> T2TViT:
-        return build_t2t_vit(name, pretrained, **kwargs)
+        architecture = VARIANTS[name]._asdict()
+        del architecture['release']
+        return build_t2t_vit(T2TViT, name, pretrained, kwargs, **architecture)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f'Build {name}; see `T2TViT` for the arguments.'

@@ -16,7 +16,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from models import T2TViT, create_model
 from models.layers import sinusoid_table
 from models.t2t_vit import VARIANTS
-from models.tokens_to_token import TokenPerformer, performer_attention, token_grid
+from models.tokens_to_token import SOFT_SPLITS, SoftSplit, TokenPerformer, performer_attention, token_grid
 from tests.golden import GOLDEN, assert_golden, gmacs, relative_error
 from utils.errors import UserError
 
@@ -280,6 +280,8 @@ def test_registration():
 
 def test_weights_trained_at_384_bring_their_size():
     with torch.device('meta'):
+        other = timm.create_model('t2t_vit_14_se', pretrained_cfg_overlay={'input_size': (3, 384, 384)})
+        assert other.grid_size == (24, 24)
         model = timm.create_model('t2t_vit_14.in1k_384')
         smaller = timm.create_model('t2t_vit_14.in1k_384', img_size=224)
     assert (model.grid_size, smaller.grid_size) == ((24, 24), (14, 14))
@@ -300,6 +302,16 @@ def test_aux_head_adds_half_of_the_maximum_over_tokens():
     assert model(images).shape == (2, 7) and model.aux_head.weight.shape == (7, 32)
     model.reset_classifier(0)
     assert model.aux_head is None and torch.equal(model(images), tokens[:, 0])
+    model.reset_classifier(3)
+    assert model.get_classifier()[1].weight.shape == (3, 32)
+
+
+def test_the_grid_is_that_of_the_soft_splits():
+    for size in ((224, 224), (17, 100), (33, 16)):
+        grid = size
+        for split in SOFT_SPLITS:
+            grid = SoftSplit(*split).grid_size(*grid)
+        assert token_grid(*size) == grid
 
 
 def test_set_input_size():

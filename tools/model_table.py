@@ -77,12 +77,12 @@ def count(name: str, img_size: tuple[int, int] | None) -> tuple[Counts, tuple[in
         except (AssertionError, ValueError, RuntimeError) as error:
             raise UserError(f'{name} does not take images of {size[0]} × {size[1]} ({error}); '
                             'give another --img-size') from error
-    # Statistics of batch norm are in the state dict, but nobody calls them parameters.
-    statistics = sum(buffer.numel() for key, buffer in model.named_buffers()
-                     if key.endswith(('running_mean', 'running_var', 'num_batches_tracked')))
-    state = sum(tensor.numel() for tensor in model.state_dict().values())
     trained = sum(parameter.numel() for parameter in model.parameters())
-    return Counts(state - statistics, trained, counter.get_total_flops() / 2, totals['macs'],
+    # Statistics of batch norm are in the state dict too, but nobody calls them parameters.
+    saved = model.state_dict().keys()
+    fixed = sum(buffer.numel() for key, buffer in model.named_buffers() if key in saved
+                and not key.endswith(('running_mean', 'running_var', 'num_batches_tracked')))
+    return Counts(trained + fixed, trained, counter.get_total_flops() / 2, totals['macs'],
                   totals['activations']), size
 
 
@@ -110,13 +110,12 @@ def table(patterns: list[str], img_size: tuple[int, int] | None = None) -> str:
     """
     import timm
 
-    import models  # noqa: F401 (registers ours)
+    import models
 
     if patterns:
         names = [name for pattern in patterns for name in timm.list_models(pattern) or [pattern]]
     else:
-        names = [*PUBLISHED, *(name for module in ('t2t_vit', 'ablations')
-                               for name in timm.list_models(module=module) if name not in PUBLISHED)]
+        names = [*PUBLISHED, *models.our_models()]
     if img_size:
         names = [name for name in names if '.' not in name or name in patterns]  # one size, one row of a model
     return '\n'.join([HEADER, *(row(name, img_size) for name in dict.fromkeys(names))]) + '\n'

@@ -166,8 +166,10 @@ class Agent(LocalElasticAgent):
         rank = worker_group.workers[local_rank].global_rank
         if failure.exitcode in DECISIONS:
             self._remaining_restarts = 0
-        elif self._signal:
+        elif self._signal and (local_rank in self._killed or failure.exitcode == -self._signal):
             raise Stopped(self._signal, killed=bool(self._killed))
+        elif self._signal:  # a crash on the way to the end
+            self._remaining_restarts = 0
         elif self._remaining_restarts > 0:
             limit = worker_group.spec.max_restarts
             _say(f'{describe(rank, failure)}; restart {limit - self._remaining_restarts + 1} of {limit}')
@@ -176,9 +178,8 @@ class Agent(LocalElasticAgent):
     def _blame(self, local_rank: int, failure: ProcessFailure) -> tuple:
         """Least for the failure to be reported: what was decided, then crashes, then what they have led to."""
         code = failure.exitcode
-        interrupted_first = (EXIT_INTERRUPTED, EXIT_CTRL_C, *DECISIONS)
-        if code in interrupted_first:
-            return 0, interrupted_first.index(code), local_rank
+        if code in DECISIONS:  # a mistake or NaN of one rank weighs more than what the others made of it
+            return 0, DECISIONS.index(code), local_rank
         if local_rank in self._killed:
             return 4, 0, local_rank
         return {EXIT_HANG: 1, EXIT_PEER_LOST: 3}.get(code, 2), 0, local_rank

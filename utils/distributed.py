@@ -209,7 +209,7 @@ def explain(error: Exception) -> HangError | PeerLostError | None:
     text = str(error)
     if not isinstance(error, RuntimeError) or not is_distributed():
         return None
-    timed_out = any(words in text for words in TIMED_OUT)
+    timed_out = any(words in text for words in TIMED_OUT) and not text.startswith('CUDA error')
     if not timed_out and not any(words in text for words in LOST) and not isinstance(error, dist.DistError):
         return None
     # The first to lose patience closes its connections: to the others it looks as if it had died.

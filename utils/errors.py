@@ -81,9 +81,11 @@ def resume_command(folder) -> str:
     """The command that this process, or its job, was started with, with --resume `folder` at its end."""
     options = sys.argv[1:]
     for index in reversed(range(len(options))):
-        if options[index] == '--resume':
-            del options[index:index + 2]
-        elif options[index].startswith('--resume='):
+        name, equals, _ = options[index].partition('=')
+        name = name.replace('_', '-')
+        if name in ('--resume', '--start-epoch'):  # this one, and the one below, were meant for once
+            del options[index:index + (1 if equals else 2)]
+        elif name == '--no-resume-opt':
             del options[index]
     command = ['python', sys.argv[0]]
     if 'TORCHELASTIC_RUN_ID' in os.environ:
@@ -126,8 +128,11 @@ def report(line: str, exit_code: int) -> None:
     if error_file and not signals.is_orphan():
         # By way of a rename: the launcher must not find half of it, should this process be killed now.
         written = Path(f'{error_file}.new')
-        written.write_text(json.dumps({'message': line, 'timestamp': int(time.time())}))
-        written.replace(error_file)
+        try:
+            written.write_text(json.dumps({'message': line, 'timestamp': int(time.time())}))
+            written.replace(error_file)
+        except OSError:  # a full disk; this may be what the line is about
+            print(line, file=sys.stderr)
     elif os.environ.get('RANK', '0') == '0':
         print(line, file=sys.stderr)
     leave_at_once(exit_code)

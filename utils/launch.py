@@ -4,8 +4,8 @@ A user's mistake stays one line, as if a single process had made it; after a cra
 
     python -m utils.launch NUM_PROC SCRIPT OPTIONS…
 
-MAX_RESTARTS says how often they are started again (3 times; never where the script cannot go on from a checkpoint),
-GRACE how many seconds they have to save after a signal that asks to stop (120).
+MAX_RESTARTS says how often they are started again (3 times; by default never where the script cannot go on from a
+checkpoint, or on several machines), GRACE how many seconds they have to save after a signal that asks to stop (120).
 NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT say where this machine stands among several.
 """
 import argparse
@@ -36,7 +36,9 @@ def main() -> None:
 
 def launch(num_proc: int, script: str, options: list[str]) -> None:
     """Starts `num_proc` processes here and waits for them; exits as the first that failed, if any did."""
-    restarts = _number('MAX_RESTARTS', count, 3 if Path(script).name in RESUMING else 0)
+    # Nodes do not tell one another of their restarts: on several, it is for the scheduler to start the job again.
+    can_restart = Path(script).name in RESUMING and os.environ.get('NNODES', '1') == '1'
+    restarts = _number('MAX_RESTARTS', count, 3 if can_restart else 0)
     grace = _number('GRACE', positive, 120)
     import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

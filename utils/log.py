@@ -162,6 +162,13 @@ class RunLog:
                 fault_point('log.images')
                 save_image(grid, self.folder / f'{name}-{global_step:08d}.png')
 
+    def sync(self) -> None:
+        """Returns when the records are on the disk, or a warning says that they are not."""
+        if self.folder is None:
+            return
+        with self._warning_only(METRICS), open(self.folder / METRICS, 'rb') as file:
+            os.fsync(file.fileno())
+
     def close(self) -> None:
         if self.folder is None:
             return

@@ -298,6 +298,12 @@ def read_recipe(path: Path, parser: Parser, *, complete: bool = True) -> dict:
         return {}
     if not isinstance(values, dict):
         raise UserError(f'{path}: a recipe is lines of "option: value", not a {type(values).__name__}')
+    return check_values(values, parser, source=path, complete=complete)
+
+
+def check_values(values: dict, parser: Parser, *, source, complete: bool = True) -> dict:
+    """The values of a recipe as the parser would have read them; `source` and `complete` as for `read_recipe`."""
+    path = source
     actions = {a.dest: a for a in parser._actions
                if a.help is not argparse.SUPPRESS and a.dest not in ('help', 'config')}
     recipe = {}

@@ -3,10 +3,13 @@
     python -m pytest tests/faults/test_steps.py
 """
 import json
+import sys
 
+import pytest
 import torch
 
 from tests.conftest import assert_same, launch, run_script, succeeded
+from utils.errors import resume_command
 from utils.files import read_checkpoint
 
 RUN = ('--dataset', 'digits', '--only-classes', '0-2', '--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu',
@@ -111,6 +114,44 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
         succeeded(launch(1, *options, *more, '--experiment', name, cwd=tmp_path))
         torch.testing.assert_close(losses(tmp_path / 'runs/train' / name), losses(tmp_path / 'runs/train/two')[5:],
                                    rtol=1e-4, atol=0)
+
+
+@pytest.mark.faults
+def test_three_processes_end_in_the_same_bytes(tmp_path):
+    """From three on, the sum of a gradient depends on where in DDP's buckets it is taken."""
+    options = (*RUN, '-b', '8', '--checkpoint-steps', '3', '--keep', '99')
+    succeeded(launch(3, *options, '--experiment', 'whole', cwd=tmp_path))
+    start = tmp_path / 'runs/train/whole/checkpoint-00000006.pth.tar'
+    succeeded(launch(3, *options, '--experiment', 'resumed', '--resume', start, cwd=tmp_path))
+    whole, resumed = (state_of(tmp_path / 'runs/train' / name) for name in ('whole', 'resumed'))
+    assert_same({**whole, 'args': None}, {**resumed, 'args': None})
+
+
+@pytest.mark.faults
+def test_averaged_running_statistics_survive_a_resume(image_folder, tmp_path):
+    """Each rank has its own until the end of an epoch."""
+    options = (image_folder, '--model', 'resnet18', '--img-size', '32', '--device', 'cpu', '-b', '4', '-j', '0',
+               '--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '0', '--model-ema-decay', '0.9',
+               '--dist-bn', 'reduce', '--checkpoint-steps', '2', '--keep', '99', '--output', 'runs')
+    succeeded(launch(2, *options, '--experiment', 'whole', cwd=tmp_path))
+    start = tmp_path / 'runs/train/whole/checkpoint-00000002.pth.tar'
+    succeeded(launch(2, *options, '--experiment', 'resumed', '--resume', start, cwd=tmp_path))
+    whole, resumed = (state_of(tmp_path / 'runs/train' / name) for name in ('whole', 'resumed'))
+    assert_same({**whole, 'args': None}, {**resumed, 'args': None})
+
+
+def test_a_stop_that_could_not_save_does_not_say_that_it_has(tmp_path):
+    result = launch(2, *RUN, '--experiment', 'run', cwd=tmp_path, T2T_FAULTS='step@3#1=term,save.started@1+#0=full')
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert 'could not be saved (No space left on device); make room' in result.stderr
+    assert 'the state is saved' not in result.stderr
+
+
+def test_the_command_that_goes_on_does_nothing_twice(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['train.py', '/data', '--start_epoch', '5', '--no-resume-opt', '--resume=a',
+                                      '--start-epoch=6', '--lr', '1', '--resume', 'b'])
+    monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
+    assert resume_command('runs/x') == 'python train.py /data --lr 1 --resume runs/x'
 
 
 def test_plans_of_faults_are_read(monkeypatch):
