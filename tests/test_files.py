@@ -281,6 +281,11 @@ def long(number: int) -> bytes:
     return b'\x8a\x08' + number.to_bytes(8, 'little')
 
 
+def nested_tuples(levels: int = 60) -> bytes:
+    """The instructions for a pair of twice the same pair, and so on: a few bytes that have 2 ** levels parts."""
+    return b')' + b'q\x08h\x08\x86' * levels
+
+
 LARGE = 2 ** 16
 LARGE_ARRAY = an_array(shape=b'M' + struct.pack('<H', LARGE // 8) + b'K\x02\x86',
                        content=b'B' + struct.pack('<I', LARGE) + bytes(LARGE))
@@ -289,6 +294,23 @@ ABSURD = {
     'shape of 10¹²': ('of shape .* with 1 numbers', in_dict(an_array(shape=long(10 ** 12) + b'\x85'))),
     'negative shape': ('of shape .* with 1 numbers', in_dict(an_array(shape=b'J\xff\xff\xff\xff' * 2 + b'\x86'))),
     'shape of text': ('damaged', in_dict(an_array(shape=text('4') + b'\x85'))),
+    'shape of a list': ('no tuple of', in_dict(an_array(shape=b']K\x01a'))),
+    'shape of text that grows': ('no tuple of', in_dict(an_array(
+        shape=b'(' + text('a' * 1000) + 5 * (b'M' + struct.pack('<H', 9999)) + b't'))),
+    'shape of truth': ('no tuple of', in_dict(an_array(shape=b'\x88\x85'))),
+    'shape of 100,000 numbers': ('no tuple of', in_dict(an_array(
+        shape=b'(\x8a\xff' + b'\x7f' * 255 + b'q\x09' + b'h\x09' * 100_000 + b't'))),
+    'shape of tuples of tuples': ('no tuple of', in_dict(an_array(shape=nested_tuples()))),
+    'key of tuples of tuples': ('a tuple as the key', b'\x80\x04}' + nested_tuples() + an_array() + b's.'),
+    'dtype of tuples of tuples': ('a tuple as the code', in_dict(
+        name('numpy', 'dtype') + nested_tuples() + b'\x89\x88\x87R')),
+    'byte order of tuples of tuples': ('a tuple as the byte order', in_dict(
+        name('numpy', 'dtype') + text('f4') + b'\x89\x88\x87R(K\x03' + nested_tuples() + b'NNNK\0K\0K\0tb')),
+    'encoding of tuples of tuples': ('a tuple as an encoding', in_dict(
+        name('_codecs', 'encode') + text('a') + nested_tuples() + b'\x86R')),
+    'name of tuples of tuples': ('a tuple as part of a name', in_dict(nested_tuples() + text('a') + b'\x93')),
+    'attribute of tuples of tuples': ('a tuple as part of a name', in_dict(text('a') + nested_tuples() + b'\x93')),
+    'call with a dict': ('a call with a dict', in_dict(name('_codecs', 'encode') + b'}R')),
     'dtype of objects': ("dtype 'O8'", in_dict(an_array(code='O8', content=b']'))),
     'dtype of text': ("dtype 'U1'", in_dict(an_array(code='U1'))),
     'dtype of 10¹² bytes': ("dtype 'V10", in_dict(an_array(code='V1000000000000'))),
@@ -310,7 +332,7 @@ ABSURD = {
     'empty stack': ('stack is empty', b'\x80\x04R.'),
     'stack below a mark': ('stack is empty', b'\x80\x04K\x01K\x02(\x86.'),
     'nothing': ('stack is empty', b'\x80\x04.'),
-    'key that has no hash': ('damaged', b'\x80\x04}]K\x01s.'),
+    'key that has no hash': ('a list as the key', b'\x80\x04}]K\x01s.'),
     'BUILD of a function': ('a function where', b'\x80\x04' + name('_codecs', 'encode') + b'}b.'),
     'BUILD of a class': ('a function where', b'\x80\x04' + name('numpy', 'dtype') + b'}b.'),
     'call of text': ('a call of a str', b'\x80\x04' + text('a') + b')R.'),

@@ -3,8 +3,10 @@
     state = load(open('T2T_ViT_14.pdparams', 'rb').read())
 
 Such a file is a bare pickle of numpy arrays, by themselves or in (name, array) pairs. A pickle is a program for
-a small stack machine, and Python's own machine calls what it is told to. This one knows a dozen instructions and
-five names; a name stands for a function of this module, never for what Python would import under it.
+a small stack machine, and Python's own machine calls what it is told to. This one knows the instructions
+of `_execute` and the names in NAMES; a name stands for a function of this module, never for what Python would import
+under it. What a file says is checked for its type before it is hashed, printed or multiplied: a tuple of tuples of
+one tuple takes a file of a hundred bytes and, for each of these, more time than there is.
 """
 import pickle
 import pickletools
@@ -15,6 +17,7 @@ import numpy as np
 
 # The magic number with which files of torch.save begin that are no zip archives; they are bare pickles too.
 TORCH_MAGIC = (0x1950a86a20f9469cfc6c).to_bytes(10, 'little')
+MAX_DIMS = 64  # numpy's own limit
 DTYPES = ('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'f2', 'f4', 'f8')  # paddle keeps bfloat16 in u2
 
 
@@ -48,6 +51,12 @@ def _check_size(content: Any, limit: int) -> None:
             raise ValueError(f'its arrays claim more than the {limit} bytes of the file')
 
 
+def _check_text(value: Any, what: str) -> None:
+    """Raise ValueError where something in a file is not the text that it should be."""
+    if type(value) is not str:
+        raise ValueError(f'a {type(value).__name__} as {what}')
+
+
 # --------------------------------------------------------------------------------------------------
 # What the names in a file stand for
 
@@ -55,14 +64,16 @@ class _DType:
     """A dtype on its way: created with its code, completed with its byte order by BUILD."""
 
     def __init__(self, code: str):
+        _check_text(code, 'the code of a dtype')
         if code not in DTYPES:
-            raise ValueError(f'an array of dtype {str(code)[:20]!r}, which is not one of numbers')
+            raise ValueError(f'an array of dtype {code[:20]!r}, which is not one of numbers')
         self.code, self.order = code, '='
 
     def build(self, state: tuple) -> None:
         """Take the byte order; the rest describes records and sub-arrays, which weights are not."""
         _, self.order, sub_array, names, fields = state[:5]
-        if self.order not in tuple('<>=|') or (sub_array, names, fields) != (None, None, None):
+        _check_text(self.order, 'the byte order of a dtype')
+        if self.order not in tuple('<>=|') or any(part is not None for part in (sub_array, names, fields)):
             raise ValueError('an array of records, which is not one of numbers')
 
 
@@ -77,6 +88,9 @@ class _Array:
         _, shape, dtype, is_fortran, content = state
         if not isinstance(dtype, _DType) or not isinstance(content, bytes):
             raise ValueError('an array without a dtype or bytes')
+        # Text times a number is a longer text, and the product of all the numbers of a file has no end either.
+        if type(shape) is not tuple or len(shape) > MAX_DIMS or not all(type(length) is int for length in shape):
+            raise ValueError(f'an array whose shape is no tuple of at most {MAX_DIMS} whole numbers')
         flat = np.frombuffer(content, dtype.order + dtype.code)
         # Python's integers do not overflow: a shape of 10¹² is compared, never allocated.
         size = 1
@@ -102,8 +116,9 @@ def _dtype(code: str, align: Any = False, copy: Any = False) -> _DType:
 
 def _encode(text: str, encoding: str) -> bytes:
     """Protocol 2 has no bytes: it keeps them as text of the same numbers."""
+    _check_text(encoding, 'an encoding')
     if encoding != 'latin1':
-        raise ValueError(f'bytes in the encoding {str(encoding)[:20]!r}')
+        raise ValueError(f'bytes in the encoding {encoding[:20]!r}')
     return text.encode('latin1')
 
 
@@ -119,6 +134,7 @@ def _pair(items: tuple) -> tuple:
 
 
 def _ordered_dict() -> dict:
+    """An OrderedDict, as state dicts often are, is created empty; a dict keeps the order too."""
     return {}
 
 
@@ -186,6 +202,8 @@ class _Machine:
             items = [self._pop(), self._pop()][::-1] if name == 'SETITEM' else self._pop_marked()
             target = self._top(dict)
             for key, value in zip(items[::2], items[1::2], strict=True):
+                if type(key) not in (str, int):
+                    raise ValueError(f'a {type(key).__name__} as the key of a dict')
                 target[key] = self._finished(value)
         elif name in ('MEMOIZE', 'BINPUT', 'LONG_BINPUT'):
             self.memo[len(self.memo) if argument is None else argument] = stack[-1]
@@ -193,6 +211,8 @@ class _Machine:
             stack.append(self.memo[argument])
         elif name in ('GLOBAL', 'STACK_GLOBAL'):
             found = argument.split(' ', 1) if name == 'GLOBAL' else [self._pop(), self._pop()][::-1]
+            for part in found:
+                _check_text(part, 'part of a name')
             if tuple(found) not in NAMES:
                 raise pickle.UnpicklingError('GLOBAL {}.{}'.format(*found))
             stack.append(NAMES[tuple(found)])
@@ -209,6 +229,8 @@ class _Machine:
         arguments, function = self._pop(), self._pop()
         if not isinstance(function, types.FunctionType):  # all others on the stack are data
             raise ValueError(f'a call of a {type(function).__name__}')
+        if type(arguments) is not tuple:
+            raise ValueError(f'a call with a {type(arguments).__name__} of arguments')
         if function is _encode:
             self.encoded += len(arguments[0])
             if self.encoded > len(self.data):
