@@ -11,7 +11,7 @@ from .factory import (
     split_head,
 )
 from .formats import recorded_classes
-from .identity import Identity, identify
+from .identity import Architecture, identify, our_models
 from .t2t_vit import T2TViT
 from .weights import (
     LoadReport,
@@ -23,7 +23,7 @@ from .weights import (
 )
 
 __all__ = [
-    'Identity',
+    'Architecture',
     'LoadReport',
     'T2TViT',
     'T2TViTDense',
@@ -36,6 +36,7 @@ __all__ = [
     'load_for_transfer_learning',
     'load_weights',
     'model_of_checkpoint',
+    'our_models',
     'read_checkpoint',
     'recorded_classes',
     'resolve_name',

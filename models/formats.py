@@ -22,6 +22,7 @@ StateDict = dict[str, torch.Tensor]
 CONTAINERS = ('state_dict_ema', 'state_dict', 'model_ema', 'model', 'net')
 EMA_CONTAINERS = ('state_dict_ema', 'model_ema')
 
+MAX_SIDE = 2 ** 16  # pixels of an image, beyond which a recorded size is taken for a mistake
 PADDLE_NAME_TABLE = 'StructuredToParameterName@@'  # what paddle.save adds to a state dict: its own names of the keys
 
 
@@ -135,7 +136,7 @@ def extract(checkpoint: Mapping[str, Any], use_ema: bool = True) -> Weights:
         if kind.transposed and key.endswith('.weight') and value.ndim == 2:
             transposed.append(key)
             value = value.T
-        state[key] = _to_tensor(value) if isinstance(value, np.ndarray) else _checked(key, value)
+        state[key] = _checked(key, _to_tensor(value) if isinstance(value, np.ndarray) else value)
         if key != old_key:
             renamed.append((str(old_key), key))
     if others or not state:
@@ -184,7 +185,13 @@ def _to_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _checked(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that has all the numbers that its shape claims: 10¹² of them fit in a file that repeats one."""
+    """Return a tensor of plain numbers that has as many as its shape claims: 10¹² fit in a file that repeats one."""
+    if tensor.is_meta:
+        raise UserError(f'{key} has a shape, but no numbers (device meta); save the model once it has its weights')
+    if tensor.is_quantized:
+        raise UserError(f'{key} is quantized ({tensor.dtype}); save it as floats: tensor.dequantize()')
+    if tensor.is_complex():
+        raise UserError(f'{key} holds complex numbers ({tensor.dtype}), which no model here has; save real ones')
     if tensor.layout != torch.strided:
         raise UserError(f'{key} is a {tensor.layout} tensor; save it dense: tensor.to_dense()')
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
@@ -227,13 +234,15 @@ def recorded_classes(checkpoint: Mapping[str, Any]) -> list[str] | None:
 
 def recorded_img_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return (height, width) of the images that a checkpoint says it was trained at, if it says so."""
-    size = checkpoint.get('img_size') or recorded_options(checkpoint).get('img_size')
-    if isinstance(size, str):
-        size = size.split('x')
-    if isinstance(size, int):
-        size = (size,)
-    try:
-        sides = [int(side) for side in size]
-    except (TypeError, ValueError):  # absent, or nothing that we know
-        return None
-    return (sides[0], sides[-1]) if len(sides) in (1, 2) and min(sides) > 0 else None
+    sizes = (checkpoint.get('img_size'), recorded_options(checkpoint).get('img_size'))
+    return next((sides for size in sizes if (sides := _sides(size))), None)
+
+
+def _sides(size: Any) -> tuple[int, int] | None:
+    """Return (height, width) as written by anyone: 224, '224', '192x256' or [192, 256]; None for all else."""
+    if isinstance(size, str) and re.fullmatch(r'[0-9]{1,5}(x[0-9]{1,5})?', size):
+        size = [int(side) for side in size.split('x')]
+    sides = tuple(size) if isinstance(size, list | tuple) else (size,)
+    if len(sides) not in (1, 2) or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
+        return None  # bool is no int here
+    return sides[0], sides[-1]

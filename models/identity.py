@@ -12,13 +12,13 @@ import timm
 import torch
 from torch import nn
 
-from .tokens_to_token import SOFT_SPLITS
+from .tokens_to_token import SOFT_SPLITS, token_grid
 
 MAX_CLASSIFIER_KEYS = 4  # a head and an auxiliary head, weight and bias
 
 
 @dataclass(frozen=True)
-class Identity:
+class Architecture:
     """What `identify` found out; None for what the weights do not tell."""
     names: tuple[str, ...]  # registered models of ours with these keys and shapes: several where those are equal
     description: str  # in words
@@ -28,23 +28,19 @@ class Identity:
     in_chans: int | None
 
 
-def identify(weights: Mapping[str, torch.Tensor], img_size: tuple[int, int] | None = None) -> Identity:
+def identify(weights: Mapping[str, torch.Tensor], img_size: tuple[int, int] | None = None) -> Architecture:
     """Tell what weights are of, whatever the image size, classes and channels they were made for.
 
     Args:
         weights: state dict under our keys, as `state_dict_of` returns it.
-        img_size: height and width of the images, where the checkpoint records them; else squares are assumed.
+        img_size: height and width of the images in pixels, where the checkpoint records them. A size that does not
+            give the positions in the weights is ignored, and squares are assumed as without one.
     """
     names = tuple(name for name in our_models() if _fits(weights, name))
-    grid = None
-    if 'pos_embed' in weights and weights['pos_embed'].dim() == 3:
-        positions = weights['pos_embed'].shape[1] - ('cls_token' in weights)
-        grid = grid_of(positions, img_size) or grid_of(positions)
-    if grid is not None and img_size is None and (side := _token_size(weights)):
-        img_size = grid[0] * side, grid[1] * side
+    grid, img_size = _grid_and_size(weights, names, img_size)
     head = weights.get('head.weight')
-    return Identity(names, _described(weights, names), grid, img_size,
-                    None if head is None else head.shape[0], _in_chans(weights))
+    return Architecture(names, _described(weights, names), grid, img_size,
+                        head.shape[0] if head is not None and head.dim() == 2 else None, _in_chans(weights, names))
 
 
 def our_models() -> list[str]:
@@ -54,26 +50,41 @@ def our_models() -> list[str]:
             if timm.model_entrypoint(name).__module__.split('.')[0] == package]
 
 
-def grid_of(positions: int, size: tuple[int, int] | None = None) -> tuple[int, int] | None:
+def grid_of(
+        positions: int,
+        img_size: tuple[int, int] | None = None,
+        patch_size: tuple[int, int] | None = None,
+) -> tuple[int, int] | None:
     """Return the rows and columns of a grid of `positions`, None where there is no such grid.
 
     Args:
         positions: rows times columns.
-        size: height and width of the images, or of the grid, in any unit; None for a square.
+        img_size: height and width of the images in pixels; the grid is theirs, to the last token, or None. Without
+            it, the grid is a square.
+        patch_size: height and width of the patches of a ViT, which must divide those of the images; None for the
+            tokens-to-token module.
     """
     if positions < 1:
         return None
-    if size is None:
+    if img_size is None:
         side = math.isqrt(positions)
         return (side, side) if side ** 2 == positions else None
+    height, width = img_size
+    if patch_size is None:
+        if min(img_size) < 16:
+            return None  # token_grid raises
+        rows, columns = token_grid(height, width)
+    elif min(patch_size) < 1 or height % patch_size[0] or width % patch_size[1]:
+        return None
+    else:
+        rows, columns = height // patch_size[0], width // patch_size[1]
+    return (rows, columns) if rows * columns == positions else None
 
-    def deviation(rows: int) -> float:
-        return abs(math.log(rows ** 2 / positions * size[1] / size[0]))
 
-    divisors = [n for n in range(1, math.isqrt(positions) + 1) if positions % n == 0]
-    rows = min({*divisors, *(positions // n for n in divisors)}, key=deviation)
-    # Rounding to whole tokens changes the ratio, but hardly by half; a prime number is no grid of these images.
-    return (rows, positions // rows) if deviation(rows) < math.log(1.5) else None
+def patch_size_of(positions: int, img_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the only square patches that could cut images into `positions`; `grid_of` tells whether they do."""
+    side = math.isqrt(math.prod(img_size) // positions) if positions > 0 else 0
+    return side, side
 
 
 @functools.cache
@@ -106,20 +117,39 @@ def _fits(weights: Mapping[str, torch.Tensor], name: str) -> bool:
     return all(weights[key].shape[1:] == published[key][1:] for key in given)
 
 
-def _in_chans(weights: Mapping[str, torch.Tensor]) -> int | None:
-    """Return the channels of the images: from the first soft split, else from the first convolution."""
+def _grid_and_size(
+        weights: Mapping[str, torch.Tensor],
+        names: tuple[str, ...],
+        img_size: tuple[int, int] | None,
+) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """Return the grid of the position embedding and the size of the images, which never contradict each other.
+
+    For a model that is not known here the pixels of a token are not either: its size is the recorded one, or None.
+    """
+    if 'pos_embed' not in weights or weights['pos_embed'].dim() != 3:
+        return None, img_size
+    positions = weights['pos_embed'].shape[1] - sum(key in weights for key in ('cls_token', 'dist_token'))
+    is_t2t = any(key.startswith('tokens_to_token.') for key in weights)
+    token_size = (math.prod(stride for _, stride, _ in SOFT_SPLITS),) * 2 if is_t2t else None
+    if names and not is_t2t:
+        token_size = tuple(weights['patch_embed.proj.weight'].shape[-2:])
+    if img_size is not None:
+        patch_size = None if is_t2t else token_size or patch_size_of(positions, img_size)
+        if (grid := grid_of(positions, img_size, patch_size)) is not None:
+            return grid, img_size
+    grid = grid_of(positions)
+    if grid is None:
+        return None, None if token_size else img_size  # a model not known here may have other tokens in the table
+    return grid, (grid[0] * token_size[0], grid[1] * token_size[1]) if token_size else None
+
+
+def _in_chans(weights: Mapping[str, torch.Tensor], names: tuple[str, ...]) -> int | None:
+    """Return the channels of the images: from the first soft split, else from the patches of a ViT of ours."""
     norm = weights.get('tokens_to_token.attention1.norm1.weight')
     if norm is not None:
-        return norm.numel() // SOFT_SPLITS[0][0] ** 2
-    return next((tensor.shape[1] for tensor in weights.values() if tensor.dim() == 4), None)
-
-
-def _token_size(weights: Mapping[str, torch.Tensor]) -> int | None:
-    """Return the pixels from one token to the next: of the tokens-to-token module, or the patches of a ViT."""
-    if any(key.startswith('tokens_to_token.') for key in weights):
-        return math.prod(stride for _, stride, _ in SOFT_SPLITS)
-    patches = weights.get('patch_embed.proj.weight')
-    return patches.shape[-1] if patches is not None and patches.dim() == 4 else None
+        return norm.numel() // SOFT_SPLITS[0][0] ** 2 or None
+    firsts = ('tokens_to_token.soft_split0.weight', *(['patch_embed.proj.weight'] if names else []))
+    return next((weights[key].shape[1] for key in firsts if key in weights and weights[key].dim() == 4), None)
 
 
 def _described(weights: Mapping[str, torch.Tensor], names: tuple[str, ...]) -> str:

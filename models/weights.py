@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.files import read_checkpoint
 
 from .formats import StateDict, extract, recorded_arch, recorded_img_size, shortened
-from .identity import grid_of, identify
+from .identity import grid_of, identify, patch_size_of
 from .tokens_to_token import SOFT_SPLITS
 
 # The layers of ours that see pixels, channel by channel as unfold orders them: what they have of each in which
@@ -57,7 +57,7 @@ class LoadReport:
     renamed: tuple[tuple[str, str], ...] = ()  # (key in the file, our key)
     transposed: tuple[str, ...] = ()  # keys of linear layers that the file keeps as [in, out]
     dropped: tuple[str, ...] = ()  # keys in the file that are no weights
-    resized: tuple[str, ...] = ()  # what was resampled or adapted, each with both sizes
+    adapted: tuple[str, ...] = ()  # what was resampled or adapted, each with both sizes
     head_replaced: str | None = None  # why the model kept its own classifier, None where it was loaded
     missing: tuple[str, ...] = ()  # keys of the model that kept their values, but for that classifier
     unexpected: tuple[str, ...] = ()  # keys of the weights that have no place, but for that classifier
@@ -66,7 +66,7 @@ class LoadReport:
         parts = [self._headline()]
         parts += [f'{len(keys)} {what}' for what, keys in (('renamed', self.renamed), ('transposed', self.transposed),
                                                             ('dropped as no weights', self.dropped)) if keys]
-        parts += self.resized
+        parts += self.adapted
         if self.head_replaced:
             parts.append(f'classifier not loaded: {self.head_replaced}')
         if self.missing:
@@ -82,7 +82,7 @@ class LoadReport:
             *(f'renamed: {old} → {new}' for old, new in self.renamed),
             *(f'transposed: {key}' for key in self.transposed),
             *(f'dropped, no weights: {key}' for key in self.dropped),
-            *(f'adapted: {what}' for what in self.resized),
+            *(f'adapted: {what}' for what in self.adapted),
             *([f'classifier not loaded: {self.head_replaced}'] if self.head_replaced else []),
             *(f'missing, kept as initialised: {key}' for key in self.missing),
             *(f'ignored, no place: {key}' for key in self.unexpected),
@@ -115,21 +115,21 @@ def load_weights(
         strict: refuse keys that are missing or have no place. Other shapes are refused in any case.
         replace_head: where the weights have another number of classes than the model, or no classifier, keep
             the model's own, fresh one (transfer learning) instead of raising.
-        img_size: height and width of the images that the weights were trained at; by default what the checkpoint
-            records, else they were square.
+        img_size: height and width, in pixels, of the images that the weights were trained at; by default what the
+            checkpoint records, if it gives the positions in the weights; else see `resize_pos_embed`.
         source: what a checkpoint that is no path is called in messages.
 
     Raises:
-        UserError: unreadable file, weights of another model, other number of classes without `replace_head`.
+        UserError: unreadable file, weights of another model, other number of classes without `replace_head`, an
+            `img_size` that the position embedding does not fit.
     """
     if isinstance(path_or_checkpoint, Mapping):
         checkpoint = path_or_checkpoint
     else:
         source, checkpoint = os.fspath(path_or_checkpoint), read_checkpoint(path_or_checkpoint)
-    img_size = img_size or recorded_img_size(checkpoint)
     try:
         given = extract(checkpoint, use_ema)
-        weights, resized = fit_to_model(given.state, model, img_size)
+        weights, adapted = fit_to_model(given.state, model, img_size, recorded=recorded_img_size(checkpoint))
     except UserError as error:
         raise UserError(f'{source}: {error}') from error
 
@@ -146,9 +146,13 @@ def load_weights(
         raise UserError(f'{source}: {head_conflict}; use as many classes (--num-classes), or transfer.py, which '
                         'gives the model a new classifier (replace_head=True)')
     loaded = {key: tensor for key, tensor in body.items() if key in target}
+    for key, tensor in loaded.items():
+        if tensor.is_floating_point() != target[key].is_floating_point():
+            raise UserError(f'{source}: {key} has numbers of {tensor.dtype}, the model of {target[key].dtype}; '
+                            'save it in the kind of numbers that the model has')
     model.load_state_dict(loaded, strict=False)  # complete and of the right shapes, as checked above
     return LoadReport(source, given.format, given.entry, tuple(loaded), given.renamed, given.transposed, given.dropped,
-                      resized, head_conflict, tuple(missing), tuple(unexpected))
+                      adapted, head_conflict, tuple(missing), tuple(unexpected))
 
 
 def load_for_transfer_learning(
@@ -175,13 +179,15 @@ def fit_to_model(
         weights: StateDict,
         model: nn.Module,
         img_size: tuple[int, int] | None = None,
+        recorded: tuple[int, int] | None = None,
 ) -> tuple[StateDict, tuple[str, ...]]:
     """Adapt a state dict of ours to the image size and the channels of a model.
 
     Args:
         weights: state dict; it is left as it is.
         model: target.
-        img_size: height and width of the images the weights were trained at, or of their grid; None for squares.
+        img_size: height and width, in pixels, of the images that the weights were trained at.
+        recorded: the same as the checkpoint says it, which is used where it fits and there is no `img_size`.
 
     Returns:
         The adapted state dict, and a phrase for everything that was done.
@@ -189,7 +195,7 @@ def fit_to_model(
     Raises:
         UserError: as `resize_pos_embed`.
     """
-    weights, resized = resize_pos_embed(weights, model, img_size)
+    weights, resized = resize_pos_embed(weights, model, img_size, recorded)
     weights, adapted = adapt_in_chans(weights, model)
     return weights, tuple(phrase for phrase in (resized, adapted) if phrase)
 
@@ -198,20 +204,24 @@ def resize_pos_embed(
         weights: StateDict,
         model: nn.Module,
         img_size: tuple[int, int] | None = None,
+        recorded: tuple[int, int] | None = None,
 ) -> tuple[StateDict, str | None]:
     """Resample `pos_embed` of a state dict to the grid of the model, in float32.
 
     Works for every model that keeps [1, prefix + rows · columns, C] in `pos_embed` and its grid in
     `grid_size` or `patch_embed.grid_size`; other state dicts come back as they are.
 
+    The grid of the weights is that of the images they were trained at, where `img_size` or `recorded` gives exactly
+    their positions. Else as many positions as the model has are taken for its grid, and others for a square.
+
     Args:
-        weights, model, img_size: as in `fit_to_model`.
+        weights, model, img_size, recorded: as in `fit_to_model`.
 
     Returns:
         The state dict (the given one is left as it is) and what was done, None for nothing.
 
     Raises:
-        UserError: the grid of the weights is not square, and `img_size` does not tell its shape.
+        UserError: `img_size` does not give the positions of the weights, or nothing tells the shape of their grid.
     """
     given, wanted = weights.get('pos_embed'), getattr(model, 'pos_embed', None)
     holder = model if hasattr(model, 'grid_size') else getattr(model, 'patch_embed', None)
@@ -220,8 +230,10 @@ def resize_pos_embed(
         return weights, None  # weights of another model, which the caller finds out
     prefix = 0 if getattr(model, 'no_embed_class', False) else getattr(model, 'num_prefix_tokens', 1)
     positions = given.shape[1] - prefix
-    # Where nothing tells the shape, the same number of positions is taken for the same grid.
-    known = grid_of(positions, img_size) if img_size else None
+    known = _grid_of_images(positions, model, size) if (size := img_size or recorded) else None
+    if img_size and known is None:
+        raise UserError(f'pos_embed has {positions} grid positions, but images of {img_size[0]} × {img_size[1]} pixels '
+                        'give others; give the image size (img_size) that the weights were trained at')
     old = known or (tuple(grid) if given.shape == wanted.shape else grid_of(positions))
     if old is None:
         raise UserError(f'pos_embed has {positions} grid positions, no square, so its rows are unknown; '
@@ -230,6 +242,18 @@ def resize_pos_embed(
         return weights, None
     pos_embed = resample_abs_pos_embed(given.float(), list(grid), list(old), num_prefix_tokens=prefix)
     return {**weights, 'pos_embed': pos_embed}, 'pos_embed resized from {} × {} to {} × {}'.format(*old, *grid)
+
+
+def _grid_of_images(positions: int, model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the grid of `positions` that images have in a model, None where they have no such grid."""
+    patches = getattr(model, 'patch_embed', None)
+    if hasattr(model, 'tokens_to_token'):
+        patch_size = None
+    elif hasattr(patches, 'feat_ratio'):
+        patch_size = tuple(patches.feat_ratio(as_scalar=False))
+    else:
+        patch_size = patch_size_of(positions, img_size)
+    return grid_of(positions, img_size, patch_size)
 
 
 def adapt_in_chans(weights: StateDict, model: nn.Module) -> tuple[StateDict, str | None]:
@@ -313,8 +337,17 @@ def count_classes(model_name: str, checkpoint: Mapping[str, Any], use_ema: bool 
         weights = state_dict_of(checkpoint, use_ema)
     except UserError as error:
         raise UserError(f'{source}: {error}') from error
-    return max((len(weights[key]) for name in classifier_names(config) if (key := f'{name}.weight') in weights),
-               default=None)
+    keys = [f'{name}.weight' for name in classifier_names(config)]
+    # A classifier may be a convolution too, with four dimensions.
+    return max((len(weights[key]) for key in keys if key in weights and weights[key].dim() >= 2), default=None)
+
+
+def count_channels(model_name: str, weights: StateDict) -> int | None:
+    """The channels of the images that weights of `model_name` are for, as its first convolution tells; else None."""
+    config = timm.get_pretrained_cfg(model_name)
+    first = config.first_conv if config else None
+    tensor = weights.get(f'{first}.weight') if isinstance(first, str) else None
+    return tensor.shape[1] if tensor is not None and tensor.dim() == 4 else None
 
 
 def classifier_names(pretrained_cfg: Mapping[str, Any]) -> tuple[str, ...]:

@@ -19,13 +19,15 @@ from timm.models import adapt_input_conv
 
 from models import (
     LoadReport,
+    count_classes,
     fit_to_model,
     identify,
     load_for_transfer_learning,
     load_weights,
     state_dict_of,
 )
-from models.identity import grid_of, our_models
+from models.formats import recorded_img_size
+from models.identity import grid_of, our_models, patch_size_of
 from tests.golden import SHARED, relative_error
 from utils.errors import UserError
 
@@ -204,7 +206,7 @@ def test_every_format_gives_equal_logits(kind, tmp_path):
     assert torch.equal(model(images), source(images))
     assert (report.format, report.entry, report.source) == (expected_format, expected_entry, str(path))
     assert set(report.loaded) == set(source.state_dict())
-    assert report.resized == report.missing == report.unexpected == () and report.head_replaced is None
+    assert report.adapted == report.missing == report.unexpected == () and report.head_replaced is None
 
 
 @pytest.mark.skipif(not FIXTURES.is_dir(), reason=f'no files of PaddlePaddle at {FIXTURES}; set T2T_SHARED')
@@ -261,9 +263,39 @@ def test_the_average_is_taken_only_when_wanted():
     ({'cls_token': torch.zeros(1), 'module.cls_token': torch.zeros(1)}, 'cls_token twice'),
     ({'pos_embed': torch.zeros(1, 1, 32).expand(1, 10 ** 12 + 1, 32)}, 'pos_embed has the shape .* fewer numbers'),
     ({'cls_token': torch.zeros(3).to_sparse()}, 'cls_token is a torch.sparse_coo tensor'),
+    ({'cls_token': torch.zeros(3, device='meta')}, 'cls_token has a shape, but no numbers'),
+    ({'cls_token': torch.zeros(3, dtype=torch.complex64)}, 'cls_token holds complex numbers'),
+    ({'cls_token': np.zeros(3, np.complex64)}, 'cls_token holds complex numbers'),
 ])
 def test_checkpoints_without_weights(checkpoint, message):
     assert_refused(tiny_model(), checkpoint, message)
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda tensor: tensor.to(torch.int8), lambda tensor: tensor.bool(), lambda tensor: tensor.to(torch.complex64),
+    lambda tensor: torch.empty_like(tensor, device='meta'),
+    lambda tensor: torch.quantize_per_tensor(tensor, .1, 0, torch.qint8)])
+@pytest.mark.filterwarnings('ignore:torch.quantize_per_tensor')
+def test_weights_of_another_kind_of_numbers_leave_the_model_as_it_was(spoil):
+    state = tiny_model().state_dict()
+    assert_refused(tiny_model(), {**state, 'norm.bias': spoil(state['norm.bias'])}, 'norm.bias')
+    model = timm.create_model('resnet18', num_classes=2)
+    counts = model.state_dict()
+    counts['bn1.num_batches_tracked'] = torch.tensor(1.5)
+    assert_refused(model, counts, 'bn1.num_batches_tracked has numbers of torch.float32, the model of torch.int64')
+
+
+@pytest.mark.parametrize('size, expected', [
+    (224, (224, 224)), ('224', (224, 224)), ('192x256', (192, 256)), ([192, 256], (192, 256)), ((64,), (64, 64)),
+    (torch.tensor([64, 64]), None), (torch.tensor(64), None), (float('inf'), None), ([float('inf')] * 2, None),
+    ([float('nan')], None), (224., None), (True, None), ([True, True], None), (0, None), (-224, None), ('0x5', None),
+    (65536, (65536, 65536)), (65537, None), (10 ** 50, None), ('1' * 50, None), ('٣x٣', None), ('x', None),
+    ([], None), ([1, 2, 3], None), ({'a': 1}, None), ([[64], [64]], None), (np.zeros(2), None),
+])
+def test_recorded_sizes(size, expected):
+    assert recorded_img_size({'img_size': size}) == expected
+    assert recorded_img_size({'args': {'img_size': size}}) == expected
+    assert recorded_img_size({'img_size': torch.zeros(2), 'args': {'img_size': size}}) == expected
 
 
 def test_arrays_in_any_byte_order_and_bfloat16():
@@ -286,7 +318,7 @@ def test_another_image_size_resamples_the_position_embedding():
     grid = source.pos_embed[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(6, 3), mode='bicubic', antialias=True).flatten(2).transpose(1, 2)
     assert torch.equal(model.pos_embed, torch.cat((source.pos_embed[:, :1], grid), dim=1))
-    assert report.resized == ('pos_embed resized from 4 × 4 to 6 × 3',) and report.resized[0] in str(report)
+    assert report.adapted == ('pos_embed resized from 4 × 4 to 6 × 3',) and report.adapted[0] in str(report)
 
     # Both models see the same picture with the same resampled table, whichever of them does the resampling.
     images = torch.randn(1, 3, 96, 48)
@@ -296,7 +328,8 @@ def test_another_image_size_resamples_the_position_embedding():
 
 @pytest.mark.parametrize('checkpoint, options', [
     ({'img_size': [96, 48]}, {}), ({'args': {'img_size': '96x48'}}, {}), ({}, {'img_size': (96, 48)}),
-    ({'args': argparse.Namespace(img_size=(96, 48))}, {}), ({'img_size': 'what?'}, {'img_size': (2, 1)}),
+    ({'args': argparse.Namespace(img_size=(96, 48))}, {}), ({'img_size': 'what?'}, {'img_size': (96, 48)}),
+    ({'img_size': 224, 'args': {'img_size': '48x96'}}, {'img_size': (96, 48)}),
 ])
 @pytest.mark.parametrize('size', [64, (48, 96), (32, 144)])
 def test_position_embeddings_of_images_that_were_not_square(checkpoint, options, size):
@@ -314,9 +347,44 @@ def test_position_embeddings_of_images_that_were_not_square(checkpoint, options,
     (196, None, (14, 14)), (18, None, None), (0, None, None), (18, (96, 48), (6, 3)), (18, (48, 96), (3, 6)),
     (16, (128, 32), (8, 2)), (16, (64, 64), (4, 4)), (21, (100, 40), (7, 3)), (2, (17, 31), (1, 2)),
     (197, (224, 224), None), (63, (16, 1000), (1, 63)), (140, (224, 160), (14, 10)),
+    (192, (224, 224), None), (18, (192, 96), None), (18, (2, 1), None), (1, (15, 15), None),
 ])
 def test_grids(positions, size, grid):
     assert grid_of(positions, size) == grid
+
+
+def test_grids_of_patches():
+    assert grid_of(192, (192, 256), (16, 16)) == (12, 16) and grid_of(192, (190, 256), (16, 16)) is None
+    assert grid_of(196, (448, 448), (16, 16)) is None and grid_of(196, (448, 448), (32, 32)) == (14, 14)
+    assert patch_size_of(192, (192, 256)) == (16, 16) and patch_size_of(0, (32, 32)) == (0, 0)
+    assert grid_of(10 ** 6, (10, 10), patch_size_of(10 ** 6, (10, 10))) is None
+
+
+@pytest.mark.parametrize('recorded', [224, 192, 256, (256, 160), (15, 15)])
+@pytest.mark.parametrize('name, options', [
+    ('t2t_vit_7', {'embed_dim': 32, 'depth': 2, 'num_heads': 2}), ('vit_tiny_patch16_224', {'depth': 1})])
+def test_a_recorded_size_that_does_not_fit_leaves_equal_grids_alone(recorded, name, options):
+    source, model = (timm.create_model(name, img_size=(192, 256), num_classes=2, **options) for _ in range(2))
+    with torch.no_grad():
+        source.pos_embed.normal_()
+    checkpoint = {'state_dict': source.state_dict(), 'args': {'img_size': recorded}}
+    assert load_weights(model, checkpoint).adapted == ()
+    assert_loaded(model, source.state_dict())
+    assert_refused(model, checkpoint, '192 grid positions, but images of 224 × 224', img_size=(224, 224))
+    identity = identify(source.state_dict(), (224, 224))
+    assert identity.grid is None and (identity.img_size is None or name != 't2t_vit_7')
+
+
+@pytest.mark.parametrize('name', ['t2t_vit_7', 'vit_s_16'])
+def test_what_is_identified_does_not_contradict_itself(name):
+    with torch.device('meta'):
+        state = timm.create_model(name).state_dict()
+        wide = timm.create_model(name, img_size=(112, 448)).state_dict()
+    for size in ((192, 256), (448, 448), (8, 8)):
+        identity = identify(state, size)
+        assert (identity.grid, identity.img_size) == ((14, 14), (224, 224)), size
+    identity = identify(wide, (112, 448))
+    assert (identity.grid, identity.img_size) == ((7, 28), (112, 448))
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
@@ -335,7 +403,7 @@ def test_halves_are_resampled_in_float32(dtype):
 def test_another_number_of_channels(name, old, new):
     source, model = tiny_model(name=name, in_chans=old).eval(), tiny_model(name=name, in_chans=new).eval()
     report = load_weights(model, source.state_dict())
-    assert report.resized == (f'first layer adapted from {old} to {new} channel{"s" if new > 1 else ""}',)
+    assert report.adapted == (f'first layer adapted from {old} to {new} channel{"s" if new > 1 else ""}',)
     assert set(report.loaded) == set(model.state_dict())
     key = 'tokens_to_token.attention1.' + ('kqv.weight' if name == 't2t_vit_7' else 'attn.qkv.weight')
     # What timm does to the convolution with the same weights.
@@ -401,7 +469,7 @@ def test_load_for_transfer_learning(tmp_path):
     model = tiny_model(num_classes=5, img_size=96)
     report = load_for_transfer_learning(model, tmp_path / 'a.pth', use_ema=False, num_classes=5)
     assert torch.equal(model.cls_token, other['cls_token'])
-    assert report.head_replaced and report.resized
+    assert report.head_replaced and report.adapted
     with pytest.raises(UserError, match='7 classes'):
         load_for_transfer_learning(model, tmp_path / 'a.pth')
 
@@ -440,9 +508,35 @@ def test_other_shapes_are_never_accepted():
 def test_weights_of_another_variant_are_named(name, options):
     with torch.device('meta'):
         state = timm.create_model(name, **options).state_dict()
+    state = {key: torch.empty_like(tensor, device='cpu') for key, tensor in state.items()}
     message = assert_refused(timm.create_model('t2t_vit_7', img_size=64), state, f'are of {name}.* not fit t2t_vit_7')
     tie = ' or t2t_vit_14_resnext' if name == 't2t_vit_14' else ''
     assert message.endswith(f'use --model {name}{tie}') and ('only you can tell' in message) == bool(tie)
+
+
+@pytest.mark.parametrize('name, size', [
+    ('vit_small_r26_s32_224', None), ('vit_small_r26_s32_224', (224, 224)), ('hiera_tiny_224', None),
+    ('resnet18', None)])
+def test_nothing_is_claimed_of_models_of_others(name, size):
+    with torch.device('meta'):
+        state = timm.create_model(name).state_dict()
+    identity = identify(state, size)
+    assert identity.names == () and identity.img_size == size and identity.in_chans is None
+
+
+@pytest.mark.parametrize('name', ['t2t_vit_7', 't2t_vit_c_14', 'vit_s_16'])
+def test_channels_do_not_depend_on_the_order_of_keys(name):
+    with torch.device('meta'):
+        state = timm.create_model(name, in_chans=2).state_dict()
+    for keys in (sorted(state), sorted(state, reverse=True)):
+        assert identify({key: state[key] for key in keys}).in_chans == 2
+
+
+@pytest.mark.parametrize('shape', [(), (3,)])
+def test_a_classifier_that_is_no_matrix(shape):
+    state = {**tiny_model().state_dict(), 'head.weight': torch.zeros(shape)}
+    assert identify(state).num_classes is None and count_classes('t2t_vit_7', state) is None
+    assert_refused(tiny_model(), state, 'do not fit|classes')
 
 
 def test_weights_of_no_variant_are_described():
@@ -496,7 +590,7 @@ def test_models_of_timm(name, classifier, options):
     report = load_weights(target, {'state_dict': wrapped(state)})
     assert len(report.loaded) == len(state)
     assert torch.equal(target.state_dict()[f'{classifier}.weight'], state[f'{classifier}.weight'])
-    assert len(report.resized) == len(options)
+    assert len(report.adapted) == len(options)
 
     transfer = timm.create_model(name, num_classes=3, **options)
     assert_refused(transfer, state, '7 classes, the model has 3 classes')
