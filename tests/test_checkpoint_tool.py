@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -166,6 +167,49 @@ def test_convert_of_images_that_were_not_square(tmp_path):
     assert assert_equal(tmp_path / 'b.pth', source.state_dict()) == {'arch': 't2t_vit_7', 'img_size': [64, 32]}
 
 
+def test_convert_of_images_that_the_weights_are_not_of(tmp_path):
+    torch.save(model().state_dict(), tmp_path / 'a.pth')
+    refused('64 × 64 pixels (--img-size) do not give', 'convert', 'a.pth', 'b.pth', '--img-size', '64', cwd=tmp_path)
+
+
+@pytest.mark.parametrize('out', ['b.pth', 'hub/'])
+@pytest.mark.parametrize('name', ['t2t_vit_c_14', 'vit_s_16'])
+def test_convert_of_safetensors_of_convolutions(name, out, tmp_path):
+    source = timm.create_model(name, img_size=32, in_chans=2, num_classes=2)
+    safetensors.torch.save_file(source.state_dict(), tmp_path / 'a.safetensors')  # which sorts its keys
+    assert 'differ by at most 0' in tool('convert', 'a.safetensors', out, cwd=tmp_path)
+
+
+@pytest.mark.parametrize('name', ['vit_small_r26_s32_224', 'hiera_tiny_224', 'resnet18'])
+def test_convert_of_models_of_timm_at_their_own_size(name, tmp_path):
+    torch.save(timm.create_model(name, num_classes=2).state_dict(), tmp_path / 'a.pth')
+    assert f'as {name}' in tool('convert', 'a.pth', 'b.safetensors', '--model', name, cwd=tmp_path)
+    assert 'img_size' not in read_checkpoint(tmp_path / 'b.safetensors')
+
+
+def test_inspect_writes_json_that_all_can_read(tmp_path):
+    content = training_run(model(depth=1), model(depth=1))
+    content |= {'metric': float('nan'), 'epoch': float('inf')}
+    content['args'] |= {'lr': [float('-inf'), 1.], 'opt': {(1, 2): float('nan')}}
+    torch.save(content, tmp_path / 'a.pth')
+    facts = json.loads(tool('inspect', 'a.pth', '--json', cwd=tmp_path), parse_constant=pytest.fail)
+    assert facts['metric'] == 'nan' and facts['epoch'] == 'inf'
+    assert facts['options']['lr'] == ['-inf', 1.] and facts['options']['opt'] == {'(1, 2)': 'nan'}
+
+
+def test_both_files_of_a_folder_reach_the_disk(tmp_path, monkeypatch):
+    torch.save(model(img_size=32).state_dict(), tmp_path / 'a.pth')
+    synced, fsync = [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', noted)
+    tool('convert', 'a.pth', 'hub/', cwd=tmp_path)
+    assert {path.stat().st_ino for path in (tmp_path / 'hub').iterdir()} <= set(synced)
+
+
 def test_convert_of_a_model_that_its_own_account_does_not_describe(tmp_path):
     state = timm.create_model('resnet18', num_classes=3).state_dict()
     torch.save({'state_dict': state, 'arch': 'resnet34'}, tmp_path / 'a.pth')
@@ -314,6 +358,8 @@ def test_mistakes(tmp_path):
         ('a.pth exists', 'strip', 'a.pth', 'a.pth'),
         ('a.pth exists', 'average', 'a.pth', 'a.pth', '-o', 'a.pth'),
         ("OUT is 'a.onnx'; give a file that ends in .safetensors or .pth.tar or .pth", 'convert', 'a.pth', 'a.onnx'),
+        ("OUT is '/', the root", 'convert', 'a.pth', '/'),
+        ("OUT is '/', the root", 'strip', 'a.pth', '/', '--force'),
         ("OUT is 'folder'", 'strip', 'a.pth', 'folder'),
         ("OUT is '.pth'", 'strip', 'a.pth', '.pth'),
         ('file/b.pth cannot be written', 'strip', 'a.pth', 'file/b.pth'),

@@ -10,13 +10,15 @@
 A folder as OUT (it ends in / or exists) gets timm's form, config.json and model.safetensors: after `import models`,
 timm.create_model('local-dir:hub/t2t_vit_14', pretrained=True) gives the model. Names of classes and the image size
 travel along, and the logits of the model from FILE are compared with those of the model from OUT. Nothing is
-overwritten without --force, and a file appears under its name only when it is whole.
+overwritten without --force, and a file appears under its name only when it is whole. (With --force the two files of a
+folder are replaced one after the other: who is interrupted between them has new weights beside an old config.json.)
 """
 import argparse
 import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -85,7 +87,7 @@ def inspect_checkpoint(args) -> None:
     if args.json:
         if args.keys:
             facts['keys'] = keys
-        print(json.dumps(facts, indent=2, default=str))
+        print(json.dumps(_plain(facts), indent=2, default=str, allow_nan=False))
         return
     print('\n'.join(f'{name:<15}{value}' for name, value in _rows(facts) if value not in (None, '')))
     if args.keys:
@@ -93,10 +95,20 @@ def inspect_checkpoint(args) -> None:
         print('\n'.join(['', *(f'{key:<{width}}  {shape}' for key, shape in keys.items())]))
 
 
+def _plain(value: object) -> object:
+    """What JSON can hold: keys as strings, and numbers that are not finite too, which it has no form for."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def collect_facts(path: str, use_ema: bool) -> dict:
     """Everything that `inspect` can say; None for what the checkpoint does not tell."""
     from models import count_classes
     from models.formats import has_ema, has_plain, recorded_arch, recorded_classes, recorded_options
+    from models.weights import count_channels
     checkpoint, weights, identity = _read(path, use_ema)
     name = _resolve_model(None, checkpoint, identity)
     options = recorded_options(checkpoint)
@@ -112,7 +124,7 @@ def collect_facts(path: str, use_ema: bool) -> dict:
         'recorded_model': recorded_arch(checkpoint),
         'img_size': identity.img_size,
         'grid': identity.grid,
-        'in_chans': identity.in_chans,
+        'in_chans': identity.in_chans or (count_channels(name, weights.state) if name else None),
         'num_classes': count_classes(name, checkpoint, use_ema) if name else identity.num_classes,
         'classes': recorded_classes(checkpoint),
         'parameters': sum(tensor.numel() for tensor in tensors if tensor.is_floating_point()),
@@ -221,6 +233,12 @@ class _Builder:
         self.source, self.checkpoint, self.use_ema, self.identity = source, checkpoint, use_ema, identity
         self.name = ''  # of a registered model
 
+    def _in_chans(self) -> int | None:
+        """The channels of the images; None for the model's own."""
+        from models.formats import extract
+        from models.weights import count_channels
+        return self.identity.in_chans or count_channels(self.name, extract(self.checkpoint, self.use_ema).state)
+
     def build(self, written: Path | None = None):
         """The model with the weights of FILE, or of what was written, in evaluation mode."""
         from models import count_classes, create_model, load_weights
@@ -230,7 +248,7 @@ class _Builder:
             checkpoint, use_ema, source = read_checkpoint(written), True, str(written)
         model = create_model(
             self.name, num_classes=count_classes(self.name, checkpoint, use_ema, source) or 0,
-            img_size=self.identity.img_size, in_chans=self.identity.in_chans)
+            img_size=self.identity.img_size, in_chans=self._in_chans())
         load_weights(model, checkpoint, use_ema=use_ema, img_size=self.identity.img_size, source=source)
         return model.eval()
 
@@ -242,6 +260,8 @@ class _Builder:
         model, classes = self.build(), recorded_classes(self.checkpoint)
         save_config_for_hf(model, str(path), model_config={'label_names': classes} if classes else None,
                            data_config={'input_size': self._input_size(model)})
+        with open(path, 'rb') as file:
+            os.fsync(file.fileno())
 
     def compare(self, written: Path, is_folder: bool) -> float:
         """The largest difference between the logits that FILE and the written file give for two images."""
@@ -255,7 +275,7 @@ class _Builder:
 
     def _input_size(self, model) -> tuple[int, int, int]:
         channels, *size = model.pretrained_cfg.get('input_size', (3, 224, 224))
-        return (self.identity.in_chans or channels, *(self.identity.img_size or size))
+        return (self._in_chans() or channels, *(self.identity.img_size or size))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -342,7 +362,11 @@ def _read(path: str, use_ema: bool, img_size: int | tuple[int, int] | None = Non
         raise UserError(f'{path}: {error}') from error
     if isinstance(img_size, int):
         img_size = (img_size, img_size)
-    return checkpoint, weights, identify(weights.state, img_size or recorded_img_size(checkpoint))
+    identity = identify(weights.state, img_size or recorded_img_size(checkpoint))
+    if img_size and identity.img_size != img_size:
+        raise UserError(f'{path}: images of {img_size[0]} × {img_size[1]} pixels (--img-size) do not give the '
+                        'positions in the weights; give the size that they were trained at')
+    return checkpoint, weights, identity
 
 
 def _beside(checkpoint, identity, name: str | None) -> dict:
@@ -358,6 +382,8 @@ def _suffix(out: Path) -> str | None:
 
 def _check_out(out: Path, force: bool, is_folder: bool = False) -> None:
     """Raises UserError, before any work, where OUT cannot or must not be written."""
+    if not out.absolute().name:
+        raise UserError(f'OUT is {str(out)!r}, the root of the disk; give a file or folder in it')
     if not is_folder and (_suffix(out) is None or out.is_dir()):
         raise UserError(f'OUT is {str(out)!r}; give a file that ends in {" or ".join(SUFFIXES)}')
     for path in _targets(out, is_folder):
