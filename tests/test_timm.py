@@ -184,6 +184,7 @@ def test_torch_fx(shared, images):
         shared.zero_grad()
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(shared, images):
     torch._dynamo.reset()
     compiled = torch.compile(shared, backend='eager', fullgraph=True)

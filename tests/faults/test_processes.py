@@ -187,11 +187,10 @@ def go_on(cwd: Path, said: str) -> None:
 SAVED = [('launcher', 'SIGTERM', 75), ('launcher', 'SIGUSR1', 75), ('launcher', 'SIGHUP', 75),
          ('launcher', 'SIGQUIT', 75), ('launcher', 'SIGINT', 130), ('rank 1', 'SIGTERM', 75),
          ('rank 1', 'SIGUSR1', 75), ('rank 1', 'SIGHUP', 75), ('rank 1', 'SIGQUIT', 75), ('rank 1', 'SIGINT', 130)]
-QUICK = [('launcher', 'SIGUSR1', 75)]  # what torchrun itself dies of
 
 
-@pytest.mark.parametrize(('whom', 'name', 'exit_code'), [
-    case if case in QUICK else pytest.param(*case, marks=pytest.mark.faults) for case in SAVED])
+@pytest.mark.faults
+@pytest.mark.parametrize(('whom', 'name', 'exit_code'), SAVED)
 def test_a_signal_loses_no_step(uninterrupted, tmp_path, whom, name, exit_code):
     code, said = interrupt(tmp_path, getattr(signal, name), whom=whom)
     run = tmp_path / 'runs/train/run'
@@ -244,6 +243,7 @@ def test_a_launcher_that_is_killed_while_it_is_stopped_leaves_nothing(tmp_path):
     assert_nothing_lost(tmp_path / 'runs/train/run')
 
 
+@pytest.mark.faults
 def test_a_process_that_hangs_is_named_with_its_stack(tmp_path):
     with Job(tmp_path, '-j', '0', '--experiment', 'run', '--timeout', '5', MAX_RESTARTS='0',
              T2T_FAULTS=f'step@{STEP}#1=stop') as job:

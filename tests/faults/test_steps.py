@@ -56,6 +56,7 @@ def test_a_bad_step_leaves_no_trace_in_running_statistics(image_folder, tmp_path
         assert tensor.isfinite().all(), key
 
 
+@pytest.mark.faults
 def test_nan_that_stays_ends_the_run_and_is_never_saved(tmp_path):
     result = launch(2, *RUN, '--checkpoint-steps', '1', '--keep', '100', '--max-skipped-steps', '3',
                     '--experiment', 'run', cwd=tmp_path, T2T_FAULTS='loss@4+#1=nan')
@@ -87,6 +88,7 @@ def losses(run) -> torch.Tensor:
     return torch.tensor([record['loss'] for record in records(run) if record['kind'] == 'train'], dtype=torch.float64)
 
 
+@pytest.mark.faults
 def test_one_and_two_processes_compute_the_same(tmp_path, record_property):
     """The gap of the loss over 100 steps of the same global batch; what is left is the order of summation."""
     succeeded(launch(1, *PLAIN, '-b', '32', '--epochs', '8', '--experiment', 'one', cwd=tmp_path))
@@ -99,6 +101,7 @@ def test_one_and_two_processes_compute_the_same(tmp_path, record_property):
     assert gap <= 1e-5
 
 
+@pytest.mark.faults
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     """In the middle of an epoch, with the same samples for the same steps; or it is refused with numbers that fit."""
     succeeded(launch(2, *PLAIN, '-b', '16', '--epochs', '1', '--checkpoint-steps', '5', '--keep', '9', '--experiment',
