@@ -245,13 +245,13 @@ def test_a_launcher_that_is_killed_while_it_is_stopped_leaves_nothing(tmp_path):
 
 @pytest.mark.faults
 def test_a_process_that_hangs_is_named_with_its_stack(tmp_path):
-    with Job(tmp_path, '-j', '0', '--experiment', 'run', '--timeout', '5', MAX_RESTARTS='0',
+    with Job(tmp_path, '-j', '0', '--experiment', 'run', '--timeout', '15', MAX_RESTARTS='0',
              T2T_FAULTS=f'step@{STEP}#1=stop') as job:
         code, said = job.ended()
     assert code == 4, said
     line = next(line for line in said.splitlines() if 'in vain' in line)
     # Steps of milliseconds are too many to tell of each of them.
-    step = re.search(r'train.py: error: waited 5 s \(--timeout\) in vain for rank 1, at step (\d+) since ', line)
+    step = re.search(r'train.py: error: waited 15 s \(--timeout\) in vain for rank 1, at step (\d+) since ', line)
     assert int(step[1]) < STEP
     assert 'silent since' in line and 'rank 0' not in line
     stack = said[said.index('rank 1 (process '):]
@@ -261,7 +261,7 @@ def test_a_process_that_hangs_is_named_with_its_stack(tmp_path):
 
 @pytest.mark.faults
 def test_a_hang_is_a_restart(uninterrupted, tmp_path):
-    with Job(tmp_path, '-j', '0', '--experiment', 'run', '--timeout', '5', T2T_FAULTS=f'step@{STEP}#1=stop') as job:
+    with Job(tmp_path, '-j', '0', '--experiment', 'run', '--timeout', '15', T2T_FAULTS=f'step@{STEP}#1=stop') as job:
         code, said = job.ended()
     assert code == 0 and 'in vain for rank 1' in said and 'restart 1 of 3' in said, said
     assert_ends_as(uninterrupted, tmp_path / 'runs/train/run')
