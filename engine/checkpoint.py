@@ -98,17 +98,6 @@ class _SealedFile:
         self._file.flush()
 
 
-def save_atomically(content: dict, path: Path) -> None:
-    """Writes `content`, with its checksum, so that `path` is at any moment and after any crash the old or the new one.
-
-    Raises:
-        OSError: it could not be written. `path` is as it was, and nothing else is left.
-    """
-    with _written(content, path) as temporary:
-        os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
 @contextlib.contextmanager
 def _written(content: dict, path: Path) -> Iterator[Path]:
     """A temporary file beside `path` with all of `content`, on the disk; gone at the end, unless it was renamed."""

@@ -3,12 +3,15 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from engine.checkpoint import save_checkpoint
 
 pytest.register_assert_rewrite('tests.golden')  # so that its assertions show their values, as those of tests do
 
@@ -77,6 +80,12 @@ def write_images(root: Path, splits: dict[str, int], classes=('ant', 'bee', 'cat
                 pixels = np.clip(colour + rng.normal(60, 30, (*size, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f'{name}_{index}.jpg', quality=90)
     return root
+
+
+def write_checkpoint(content: dict, path: Path) -> None:
+    """A whole checkpoint, with its checksum, under any name."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        os.replace(save_checkpoint(content, Path(folder), global_step=0, keep=2, is_best=False), path)
 
 
 @pytest.fixture(scope='session')

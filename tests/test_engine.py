@@ -14,13 +14,13 @@ from data.batch import BatchPreparer
 from data.loader import create_loader
 from data.samplers import EvalSampler
 from engine import checkpoint as checkpoint_files
-from engine.checkpoint import BEST, LAST, resolve_run, save_atomically, save_checkpoint
+from engine.checkpoint import BEST, LAST, resolve_run, save_checkpoint
 from engine.evaluate import evaluate
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.state import TrainState
 from models import create_model
-from tests.conftest import assert_same
+from tests.conftest import assert_same, write_checkpoint
 from utils import distributed
 from utils.errors import UserError
 from utils.files import read_checkpoint
@@ -194,7 +194,7 @@ def test_where_a_run_goes(tmp_path):
     ):
         folder = tmp_path / 'train' / name
         folder.mkdir(parents=True)
-        save_atomically({'global_step': age}, folder / LAST)
+        write_checkpoint({'global_step': age}, folder / LAST)
         os.utime(folder / LAST, (age, age))
     newest = tmp_path / 'train' / '20260102-000000-t2t_vit_7-32'
     assert resolve_run(**place, experiment='', resume='auto') == (newest, newest / LAST)

@@ -31,12 +31,11 @@ from engine.checkpoint import (
     check_resume,
     find_checkpoint,
     resolve_run,
-    save_atomically,
     save_checkpoint,
 )
 from engine.state import TrainState
 from models import create_model
-from tests.conftest import ROOT, assert_same
+from tests.conftest import ROOT, assert_same, write_checkpoint
 from utils import faults
 from utils.distributed import World
 from utils.errors import UserError
@@ -322,7 +321,7 @@ def test_two_hundred_damaged_files_are_detected_on_resume(real, tmp_path, caplog
 
 def test_every_flip_of_the_last_bytes_is_detected(tmp_path):
     path = tmp_path / LAST
-    save_atomically({'global_step': 1}, path)
+    write_checkpoint({'global_step': 1}, path)
     whole = path.read_bytes()
     for offset in range(len(whole) - SEAL_LENGTH - 30, len(whole)):
         for bit in range(8):
@@ -400,9 +399,9 @@ def test_the_newest_is_found_when_the_link_to_it_is_missing_old_or_alone(runs, t
         resolve(runs, '')
     os.link(at(runs, 20), runs / LAST)
     assert find_checkpoint(runs) == at(runs, 40)
-    save_atomically(state_at(50), runs / LAST)  # newer than those with a number
+    write_checkpoint(state_at(50), runs / LAST)  # newer than those with a number
     assert find_checkpoint(runs) == runs / LAST
-    save_atomically(state_at(35), runs / LAST)
+    write_checkpoint(state_at(35), runs / LAST)
     assert find_checkpoint(runs) == at(runs, 40)
     damage(at(runs, 40))
     assert find_checkpoint(runs) == runs / LAST
