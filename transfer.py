@@ -53,6 +53,9 @@ def main():
     from utils.distributed import leave
     from utils.runtime import start
 
+    if args.pixel_stats == 'cifar':  # as options, so that the checkpoint records what its pixels were
+        args = args.replacing(**{name: getattr(args, name) or list(value) for name, value in CIFAR_STATS.items()})
+
     # --- Runtime, data ------------------------------------------------------------------------------------------------
     world, precision = start(args)
     # What is wrong with the options should not wait for the data to be scanned.
@@ -64,8 +67,7 @@ def main():
     # --- Model: weights of the source, a classifier for the target ----------------------------------------------------
     num_classes = options.resolve_num_classes(args, train_set.classes)
     model = create_model_from_options(args, num_classes=num_classes, transfer_from=args.transfer_model)
-    pixels = CIFAR_STATS if args.pixel_stats == 'cifar' else {}
-    batches = create_training_input(args, train_set, val_set, {**model.pretrained_cfg, **pixels}, num_classes, world)
+    batches = create_training_input(args, train_set, val_set, model.pretrained_cfg, num_classes, world)
 
     # --- Optimizer: two learning rates, one schedule ------------------------------------------------------------------
     body_lr_scale = args.transfer_ratio if args.transfer_learning else 1.0

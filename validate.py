@@ -16,22 +16,16 @@ from pathlib import Path
 from utils import options
 from utils.errors import UserError, run_script
 
-GROUPS = (options.data_options, options.model_options, options.input_options, options.device_options)
-
-# Of a checkpoint, model and image size are found out where they are not given.
-DEFAULTS = {'log_interval': 10, 'model': None, 'img_size': None}
+GROUPS = (options.data_options, options.model_options, options.trained_model_options, options.input_options,
+          options.device_options)
+DEFAULTS = {**options.TRAINED_MODEL, 'log_interval': 10}
 
 log = logging.getLogger(__name__)
 
 
 def validate_options(parser):
-    add = parser.add_argument_group('Evaluation').add_argument
-    add('--eval-checkpoint', '--checkpoint', metavar='PATH', help='checkpoint to evaluate, of any known kind')
-    add('--class-map', metavar='FILE',
-        help='text file with one class folder a line, in the order of the labels')
-    add('-b', '--b', '--batch-size', dest='batch_size', type=options.positive_int, default=64, metavar='N',
-        help='images per batch and process')
-    add('--results-file', metavar='FILE',
+    parser.add_argument_group('Evaluation').add_argument(
+        '--results-file', metavar='FILE',
         help='results as FILE.json and FILE.csv (default: output/validate/DATE-MODEL-SIZE)')
 
 
@@ -39,34 +33,25 @@ def main():
     # --- Options ------------------------------------------------------------------------------------------------------
     parser = options.create_parser('Evaluate a model.', (*GROUPS, validate_options), DEFAULTS)
     args = options.parse_options(parser)
-    if bool(args.eval_checkpoint) + args.pretrained != 1 or args.initial_checkpoint:
-        raise UserError('what to evaluate? give --eval-checkpoint PATH, or --pretrained for the published weights')
+    options.check_trained_model(args)
 
     import torch
 
     from data.pipeline import create_eval_loader, open_evaluation_data, resolve_input
     from engine.evaluate import evaluate
-    from models import count_classes, create_model_from_options, load_weights, recorded_classes, resolve_name
+    from models import open_trained_model
     from utils.distributed import leave
-    from utils.files import read_checkpoint
     from utils.runtime import describe_environment, start
 
     # --- Runtime ------------------------------------------------------------------------------------------------------
     world, precision = start(args)
 
-    # --- Weights, data numbered as they were trained, model -----------------------------------------------------------
-    checkpoint = read_checkpoint(args.eval_checkpoint) if args.eval_checkpoint else {}
-    args = complete_options(args, checkpoint)
-    num_classes = args.num_classes or count_classes(resolve_name(args.model), checkpoint, args.use_ema,
-                                                    source=args.eval_checkpoint)
+    # --- Weights, and data numbered as they were trained --------------------------------------------------------------
+    model, args, known_classes = open_trained_model(args)
     # What is wrong with the options should not wait for the data to be scanned.
     stem = results_stem(args)
-    resolve_input(args, {})
-    known_classes = recorded_classes(checkpoint)
-    dataset = open_evaluation_data(args, known_classes, num_classes, world)
-    model = create_model_from_options(args, num_classes=num_classes or len(dataset.classes))
-    if checkpoint:
-        log.info('%s', load_weights(model, checkpoint, use_ema=args.use_ema, source=args.eval_checkpoint))
+    image = resolve_input(args, model.pretrained_cfg)
+    dataset = open_evaluation_data(args, known_classes, model.num_classes, world)
     is_numbered = bool(args.class_map or known_classes) and len(dataset.classes) <= model.num_classes
     if model.num_classes != len(dataset.classes) and not is_numbered:
         raise UserError(f'the model has {model.num_classes} classes, the data set {len(dataset.classes)}, and nothing '
@@ -74,7 +59,6 @@ def main():
     model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
 
     # --- Evaluation ---------------------------------------------------------------------------------------------------
-    image = resolve_input(args, model.pretrained_cfg)
     loader, prepare = create_eval_loader(args, dataset, image, world)
     result = evaluate(model, loader, prepare, precision=precision, log_interval=args.log_interval)
 
@@ -91,18 +75,6 @@ def main():
         print(json.dumps(record, indent=2))
         write_results(record, stem)
     leave()
-
-
-def complete_options(args, checkpoint: dict):
-    """The options with the model and image size of the checkpoint, or of the model's weights, where not given."""
-    import timm
-
-    from models import model_of_checkpoint, resolve_name
-    name, size = args.model or 't2t_vit_14', None
-    if checkpoint and not (args.model and args.img_size):
-        name, size = model_of_checkpoint(checkpoint, args.model, args.use_ema, source=args.eval_checkpoint)
-    height, width = size or timm.get_pretrained_cfg(resolve_name(name)).input_size[-2:]
-    return args.replacing(model=name, img_size=args.img_size or (height if height == width else (height, width)))
 
 
 def results_stem(args) -> Path:

@@ -5,6 +5,7 @@ The way of a batch: `datasets` opens images and targets, `samplers` say which of
 mixes them on the device at the moment they are used.
 """
 
+from .base import ImageDataset, Numbered
 from .batch import BatchPreparer, TrainBatchPreparer
 from .classes import read_class_map
 from .datasets import DATASETS, open_eval, open_train_val
@@ -16,7 +17,9 @@ __all__ = [
     'DATASETS',
     'BatchPreparer',
     'EvalSampler',
+    'ImageDataset',
     'Loader',
+    'Numbered',
     'TrainBatchPreparer',
     'TrainSampler',
     'create_eval_transform',

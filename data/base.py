@@ -57,6 +57,32 @@ class ClassView(ImageDataset):
         return self._dataset.path(self._indices[index])
 
 
+class Part(ImageDataset):
+    """The images of `dataset` at `indices`, in that order."""
+
+    def __init__(self, dataset: ImageDataset, indices: Sequence[int]):
+        self._dataset = dataset
+        self._indices = np.asarray(indices, dtype=np.int64)
+        super().__init__(dataset.classes, dataset.targets[self._indices])
+
+    def image(self, index: int) -> Image.Image:
+        return self._dataset.image(int(self._indices[index]))
+
+    def path(self, index: int) -> str:
+        return self._dataset.path(int(self._indices[index]))
+
+
+class Numbered(Part):
+    """The images of `dataset`, the target of each being its own number.
+
+    So that the batches of a loader say which images they hold, also where some could not be decoded.
+    """
+
+    def __init__(self, dataset: ImageDataset):
+        super().__init__(dataset, range(len(dataset)))
+        self.targets = np.arange(len(dataset))
+
+
 class PathList:
     """A read-only list of paths in one block of memory.
 

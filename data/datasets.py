@@ -27,6 +27,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from utils.errors import UserError
+from utils.options import DATASETS
 
 from .base import ImageDataset
 from .classes import match_classes, name_some, select_classes
@@ -34,7 +35,6 @@ from .folders import ImageFolder, check_folder, has_class_folders
 
 _logger = logging.getLogger(__name__)
 
-DATASETS = ('folder', 'imagenet', 'cifar10', 'cifar100', 'digits', 'synthetic')
 EVAL_SPLITS = ('val', 'validation', 'test')
 """Folders that are tried, in this order, where no evaluation split is named."""
 

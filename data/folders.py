@@ -2,7 +2,9 @@
 
 import logging
 import os
+from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image
 from timm.utils.misc import natural_key
 
@@ -61,6 +63,34 @@ class ImageFolder(ImageDataset):
         if empty:
             _logger.warning('%s: %d class folders without images: %s', self.folder, len(empty),
                             name_some(empty))
+
+
+class ImageFiles(ImageDataset):
+    """Images by their paths, files as given and folders with all images below them; without classes, all targets -1.
+
+    Raises UserError if a path does not exist, or if a folder holds no image.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike]):
+        files = []
+        for path in map(os.path.expanduser, map(os.fspath, paths)):
+            if not os.path.isdir(path):
+                if not os.path.lexists(path):
+                    raise UserError(f'image {path!r} does not exist; check the path')
+                files.append(path)
+                continue
+            found, _ = _scan_class(path, '')
+            if not found:
+                raise UserError(f'folder {path!r} holds no images ({", ".join(EXTENSIONS)})')
+            files += [os.path.join(path, name) for name in found]
+        super().__init__([], np.full(len(files), -1))
+        self._paths = PathList(files)
+
+    def image(self, index: int) -> Image.Image:
+        return load_rgb(self.path(index))
+
+    def path(self, index: int) -> str:
+        return self._paths[index]
 
 
 def check_folder(folder: str) -> str:

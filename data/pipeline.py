@@ -3,9 +3,11 @@ from typing import NamedTuple
 
 from timm.data import ImageNetInfo, resolve_data_config
 
+from data.base import ImageDataset, Part
 from data.batch import BatchPreparer, TrainBatchPreparer
 from data.classes import read_class_map
 from data.datasets import open_eval, open_train_val
+from data.folders import ImageFiles
 from data.loader import Loader, create_loader
 from data.samplers import EvalSampler, TrainSampler
 from data.transforms import create_eval_transform, create_train_transform
@@ -80,6 +82,46 @@ def open_evaluation_data(args, classes: list[str] | None, num_classes: int | Non
         if set(dataset.classes) <= set(synsets):
             return open_with(synsets)
     return dataset
+
+
+def open_images(args, classes: list[str] | None, num_classes: int | None, world: World) -> ImageDataset:
+    """The images that `options.image_options` name: files, or evaluation images of a data set, numbered as by
+    `open_evaluation_data`; targets are -1 where nobody knows them.
+
+    Raises:
+        UserError: neither or both are given, or as ImageFiles and open_evaluation_data.
+    """
+    has_data_set = bool(args.data) or args.dataset != 'folder'
+    if bool(args.images) == has_data_set:
+        raise UserError('which images? give files or folders, or a data set (--data DIR, --dataset digits)'
+                        + (', not both' if args.images else ''))
+    dataset = ImageFiles(args.images) if args.images else open_evaluation_data(args, classes, num_classes, world)
+    if not args.samples or args.samples >= len(dataset):
+        return dataset
+    return Part(dataset, [i * len(dataset) // args.samples for i in range(args.samples)])
+
+
+def name_classes(args, classes: list[str] | None, num_classes: int) -> list[str]:
+    """A name for each class of a model, for people: of --class-map, else of `classes`, as its checkpoint has them.
+
+    ImageNet's synsets become words. A model of 1,000 classes that says nothing of them is taken for one of ImageNet;
+    any other gets numbers.
+
+    Raises:
+        UserError: --class-map cannot be read, or names another number of classes.
+    """
+    if args.class_map:
+        classes = read_class_map(args.class_map)
+        if len(classes) != num_classes:
+            raise UserError(f'--class-map {args.class_map} names {len(classes)} classes, the model has {num_classes}')
+    imagenet = ImageNetInfo()
+    if classes is None and num_classes == len(imagenet.label_names()):
+        classes = imagenet.label_names()
+    if classes is None or len(classes) > num_classes:
+        return [f'class {number}' for number in range(num_classes)]
+    synsets = set(imagenet.label_names())
+    names = [imagenet.label_name_to_description(name) if name in synsets else name for name in classes]
+    return names + [f'class {number}' for number in range(len(names), num_classes)]
 
 
 def _source(args) -> tuple[str | None, bool]:

@@ -3,10 +3,12 @@ from utils.files import read_checkpoint
 
 from .ablations import T2TViTDense
 from .factory import (
+    TrainedModel,
     create_from_config,
     create_model,
     create_model_from_options,
     model_of_checkpoint,
+    open_trained_model,
     resolve_name,
     split_head,
 )
@@ -27,6 +29,7 @@ __all__ = [
     'LoadReport',
     'T2TViT',
     'T2TViTDense',
+    'TrainedModel',
     'count_classes',
     'create_from_config',
     'create_model',
@@ -36,6 +39,7 @@ __all__ = [
     'load_for_transfer_learning',
     'load_weights',
     'model_of_checkpoint',
+    'open_trained_model',
     'our_models',
     'read_checkpoint',
     'recorded_classes',

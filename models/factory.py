@@ -7,17 +7,18 @@ import re
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 from timm.models import split_model_name_tag
 from torch import nn
 
-from models.formats import recorded_arch, recorded_img_size
+from models.formats import recorded_arch, recorded_classes, recorded_img_size, recorded_options
 from models.identity import identify
-from models.weights import load_weights, state_dict_of
+from models.weights import count_classes, load_weights, state_dict_of
 from utils import options
 from utils.errors import UserError
+from utils.files import read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -204,6 +205,59 @@ def create_from_config(path: str | os.PathLike, **overrides: Any) -> nn.Module:
     overrides = options.check_values(overrides, parser, source='create_from_config')
     args = options.Options(**{**defaults, **recipe, **overrides}).freeze()
     return create_model_from_options(args, num_classes=args.num_classes)
+
+
+class TrainedModel(NamedTuple):
+    """A model with its weights; the options, completed by what its checkpoint recorded; the names of its classes.
+
+    `classes` is in the order of the logits, None where neither the checkpoint nor --class-map tells.
+    """
+    model: nn.Module
+    args: options.Options
+    classes: list[str] | None
+
+
+# What a training recorded of its images and its model, for options that are left open.
+RECORDED = ('gp', 'model_kwargs', 'crop_pct', 'mean', 'std', 'interpolation')
+
+
+def open_trained_model(args) -> TrainedModel:
+    """The model of --checkpoint, or --pretrained weights, for scripts that train nothing.
+
+    What the command line leaves open is as the checkpoint says: the model, the image size, the pooling, the further
+    arguments of the model, crop and statistics of the pixels.
+
+    Args:
+        args: options of utils.options.model_options, input_options and trained_model_options.
+
+    Raises:
+        UserError: none or both of these are given, or as read_checkpoint, create_model and load_weights.
+    """
+    options.check_trained_model(args)
+    checkpoint = read_checkpoint(args.eval_checkpoint) if args.eval_checkpoint else {}
+    source = args.eval_checkpoint
+    recorded = {name: list(value) if isinstance(value, tuple) else value
+                for name, value in recorded_options(checkpoint).items()
+                if name in RECORDED and value and not getattr(args, name)}
+    parser = options.create_parser('', (options.model_options, options.input_options))
+    recorded = options.check_values(recorded, parser, source=f'{source}, options of its training')
+    if args.model and resolve_name(args.model) != (recorded_arch(checkpoint) or '').lower():
+        recorded.pop('model_kwargs', None)  # they are another model's
+
+    name, size = args.model or 't2t_vit_14', None
+    if checkpoint and not (args.model and args.img_size):
+        name, size = model_of_checkpoint(checkpoint, args.model, args.use_ema, source=source)
+    name = resolve_name(name)
+    height, width = size or timm.get_pretrained_cfg(name).input_size[-2:]
+    args = args.replacing(model=name, img_size=args.img_size or (height if height == width else (height, width)),
+                          **recorded)
+    num_classes = args.num_classes or count_classes(name, checkpoint, args.use_ema, source=source)
+    if not num_classes:
+        raise UserError(f'{source} holds no classifier; give weights that have one')
+    model = create_model_from_options(args, num_classes=num_classes)
+    if checkpoint:
+        _logger.info('%s', load_weights(model, checkpoint, use_ema=args.use_ema, source=source))
+    return TrainedModel(model.eval(), args, recorded_classes(checkpoint))
 
 
 def model_of_checkpoint(

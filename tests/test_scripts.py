@@ -387,7 +387,7 @@ def mistakes(tmp: Path, images: Path, checkpoint: Path) -> dict:
         'initial is not eval': (
             'validate.py',
             (images, *SMALL, '--initial-checkpoint', checkpoint),
-            'what to evaluate? give --eval-checkpoint',
+            'which weights? give --checkpoint',
         ),
         'what model': (
             'validate.py',
@@ -396,7 +396,7 @@ def mistakes(tmp: Path, images: Path, checkpoint: Path) -> dict:
             'give --model',
         ),
         'model kwargs': ('train.py', (*good, '--model-kwargs', 'dept=3'), 'takes no argument dept'),
-        'what to validate': ('validate.py', (images, *SMALL), 'what to evaluate?'),
+        'what to validate': ('validate.py', (images, *SMALL), 'which weights?'),
         'other model': (
             'validate.py',
             (images, *SMALL[2:], '--model', 't2t_vit_10', '--eval-checkpoint', checkpoint),

@@ -4,8 +4,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's colours, which people who see colours differently can tell apart.
-BLUE, ORANGE, GREEN = '#0072B2', '#D55E00', '#009E73'
+from utils.pictures import BLUE, GREEN, ORANGE
 
 
 def draw_curves(records: list[dict], path: Path) -> None:

@@ -362,10 +362,28 @@ def _scalar(path: Path, key: str, value, action: argparse.Action):
 FLAG = argparse.BooleanOptionalAction
 
 
+DATASETS = ('folder', 'imagenet', 'cifar10', 'cifar100', 'digits', 'synthetic')
+
+
 def data_options(parser):
-    add = parser.add_argument_group('Data').add_argument
-    add('data', metavar='DIR', nargs='?', help='data set: a folder with train/ and val/ of class folders')
-    add('--dataset', default='folder', choices=['folder', 'imagenet', 'cifar10', 'cifar100', 'digits', 'synthetic'],
+    group = parser.add_argument_group('Data')
+    group.add_argument('data', metavar='DIR', nargs='?',
+                       help='data set: a folder with train/ and val/ of class folders')
+    _add_dataset_options(group.add_argument)
+
+
+def image_options(parser):
+    """Images as files, or as a data set, for scripts that look at single images."""
+    group = parser.add_argument_group('Images')
+    group.add_argument('images', metavar='IMAGE', nargs='*', help='image files, and folders of such')
+    group.add_argument('--data', metavar='DIR', help='instead: the evaluation images of this data set')
+    _add_dataset_options(group.add_argument)
+    group.add_argument('--samples', type=positive_int, metavar='N',
+                       help='take only N images of the data set, evenly spread over it')
+
+
+def _add_dataset_options(add):
+    add('--dataset', default='folder', choices=DATASETS,
         help='what is in DIR; digits (embedded) and synthetic (for measuring) need none')
     add('--download', action=FLAG, default=False, help='fetch CIFAR into DIR where it is missing')
     add('--val-split', metavar='NAME', help='folder of the evaluation images (default: val, validation or test)')
@@ -397,6 +415,26 @@ def model_options(parser):
     add('--model-kwargs', type=keyword, nargs='+', metavar='NAME=VALUE',
         help="further arguments of the model, such as aux_weight=0.25")
     add('--channels-last', action=FLAG, default=False, help='channels-last memory layout (for convolutions)')
+
+
+# Of a checkpoint, model and image size are found out where they are not given.
+TRAINED_MODEL = {'model': None, 'img_size': None}
+
+
+def trained_model_options(parser):
+    """Which weights, beside `model_options`, for scripts that use a trained model."""
+    add = parser.add_argument_group('Trained model').add_argument
+    add('--eval-checkpoint', '--checkpoint', metavar='PATH', help='checkpoint of the model, of any known kind')
+    add('--class-map', metavar='FILE',
+        help='text file with one class folder a line, in the order of the labels')
+    add('-b', '--b', '--batch-size', dest='batch_size', type=positive_int, default=64, metavar='N',
+        help='images per batch and process')
+
+
+def check_trained_model(args) -> None:
+    """Raises UserError unless the options name exactly one source of weights."""
+    if bool(args.eval_checkpoint) + args.pretrained != 1 or args.initial_checkpoint:
+        raise UserError('which weights? give --checkpoint PATH, or --pretrained for the published ones')
 
 
 def input_options(parser):

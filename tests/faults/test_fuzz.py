@@ -121,7 +121,7 @@ EARLY = {
         'transfer', '--dataset folder --transfer-learning --transfer-model {place}/folder', 'is a folder'),
     'transfer policy': ('transfer', '--dataset folder --aa rnd', '--aa'),
     'ratio': ('transfer', '--transfer-ratio -1', '-1 is too small'),
-    'nothing to validate': ('validate', '', 'what to evaluate?'),
+    'nothing to validate': ('validate', '', 'which weights?'),
     'validate image': ('validate', '--eval-checkpoint {place}/image.pth', 'not a PyTorch checkpoint'),
     'validate folder': ('validate', '--eval-checkpoint {place}/folder', 'is a folder'),
     'validate map': ('validate', '--eval-checkpoint {place}/weights.pth --class-map {place}/latin.txt', 'not UTF-8'),

@@ -1,0 +1,47 @@
+"""What a model says of single images: the classes it gives most to, with their probabilities."""
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from utils.log import progress_bar
+
+
+class Predictions(NamedTuple):
+    """Of n images: their `indices` in the data set [n], the k most probable `classes` [n, k], `probabilities` [n, k].
+
+    Ordered by index. Images that could not be decoded are not among them.
+    """
+    indices: np.ndarray
+    classes: np.ndarray
+    probabilities: np.ndarray
+
+
+@torch.no_grad()
+def predict(model, loader, prepare, *, precision, k: int = 5, name: str = 'Predict') -> Predictions:
+    """The k most probable classes of every image that `loader` gives, on this process alone.
+
+    Args:
+        loader: gives (images, indices): of a data set that `data.Numbered` has numbered.
+        prepare: (uint8 images [B, C, H, W], indices [B]) → (normalised images, indices) on the device.
+        precision: utils.runtime.Precision, whose autocast the forward pass runs under.
+        k: number of classes, at most those that the model has.
+    """
+    was_training = model.training
+    model.eval()
+    found = []
+    bar = progress_bar(total=len(loader), desc=name)
+    for images, indices in loader:
+        images, indices = prepare(images, indices)
+        with precision.autocast():
+            logits = model(images)
+        probabilities, classes = logits.float().softmax(1).topk(min(k, logits.shape[1]))  # [B, k] each
+        found.append((indices.cpu().numpy(), classes.cpu().numpy(), probabilities.cpu().numpy()))
+        bar.update()
+    bar.close()
+    model.train(was_training)
+    if not found:
+        return Predictions(np.zeros(0, int), np.zeros((0, k), int), np.zeros((0, k), np.float32))
+    indices, classes, probabilities = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.argsort(indices)
+    return Predictions(indices[order], classes[order], probabilities[order])
