@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from engine.checkpoint import save_checkpoint
+from tests.browser import visit  # noqa: F401, a fixture
 
 pytest.register_assert_rewrite('tests.golden')  # so that its assertions show their values, as those of tests do
 
