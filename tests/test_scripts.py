@@ -176,7 +176,7 @@ def test_validate_an_official_release_by_its_old_name(image_folder, tmp_path):
         )
     )
     assert 'Top-1 accuracy of the model is:' in out
-    assert len(list((tmp_path / 'output/validate').glob('*-T2t_vit_7-32.json'))) == 1
+    assert len(list((tmp_path / 'output/validate').glob('*-t2t_vit_7-32.json'))) == 1
 
 
 @pytest.mark.parametrize('name', ['resnet18', 'deit_tiny_patch16_224'])
