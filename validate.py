@@ -7,14 +7,11 @@
 Needs no train/ folder. Every image is counted exactly once on any number of processes. Results go to the console, and
 to a JSON and a CSV file.
 """
-import csv
 import json
 import logging
-from datetime import datetime
-from pathlib import Path
 
 from utils import options
-from utils.errors import UserError, run_script
+from utils.errors import run_script
 
 GROUPS = (options.data_options, options.model_options, options.trained_model_options, options.input_options,
           options.device_options)
@@ -41,6 +38,7 @@ def main():
     from engine.evaluate import evaluate
     from models import open_trained_model
     from utils.distributed import leave
+    from utils.results import results_stem, write_results
     from utils.runtime import describe_environment, start
 
     # --- Runtime ------------------------------------------------------------------------------------------------------
@@ -49,13 +47,9 @@ def main():
     # --- Weights, and data numbered as they were trained --------------------------------------------------------------
     model, args, known_classes = open_trained_model(args)
     # What is wrong with the options should not wait for the data to be scanned.
-    stem = results_stem(args)
+    stem = results_stem(args, args.results_file, '--results-file', 'validate')
     image = resolve_input(args, model.pretrained_cfg)
     dataset = open_evaluation_data(args, known_classes, model.num_classes, world)
-    is_numbered = bool(args.class_map or known_classes) and len(dataset.classes) <= model.num_classes
-    if model.num_classes != len(dataset.classes) and not is_numbered:
-        raise UserError(f'the model has {model.num_classes} classes, the data set {len(dataset.classes)}, and nothing '
-                        'says which is which; give --class-map FILE with all their names in order')
     model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
 
     # --- Evaluation ---------------------------------------------------------------------------------------------------
@@ -73,32 +67,8 @@ def main():
             'img_size': list(image.img_size), 'crop_pct': image.crop_pct, 'interpolation': image.interpolation,
             'precision': str(precision), 'processes': world.size, **describe_environment(world.device)}
         print(json.dumps(record, indent=2))
-        write_results(record, stem)
+        write_results(stem, record, [record], '--results-file')
     leave()
-
-
-def results_stem(args) -> Path:
-    """Where results will go, without .json and .csv; checked to be writable before the work begins, but not made."""
-    from utils.log import check_folder
-    size = args.img_size if isinstance(args.img_size, int) else '{}x{}'.format(*args.img_size)
-    stem = Path(args.results_file or f'output/validate/{datetime.now():%Y%m%d-%H%M%S}-{args.model}-{size}')
-    if stem.suffix in ('.json', '.csv'):
-        stem = stem.with_suffix('')
-    check_folder(stem.parent, '--results-file')
-    return stem
-
-
-def write_results(record: dict, stem: Path) -> None:
-    """One JSON object and one CSV row beside each other."""
-    from utils.log import make_folder
-    make_folder(stem.parent, '--results-file')
-    json_file, csv_file = Path(f'{stem}.json'), Path(f'{stem}.csv')
-    json_file.write_text(json.dumps(record, indent=2) + '\n')
-    with open(csv_file, 'w', newline='') as file:
-        writer = csv.DictWriter(file, record)
-        writer.writeheader()
-        writer.writerow(record)
-    log.info('results: %s, %s', json_file, csv_file)
 
 
 if __name__ == '__main__':

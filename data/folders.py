@@ -134,6 +134,7 @@ def _list_split(folder: str) -> tuple[list[str], list[str]]:
 def _scan_class(split: str, name: str) -> tuple[list[str], int]:
     """The images below folder `name` of `split`, as sorted paths in it, and the number of other files.
 
+    Hidden folders are left out, as are hidden files: they hold thumbnails, environments and the like.
     Links to files are followed; links to folders inside a class folder are not, so that the scan ends.
     """
     images, ignored, pending = [], 0, [name]
@@ -142,7 +143,8 @@ def _scan_class(split: str, name: str) -> tuple[list[str], int]:
         for entry in _entries(os.path.join(split, folder)):
             path = os.path.join(folder, entry.name)
             if entry.is_dir(follow_symlinks=False):
-                pending.append(path)
+                if not entry.name.startswith('.'):
+                    pending.append(path)
             elif _is_image(entry.name):
                 images.append(path)
             else:

@@ -1,4 +1,5 @@
 """From options to what the engine takes: datasets, then the loaders and preparers of training and evaluation."""
+from collections import Counter
 from typing import NamedTuple
 
 from timm.data import ImageNetInfo, resolve_data_config
@@ -13,6 +14,7 @@ from data.samplers import EvalSampler, TrainSampler
 from data.transforms import create_eval_transform, create_train_transform
 from utils.distributed import World, one_per_machine_first
 from utils.errors import UserError
+from utils.options import check_images
 
 # Statistics of CIFAR's pixels, under the names of timm's configurations.
 CIFAR_STATS = {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)}
@@ -64,6 +66,9 @@ def open_evaluation_data(args, classes: list[str] | None, num_classes: int | Non
 
     Its classes are numbered by --class-map; without one, by `classes`, which a checkpoint may carry; without these, for
     a model of 1,000 classes and folders that are all named after ImageNet's synsets, in the order of ImageNet.
+
+    Raises:
+        UserError: as open_eval; or nothing says which of the model's `num_classes` classes are those of the data set.
     """
     root, download = _source(args)
     if args.class_map:
@@ -81,6 +86,10 @@ def open_evaluation_data(args, classes: list[str] | None, num_classes: int | Non
         synsets = ImageNetInfo().label_names()
         if set(dataset.classes) <= set(synsets):
             return open_with(synsets)
+    count = len(dataset.classes)
+    if num_classes is not None and count != num_classes and (classes is None or count > num_classes):
+        raise UserError(f'the model has {num_classes} classes, the data set {count}, and nothing says which is which; '
+                        'give --class-map FILE with all their names in order')
     return dataset
 
 
@@ -91,10 +100,7 @@ def open_images(args, classes: list[str] | None, num_classes: int | None, world:
     Raises:
         UserError: neither or both are given, or as ImageFiles and open_evaluation_data.
     """
-    has_data_set = bool(args.data) or args.dataset != 'folder'
-    if bool(args.images) == has_data_set:
-        raise UserError('which images? give files or folders, or a data set (--data DIR, --dataset digits)'
-                        + (', not both' if args.images else ''))
+    check_images(args)
     dataset = ImageFiles(args.images) if args.images else open_evaluation_data(args, classes, num_classes, world)
     if not args.samples or args.samples >= len(dataset):
         return dataset
@@ -104,8 +110,8 @@ def open_images(args, classes: list[str] | None, num_classes: int | None, world:
 def name_classes(args, classes: list[str] | None, num_classes: int) -> list[str]:
     """A name for each class of a model, for people: of --class-map, else of `classes`, as its checkpoint has them.
 
-    ImageNet's synsets become words. A model of 1,000 classes that says nothing of them is taken for one of ImageNet;
-    any other gets numbers.
+    ImageNet's synsets become words, no two the same. A model of 1,000 classes that says nothing of them is taken for
+    one of ImageNet; any other gets numbers.
 
     Raises:
         UserError: --class-map cannot be read, or names another number of classes.
@@ -118,10 +124,18 @@ def name_classes(args, classes: list[str] | None, num_classes: int) -> list[str]
     if classes is None and num_classes == len(imagenet.label_names()):
         classes = imagenet.label_names()
     if classes is None or len(classes) > num_classes:
-        return [f'class {number}' for number in range(num_classes)]
-    synsets = set(imagenet.label_names())
-    names = [imagenet.label_name_to_description(name) if name in synsets else name for name in classes]
-    return names + [f'class {number}' for number in range(len(names), num_classes)]
+        classes = []
+    words = _name_synsets(imagenet)
+    return [words.get(name, name) for name in classes] + [f'class {n}' for n in range(len(classes), num_classes)]
+
+
+def _name_synsets(imagenet: ImageNetInfo) -> dict[str, str]:
+    """The first word for each synset, or, where several share it, all words; for the two cranes, the synset as well."""
+    words = {synset: imagenet.label_name_to_description(synset) for synset in imagenet.label_names()}
+    first = Counter(text.split(',')[0].lower() for text in words.values())
+    every = Counter(words.values())
+    return {synset: short if first[(short := text.split(',')[0]).lower()] == 1
+            else text if every[text] == 1 else f'{text} ({synset})' for synset, text in words.items()}
 
 
 def _source(args) -> tuple[str | None, bool]:
@@ -182,6 +196,7 @@ def _create_train_preparer(args, image: Input, num_classes: int, device) -> Trai
         cutmix_minmax=args.cutmix_minmax, mixup_prob=args.mixup_prob, mixup_switch_prob=args.mixup_switch_prob,
         mixup_mode=args.mixup_mode, smoothing=args.smoothing, erase_prob=args.reprob if args.aug else 0.0,
         erase_mode=args.remode, erase_count=args.recount, erase_splits=args.resplit)
+
 
 def create_eval_loader(args, dataset, image: Input, world: World) -> tuple[Loader, BatchPreparer]:
     """The evaluation loader of this rank, every image exactly once over all ranks, with the preparer of its batches."""

@@ -1,10 +1,13 @@
 """What a model says of single images: the classes it gives most to, with their probabilities."""
+import logging
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from utils.log import progress_bar
+
+_logger = logging.getLogger(__name__)
 
 
 class Predictions(NamedTuple):
@@ -18,7 +21,8 @@ class Predictions(NamedTuple):
 
 
 @torch.no_grad()
-def predict(model, loader, prepare, *, precision, k: int = 5, name: str = 'Predict') -> Predictions:
+def predict(model, loader, prepare, *, precision, k: int = 5, log_interval: int = 50,
+            name: str = 'Predict') -> Predictions:
     """The k most probable classes of every image that `loader` gives, on this process alone.
 
     Args:
@@ -31,13 +35,15 @@ def predict(model, loader, prepare, *, precision, k: int = 5, name: str = 'Predi
     model.eval()
     found = []
     bar = progress_bar(total=len(loader), desc=name)
-    for images, indices in loader:
+    for batch, (images, indices) in enumerate(loader, start=1):
         images, indices = prepare(images, indices)
         with precision.autocast():
             logits = model(images)
         probabilities, classes = logits.float().softmax(1).topk(min(k, logits.shape[1]))  # [B, k] each
         found.append((indices.cpu().numpy(), classes.cpu().numpy(), probabilities.cpu().numpy()))
         bar.update()
+        if batch % log_interval == 0:
+            _logger.info('%s: [%4d/%d]', name, batch, len(loader))
     bar.close()
     model.train(was_training)
     if not found:

@@ -95,7 +95,9 @@ def parser_of(script: str) -> options.Parser:
         return options.create_parser('', module.GROUPS, gone=module.GONE)
     if script == 'transfer':
         return options.create_parser('', (*module.GROUPS, module.transfer_options), module.DEFAULTS)
-    return options.create_parser('', (*module.GROUPS, module.validate_options))
+    if script == 'validate':
+        return options.create_parser('', (*module.GROUPS, module.validate_options))
+    return options.create_parser('', (*module.GROUPS, getattr(module, f'{script}_options')), module.DEFAULTS)
 
 
 def parse(*argv, script='train') -> options.Options:

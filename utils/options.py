@@ -382,6 +382,14 @@ def image_options(parser):
                        help='take only N images of the data set, evenly spread over it')
 
 
+def check_images(args) -> None:
+    """Raises UserError unless the options name either files or a data set."""
+    has_data_set = bool(args.data) or args.dataset != 'folder'
+    if bool(args.images) == has_data_set:
+        raise UserError('which images? give files or folders, or a data set (--data DIR, --dataset digits)'
+                        + (', not both' if args.images else ''))
+
+
 def _add_dataset_options(add):
     add('--dataset', default='folder', choices=DATASETS,
         help='what is in DIR; digits (embedded) and synthetic (for measuring) need none')

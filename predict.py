@@ -1,0 +1,150 @@
+"""Says what is in images: the most probable classes of each, with their names, on the console and as CSV and JSON.
+
+    python predict.py cat.jpg holiday/ --checkpoint output/train/demo/model_best.pth.tar
+    python predict.py --dataset digits --samples 20 --checkpoint output/train/demo/model_best.pth.tar -k 3
+    python predict.py cat.jpg --model resnet50 --pretrained -o cat
+
+Model and image size are found out from the checkpoint, names of the classes too. An image that cannot be decoded is
+named and left out. Of a data set the true class is shown as well.
+"""
+import logging
+from collections import Counter
+
+from utils import options
+from utils.errors import UserError, run_script
+
+GROUPS = (options.image_options, options.model_options, options.trained_model_options, options.input_options,
+          options.device_options)
+# Of images that cannot be decoded all are left out, unless the option says otherwise.
+DEFAULTS = {**options.TRAINED_MODEL, 'log_interval': 10, 'max_bad_val_images': None}
+LINES = 20  # of images, and of classes, that the console shows
+
+log = logging.getLogger(__name__)
+
+
+def predict_options(parser):
+    add = parser.add_argument_group('Prediction').add_argument
+    add('-k', '--top-k', type=options.positive_int, default=5, metavar='K', help='classes for each image')
+    add('-o', '--output', metavar='FILE',
+        help='results as FILE.json and FILE.csv (default: output/predict/DATE-MODEL-SIZE)')
+
+
+def main():
+    # --- Options ------------------------------------------------------------------------------------------------------
+    parser = options.create_parser('Predict the classes of images.', (*GROUPS, predict_options), DEFAULTS)
+    args = options.parse_options(parser)
+    options.check_images(args)
+    options.check_trained_model(args)
+
+    import torch
+
+    from data import Numbered
+    from data.pipeline import create_eval_loader, name_classes, open_images, resolve_input
+    from engine.predict import predict
+    from models import open_trained_model
+    from utils.results import results_stem, write_results
+    from utils.runtime import describe_environment, start
+
+    # --- Runtime ------------------------------------------------------------------------------------------------------
+    world, precision = start(args)
+    if world.size > 1:
+        raise UserError(f'predict.py is one process, and {world.size} were started; call python predict.py by itself')
+
+    # --- Weights, and images numbered as they were trained ------------------------------------------------------------
+    model, args, known_classes = open_trained_model(args)
+    stem = results_stem(args, args.output, '--output', 'predict')
+    image = resolve_input(args, model.pretrained_cfg)
+    dataset = open_images(args, known_classes, model.num_classes, world)
+    names = name_classes(args, known_classes or dataset.classes or None, model.num_classes)
+    model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+
+    # --- Predictions --------------------------------------------------------------------------------------------------
+    num_batches = -(-len(dataset) // (args.batch_size * args.validation_batch_size_multiplier))
+    args = args.replacing(
+        workers=min(args.workers, num_batches) if num_batches > 1 else 0,  # to start them takes longer than one batch
+        max_bad_val_images=len(dataset) if args.max_bad_val_images is None else args.max_bad_val_images)
+    loader, prepare = create_eval_loader(args, Numbered(dataset), image, world)
+    predictions = predict(model, loader, prepare, precision=precision, k=args.top_k, log_interval=args.log_interval)
+    loader.close()
+
+    # --- Results ------------------------------------------------------------------------------------------------------
+    entries = describe_images(dataset, predictions, names, loader.bad_images)
+    print_table(entries)
+    record = {
+        'model': args.model, 'checkpoint': args.eval_checkpoint or 'pretrained', 'data': args.data or args.dataset,
+        'img_size': list(image.img_size), 'crop_pct': image.crop_pct, 'interpolation': image.interpolation,
+        'precision': str(precision), **describe_environment(world.device), 'images': entries}
+    if args.images:
+        record['data'] = None
+    write_results(stem, record, [as_row(entry, min(args.top_k, model.num_classes)) for entry in entries], '--output')
+    if all('error' in entry for entry in entries):
+        raise UserError(f'none of {len(entries)} images could be predicted; the first: '
+                        f'{entries[0]["path"]}: {entries[0]["error"]}')
+
+
+def describe_images(dataset, predictions, names: list[str], bad_images: dict[str, str]) -> list[dict]:
+    """One entry for each image of `dataset`, in its order: its path and its classes, or an error."""
+    row_of = {int(index): row for row, index in enumerate(predictions.indices)}
+    entries = []
+    for index in range(len(dataset)):
+        entry = {'path': dataset.path(index)}
+        target, row = int(dataset.targets[index]), row_of.get(index)
+        if target >= 0:
+            entry['true_class'] = names[target]
+        if row is None:
+            entry['error'] = bad_images[entry['path']].removeprefix(f"image {entry['path']}: ")
+        elif not all(abs(p) <= 1 for p in predictions.probabilities[row]):
+            entry['error'] = 'the model gives numbers that are not finite; try without --amp, or another checkpoint'
+        else:
+            entry['classes'] = [
+                {'class': names[number], 'number': int(number), 'probability': round(float(probability), 6)}
+                for number, probability in zip(predictions.classes[row], predictions.probabilities[row], strict=True)]
+        entries.append(entry)
+    return entries
+
+
+def as_row(entry: dict, k: int) -> dict:
+    """An entry as a row of a CSV table, every one of the same columns."""
+    row = {'path': entry['path']}
+    if 'true_class' in entry:
+        row['true_class'] = entry['true_class']
+    classes = entry.get('classes', [{'class': None, 'probability': None}] * k)
+    for place, guess in enumerate(classes, start=1):
+        row |= {f'class_{place}': guess['class'], f'probability_{place}': guess['probability']}
+    return row | {'error': entry.get('error')}
+
+
+def print_table(entries: list[dict]) -> None:
+    """The first images with their classes; of many images also how often each class was the most probable."""
+    shown = [(printable(entry['path']), entry) for entry in entries[:LINES]]
+    width = max(len(path) for path, _ in shown)
+    for path, entry in shown:
+        guesses = ', '.join(f"{guess['class']} {guess['probability']:.1%}" for guess in entry.get('classes', []))
+        print(f"{path:{width}}  {guesses or entry['error']}{judge(entry)}")
+    predicted = [entry for entry in entries if 'classes' in entry]
+    first = [entry['classes'][0]['class'] for entry in predicted]
+    if len(entries) > LINES:
+        print(f'… and {len(entries) - LINES} more images')
+        counts = Counter(first).most_common()
+        print('Most probable: ' + ', '.join(f'{name} ({count})' for name, count in counts[:LINES])
+              + (f' and {len(counts) - LINES} more classes' if len(counts) > LINES else ''))
+    known = [entry['true_class'] == name for entry, name in zip(predicted, first, strict=True) if 'true_class' in entry]
+    left_out = f', {len(entries) - len(predicted)} left out' if len(predicted) < len(entries) else ''
+    right = f', {sum(known)} of {len(known)} right ({sum(known) / len(known):.1%})' if known else ''
+    print(f'{len(predicted)} images predicted{left_out}{right}')
+
+
+def judge(entry: dict) -> str:
+    """What to say of the first guess where the true class is known."""
+    if 'true_class' not in entry or 'classes' not in entry:
+        return ''
+    return '  right' if entry['classes'][0]['class'] == entry['true_class'] else f"  wrong: is {entry['true_class']}"
+
+
+def printable(path: str) -> str:
+    """A path as any console can show it, on one line: file names need not be text."""
+    return ' '.join(path.encode('utf-8', 'replace').decode().split())
+
+
+if __name__ == '__main__':
+    run_script(main)

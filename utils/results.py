@@ -1,0 +1,58 @@
+"""Results for people and programs: one JSON object and one CSV table beside each other."""
+import csv
+import json
+import logging
+import math
+from datetime import datetime
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.log import check_folder, make_folder
+
+_logger = logging.getLogger(__name__)
+
+
+def results_stem(args, given: str | None, option: str, kind: str) -> Path:
+    """Where results will go, without .json and .csv; checked to be writable before the work begins, but not made.
+
+    Args:
+        args: options with the model and its image size, which name the files where nothing is given.
+        given: the value of `option`.
+        kind: 'validate' or another folder of output/.
+    """
+    size = args.img_size if isinstance(args.img_size, int) else '{}x{}'.format(*args.img_size)
+    stem = Path(given or f'output/{kind}/{datetime.now():%Y%m%d-%H%M%S}-{args.model}-{size}')
+    if stem.suffix in ('.json', '.csv'):
+        stem = stem.with_suffix('')
+    check_folder(stem.parent, option)
+    return stem
+
+
+def write_results(stem: Path, record: dict, rows: list[dict], option: str) -> None:
+    """Writes STEM.json, the record, and STEM.csv, the rows under the names of the first one; numbers that are not
+    finite are null and empty.
+
+    Raises UserError if they cannot be written.
+    """
+    make_folder(stem.parent, option)
+    record, rows = _finite(record), _finite(rows)
+    json_file, csv_file = Path(f'{stem}.json'), Path(f'{stem}.csv')
+    try:
+        json_file.write_text(json.dumps(record, indent=2, allow_nan=False) + '\n', encoding='utf-8')
+        # File names need not be text: their bytes come through as they are.
+        with open(csv_file, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise UserError(f'{option}: {error.filename or stem} cannot be written ({error.strerror})') from None
+    _logger.info('results: %s, %s', json_file, csv_file)
+
+
+def _finite(value):
+    """The value, with None for every number in it that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
