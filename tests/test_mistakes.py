@@ -1,0 +1,100 @@
+"""Mistakes: the numbers are those of scikit-learn, and the figures say them whatever the number of classes."""
+import numpy as np
+import pytest
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import confusion_matrix, recall_score
+
+from engine.predict import Predictions
+from figures import mistakes
+from utils.pictures import to_array
+
+
+def guess(num_classes, n, seed=0):
+    """Predictions that are right in about half of all cases, with indices into a larger data set, and the targets."""
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(0, num_classes, n)
+    classes = rng.integers(0, num_classes, (n, 2))
+    classes[:, 0] = np.where(rng.random(n) < 0.5, targets, classes[:, 0])
+    probabilities = rng.uniform(0.3, 1, (n, 1)).astype(np.float32) * [1, 0.2]
+    return Predictions(3 * np.arange(n) + 1, classes, probabilities), targets
+
+
+@pytest.mark.parametrize('num_classes', [2, 7])
+def test_matrix_and_accuracy_of_classes_are_those_of_scikit_learn(num_classes):
+    predictions, targets = guess(num_classes, 200)
+    matrix = mistakes.confusion_matrix(targets, predictions.classes[:, 0], num_classes + 1)
+    expected = confusion_matrix(targets, predictions.classes[:, 0], labels=range(num_classes + 1))
+    np.testing.assert_array_equal(matrix, expected)
+    accuracy = mistakes.class_accuracy(matrix)
+    assert np.isnan(accuracy[-1]), 'a class without images has no accuracy'
+    np.testing.assert_allclose(accuracy[:-1], recall_score(targets, predictions.classes[:, 0], average=None))
+
+
+def test_calibration_is_that_of_scikit_learn():
+    predictions, targets = guess(5, 500)
+    confidence, right = predictions.probabilities[:, 0], predictions.classes[:, 0] == targets
+    confidence[:3] = [1 / 15, 0.4, 1.0]  # on the edges of bins, and none at 0.1 to 0.3
+    found = mistakes.calibrate(confidence, right)
+    accuracy, mean = calibration_curve(right, confidence, n_bins=15)
+    filled = found.counts > 0
+    assert 0 < filled.sum() < 15 and found.counts.sum() == 500
+    np.testing.assert_allclose(found.accuracy[filled], accuracy)
+    np.testing.assert_allclose(found.confidence[filled], mean, rtol=1e-6)
+    assert found.error == pytest.approx((np.abs(accuracy - mean) * found.counts[filled] / 500).sum())
+    assert mistakes.calibrate(np.array([0.9, 0.9]), np.array([True, False])).error == pytest.approx(0.4)
+    assert mistakes.calibrate(np.zeros(0), np.zeros(0, bool)).error == 0
+
+
+def test_most_confused_and_most_confident():
+    matrix = np.array([[9, 2, 0], [5, 1, 0], [0, 2, 0]])
+    assert mistakes.most_confused(matrix, 9) == [(1, 0, 5), (0, 1, 2), (2, 1, 2)]
+    assert mistakes.most_confused(matrix, 1) == [(1, 0, 5)] and matrix[0, 0] == 9
+    predictions = Predictions(np.arange(4), np.array([[0], [1], [1], [0]]), np.array([[0.9], [0.6], [0.8], [0.7]]))
+    targets = np.array([0, 0, 0, 1])
+    assert mistakes.most_confident_errors(predictions, targets, 9).tolist() == [2, 3, 1]
+    assert mistakes.most_confident_errors(predictions, targets, 2).tolist() == [2, 3]
+
+
+def texts(figure):
+    """All that is written in a drawn figure."""
+    figure.canvas.draw()
+    return [item.get_text() for item in figure.findobj(lambda item: hasattr(item, 'get_text')) if item.get_visible()]
+
+
+@pytest.mark.parametrize('num_classes', [2, 30, 1000])
+def test_figure_says_all_of_it_for_any_number_of_classes(num_classes):
+    predictions, targets = guess(num_classes, 300)
+    names = [f'sort $ {k}' for k in range(num_classes)]
+    asked = []
+
+    def picture(index):
+        asked.append(index)
+        return np.full((300, 40 + index % 7, 3), index % 255, np.uint8)
+
+    figure = mistakes.mistakes_figure(predictions, targets, names, picture)
+    said = texts(figure)
+    right = predictions.classes[:, 0] == targets
+    assert f'Confusion matrix: {right.sum()} of 300 images right ({100 * right.mean():.1f} %)' in said
+    wrong = np.flatnonzero(~right)
+    surest = wrong[np.argsort(-predictions.probabilities[wrong, 0])][:12]
+    assert asked == predictions.indices[surest].tolist(), 'pictures are asked for by their numbers in the data set'
+    first = surest[0]
+    assert any(text.startswith(rf'sort \$ {targets[first]} →') and rf'\$ {predictions.classes[first, 0]} ' in text
+               for text in said)
+    pairs = [text for text in said if text.count('→') > 5]
+    assert len(pairs) == (num_classes > 12), 'where cells have no numbers the most confused pairs are listed'
+    assert any('classes between' in text for text in said) == (num_classes > 24)
+    assert (f'{(~right & (targets == 0)).sum()}' in said) or num_classes > 12
+
+
+def test_no_errors_no_images_and_very_many_classes():
+    predictions, targets = guess(4, 20)
+    predictions.classes[:, 0] = targets
+    assert 'No errors among 20 images' in texts(mistakes.errors_figure(predictions, targets, list('abcd'), None))
+    nothing = Predictions(np.zeros(0, int), np.zeros((0, 1), int), np.zeros((0, 1)))
+    assert to_array(mistakes.mistakes_figure(nothing, np.zeros(0, int), list('ab'), None), dpi=30).shape[2] == 3
+    matrix = np.zeros((1000, 1000), int)
+    matrix[123, 777] = 1  # one error among a million cells must not fall between two pixels
+    axes = mistakes.confusion_figure(matrix, [str(k) for k in range(1000)]).axes[0]
+    shown = axes.images[0].get_array()
+    assert shown.shape == (200, 200) and shown[123 // 5, 777 // 5] == 1 and np.nansum(shown) == 1
