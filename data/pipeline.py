@@ -120,6 +120,10 @@ def name_classes(args, classes: list[str] | None, num_classes: int) -> list[str]
         classes = read_class_map(args.class_map)
         if len(classes) != num_classes:
             raise UserError(f'--class-map {args.class_map} names {len(classes)} classes, the model has {num_classes}')
+    return _name_in_words(classes, num_classes)
+
+
+def _name_in_words(classes: list[str] | None, num_classes: int) -> list[str]:
     imagenet = ImageNetInfo()
     if classes is None and num_classes == len(imagenet.label_names()):
         classes = imagenet.label_names()
@@ -148,12 +152,16 @@ def _source(args) -> tuple[str | None, bool]:
 
 
 class TrainingInput(NamedTuple):
-    """What the epoch loop takes: the loaders of this rank, and the preparers that bring their batches to the device."""
+    """What the epoch loop takes: the loaders of this rank, and the preparers that bring their batches to the device.
+
+    class_names: for people, see `name_classes`.
+    """
     train_loader: Loader
     prepare_train: TrainBatchPreparer
     val_loader: Loader
     prepare_val: BatchPreparer
     img_size: tuple[int, int]
+    class_names: list[str]
 
 
 def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_classes: int,
@@ -161,7 +169,8 @@ def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_cl
     """Loaders and preparers as the options say; what they leave open is the model's own (`pretrained_cfg`)."""
     image = resolve_input(args, pretrained_cfg)
     return TrainingInput(*_create_train_loader(args, train_set, image, num_classes, world),
-                         *create_eval_loader(args, val_set, image, world), image.img_size)
+                         *create_eval_loader(args, val_set, image, world), image.img_size,
+                         _name_in_words(train_set.classes, num_classes))
 
 
 def check_training_input(args) -> None:

@@ -30,8 +30,44 @@ class Evaluation:
         return asdict(self)
 
 
+class ConfidentErrors:
+    """The images of an evaluation that the model was surest of and wrong about, of this rank's share, surest first.
+
+    They stay on the device, with nothing that the host would wait for, until they are fetched.
+    """
+
+    def __init__(self, limit: int = 16):
+        self._limit = limit
+        self._kept = None
+
+    def add(self, images: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor) -> None:
+        probabilities, guesses = logits.softmax(1).max(1)  # [B] each
+        is_error = (guesses != targets) & probabilities.isfinite()
+        batch = self._surest(torch.where(is_error, probabilities, 0), images, targets, guesses)
+        if self._kept is None:
+            self._kept = batch
+        else:
+            self._kept = self._surest(*(torch.cat(pair) for pair in zip(self._kept, batch, strict=True)))
+
+    def _surest(self, probabilities: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+        probabilities, order = probabilities.topk(min(self._limit, len(probabilities)))
+        return [probabilities, *(other[order] for other in others)]
+
+    def fetch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """images [n, C, H, W] as the model took them, targets, guesses and probabilities of the guesses [n].
+
+        None where this rank has made no error; n is at most the limit.
+        """
+        count = 0 if self._kept is None else int((self._kept[0] > 0).sum())
+        if not count:
+            return None
+        probabilities, images, targets, guesses = (kept[:count] for kept in self._kept)
+        return images, targets, guesses, probabilities
+
+
 @torch.no_grad()
-def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name: str = 'Test') -> Evaluation:
+def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name: str = 'Test',
+             errors: ConfidentErrors | None = None) -> Evaluation:
     """Evaluates `model` (raw, not DDP: ranks may have different numbers of batches) on all that `loader` gives.
 
     Sums are taken on every rank, reduced once and divided once, so that the result is exact for any number of images
@@ -40,6 +76,7 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
     Args:
         prepare: (uint8 images [B, C, H, W], targets [B]) → (normalised images, targets) on the device.
         precision: utils.runtime.Precision, whose autocast the forward pass runs under.
+        errors: is given the wrong predictions of this rank.
     Raises:
         UserError: no image was left to evaluate.
     """
@@ -56,6 +93,8 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
             logits = model(images)
         batch = _batch_sums(logits.float(), targets)
         sums[:4] += batch
+        if errors:
+            errors.add(images, targets, logits.float())
         if index % log_interval == 0 or index == len(loader) - 1:
             _log_line(name, index, len(loader), batch, sums, batch_time or time.perf_counter() - end,
                       (time.perf_counter() - start) / (index + 1))

@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.checkpoint import CheckpointWriter
-from engine.evaluate import evaluate
+from engine.evaluate import ConfidentErrors, evaluate
 from engine.state import TrainState
 from utils import signals
 from utils.distributed import World, from_main, max_over_ranks, note_progress, overwrite_from_main, sum_over_ranks
 from utils.errors import InterruptedRun, NotFiniteError, UserError
 from utils.faults import fault_point
-from utils.log import RunLog, format_seconds, progress_bar
+from utils.log import IMAGES_SHOWN, RunLog, format_seconds, progress_bar
 from utils.runtime import Precision
 
 _logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Trainer:
         state: what is trained; changed in place.
         model: `state.model` as it is called in training (see wrap_model).
         batches: train_loader gives the batches of an epoch from any position on, prepare_train brings them to the
-            device as the model takes them; val_loader and prepare_val do so for evaluation.
+            device as the model takes them; val_loader and prepare_val do so for evaluation; class_names are for people.
         loss: (logits, targets) → scalar.
         schedule: sets the learning rates (see create_schedule).
         args: the options of the loop (accum_steps, clip_grad, log_interval, checkpoint_steps, …).
@@ -60,6 +60,7 @@ class Trainer:
         self.val_loader, self.prepare_val = batches.val_loader, batches.prepare_val
         self.loss, self.schedule, self.num_epochs = loss, schedule, num_epochs
         self.precision, self.args, self.folder = precision, args, folder
+        self.class_names = batches.class_names
         self.steps_per_epoch = len(self.train_loader) // args.accum_steps
         self._steps_since_start = 0
         # What a forward pass changes in the model.
@@ -90,11 +91,11 @@ class Trainer:
             training = self._train_epoch()
             self._share_buffers()
             fault_point('evaluate')
-            results = self._evaluate()
+            results, errors = self._evaluate()
             is_best = self._note_metric(results)
-            record = {'epoch': state.epoch, **training, **results, 'lr': self._top_rate(),
-                      'epoch_seconds': round(time.perf_counter() - epoch_started, 1)}
-            self.log.epoch(record, state.global_step)
+            self.log.epoch({'epoch': state.epoch, 'images_seen': state.images_seen, **training, **results,
+                            'lr': self._top_rate(), 'epoch_seconds': round(time.perf_counter() - epoch_started, 1)})
+            self._show_errors(errors)
             state.start_next_epoch()
             number = self._signal_to_stop()
             self._save(is_best=is_best, must_succeed=bool(number) or state.epoch == self.num_epochs)
@@ -118,9 +119,10 @@ class Trainer:
             state.bad_images += self.train_loader.take_bad_count()
             bar.update()
             self._steps_since_start += 1
-            if state.global_step == 1 or (args.save_images and self._is_log_step()):
-                self.log.images('train_batch', self.prepare_train.denormalize(images), state.global_step,
-                                as_file=args.save_images)
+            as_file = args.save_images and self._is_log_step()
+            if as_file or (state.step == 1 and self.log.shows_images):
+                self.log.batch(self.prepare_train.denormalize(images[:IMAGES_SHOWN]), global_step=state.global_step,
+                               images_seen=state.images_seen, as_file=as_file)
             if self._is_log_step():
                 self._log_line(bar, *started)
                 state.window_sums.copy_(state.loss_sums)
@@ -163,7 +165,8 @@ class Trainer:
         state.scaler.unscale_(state.optimizer)
         parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        if norm.isfinite():
+        self._gradient_norm = norm.item()
+        if math.isfinite(self._gradient_norm):
             if args.clip_grad is not None:
                 nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
             state.scaler.step(state.optimizer)
@@ -175,8 +178,7 @@ class Trainer:
             self._skip_step(statistics)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
-        state.step += 1
-        state.global_step += 1
+        state.count_step()
         return images
 
     def _skip_step(self, statistics: list[torch.Tensor]) -> None:
@@ -220,9 +222,15 @@ class Trainer:
         bar.set_postfix_str(f'loss {shown}, lr {lr:.2e}, {speed:.0f} img/s, run left {eta}')
         _logger.info('Train: %d [%4d/%d]  Loss: %s  Time: %.3fs, %.1f/s  LR: %.3e  Left: %s', state.epoch, state.step,
                      self.steps_per_epoch, shown, seconds / (state.step - step), speed, lr, eta)
-        self.log.train({'epoch': state.epoch, 'step': state.step, 'global_step': state.global_step,
-                        'epoch_progress': state.epoch + state.step / self.steps_per_epoch, 'loss': loss, 'lr': lr,
-                        'skipped_steps': state.skipped_steps, 'images_per_second': round(speed, 1)})
+        on_gpu = state.world.device.type == 'cuda'
+        self.log.train({
+            'epoch': state.epoch, 'step': state.step, 'global_step': state.global_step,
+            'images_seen': state.images_seen, 'epoch_progress': state.epoch + state.step / self.steps_per_epoch,
+            'loss': loss, 'lr': lr, 'rates': {group['name']: group['lr'] for group in state.optimizer.param_groups},
+            # Of the last step; a norm that is not finite is no number in JSON.
+            'gradient_norm': self._gradient_norm if math.isfinite(self._gradient_norm) else None,
+            'skipped_steps': state.skipped_steps, 'images_per_second': round(speed, 1),
+            **({'gpu_memory_gib': round(torch.cuda.max_memory_allocated() / 2**30, 3)} if on_gpu else {})})
 
     def _top_rate(self) -> float:
         return max(group['lr'] for group in self.state.optimizer.param_groups)
@@ -235,18 +243,41 @@ class Trainer:
                 distribute_bn(model, state.world.size, reduce=True)
             overwrite_from_main(model.buffers())
 
-    def _evaluate(self) -> dict:
-        """Results of the weights, and of their average under `ema_…`, where one is on the same device."""
+    def _evaluate(self) -> tuple[dict, dict[str, ConfidentErrors]]:
+        """Results of the weights, and of their average under `ema_…`, where one is on the same device; and the errors.
+
+        Of errors there are those of rank 0, if it has where to show them.
+        """
         state, args = self.state, self.args
-        kwargs = {'precision': self.precision, 'log_interval': args.log_interval}
-        results = evaluate(state.model, self.val_loader, self.prepare_val, **kwargs).as_dict()
+        models = {'weights': state.model}
         if state.ema and not args.model_ema_force_cpu:
-            of_ema = evaluate(state.ema.module, self.val_loader, self.prepare_val, name='Test (EMA)', **kwargs)
-            results |= {f'ema_{name}': of_ema.as_dict()[name] for name in ('loss', 'top1', 'top5')}
+            models['averaged weights'] = state.ema.module
+        errors = {whose: ConfidentErrors() for whose in models} if self.log.shows_images else {}
+        found = {whose: evaluate(model, self.val_loader, self.prepare_val, precision=self.precision,
+                                 log_interval=args.log_interval, errors=errors.get(whose),
+                                 name='Test' if whose == 'weights' else 'Test (EMA)').as_dict()
+                 for whose, model in models.items()}
+        results = found['weights']
+        if of_ema := found.get('averaged weights'):
+            results |= {f'ema_{name}': of_ema[name] for name in ('loss', 'top1', 'top5')}
         _logger.info('Epoch %d: Acc@1 %.3f  Acc@5 %.3f  Loss %.4f%s  (%d images)', state.epoch, results['top1'],
                      results['top5'], results['loss'],
                      f"  EMA Acc@1 {results['ema_top1']:.3f}" if 'ema_top1' in results else '', results['count'])
-        return results
+        return results, errors
+
+    def _show_errors(self, errors: dict[str, ConfidentErrors]) -> None:
+        sheets = {}
+        for whose, kept in errors.items():
+            if fetched := kept.fetch():
+                images, *others = fetched
+                sheets[whose] = self.prepare_val.denormalize(images), [
+                    f'{self._short_name(target)}\n→ {self._short_name(guess)}, {probability:.1%}'
+                    for target, guess, probability in zip(*(other.tolist() for other in others), strict=True)]
+        self.log.wrong_predictions(sheets, self.state.epoch)
+
+    def _short_name(self, label: int, length: int = 22) -> str:
+        name = self.class_names[label]
+        return name if len(name) <= length else f'{name[:length - 1]}…'
 
     def _note_metric(self, results: dict) -> bool:
         """Records the metric that decides, of the average where it is evaluated; True where it is the best so far."""

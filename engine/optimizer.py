@@ -14,7 +14,8 @@ def param_groups(model: nn.Module, weight_decay: float, body_lr_scale: float = 1
     """Every trainable parameter of `model` in exactly one group.
 
     Weights decay; biases, 1-D parameters and what `model.no_weight_decay()` names do not. With `body_lr_scale`, all
-    but the classifier learn at this part of the learning rate, at every point of the schedule.
+    but the classifier learn at this part of the learning rate, at every point of the schedule. Groups have a 'name',
+    such as 'decayed' or 'head, not decayed'.
     """
     without_decay = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()
     # A classifier can be several heads (distilled DeiT).
@@ -27,8 +28,10 @@ def param_groups(model: nn.Module, weight_decay: float, body_lr_scale: float = 1
             continue
         decays = parameter.ndim > 1 and not name.endswith('.bias') and name not in without_decay
         scale = 1.0 if id(parameter) in in_head else body_lr_scale
+        part = '' if body_lr_scale == 1 else 'head, ' if id(parameter) in in_head else 'body, '
         group = groups.setdefault((decays, scale), {
-            'params': [], 'weight_decay': weight_decay if decays else 0.0, 'lr_scale': scale})
+            'params': [], 'weight_decay': weight_decay if decays else 0.0, 'lr_scale': scale,
+            'name': f'{part}decayed' if decays else f'{part}not decayed'})
         group['params'].append(parameter)
     return list(groups.values())
 

@@ -15,7 +15,7 @@ from utils.distributed import World, from_main, hang_explained, overwrite_from_m
 from utils.errors import UserError
 from utils.files import read_checkpoint
 from utils.log import RunLog
-from utils.runtime import Precision
+from utils.runtime import Precision, describe_environment
 
 _logger = logging.getLogger(__name__)
 
@@ -78,10 +78,12 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
     signals.install()
     _logger.info('run folder: %s', folder)
     log = RunLog(folder if world.is_main else None, options=state.options, global_step=state.global_step,
-                 epoch=state.epoch, tensorboard=args.tensorboard)
+                 images_seen=state.images_seen, epoch=state.epoch, tensorboard=args.tensorboard,
+                 environment=_environment(world, precision) if world.is_main else None)
     try:
         with hang_explained():  # before anything else: the other ranks ask within seconds who has waited
             trainer.fit(log, writer)
+        log.finish()
     finally:
         log.close()
         batches.train_loader.close()
@@ -109,6 +111,10 @@ def _on_main(world: World, function, *args, **kwargs):
     if mistake:
         raise UserError(mistake)
     return result if world.is_main else shared
+
+
+def _environment(world: World, precision: Precision) -> dict:
+    return {**describe_environment(world.device), 'processes': world.size, 'precision': str(precision)}
 
 
 def _report_differences(before: dict, now: dict) -> None:

@@ -32,6 +32,7 @@ class TrainState:
         epoch: the epoch in progress, from 0.
         step: optimizer steps taken in it.
         global_step: optimizer steps taken in the run.
+        images_seen: images in the batches of these steps, of all ranks.
         loss_sums: float64 [2], this rank's sum of losses and number of images in the epoch so far.
         window_sums: the same at the last log line, so that the next one says what it would have said without a break.
         bad_images: float64 [1], images of the epoch so far that this rank could not decode, and has replaced.
@@ -54,6 +55,7 @@ class TrainState:
         self.epoch = 0
         self.step = 0
         self.global_step = 0
+        self.images_seen = 0
         self.loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         self.window_sums = self.loss_sums.clone()
         self.bad_images = torch.zeros(1, dtype=torch.float64, device=world.device)
@@ -63,6 +65,12 @@ class TrainState:
         self.best_metric = None
         self.best_epoch = None
 
+    def count_step(self) -> None:
+        """One optimizer step was taken, or skipped."""
+        self.step += 1
+        self.global_step += 1
+        self.images_seen += _images_per_step(self.options, self.world.size)
+
     def start_next_epoch(self) -> None:
         self.epoch += 1
         self.step = 0
@@ -71,6 +79,7 @@ class TrainState:
     def start_at(self, epoch: int, steps_per_epoch: int) -> None:
         """Stands at the beginning of `epoch`, whatever was loaded."""
         self.epoch, self.step, self.global_step = epoch, 0, epoch * steps_per_epoch
+        self.images_seen = self.global_step * _images_per_step(self.options, self.world.size)
         self._reset_sums()
 
     def _reset_sums(self) -> None:
@@ -90,6 +99,7 @@ class TrainState:
             'epoch': self.epoch,
             'step': self.step,
             'global_step': self.global_step,
+            'images_seen': self.images_seen,
             'state_dict': self.model.state_dict(),
             'state_dict_ema': self.ema.module.state_dict() if self.ema else None,
             'optimizer': self.optimizer.state_dict(),
@@ -134,6 +144,9 @@ class TrainState:
         for name in ('epoch', 'step', 'global_step', 'metric', 'best_metric', 'best_epoch', 'skipped_steps',
                      'skipped_in_a_row'):
             setattr(self, name, state[name])
+        # Checkpoints of earlier versions do not have it.
+        before = state['global_step'] * _images_per_step(state['args'], len(state['ranks']))
+        self.images_seen = state.get('images_seen', before)
         self._load_rank(state['ranks'])
 
     def _load_optimizer(self, saved: dict, name: str | None, source) -> None:
@@ -185,8 +198,8 @@ class TrainState:
         if state['classes'] != self.classes:
             raise UserError(f'{source}: trained on {_named(state["classes"])}, this data set has '
                             f'{_named(self.classes)}; resume with the same data, or start a new run with transfer.py')
-        per_step = [o.get('batch_size', 0) * o.get('accum_steps', 1) * n
-                    for o, n in ((state['args'], len(state['ranks'])), (self.options, self.world.size))]
+        per_step = (_images_per_step(state['args'], len(state['ranks'])),
+                    _images_per_step(self.options, self.world.size))
         if state['step'] and per_step[0] != per_step[1]:
             raise UserError(f'{source}: stands in the middle of an epoch of {per_step[0]} images a step, this run has '
                             f'{per_step[1]} (processes x --batch-size x --accum-steps); '
@@ -205,6 +218,10 @@ class TrainState:
             raise UserError(f'{source}: other sizes than this run: {"; ".join(different[:3])}{more}; give the '
                             '--num-classes, --img-size and --model-kwargs of the checkpoint, or start anew with '
                             '--initial-checkpoint')
+
+
+def _images_per_step(options: dict, processes: int) -> int:
+    return options.get('batch_size', 0) * options.get('accum_steps', 1) * processes
 
 
 def _fitting(images: int, processes: int) -> str:

@@ -15,7 +15,7 @@ from data.loader import create_loader
 from data.samplers import EvalSampler
 from engine import checkpoint as checkpoint_files
 from engine.checkpoint import BEST, LAST, resolve_run, save_checkpoint
-from engine.evaluate import evaluate
+from engine.evaluate import ConfidentErrors, evaluate
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.state import TrainState
@@ -108,6 +108,7 @@ def test_every_parameter_is_in_one_group_and_the_right_ones_decay():
     decayed = {name_of[id(p)] for g in groups if g['weight_decay'] for p in g['params']}
     assert decayed == {n for n, p in model.named_parameters() if p.ndim > 1 and n != 'cls_token'}
     assert 'blocks.0.attn.qkv.weight' in decayed and 'norm.weight' not in decayed
+    assert {g['name']: g['weight_decay'] for g in groups} == {'decayed': 0.03, 'not decayed': 0}
 
 
 def test_transfer_lowers_every_rate_and_keeps_their_ratio():
@@ -126,6 +127,8 @@ def test_transfer_lowers_every_rate_and_keeps_their_ratio():
     assert rates[0] == pytest.approx([0.05 * (r / max(rates[0])) for r in rates[0]])
     for earlier, later in zip(rates, rates[1:], strict=False):
         assert all(b < a for a, b in zip(earlier, later, strict=True))
+    assert {g['name']: g['lr_scale'] for g in optimizer.param_groups} == {
+        'head, decayed': 1, 'head, not decayed': 1, 'body, decayed': 0.01, 'body, not decayed': 0.01}
     covered = sum(p.numel() for g in optimizer.param_groups for p in g['params'])
     assert covered == sum(p.numel() for p in model.parameters())
 
@@ -327,13 +330,14 @@ class Vectors:
         return self.images[index], int(self.targets[index])
 
 
-def evaluate_share(count: int, rank: int, size: int):
+def evaluate_share(count: int, rank: int, size: int, errors=None):
     torch.manual_seed(5)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
     loader = create_loader(
         Vectors(count), lambda image: image, EvalSampler(count, 4, rank=rank, world_size=size), workers=0
     )
-    return evaluate(model, loader, BatchPreparer(CPU), precision=Precision(CPU, enabled=False)), model
+    precision = Precision(CPU, enabled=False)
+    return evaluate(model, loader, BatchPreparer(CPU), precision=precision, errors=errors), model
 
 
 def expected(count: int, model) -> tuple[float, float, float]:
@@ -366,6 +370,35 @@ def _evaluate_in_group(rank: int, size: int, rendezvous: str):
 
 def test_evaluation_is_exact_for_1_to_33_images_on_two_ranks(tmp_path):
     torch.multiprocessing.spawn(_evaluate_in_group, args=(2, str(tmp_path / 'rendezvous')), nprocs=2)
+
+
+@pytest.mark.parametrize('count', [1, 5, 33])
+def test_the_most_confident_errors_against_a_direct_computation(count):
+    """In batches of 4; the result is the same as without them."""
+    errors = ConfidentErrors(limit=6)
+    result, model = evaluate_share(count, 0, 1, errors)
+    without, _ = evaluate_share(count, 0, 1)
+    assert (result.loss, result.top1, result.top5) == (without.loss, without.top1, without.top5)
+    vectors = Vectors(count)
+    images, targets = BatchPreparer(CPU)(vectors.images, vectors.targets)
+    probabilities, guesses = model(images).detach().softmax(1).max(1)
+    wrong = [int(i) for i in probabilities.argsort(descending=True) if guesses[i] != targets[i]][:6]
+    assert wrong, 'the model must make errors'
+    found = errors.fetch()
+    for tensor, every in zip(found, (images, targets, guesses, probabilities), strict=True):
+        torch.testing.assert_close(tensor, every[wrong])
+
+
+def test_errors_of_a_model_that_makes_none_or_that_is_broken():
+    images, targets = torch.zeros(3, 3, 2, 2), torch.tensor([0, 1, 1])
+    errors = ConfidentErrors()
+    assert errors.fetch() is None
+    errors.add(images, targets, nn.functional.one_hot(targets, 2) * 9.0)
+    assert errors.fetch() is None
+    errors.add(images, targets, torch.full((3, 2), torch.nan))
+    assert errors.fetch() is None
+    errors.add(images, targets, torch.tensor([[0.0, 9.0], [0.0, 9.0], [0.0, 9.0]]))
+    assert errors.fetch()[1].tolist() == [0]
 
 
 def test_evaluation_leaves_training_as_it_was():

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils import faults
 from utils.errors import UserError
-from utils.log import RunLog, check_folder, make_folder, read_metrics
+from utils.log import RunLog, check_folder, make_folder, read_environment, read_metrics
 
 LARGE = {'note': 'x' * 3000}
 
@@ -54,11 +56,13 @@ def limit():
 
 
 def line(step, **more):
-    return {'epoch': 0, 'global_step': step, 'epoch_progress': step / 10, 'loss': 1.0, 'lr': 0.1, **more}
+    return {'epoch': 0, 'global_step': step, 'images_seen': 8 * step, 'epoch_progress': step / 10, 'loss': 1 / step,
+            'lr': 0.1, 'rates': {'head, decayed': 0.1, 'body, decayed': 0.01}, 'gradient_norm': 2.0, **more}
 
 
 def results(epoch):
-    return {'epoch': epoch, 'train_loss': 1.0, 'loss': 2.0, 'top1': 3.0, 'top5': 4.0, 'lr': 0.1}
+    return {'epoch': epoch, 'images_seen': 48 * (epoch + 1), 'train_loss': 1.0, 'loss': 2.0, 'top1': 3.0, 'top5': 4.0,
+            'lr': 0.1}
 
 
 def run(folder, *, steps=6):
@@ -66,23 +70,36 @@ def run(folder, *, steps=6):
     log = RunLog(folder, options={'lr': 0.1})
     for step in range(1, steps + 1):
         log.train(line(step))
-    log.epoch(results(0), steps)
-    log.images('batch', torch.zeros(2, 3, 8, 8), steps, as_file=True)
+    log.epoch(results(0))
+    log.batch(torch.zeros(2, 3, 8, 8), global_step=steps, images_seen=8 * steps, as_file=True)
     log.close()
     return log
+
+
+def board(folder) -> EventAccumulator:
+    return EventAccumulator(str(folder)).Reload()
+
+
+def points(folder, tag) -> dict:
+    """{x: y}; fails where a point is there twice."""
+    scalars = board(folder).Scalars(tag)
+    found = {scalar.step: scalar.value for scalar in scalars}
+    assert len(found) == len(scalars), f'{tag}: {scalars}'
+    return found
 
 
 @pytest.mark.parametrize('point, named', [
     ('log.metrics@1', 'metrics.jsonl'), ('log.metrics@3', 'metrics.jsonl'), ('log.metrics@2+', 'metrics.jsonl'),
     ('log.board', 'TensorBoard'), ('log.board@4', 'TensorBoard'), ('log.board@2+', 'TensorBoard'),
-    ('log.summary@1+', 'summary.csv'), ('log.curves@1+', 'curves.png'), ('log.images@1+', 'images'),
+    ('log.environment', 'environment.json'), ('log.summary@1+', 'summary.csv'), ('log.curves@1+', 'curves.png'),
+    ('log.images@1+', 'images'),
 ])
 def test_a_full_disk_is_one_warning_and_the_rest_is_written(point, named, tmp_path, fail, warnings_of):
     fail(f'{point}=full')
     run(tmp_path)
     assert len(warnings_of()) == 1, warnings_of()
     assert named in warnings_of()[0] and 'No space left on device' in warnings_of()[0]
-    for file in {'metrics.jsonl', 'summary.csv', 'curves.png', 'args.yaml'} - {named}:
+    for file in {'metrics.jsonl', 'summary.csv', 'curves.png', 'args.yaml', 'environment.json'} - {named}:
         assert (tmp_path / file).stat().st_size, file
     if point != 'log.metrics@2+':
         assert [r.get('global_step') for r in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, None]
@@ -96,7 +113,7 @@ def test_no_line_is_lost_where_a_real_disk_is_full_for_a_while(tmp_path, warning
     with limit(4000):
         for step in (2, 3):
             log.train(line(step, **LARGE))
-        log.epoch(results(0), 3)
+        log.epoch(results(0))
     assert (tmp_path / 'metrics.jsonl').stat().st_size == 4000  # a part of a line
     assert [r['global_step'] for r in read_metrics(tmp_path)] == [1]
     assert len(warnings_of()) == 1 and 'File too large' in warnings_of()[0]
@@ -111,10 +128,10 @@ def test_no_line_is_lost_where_a_real_disk_is_full_for_a_while(tmp_path, warning
 def test_tensorboard_on_a_full_disk_is_one_warning_without_a_traceback(tmp_path, warnings_of, limit):
     """Its writer is a thread that fails later, and elsewhere, than the call."""
     log = RunLog(tmp_path, options={})
-    log._board.flush()
+    log.sync()
     with limit(1):
         for step in range(1, 40):
-            log.images('batch', torch.rand(16, 3, 64, 64), step)
+            log.batch(torch.rand(16, 3, 64, 64), global_step=step, images_seen=step)
         log.train(line(1))
     log.close()
     assert [text for text in warnings_of() if 'TensorBoard' in text and 'training goes on' in text]
@@ -123,6 +140,7 @@ def test_tensorboard_on_a_full_disk_is_one_warning_without_a_traceback(tmp_path,
 
 
 def test_a_missing_tensorboard_is_a_warning(tmp_path, warnings_of, monkeypatch):
+    monkeypatch.delitem(sys.modules, 'utils.board', raising=False)
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
     run(tmp_path)
     assert len(warnings_of()) == 1 and 'TensorBoard' in warnings_of()[0]
@@ -162,10 +180,94 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path, warnings_of):
 
 def test_summary_has_a_column_for_each_number_of_any_epoch(tmp_path):
     log = RunLog(tmp_path, options={}, tensorboard=False)
-    log.epoch({'epoch': 0, 'top1': 1.0}, 1)
-    log.epoch({'epoch': 1, 'top1': 2.0, 'bad_images': 3}, 2)
+    log.epoch({'epoch': 0, 'top1': 1.0})
+    log.epoch({'epoch': 1, 'top1': 2.0, 'bad_images': 3})
     rows = list(csv.DictReader(open(tmp_path / 'summary.csv', newline='')))
     assert rows == [{'epoch': '0', 'top1': '1.0', 'bad_images': ''}, {'epoch': '1', 'top1': '2.0', 'bad_images': '3'}]
+
+
+def test_each_start_of_a_run_is_recorded_with_what_it_ran_on(tmp_path):
+    assert read_environment(tmp_path) == []
+    for step, device in ((0, 'one'), (7, 'another')):
+        RunLog(tmp_path, options={}, environment={'device': device}, global_step=step, tensorboard=False).close()
+    first, second = read_environment(tmp_path)
+    assert (first['device'], first['global_step']) == ('one', 0)
+    assert (second['device'], second['global_step']) == ('another', 7) and first['time'] <= second['time']
+    for damaged in ('[{"device": ', '3', '[3]'):
+        (tmp_path / 'environment.json').write_text(damaged)
+        assert read_environment(tmp_path) == []
+
+
+# ----------------------------------------------------------------------------------------------------------
+# TensorBoard: what it reads, not how it shows it, for which see test_tensorboard.py
+
+LOSS, TOP1 = 'training by images seen/loss', 'evaluation by epoch/top1'
+
+
+def test_each_number_is_drawn_against_what_its_name_says(tmp_path):
+    run(tmp_path)
+    assert points(tmp_path, LOSS) == pytest.approx({8: 1, 16: 1 / 2, 24: 1 / 3, 32: 1 / 4, 40: 1 / 5, 48: 1 / 6})
+    assert points(tmp_path, 'learning rate by images seen/body, decayed')[48] == pytest.approx(0.01)
+    assert points(tmp_path, 'evaluation by images seen/top1') == {48: 3}
+    assert points(tmp_path / 'epochs', TOP1) == {1: 3}
+    assert points(tmp_path / 'epochs', 'run by epoch/train_loss') == {1: 1}
+    tags = board(tmp_path).Tags()['scalars'] + board(tmp_path / 'epochs').Tags()['scalars']
+    assert all(tag.split('/')[0].endswith((' by epoch', ' by images seen')) for tag in tags)
+
+
+def test_a_resumed_run_has_each_point_once(tmp_path):
+    """What was written after the checkpoint, by a run that ended without one, is written again."""
+    run(tmp_path)
+    for start, last in ((3, 5), (0, 2), (2, 6)):
+        log = RunLog(tmp_path, options={}, global_step=start, images_seen=8 * start, epoch=0)
+        for step in range(start + 1, last + 1):
+            log.train(line(step))
+        log.close()
+        assert list(points(tmp_path, LOSS)) == [8 * step for step in range(1, last + 1)]
+        assert points(tmp_path / 'epochs', TOP1) == {}  # the epoch has not ended again
+
+
+def test_what_came_before_a_checkpoint_is_on_the_disk(tmp_path):
+    """However the process ends then: nothing is closed here."""
+    log = RunLog(tmp_path, options={})
+    for step in range(1, 30):
+        log.train(line(step))
+    log.epoch(results(0))
+    log.sync()
+    assert list(points(tmp_path, LOSS)) == [8 * step for step in range(1, 30)]
+    assert points(tmp_path / 'epochs', TOP1) == {1: 3}
+    log.close()
+
+
+def test_wrong_predictions_are_drawn_of_the_first_and_the_last_epoch_if_epochs_are_short(tmp_path):
+    log = RunLog(tmp_path, options={})
+    for epoch in range(4):
+        log.wrong_predictions({'weights': (torch.rand(3, 3, 500, 300), ['ant\n→ bee, 90 %'] * 3)}, epoch)
+    log.wrong_predictions({}, 4)  # no errors
+    log.close()
+    sheets = board(tmp_path / 'epochs').Images('evaluation by epoch/wrong predictions of the weights')
+    assert [sheet.step for sheet in sheets] == [1, 4]
+    assert all(sheet.width > 300 and len(sheet.encoded_image_string) < 400_000 for sheet in sheets)
+
+
+def test_the_batch_is_small_for_tensorboard_and_whole_in_the_file(tmp_path):
+    log = RunLog(tmp_path, options={})
+    log.batch(torch.rand(20, 3, 240, 120), global_step=3, images_seen=60, as_file=True)
+    log.close()
+    batch, = board(tmp_path).Images('training by images seen/first batch of the epoch')
+    assert (batch.step, batch.width, batch.height) == (60, 4 * 56 + 10, 4 * 112 + 10)
+    assert Image.open(tmp_path / 'train_batch-00000003.png').size == (4 * 122 + 2, 4 * 242 + 2)
+
+
+def test_without_tensorboard_no_image_is_asked_for(tmp_path):
+    for log in (RunLog(None, options={}), RunLog(tmp_path, options={}, tensorboard=False)):
+        assert not log.shows_images
+        log.batch(torch.rand(2, 3, 8, 8), global_step=1, images_seen=2)
+        log.wrong_predictions({'weights': (torch.rand(1, 3, 8, 8), ['x'])}, 0)
+        log.sync()
+        log.finish()
+        log.close()
+    assert not list(tmp_path.rglob('*tfevents*')) and not list(tmp_path.glob('*_batch*'))
 
 
 # ----------------------------------------------------------------------------------------------------------

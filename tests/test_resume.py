@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import assert_same, launch, succeeded
 from utils.files import read_checkpoint
@@ -18,7 +19,7 @@ TIMES = {'epoch_seconds', 'images_per_second'}
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp('resume')
-    out = succeeded(launch(2, *RUN, '-j', '1', '--experiment', 'whole', cwd=folder))
+    out = succeeded(launch(2, *RUN, '-j', '1', '--experiment', 'whole', '--tensorboard', cwd=folder))
     assert '2 process(es), cpu' in out
     return folder
 
@@ -26,6 +27,19 @@ def uninterrupted(tmp_path_factory):
 def records(run):
     lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def board(run) -> dict:
+    """All that TensorBoard reads of a run: {(folder, tag): [(x, y), …]}, of images their size in place of a y."""
+    found = {}
+    for folder in (run, run / 'epochs'):
+        events = EventAccumulator(str(folder)).Reload()
+        tags = events.Tags()
+        found |= {(folder.name, tag): [(point.step, point.value) for point in events.Scalars(tag)]
+                  for tag in tags['scalars'] if not any(time in tag for time in TIMES)}
+        found |= {(folder.name, tag): [(image.step, image.height) for image in events.Images(tag)]
+                  for tag in tags['images']}
+    return found
 
 
 def final_state(run) -> dict:
@@ -64,9 +78,13 @@ def test_resumed_run_ends_in_the_same_bytes(uninterrupted, where, workers):
 def test_resume_auto_continues_in_place_with_one_history(uninterrupted):
     """Cut the run's folder back to a middle, as a crash would leave it, and let --resume auto find its way."""
     whole = uninterrupted / 'runs/train/whole'
-    expected, history = final_state(whole), records(whole)
+    expected, history, shown = final_state(whole), records(whole), board(whole)
+    assert ('whole', 'training by images seen/gradient_norm') in shown
+    assert ('epochs', 'evaluation by epoch/wrong predictions of the weights') in shown
     steps = sorted(whole.glob('checkpoint-*.pth.tar'))
     middle = steps[1]
+    content = read_checkpoint(middle)
+    assert content['images_seen'] == content['global_step'] * 2 * 2 * 16  # ranks, batches a step, images a batch
     for later in steps[2:]:
         later.unlink()
     (whole / 'last.pth.tar').unlink()
@@ -75,8 +93,12 @@ def test_resume_auto_continues_in_place_with_one_history(uninterrupted):
     with open(whole / 'metrics.jsonl', 'a') as file:
         file.write('{"kind": "tra')
 
-    out = succeeded(launch(2, *RUN, '-j', '1', '--experiment', 'whole', '--resume', 'auto', cwd=uninterrupted))
+    out = succeeded(launch(2, *RUN, '-j', '1', '--experiment', 'whole', '--tensorboard', '--resume', 'auto',
+                           cwd=uninterrupted))
     assert 'resumed from' in out
     assert_same(expected, final_state(whole))
     assert records(whole) == history
+    assert board(whole) == shown
+    starts = json.loads((whole / 'environment.json').read_text())
+    assert [start['global_step'] for start in starts] == [0, content['global_step']]
     assert (whole / 'summary.csv').read_text().count('\n') == 3 and (whole / 'curves.png').stat().st_size > 10_000

@@ -1,7 +1,8 @@
 """What a run says, and where: console, progress bar, TensorBoard, metrics.jsonl, summary.csv, curves.png. Rank 0 only.
 
 metrics.jsonl is the record: one JSON object per log line ("kind": "train") and per epoch ("kind": "epoch"). The summary
-and the curves are drawn from it, so that a resumed run has one history.
+and the curves are drawn from it, so that a resumed run has one history. environment.json has an entry for each start
+of the run: when, at which step, on what.
 
 What cannot be written, because a disk is full or a package is missing, is one warning, and training goes on. Lines that
 metrics.jsonl lacks are written with the next one for which there is room.
@@ -11,16 +12,19 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import yaml
 from tqdm import tqdm
 
@@ -30,8 +34,10 @@ from utils.faults import fault_point
 _logger = logging.getLogger(__name__)
 
 METRICS, SUMMARY, CURVES, ARGS = 'metrics.jsonl', 'summary.csv', 'curves.png', 'args.yaml'
+ENVIRONMENT = 'environment.json'
 BOARD = 'TensorBoard events'
 SECONDS_BETWEEN_DRAWINGS = 30
+IMAGES_SHOWN, PIXELS_SHOWN = 16, 112
 
 
 class _ConsoleHandler(logging.Handler):
@@ -103,64 +109,97 @@ class RunLog:
     Args:
         folder: the run's folder, made if it is not there.
         options: what was resolved, for args.yaml.
-        global_step, epoch: where the run starts; what the folder says of later points, written before a crash by a run
-            that is now repeated, is dropped.
+        environment: what the run is computed on, for environment.json.
+        global_step, images_seen, epoch: where the run starts; what the folder says of later points, written before a
+            crash by a run that is now repeated, is dropped.
     """
 
-    def __init__(self, folder: Path | None, *, options: dict, global_step: int = 0, epoch: int = 0,
-                 tensorboard: bool = True):
+    def __init__(self, folder: Path | None, *, options: dict, environment: dict | None = None, global_step: int = 0,
+                 images_seen: int = 0, epoch: int = 0, tensorboard: bool = True):
         self.folder = folder
         self._board = None
-        self._drawn_at = time.monotonic()
+        self._drawn_at = self._shown_at = -math.inf
+        self._not_shown = None
+        self._failing = set()
         if folder is None:
             return
+        self._drawn_at = time.monotonic()
         make_folder(folder, '--output')
-        self._failing = set()
         with self._warning_only(ARGS):
             _write_whole(folder / ARGS, yaml.safe_dump(options, sort_keys=True))
+        with self._warning_only(ENVIRONMENT):
+            fault_point('log.environment')
+            started = {'time': datetime.now(UTC).isoformat(timespec='seconds'), 'global_step': global_step}
+            starts = [*read_environment(folder), {**started, **(environment or {})}]
+            _write_whole(folder / ENVIRONMENT, json.dumps(starts, indent=2) + '\n')
         self._records = [r for r in read_metrics(folder)
                          if (r['epoch'] < epoch if r['kind'] == 'epoch' else r['global_step'] <= global_step)]
         # How much of the records metrics.jsonl holds, and in how many bytes; None where it holds something else.
         self._written, self._size = 0, None
         self._write_records()
         if tensorboard:
-            self._open_board(options, global_step)
+            self._open_board(options, images_seen, epoch)
 
-    def _open_board(self, options: dict, global_step: int) -> None:
+    def _open_board(self, options: dict, images_seen: int, epoch: int) -> None:
         with self._warning_only(BOARD):
             fault_point('log.board')
-            from torch.utils.tensorboard import SummaryWriter
-            # Its thread hands an error on to the next call; on the console there would be a traceback as well.
+            from utils.board import Board
+            # Its threads hand an error on to the next call; on the console there would be a traceback as well.
             threading.excepthook = _quiet_for_tensorboard
-            self._board = SummaryWriter(self.folder, purge_step=global_step + 1 if global_step else None)
-            self._board.add_text('options', '```yaml\n' + yaml.safe_dump(options) + '```', global_step)
+            self._board = Board(self.folder, options, images_seen=images_seen, epoch=epoch)
+
+    @property
+    def shows_images(self) -> bool:
+        return self._board is not None
 
     def train(self, record: dict) -> None:
-        """One line of the training: numbers by name, with 'epoch' and 'global_step'."""
-        self._write({'kind': 'train', **record}, record['global_step'], 'train')
-
-    def epoch(self, record: dict, global_step: int) -> None:
-        """The results of an epoch; also rewrites the summary, and the curves where they have not been drawn lately."""
-        self._write({'kind': 'epoch', **record}, global_step, 'epoch')
+        """One line of the training: numbers by name, with 'epoch', 'global_step' and 'images_seen', and 'rates'."""
         if self.folder is None:
             return
+        self._write({'kind': 'train', **record})
+        with self._warning_only(BOARD):
+            if self._board:
+                self._board.train(record)
+
+    def epoch(self, record: dict) -> None:
+        """The results of an epoch; also rewrites the summary, and the curves where they have not been drawn lately."""
+        if self.folder is None:
+            return
+        self._write({'kind': 'epoch', **record})
+        with self._warning_only(BOARD):
+            if self._board:
+                self._board.epoch(record)
         self._write_summary()
         if time.monotonic() - self._drawn_at > SECONDS_BETWEEN_DRAWINGS:
             self._draw()
 
-    def images(self, name: str, images: torch.Tensor, global_step: int, *, as_file: bool = False) -> None:
-        """A grid of up to 16 images, float [B, C, H, W] in 0…1, for TensorBoard and, if asked, a PNG in the folder."""
-        if self.folder is None:
+    def batch(self, images: torch.Tensor, *, global_step: int, images_seen: int, as_file: bool = False) -> None:
+        """A grid of up to 16 images of a batch, float [B, C, H, W] in 0…1: small for TensorBoard, whole as a PNG."""
+        if self.folder is None or not (as_file or self._board):
             return
         from torchvision.utils import make_grid, save_image
-        grid = make_grid(images[:16].detach().float().cpu(), nrow=4)
+        images = images[:IMAGES_SHOWN].detach().float()
+        small = make_grid(_shrink(images).cpu(), nrow=4)
         with self._warning_only(BOARD):
             if self._board:
-                self._board.add_image(name, grid, global_step)
+                self._board.batch(small, images_seen)
         if as_file:
             with self._warning_only('images'):
                 fault_point('log.images')
-                save_image(grid, self.folder / f'{name}-{global_step:08d}.png')
+                save_image(make_grid(images.cpu(), nrow=4),
+                           self.folder / f'train_batch-{global_step:08d}.png')
+
+    def wrong_predictions(self, of: dict[str, tuple[torch.Tensor, Sequence[str]]], epoch: int) -> None:
+        """For TensorBoard, images that were taken for something else: {whose: ([n, 3, H, W] in 0…1, n captions)}.
+
+        Some epochs take less time than such a sheet. So it is drawn of the first and the last epoch of a process, and
+        of those between that end long enough after the sheet before.
+        """
+        if not self._board or not of:
+            return
+        self._not_shown = {whose: (_shrink(images).cpu(), captions) for whose, (images, captions) in of.items()}, epoch
+        if time.monotonic() - self._shown_at > SECONDS_BETWEEN_DRAWINGS:
+            self._show_wrong_predictions()
 
     def sync(self) -> None:
         """Returns when the records are on the disk, or a warning says that they are not."""
@@ -168,26 +207,41 @@ class RunLog:
             return
         with self._warning_only(METRICS), open(self.folder / METRICS, 'rb') as file:
             os.fsync(file.fileno())
+        with self._warning_only(BOARD):
+            if self._board:
+                self._board.flush()
+
+    def finish(self) -> None:
+        """The run has come to the end of its schedule."""
+        with self._warning_only(BOARD):
+            if self._board:
+                self._board.finish()
 
     def close(self) -> None:
         if self.folder is None:
             return
         self._draw()
         self._write_records()
+        self._show_wrong_predictions()
         with self._warning_only(BOARD):
             if self._board:
                 self._board.close()
 
-    def _write(self, record: dict, global_step: int, prefix: str) -> None:
-        if self.folder is None:
-            return
+    def _write(self, record: dict) -> None:
         self._records.append(record)
         self._write_records()
+
+    def _show_wrong_predictions(self) -> None:
         with self._warning_only(BOARD):
-            for name, value in record.items() if self._board else ():
-                if isinstance(value, (int, float)) and name not in ('global_step', 'epoch'):
-                    fault_point('log.board')
-                    self._board.add_scalar(f'{prefix}/{name}', value, global_step)
+            if not self._board or not self._not_shown:
+                return
+            from utils.pictures import image_sheet, to_array
+            sheets, epoch = self._not_shown
+            for whose, (images, captions) in sheets.items():
+                title = f'The {whose} after {epoch + 1} epochs: their most confident errors'
+                figure = image_sheet(list(images.permute(0, 2, 3, 1).numpy()), captions, title=title)
+                self._board.wrong_predictions(whose, to_array(figure, dpi=80), epoch)
+        self._not_shown, self._shown_at = None, time.monotonic()
 
     def _write_records(self) -> None:
         """Appends to metrics.jsonl what it lacks, over what a failed attempt has left; or writes it anew as a whole."""
@@ -263,6 +317,21 @@ def _write_whole(path: Path, text: str) -> None:
 def _quiet_for_tensorboard(args) -> None:
     if not type(args.thread).__module__.startswith('tensorboard.'):
         threading.__excepthook__(args)
+
+
+def _shrink(images: torch.Tensor) -> torch.Tensor:
+    """[n, C, H, W] with no side of more than PIXELS_SHOWN."""
+    scale = PIXELS_SHOWN / max(images.shape[-2:])
+    return images if scale >= 1 else F.interpolate(images, scale_factor=scale, mode='area')
+
+
+def read_environment(folder: Path) -> list[dict]:
+    """The entries of a run's environment.json, one for each time it was started; none where they cannot be read."""
+    try:
+        starts = json.loads((folder / ENVIRONMENT).read_bytes())
+    except (OSError, ValueError):
+        return []
+    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
 
 def read_metrics(folder: Path) -> list[dict]:
