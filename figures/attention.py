@@ -1,0 +1,204 @@
+"""What a model attends to in an image: the class token's maps, attention rollout, the token layers' weights.
+
+    from figures.attention import attention_figure
+    attention_figure(model, image, picture).savefig('attention.png')
+"""
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
+
+from models.explain import SeenAttention, Stage, classifier_attention, has_soft_splits, token_stages
+from utils.errors import UserError
+from utils.pictures import ORANGE, SEQUENTIAL
+
+PUBLISHED_BLOCKS = (4, 5)  # what the authors' figure of attention shows, counted from 1
+WIDTH = 11.5  # of a figure, inches
+
+
+def attention_figure(
+        model: torch.nn.Module,
+        image: torch.Tensor,
+        picture: np.ndarray,
+        *,
+        blocks: Sequence[int] | None = None,
+        queries: Sequence[tuple[int, int]] | None = None,
+        title: str = '',
+) -> Figure:
+    """Draw the attention of what the classifier looks at, in every block and head, and of tokens in the token layers.
+
+    Args:
+        model: a T2T-ViT, or a ViT of timm's, which has no token layers.
+        image: normalised, [1, C, height, width].
+        picture: the same for people, uint8 [height, width, 3].
+        blocks: whose heads to show, counted from 1; 4 and 5, as published, if not given.
+        queries: rows and columns on the last grid of the tokens whose token layers to show; three if not given.
+        title: above the figure.
+
+    Raises:
+        UserError: no such block or token; NotSeen, if the model has no attention that can be shown.
+    """
+    seen = classifier_attention(model, image)
+    blocks = check_blocks(blocks, len(seen.blocks))
+    H, W = seen.rollout.shape
+    queries = [check_token(query, (H, W)) for query in queries or _default_queries(H, W)]
+    stages = token_stages(model, image)[:2] if has_soft_splits(model) else []
+    stages = [stage for stage in stages if stage.weights is not None]
+
+    depth, heads = seen.blocks.shape[:2]
+    cell = 1.4 * picture.shape[0] / picture.shape[1] + 0.3  # height of a small panel with its title, inches
+    columns = min(8, math.ceil(depth / math.ceil(depth / 8)))
+    heads_in_row = min(8, heads)
+    heights = [2.3 * cell, math.ceil(depth / columns) * cell, len(blocks) * math.ceil(heads / heads_in_row) * cell,
+               *[1.25 * cell] * bool(stages)]
+    heights = [height + 0.5 for height in heights]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.4), layout='constrained')
+    parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).ravel())
+    _draw_rollout(next(parts), picture, seen, queries if stages else [])
+    _draw_blocks(next(parts), picture, seen, columns)
+    _draw_heads(next(parts), picture, seen, blocks, heads_in_row)
+    if stages:
+        _draw_token_layers(next(parts), picture, stages, queries, (H, W))
+    if title:
+        figure.suptitle(title, fontsize=13)
+    return figure
+
+
+def check_blocks(blocks: Sequence[int] | None, depth: int) -> list[int]:
+    """Blocks to show, counted from 1: those given, else of the published ones those that there are, else the last.
+
+    Raises:
+        UserError: a number out of range.
+    """
+    for block in blocks or ():
+        if not 1 <= block <= depth:
+            raise UserError(f'block {block} does not exist; the model has blocks 1 to {depth} that attend')
+    return list(blocks or [block for block in PUBLISHED_BLOCKS if block <= depth] or [depth])
+
+
+def check_token(token: Sequence[int], grid: tuple[int, int]) -> tuple[int, int]:
+    """Return row and column of a token, or raise UserError where the grid does not have it."""
+    if not (0 <= token[0] < grid[0] and 0 <= token[1] < grid[1]):
+        raise UserError(f'token {token[0]} {token[1]} does not exist; the last grid has rows 0 to {grid[0] - 1} and '
+                        f'columns 0 to {grid[1] - 1} at this image size')
+    return tuple(token)
+
+
+def draw_overlay(axes: Axes, picture: np.ndarray, values: np.ndarray, title: str = '', **style) -> AxesImage:
+    """Lay values [H, W] over the grey picture [height, width, 3], each on the part of it that it stands for."""
+    height, width = picture.shape[:2]
+    axes.imshow(picture.mean(2), cmap='gray', vmin=0, vmax=255)
+    style = {'cmap': SEQUENTIAL, 'alpha': 0.65, 'interpolation': 'nearest', **style}
+    drawn = axes.imshow(values, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **style)
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=8, pad=3)
+    return drawn
+
+
+def mark_token(axes: Axes, token: tuple[int, int], grid: tuple[int, int], picture: np.ndarray, label: str = '') -> None:
+    """Mark the middle of a token of `grid` on a picture, with a letter beside it if there is one."""
+    y, x = ((position + 0.5) / cells * pixels - 0.5
+            for position, cells, pixels in zip(token, grid, picture.shape, strict=False))
+    axes.plot(x, y, 'o', markersize=7, markerfacecolor='none', markeredgecolor='white', markeredgewidth=3)
+    axes.plot(x, y, 'o', markersize=7, markerfacecolor='none', markeredgecolor=ORANGE, markeredgewidth=1.5)
+    if label:
+        axes.annotate(label, (x, y), xytext=(6, 3), textcoords='offset points', fontsize=9, fontweight='bold',
+                      bbox={'boxstyle': 'round,pad=0.15', 'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.85})
+
+
+def _default_queries(H: int, W: int) -> list[tuple[int, int]]:
+    """Three tokens on the diagonal of a grid, fewer where it is too small for that."""
+    return list(dict.fromkeys((quarter * H // 4, quarter * W // 4) for quarter in (1, 2, 3)))
+
+
+def _strengths(values: torch.Tensor) -> tuple[np.ndarray, float]:
+    """Attention as a part of its largest value, and that value as a multiple of an even share of all tokens."""
+    values = values.double().cpu().numpy()
+    peak = max(values.max(), 1e-30)
+    return values / peak, peak / max(values.mean(), 1e-30)
+
+
+def _draw_attention(axes: Axes, picture: np.ndarray, values: torch.Tensor, name: str) -> AxesImage:
+    strengths, peak = _strengths(values)
+    return draw_overlay(axes, picture, strengths, f'{name}  ({peak:.1f}×)', vmin=0, vmax=1)
+
+
+def _add_scale(part: SubFigure, drawn: AxesImage | ScalarMappable, panels, label: str) -> None:
+    bar = part.colorbar(drawn, ax=panels, fraction=0.03, pad=0.01, aspect=25)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _panels(part: SubFigure, rows: int, columns: int, count: int) -> np.ndarray:
+    """Axes [rows, columns], those behind the first `count` empty."""
+    panels = part.subplots(rows, columns, squeeze=False)
+    for axes in panels.ravel()[count:]:
+        axes.set_axis_off()
+    return panels
+
+
+def _draw_rollout(part: SubFigure, picture: np.ndarray, seen: SeenAttention, queries: Sequence[tuple[int, int]]):
+    image, rollout = part.subplots(1, 2)
+    image.imshow(picture, interpolation='nearest')
+    image.set_axis_off()
+    image.set_title('Image' + (', and tokens whose token layers are shown below' if queries else ''), fontsize=9)
+    for letter, query in zip('ABC', queries, strict=False):
+        mark_token(image, query, seen.rollout.shape, picture, letter)
+    drawn = _draw_attention(rollout, picture, seen.rollout, '')
+    rollout.set_title(f'Attention rollout over all {len(seen.blocks)} blocks, {seen.source}\n'
+                      f'(largest {_strengths(seen.rollout)[1]:.1f} times an even share)', fontsize=9)
+    _add_scale(part, drawn, [rollout], 'part of the largest')
+
+
+def _draw_blocks(part: SubFigure, picture: np.ndarray, seen: SeenAttention, columns: int):
+    depth = len(seen.blocks)
+    panels = _panels(part, math.ceil(depth / columns), columns, depth)
+    for number, axes in enumerate(panels.ravel()[:depth]):
+        drawn = _draw_attention(axes, picture, seen.blocks[number].mean(0), f'block {number + 1}')
+    part.suptitle(f'What each block attends to: {seen.source}, mean of the heads  '
+                  '(in brackets: the largest value over an even share)', fontsize=10)
+    _add_scale(part, drawn, panels, 'part of the largest')
+
+
+def _draw_heads(part: SubFigure, picture: np.ndarray, seen: SeenAttention, blocks: Sequence[int], columns: int):
+    heads = seen.blocks.shape[1]
+    rows = math.ceil(heads / columns)
+    panels = _panels(part, len(blocks) * rows, columns, len(blocks) * rows * columns)
+    for row, block in enumerate(blocks):
+        own = panels[row * rows:(row + 1) * rows].ravel()
+        for axes in own[heads:]:
+            axes.set_axis_off()
+        for head, axes in enumerate(own[:heads]):
+            drawn = _draw_attention(axes, picture, seen.blocks[block - 1, head], f'{block} · head {head + 1}')
+    names = ' and '.join(map(str, blocks)) if len(blocks) < 3 else ', '.join(map(str, blocks))
+    part.suptitle(f'Each head of block{"s" * (len(blocks) > 1)} {names}: {seen.source}', fontsize=10)
+    _add_scale(part, drawn, panels, 'part of the largest')
+
+
+def _draw_token_layers(part: SubFigure, picture: np.ndarray, stages: Sequence[Stage],
+                       queries: Sequence[tuple[int, int]], last_grid: tuple[int, int]):
+    panels = part.subplots(1, len(stages) * len(queries), squeeze=False)[0]
+    places = iter(panels)
+    for number, stage in enumerate(stages):
+        H, W = stage.grid
+        # The token of this grid that lies in the middle of the last grid's.
+        tokens = [(int((row + 0.5) / last_grid[0] * H), int((column + 0.5) / last_grid[1] * W))
+                  for row, column in queries]
+        rows = stage.weights.rows([row * W + column for row, column in tokens])[0]  # [queries, H · W]
+        for letter, token, row in zip('ABC', tokens, rows, strict=False):
+            axes = next(places)
+            drawn = _draw_attention(axes, picture, row.view(H, W), f'stage {("one", "two")[number]}, {letter}')
+            mark_token(axes, token, stage.grid, picture)
+    kind = 'implied weights of the Performer' if 'Performer' in type(stages[0].weights).__name__ else 'softmax weights'
+    part.suptitle(f'Token layers: {kind} of the marked tokens, on {" and ".join(_size(s.grid) for s in stages)} tokens',
+                  fontsize=10)
+    _add_scale(part, drawn, list(panels), 'part of the largest')
+
+
+def _size(grid: tuple[int, int]) -> str:
+    return f'{grid[0]} × {grid[1]}'

@@ -1,0 +1,176 @@
+"""How a T2T-ViT makes tokens of an image: soft splits, the grids of tokens, and what one token has seen of the image.
+
+    from figures.tokens import tokens_figure
+    tokens_figure(model, image, picture, token=(3, 5)).savefig('tokens.png')
+"""
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Rectangle
+
+from models.explain import Stage, pixel_relevance, receptive_field, token_stages
+from models.tokens_to_token import SOFT_SPLITS
+from utils.pictures import ORANGE, SEQUENTIAL
+
+from .attention import WIDTH, check_token, draw_overlay
+
+PATCHES_SHOWN = 8  # rows and columns of the first soft split's patches that are drawn apart
+
+
+def tokens_figure(
+        model: torch.nn.Module,
+        image: torch.Tensor,
+        picture: np.ndarray,
+        *,
+        token: tuple[int, int] | None = None,
+        title: str = '',
+) -> Figure:
+    """Draw the steps of the tokens-to-token module as the paper's Figure 3 does, with one token followed back.
+
+    The grids are drawn twice: their three main components as red, green and blue, and the length of each token. Below
+    is what the chosen token has seen: by the windows of the soft splits alone, and by the token layers, which are
+    global.
+
+    Args:
+        model: a T2T-ViT, also that of convolution tokens.
+        image: normalised, [1, C, height, width].
+        picture: the same for people, uint8 [height, width, 3].
+        token: row and column on the last grid, its middle if not given.
+        title: above the figure.
+
+    Raises:
+        UserError: no such token; NotSeen, if the model has no such module.
+    """
+    stages = token_stages(model, image)
+    H, W = stages[-1].grid
+    token = check_token((H // 2, W // 2) if token is None else token, (H, W))
+    size = picture.shape[:2]
+    seen = receptive_field(token, size)
+
+    cell = min(2.6 * size[0] / size[1], 4.5)
+    heights = [cell + 0.8, 2 * cell + 1.6, 1.3 * cell + 0.9]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.4), layout='constrained')
+    splits, grids, fields = figure.subfigures(3, 1, height_ratios=heights)
+    _draw_splits(splits, picture, token, (H, W), seen)
+    _draw_grids(grids, stages, token, size)
+    _draw_fields(fields, picture, stages, token, seen)
+    if title:
+        figure.suptitle(title, fontsize=13)
+    return figure
+
+
+def main_components(tokens: torch.Tensor) -> np.ndarray:
+    """The three main components of tokens [channels, H, W] as colours [H, W, 3] in 0…1; absent ones are 0.5."""
+    channels, H, W = tokens.shape
+    values = tokens.double().flatten(1).T.cpu()  # [H · W, channels]
+    values = values - values.mean(0)
+    # Signs are arbitrary: the largest entry of each direction is made positive, so that pictures repeat.
+    _, _, directions = torch.linalg.svd(values, full_matrices=False)
+    directions = directions[:3]
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    projected = values @ (directions * largest.sign()).T  # [H · W, up to 3]
+    low, high = (projected.quantile(q, dim=0) for q in (0.01, 0.99))
+    spread = high - low
+    colours = torch.full((H * W, 3), 0.5, dtype=torch.float64)
+    colours[:, :projected.shape[1]] = torch.where(
+        spread > 1e-9, (projected - low) / spread.clamp_min(1e-9), 0.5).clamp(0, 1)
+    return colours.view(H, W, 3).numpy()
+
+
+def _draw_splits(part: SubFigure, picture: np.ndarray, token: tuple[int, int], grid: tuple[int, int],
+                 seen: torch.Tensor):
+    """The image, with the token's part of it framed, and patches of the first soft split drawn apart."""
+    kernel, stride, padding = SOFT_SPLITS[0]
+    whole, patches = part.subplots(1, 2)
+    whole.imshow(picture, interpolation='nearest')
+    whole.set_title(f'The image, {picture.shape[0]} × {picture.shape[1]} pixels', fontsize=9)
+    whole.set_axis_off()
+    _frame(whole, seen > 0)
+
+    rows, columns = ((size + 2 * padding - kernel) // stride + 1 for size in picture.shape[:2])
+    shown = min(PATCHES_SHOWN, rows), min(PATCHES_SHOWN, columns)
+    first = [max(0, min(int((place + 0.5) / cells * total) - count // 2, total - count))
+             for place, cells, total, count in zip(token, grid, (rows, columns), shown, strict=True)]
+    padded = np.pad(picture, ((padding, padding), (padding, padding), (0, 0)))
+    gap = 2
+    sheet = np.full((*(count * (kernel + gap) - gap for count in shown), 3), 255, np.uint8)
+    for row in range(shown[0]):
+        for column in range(shown[1]):
+            y, x = ((start + place) * stride for start, place in zip(first, (row, column), strict=True))
+            top, left = row * (kernel + gap), column * (kernel + gap)
+            sheet[top:top + kernel, left:left + kernel] = padded[y:y + kernel, x:x + kernel]
+    patches.imshow(sheet, interpolation='nearest')
+    patches.set_axis_off()
+    patches.set_title(f'Soft split: {rows} × {columns} patches of {kernel} × {kernel} pixels, {stride} apart, so that '
+                      f'neighbours overlap by {kernel - stride}\n'
+                      f'({shown[0]} × {shown[1]} of them around the token, drawn apart)', fontsize=9)
+
+
+def _draw_grids(part: SubFigure, stages: list[Stage], token: tuple[int, int], size: tuple[int, int]):
+    """The tokens on their grids: as colours, and their lengths; framed is what the chosen token is made of."""
+    panels = part.subplots(2, 3)
+    extent = (-0.5, size[1] - 0.5, size[0] - 0.5, -0.5)
+    made_by = ['soft split, token layer', 'soft split, token layer', 'soft split, projection']
+    if stages[0].weights is None:
+        made_by = ['convolution'] * 3
+    for number, stage in enumerate(stages):
+        H, W = stage.grid
+        tokens = stage.tokens[0]
+        window = receptive_field(token, size, splits=len(stages) - 1 - number) > 0
+        colours, lengths = panels[:, number]
+        colours.imshow(main_components(tokens), extent=extent, interpolation='nearest')
+        colours.set_title(f'{H} × {W} tokens of {len(tokens)} channels\n({made_by[number]})', fontsize=9)
+        drawn = lengths.imshow(tokens.norm(dim=0).cpu(), extent=extent, interpolation='nearest', cmap=SEQUENTIAL)
+        lengths.set_title('length of each token', fontsize=9)
+        bar = part.colorbar(drawn, ax=lengths, location='bottom', fraction=0.046, pad=0.02, aspect=30)
+        bar.ax.tick_params(labelsize=7)
+        for axes in (colours, lengths):
+            axes.set_axis_off()
+            _frame(axes, window, size)
+    part.suptitle('The tokens, re-structurized: their three main components as red, green and blue; their lengths. '
+                  'Framed: what token '
+                  f'({token[0]}, {token[1]}) is split from', fontsize=10)
+
+
+def _draw_fields(part: SubFigure, picture: np.ndarray, stages: list[Stage], token: tuple[int, int],
+                 seen: torch.Tensor):
+    """What the token has seen by the soft splits alone, and what is in it with the token layers."""
+    has_layers = stages[0].weights is not None
+    panels = part.subplots(1, 2 if has_layers else 1, squeeze=False)[0]
+    paths = np.ma.masked_equal(seen.numpy(), 0)
+    drawn = draw_overlay(panels[0], picture, paths, alpha=0.75, vmin=0, vmax=paths.max())
+    _frame(panels[0], seen > 0)
+    rows, columns = (int((seen > 0).any(axis).sum()) for axis in (1, 0))
+    panels[0].set_title(f'Receptive field of the soft splits alone: {rows} × {columns} pixels', fontsize=9)
+    _scale(part, drawn, panels[0], 'paths from a pixel to the token')
+    if not has_layers:
+        return
+    relevance = pixel_relevance(stages, token, picture.shape[:2])[0].cpu()
+    inside = float(relevance[seen > 0].sum() / relevance.sum())
+    share = (relevance / relevance.mean()).numpy()
+    low = max(share[share > 0].min(), share.max() / 1000)
+    drawn = draw_overlay(panels[1], picture, share.clip(low), alpha=0.75, norm=LogNorm(low, share.max()))
+    _frame(panels[1], seen > 0)
+    panels[1].set_title(f'With the token layers, which are global: {100 * inside:.0f} % of the token\n'
+                        'comes from inside the frame (half residual, half attention in each)', fontsize=9)
+    _scale(part, drawn, panels[1], 'relevance over an even share')
+
+
+def _scale(part: SubFigure, drawn, axes: Axes, label: str) -> None:
+    bar = part.colorbar(drawn, ax=axes, fraction=0.046, pad=0.02)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _frame(axes: Axes, where: torch.Tensor, size: tuple[int, int] | None = None) -> None:
+    """Frame the true part of a mask [H, W] in a picture of `size`, by default the mask's own."""
+    H, W = where.shape
+    height, width = size or (H, W)
+    rows, columns = (where.any(axis).nonzero().flatten() for axis in (1, 0))
+    top, left = int(rows[0]) / H * height, int(columns[0]) / W * width
+    corner = (left - 0.5, top - 0.5)
+    extent = ((int(columns[-1]) + 1) / W * width - left, (int(rows[-1]) + 1) / H * height - top)
+    for colour, line in (('white', 3), (ORANGE, 1.5)):
+        axes.add_patch(Rectangle(corner, *extent, fill=False, edgecolor=colour, linewidth=line, clip_on=False))
