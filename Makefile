@@ -1,6 +1,8 @@
-# make demo    a T2T-ViT trained on the embedded digits by two processes, validated, with its curves
-# make test    all tests but the slow ones, and the linter; make test-slow, make test-faults: the others
-# make clean   removes the environment and the demo's output
+# make demo          a T2T-ViT trained on the embedded digits by two processes, validated, with its curves
+# make tensorboard   the demo's run, and others beside it, in the browser at http://127.0.0.1:6006 (PORT=…)
+# make test          all tests but the slow ones, and the linter; make test-slow, make test-faults: the others
+# make browser       installs Chromium for the tests of pages, which are skipped without it (Debian and Ubuntu)
+# make clean         removes the environment and the demo's output
 #
 # VENV=… uses or makes the environment in another place.
 VENV ?= .venv
@@ -8,8 +10,9 @@ PYTHON ?= python3
 ABSOLUTE_VENV := $(abspath $(VENV))
 RUN := $(ABSOLUTE_VENV)/bin/python
 DEMO := output/train/demo
+PORT ?= 6006
 
-.PHONY: demo test test-slow test-faults lint clean
+.PHONY: demo tensorboard test test-slow test-faults browser lint clean
 
 demo: $(ABSOLUTE_VENV)/.installed
 	rm -rf $(DEMO)
@@ -17,6 +20,11 @@ demo: $(ABSOLUTE_VENV)/.installed
 	$(RUN) validate.py --dataset digits --model t2t_vit_7 --img-size 32 --crop-pct 1.0 --device cpu \
 		--eval-checkpoint $(DEMO)/model_best.pth.tar --results-file $(DEMO)/validation
 	@echo 'The curves are in $(DEMO)/curves.png'
+
+tensorboard: $(ABSOLUTE_VENV)/.installed
+	@test -e $(DEMO)/metrics.jsonl || { echo '$(DEMO): there is no run yet; make demo comes first' >&2; exit 2; }
+	@echo 'TensorBoard: http://127.0.0.1:$(PORT)/'
+	$(RUN) -m tensorboard.main --logdir $(dir $(DEMO)) --host 127.0.0.1 --port $(PORT)
 
 test: $(ABSOLUTE_VENV)/.installed-dev lint
 	$(RUN) -m pytest -m 'not slow and not faults'
@@ -26,6 +34,11 @@ test-slow: $(ABSOLUTE_VENV)/.installed-dev
 
 test-faults: $(ABSOLUTE_VENV)/.installed-dev
 	T2T_FIGURES=output/faults.json $(RUN) -m pytest tests/faults
+
+browser:
+	command -v $${CHROMIUM:-chromium} || { \
+		sudo=$$(test "$$(id -u)" = 0 || echo sudo); \
+		$$sudo apt-get update -q && $$sudo apt-get install -q -y --no-install-recommends chromium; }
 
 lint: $(ABSOLUTE_VENV)/.installed-dev
 	$(RUN) -m ruff check .

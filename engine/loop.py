@@ -275,7 +275,7 @@ class Trainer:
                     for target, guess, probability in zip(*(other.tolist() for other in others), strict=True)]
         self.log.wrong_predictions(sheets, self.state.epoch)
 
-    def _short_name(self, label: int, length: int = 22) -> str:
+    def _short_name(self, label: int, length: int = 20) -> str:
         name = self.class_names[label]
         return name if len(name) <= length else f'{name[:length - 1]}…'
 

@@ -238,9 +238,9 @@ class RunLog:
             from utils.pictures import image_sheet, to_array
             sheets, epoch = self._not_shown
             for whose, (images, captions) in sheets.items():
-                title = f'The {whose} after {epoch + 1} epochs: their most confident errors'
-                figure = image_sheet(list(images.permute(0, 2, 3, 1).numpy()), captions, title=title)
-                self._board.wrong_predictions(whose, to_array(figure, dpi=80), epoch)
+                figure = image_sheet(list(images.permute(0, 2, 3, 1).numpy()), captions)
+                figure.set_size_inches(0.8 * figure.get_size_inches())  # text stays, and can be read on a small card
+                self._board.wrong_predictions(whose, to_array(figure), epoch)
         self._not_shown, self._shown_at = None, time.monotonic()
 
     def _write_records(self) -> None:
