@@ -119,10 +119,10 @@ class Trainer:
             state.bad_images += self.train_loader.take_bad_count()
             bar.update()
             self._steps_since_start += 1
-            as_file = args.save_images and self._is_log_step()
-            if as_file or (state.step == 1 and self.log.shows_images):
-                self.log.batch(self.prepare_train.denormalize(images[:IMAGES_SHOWN]), global_step=state.global_step,
-                               images_seen=state.images_seen, as_file=as_file)
+            if state.step == 1 and self.log.shows_images:
+                self.log.first_batch(self._look_at(images), state.images_seen)
+            if args.save_images and self._is_log_step():
+                self.log.save_batch(self._look_at(images), state.global_step)
             if self._is_log_step():
                 self._log_line(bar, *started)
                 state.window_sums.copy_(state.loss_sums)
@@ -137,6 +137,9 @@ class Trainer:
         if not count:
             raise NotFiniteError(f'the gradient was not finite in any step of epoch {state.epoch}. {ADVICE}')
         return {'train_loss': loss / count, 'train_bad_images': int(bad)}
+
+    def _look_at(self, images: torch.Tensor) -> torch.Tensor:
+        return self.prepare_train.denormalize(images[:IMAGES_SHOWN])
 
     def _step(self, batches) -> torch.Tensor:
         """One optimizer step from `accum_steps` batches; returns the last batch's images as the model saw them.

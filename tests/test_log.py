@@ -73,7 +73,8 @@ def run(folder, *, steps=6):
     for step in range(1, steps + 1):
         log.train(line(step))
     log.epoch(results(0))
-    log.batch(torch.zeros(2, 3, 8, 8), global_step=steps, images_seen=8 * steps, as_file=True)
+    log.first_batch(torch.zeros(2, 3, 8, 8), 8 * steps)
+    log.save_batch(torch.zeros(2, 3, 8, 8), steps)
     log.close()
     return log
 
@@ -133,7 +134,7 @@ def test_tensorboard_on_a_full_disk_is_one_warning_without_a_traceback(tmp_path,
     log.sync()
     with limit(1):
         for step in range(1, 40):
-            log.batch(torch.rand(16, 3, 64, 64), global_step=step, images_seen=step)
+            log.first_batch(torch.rand(16, 3, 64, 64), step)
         log.train(line(1))
     log.close()
     assert [text for text in warnings_of() if 'TensorBoard' in text and 'training goes on' in text]
@@ -256,7 +257,9 @@ def test_wrong_predictions_are_drawn_of_the_first_and_the_last_epoch_if_epochs_a
 
 def test_the_batch_is_small_for_tensorboard_and_whole_in_the_file(tmp_path):
     log = RunLog(tmp_path, options={})
-    log.batch(torch.rand(20, 3, 240, 120), global_step=3, images_seen=60, as_file=True)
+    images = torch.rand(20, 3, 240, 120)
+    log.first_batch(images, 60)
+    log.save_batch(images, 3)
     log.close()
     batch, = board(tmp_path).Images('training by images seen/first batch of the epoch')
     assert (batch.step, batch.width, batch.height) == (60, 4 * 56 + 10, 4 * 112 + 10)
@@ -266,7 +269,7 @@ def test_the_batch_is_small_for_tensorboard_and_whole_in_the_file(tmp_path):
 def test_without_tensorboard_no_image_is_asked_for(tmp_path):
     for log in (RunLog(None, options={}), RunLog(tmp_path, options={}, tensorboard=False)):
         assert not log.shows_images
-        log.batch(torch.rand(2, 3, 8, 8), global_step=1, images_seen=2)
+        log.first_batch(torch.rand(2, 3, 8, 8), 2)
         log.wrong_predictions({'weights': (torch.rand(1, 3, 8, 8), ['x'])}, 0)
         log.sync()
         log.finish()

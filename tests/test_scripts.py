@@ -65,13 +65,24 @@ def test_a_run_leaves_everything_in_its_folder(trained):
     assert '1 process(es), cpu, bfloat16' in out and 'Left: 0:00:0' in out and 'Test: [   0/2]' in out
 
 
-def test_tensorboard_holds_scalars_options_and_a_batch(trained):
+def test_tensorboard_holds_scalars_options_and_a_batch_of_each_epoch(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(trained / RUN)).Reload()
-    assert {'train/loss', 'train/lr', 'epoch/top1', 'epoch/ema_top1'} <= set(events.Tags()['scalars'])
-    assert events.Tags()['images'] == ['train_batch']
+    events, by_epoch = (EventAccumulator(str(folder)).Reload() for folder in (trained / RUN, trained / RUN / 'epochs'))
+    seen = 'training by images seen'
+    assert {f'{seen}/{name}' for name in ('loss', 'gradient_norm', 'images_per_second', 'skipped_steps')} | {
+        'learning rate by images seen/decayed', 'evaluation by images seen/top1'} <= set(events.Tags()['scalars'])
+    assert {'evaluation by epoch/top1', 'evaluation by epoch/ema_top1'} <= set(by_epoch.Tags()['scalars'])
+    # 36 images in steps of 6.
+    assert [point.step for point in events.Scalars(f'{seen}/loss')] == [6, 12, 24, 36, 42, 48, 60, 72]
+    assert [image.step for image in events.Images(f'{seen}/first batch of the epoch')] == [6, 42]
     assert 'options/text_summary' in events.Tags()['tensors']
+    records = [json.loads(line) for line in open(trained / RUN / 'metrics.jsonl')]
+    last = [record for record in records if record['kind'] == 'train'][-1]
+    assert last['images_seen'] == 72 and last['gradient_norm'] > 0
+    assert last['rates'] == {'decayed': last['lr'], 'not decayed': last['lr']}
+    start, = json.loads((trained / RUN / 'environment.json').read_text())
+    assert (start['processes'], start['precision'], start['torch']) == (1, 'bfloat16', torch.__version__)
 
 
 def test_validate_finds_the_accuracy_that_training_reported(trained, image_folder, tmp_path):

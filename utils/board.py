@@ -59,7 +59,7 @@ class Board:
             elif name not in ('epoch', 'images_seen'):
                 self._add(self._by_epoch, f'{RUN_BY_EPOCH}/{name}', value, record['epoch'] + 1)
 
-    def batch(self, grid: torch.Tensor, images_seen: int) -> None:
+    def first_batch(self, grid: torch.Tensor, images_seen: int) -> None:
         """grid: float [3, H, W] in 0…1."""
         fault_point('log.board')
         self._by_images.add_image(f'{TRAINING}/first batch of the epoch', grid, images_seen)

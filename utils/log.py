@@ -173,21 +173,24 @@ class RunLog:
         if time.monotonic() - self._drawn_at > SECONDS_BETWEEN_DRAWINGS:
             self._draw()
 
-    def batch(self, images: torch.Tensor, *, global_step: int, images_seen: int, as_file: bool = False) -> None:
-        """A grid of up to 16 images of a batch, float [B, C, H, W] in 0…1: small for TensorBoard, whole as a PNG."""
-        if self.folder is None or not (as_file or self._board):
+    def first_batch(self, images: torch.Tensor, images_seen: int) -> None:
+        """For TensorBoard, a sheet of up to 16 images of an epoch's first batch, float [B, C, H, W] in 0…1."""
+        if not self._board:
+            return
+        from torchvision.utils import make_grid
+        grid = make_grid(_shrink(images[:IMAGES_SHOWN].detach().float()).cpu(), nrow=4)
+        with self._warning_only(BOARD):
+            self._board.first_batch(grid, images_seen)
+
+    def save_batch(self, images: torch.Tensor, global_step: int) -> None:
+        """A sheet of up to 16 images, float [B, C, H, W] in 0…1, as a PNG in the folder."""
+        if self.folder is None:
             return
         from torchvision.utils import make_grid, save_image
-        images = images[:IMAGES_SHOWN].detach().float()
-        small = make_grid(_shrink(images).cpu(), nrow=4)
-        with self._warning_only(BOARD):
-            if self._board:
-                self._board.batch(small, images_seen)
-        if as_file:
-            with self._warning_only('images'):
-                fault_point('log.images')
-                save_image(make_grid(images.cpu(), nrow=4),
-                           self.folder / f'train_batch-{global_step:08d}.png')
+        grid = make_grid(images[:IMAGES_SHOWN].detach().float().cpu(), nrow=4)
+        with self._warning_only('images'):
+            fault_point('log.images')
+            save_image(grid, self.folder / f'train_batch-{global_step:08d}.png')
 
     def wrong_predictions(self, of: dict[str, tuple[torch.Tensor, Sequence[str]]], epoch: int) -> None:
         """For TensorBoard, images that were taken for something else: {whose: ([n, 3, H, W] in 0…1, n captions)}.
