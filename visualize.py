@@ -1,9 +1,10 @@
-"""Shows what a model sees in images: attention, the making of tokens, the channels of layers, as PNG pictures.
+"""Shows what a model sees, as PNG pictures: attention, the making of tokens, the channels of layers, its mistakes.
 
     python visualize.py cat.jpg --checkpoint output/train/demo/model_best.pth.tar
     python visualize.py cat.jpg --checkpoint PATH --figures attention --blocks 4 5
     python visualize.py cat.jpg --checkpoint PATH --figures tokens --token 3 10
     python visualize.py --dataset digits --samples 3 --checkpoint PATH --figures features --beside vit_s_16 resnet50
+    python visualize.py --dataset digits --checkpoint PATH --figures mistakes
 
 cat.jpg becomes output/visualize/cat-attention.png and so on. Model and image size are found out from the checkpoint.
 The same figures are functions of figures/, for notebooks.
@@ -15,7 +16,8 @@ from pathlib import Path
 from utils import options
 from utils.errors import UserError, run_script
 
-FIGURES = ('attention', 'tokens', 'features')
+OF_IMAGES = ['attention', 'tokens', 'features']
+FIGURES = (*OF_IMAGES, 'mistakes')
 GROUPS = (options.image_options, options.model_options, options.trained_model_options, options.input_options,
           options.device_options)
 # Which channels say nothing is judged over the images of a batch, whose maps are in memory together.
@@ -28,8 +30,8 @@ log = logging.getLogger(__name__)
 
 def visualize_options(parser):
     add = parser.add_argument_group('Pictures').add_argument
-    add('--figures', nargs='+', choices=FIGURES, default=['attention', 'tokens', 'features'], metavar='FIGURE',
-        help='which pictures: attention, tokens, features (default: all three)')
+    add('--figures', nargs='+', choices=FIGURES, default=OF_IMAGES, metavar='FIGURE',
+        help='which pictures: attention, tokens, features of each image (default: these three), mistakes of a data set')
     add('--blocks', type=options.positive_int, nargs='+', metavar='N',
         help='attention: blocks whose heads to show, counted from 1 (default: 4 5, as published)')
     add('--token', type=options.count, nargs=2, metavar=('ROW', 'COL'),
@@ -47,10 +49,13 @@ def main():
     args = given = options.parse_options(parser)
     options.check_images(args)
     options.check_trained_model(args)
+    if 'mistakes' in args.figures and args.images:
+        raise UserError('--figures mistakes needs images whose classes are known: give a data set (--data DIR, '
+                        '--dataset digits)')
 
     import torch
 
-    from data import Numbered
+    from data import Numbered, spread
     from data.pipeline import create_eval_loader, name_classes, open_images, resolve_input
     from models import open_trained_model
     from models.explain import NotSeen, check_layers
@@ -69,8 +74,7 @@ def main():
     model, args, known_classes = open_trained_model(args)
     check_layers(model, args.layers or ())
     image = resolve_input(args, model.pretrained_cfg)
-    few = args if args.images else args.replacing(samples=args.samples or SAMPLES)
-    dataset = open_images(few, known_classes, model.num_classes, world)
+    dataset = open_images(args, known_classes, model.num_classes, world)
     classes = name_classes(args, known_classes or dataset.classes or None, model.num_classes)
     models, inputs = {args.model: model}, [image]
     for text in args.beside if 'features' in args.figures else ():
@@ -81,13 +85,13 @@ def main():
         each.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
 
     # --- Pictures of single images ------------------------------------------------------------------------------------
-    shown = Numbered(dataset)
+    shown = Numbered(dataset if args.images or args.samples else spread(dataset, SAMPLES))
     stems = file_names([shown.path(number) for number in range(len(shown))])
     loading = args.replacing(workers=min(args.workers, len(shown) // args.batch_size))
     loaders = [create_eval_loader(loading, shown, each, world) for each in inputs]
-    wanted, files = list(args.figures), []
+    wanted, files = [name for name in args.figures if name in OF_IMAGES], []
     bar = progress_bar(total=len(shown) * len(wanted), desc='Pictures')
-    for batches in zip(*(loader for loader, _ in loaders), strict=True):
+    for batches in zip(*(loader for loader, _ in loaders), strict=True) if wanted else ():
         images = [prepare(*batch)[0] for batch, (_, prepare) in zip(batches, loaders, strict=True)]
         pictures, numbers = batches[0][0].permute(0, 2, 3, 1).numpy(), batches[0][1].tolist()
         with torch.no_grad(), precision.autocast():
@@ -113,6 +117,11 @@ def main():
     bar.close()
     for loader, _ in loaders:
         loader.close()
+
+    # --- Mistakes -----------------------------------------------------------------------------------------------------
+    if 'mistakes' in args.figures:
+        files.append(folder / f'{Path(args.data).resolve().name if args.data else args.dataset}-mistakes.png')
+        draw_mistakes(args, model, dataset, classes, image, world, precision).savefig(files[-1], dpi=DPI)
 
     # --- Results ------------------------------------------------------------------------------------------------------
     if not files:
@@ -155,6 +164,22 @@ def print_shares(features: dict, count: int) -> None:
             print(f'  {title:{max(map(len, features))}}  {layer.layer:{width}}  {describe_health(layer.health)}')
 
 
+def draw_mistakes(args, model, dataset, classes: list[str], image, world, precision):
+    """The figure of a model's mistakes on all images of `dataset`, of which --max-bad-val-images may be undecodable."""
+    import numpy as np
+
+    from data import Numbered
+    from data.pipeline import create_eval_loader
+    from engine.predict import predict
+    from figures.mistakes import mistakes_figure
+    workers = min(args.workers, len(dataset) // args.batch_size)
+    loader, prepare = create_eval_loader(args.replacing(workers=workers), Numbered(dataset), image, world)
+    predictions = predict(model, loader, prepare, precision=precision, log_interval=args.log_interval)
+    loader.close()
+    return mistakes_figure(predictions, dataset.targets[predictions.indices], classes,
+                           lambda index: np.asarray(dataset.image(index)))
+
+
 def open_beside(args, text: str, image) -> tuple:
     """What a model to show beside is called, the model, and its input; `image` is that of the first model.
 
@@ -170,7 +195,7 @@ def open_beside(args, text: str, image) -> tuple:
     own = args.replacing(model=name, eval_checkpoint=checkpoint, pretrained=False, num_classes=None, gp=None,
                          model_kwargs=None, class_map=None)
     model, own, _ = open_trained_model(own)
-    return name, model, resolve_input(own, model.pretrained_cfg)
+    return f'{name} ({Path(checkpoint).name})', model, resolve_input(own, model.pretrained_cfg)
 
 
 def file_names(paths: list[str]) -> list[str]:

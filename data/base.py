@@ -72,6 +72,13 @@ class Part(ImageDataset):
         return self._dataset.path(int(self._indices[index]))
 
 
+def spread(dataset: ImageDataset, count: int) -> ImageDataset:
+    """Up to `count` images of `dataset`, evenly spread over it."""
+    if count >= len(dataset):
+        return dataset
+    return Part(dataset, [k * len(dataset) // count for k in range(count)])
+
+
 class Numbered(Part):
     """The images of `dataset`, the target of each being its own number.
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from timm.data import ImageNetInfo, resolve_data_config
 
-from data.base import ImageDataset, Part
+from data.base import ImageDataset, spread
 from data.batch import BatchPreparer, TrainBatchPreparer
 from data.classes import read_class_map
 from data.datasets import open_eval, open_train_val
@@ -102,9 +102,7 @@ def open_images(args, classes: list[str] | None, num_classes: int | None, world:
     """
     check_images(args)
     dataset = ImageFiles(args.images) if args.images else open_evaluation_data(args, classes, num_classes, world)
-    if not args.samples or args.samples >= len(dataset):
-        return dataset
-    return Part(dataset, [i * len(dataset) // args.samples for i in range(args.samples)])
+    return spread(dataset, args.samples) if args.samples else dataset
 
 
 def name_classes(args, classes: list[str] | None, num_classes: int) -> list[str]:

@@ -219,7 +219,7 @@ def errors_figure(predictions, targets: np.ndarray, names: Sequence[str], pictur
     """The images that the model is most sure of and wrong about."""
     rows = most_confident_errors(predictions, targets, ERRORS)
     titles = [f'{shorten(names[targets[row]], 24)} →\n{shorten(names[predictions.classes[row, 0]], 24)} '
-              f'{100 * predictions.probabilities[row, 0]:.1f} %' for row in rows]
+              f'({100 * predictions.probabilities[row, 0]:.1f} %)' for row in rows]
     wrong = int((predictions.classes[:, 0] != targets).sum())
     title = (f'The {len(rows)} most confident of {wrong:,} errors: true → predicted, probability' if wrong
              else f'No errors among {len(targets):,} images')
