@@ -19,6 +19,7 @@ from utils.pictures import ORANGE, SEQUENTIAL
 
 PUBLISHED_BLOCKS = (4, 5)  # what the authors' figure of attention shows, counted from 1
 WIDTH = 11.5  # of a figure, inches
+LEAST_COLUMNS = 4  # of a row of panels; fewer panels stand in its middle
 
 
 def attention_figure(
@@ -51,12 +52,17 @@ def attention_figure(
     stages = [stage for stage in stages if stage.weights is not None]
 
     depth, heads = seen.blocks.shape[:2]
-    cell = 1.4 * picture.shape[0] / picture.shape[1] + 0.3  # height of a small panel with its title, inches
-    columns = min(8, math.ceil(depth / math.ceil(depth / 8)))
-    heads_in_row = min(8, heads)
-    heights = [2.3 * cell, math.ceil(depth / columns) * cell, len(blocks) * math.ceil(heads / heads_in_row) * cell,
-               *[1.25 * cell] * bool(stages)]
-    heights = [height + 0.5 for height in heights]
+    shape = picture.shape[0] / picture.shape[1]
+    most = min(max(round(8 * math.sqrt(shape)), 4), 10)  # panels beside one another: more if they are narrow
+    columns, heads_in_row = (math.ceil(count / math.ceil(count / most)) for count in (depth, heads))
+
+    def height(rows, columns):  # of panels with their titles, inches
+        return rows * (min((WIDTH - 1) / columns, 1.8) * shape + 0.3) + 0.5
+
+    heights = [min(4.5 * shape, 4.5) + 0.8, height(math.ceil(depth / columns), columns),
+               height(len(blocks) * math.ceil(heads / heads_in_row), heads_in_row)]
+    if stages:
+        heights.append(height(1, max(2 * len(queries), LEAST_COLUMNS)) + 0.2)
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.4), layout='constrained')
     parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).ravel())
     _draw_rollout(next(parts), picture, seen, queries if stages else [])
@@ -65,7 +71,7 @@ def attention_figure(
     if stages:
         _draw_token_layers(next(parts), picture, stages, queries, (H, W))
     if title:
-        figure.suptitle(title, fontsize=13)
+        figure.suptitle(title, fontsize=13, parse_math=False)
     return figure
 
 
@@ -135,11 +141,12 @@ def _add_scale(part: SubFigure, drawn: AxesImage | ScalarMappable, panels, label
 
 
 def _panels(part: SubFigure, rows: int, columns: int, count: int) -> np.ndarray:
-    """Axes [rows, columns], those behind the first `count` empty."""
+    """Axes in rows, empty ones without frame: those behind the first `count`; a single row has them in its middle."""
     panels = part.subplots(rows, columns, squeeze=False)
-    for axes in panels.ravel()[count:]:
+    for axes in panels.ravel():
         axes.set_axis_off()
-    return panels
+    start = (columns - count) // 2 if rows == 1 else 0
+    return panels.ravel()[start:].reshape(1, -1) if start else panels
 
 
 def _draw_rollout(part: SubFigure, picture: np.ndarray, seen: SeenAttention, queries: Sequence[tuple[int, int]]):
@@ -182,8 +189,9 @@ def _draw_heads(part: SubFigure, picture: np.ndarray, seen: SeenAttention, block
 
 def _draw_token_layers(part: SubFigure, picture: np.ndarray, stages: Sequence[Stage],
                        queries: Sequence[tuple[int, int]], last_grid: tuple[int, int]):
-    panels = part.subplots(1, len(stages) * len(queries), squeeze=False)[0]
-    places = iter(panels)
+    count = len(stages) * len(queries)
+    panels = _panels(part, 1, max(count, LEAST_COLUMNS), count)
+    places = iter(panels[0])
     for number, stage in enumerate(stages):
         H, W = stage.grid
         # The token of this grid that lies in the middle of the last grid's.
@@ -191,13 +199,17 @@ def _draw_token_layers(part: SubFigure, picture: np.ndarray, stages: Sequence[St
                   for row, column in queries]
         rows = stage.weights.rows([row * W + column for row, column in tokens])[0]  # [queries, H · W]
         for letter, token, row in zip('ABC', tokens, rows, strict=False):
-            axes = next(places)
-            drawn = _draw_attention(axes, picture, row.view(H, W), f'stage {("one", "two")[number]}, {letter}')
+            axes, total, name = next(places), float(row.sum()), f'stage {("one", "two")[number]}, {letter}'
+            # A Performer's token may attend to nothing: the pattern of what is left is not to look like attention.
+            drawn = _draw_attention(axes, picture, row.view(H, W) if total >= 0.01 else torch.zeros(H, W), name)
+            if total < 0.99:
+                axes.set_title(f'{axes.get_title()}\nsum {total:.2f}' if total >= 0.01 else f'{name}\nnothing (sum 0)',
+                               fontsize=8, pad=3)
             mark_token(axes, token, stage.grid, picture)
     kind = 'implied weights of the Performer' if 'Performer' in type(stages[0].weights).__name__ else 'softmax weights'
     part.suptitle(f'Token layers: {kind} of the marked tokens, on {" and ".join(_size(s.grid) for s in stages)} tokens',
                   fontsize=10)
-    _add_scale(part, drawn, list(panels), 'part of the largest')
+    _add_scale(part, drawn, panels, 'part of the largest')
 
 
 def _size(grid: tuple[int, int]) -> str:

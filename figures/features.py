@@ -15,39 +15,41 @@ from matplotlib.patches import Patch, Rectangle
 from models.explain import ChannelHealth, LayerFeatures
 from utils.pictures import BLUE, ORANGE, SEQUENTIAL
 
-CHANNELS_IN_ROW = 7  # of the square of channels that is shown of each layer
+CHANNELS_SHOWN = 49  # of each layer
+SIDE = 3.6  # of the square that they fill, inches
 CELL, GAP = 64, 6  # pixels of a channel's map and between two of them, in the picture
 
 
 def features_figure(models: Mapping[str, Sequence[LayerFeatures]], index: int = 0, *, title: str = '') -> Figure:
     """Draw channels of layers as maps, one column for each model; dead and saturated channels are framed.
 
-    Shown are up to 49 channels, evenly spread over all; the shares are of all channels. Each map has the colours of its
-    own range, but a range below a twentieth of the layer's typical one is not stretched, so that noise stays flat.
+    Shown are up to 49 channels, evenly spread over all; the shares are of all channels. The colours of a channel span
+    its range over all the images, but at least a twentieth of the layer's typical one, so that noise stays flat.
 
     Args:
         models: name → layers, as `models.explain.layer_features` gives them.
         index: which of the images that they have seen.
         title: above the figure.
     """
-    rows = max(map(len, models.values()))
-    first = next(iter(models.values()))[0].maps
-    side = 3.6 if len(models) > 1 else 4.6
-    height = side * min(max(first.shape[2] / first.shape[3], 0.3), 3) + 0.3
-    figure = Figure(figsize=(max(side * len(models), 6), height * rows + 1.2), layout='constrained')
+    images = f'in {(count := len(next(iter(models.values()))[0].maps))} image{"s" * (count > 1)}'
+    alone = len(models) == 1
+    rows, columns = max(map(len, models.values())), len(models)
+    size = (max(SIDE * rows, 5.5), SIDE + 1.2) if alone else (SIDE * columns, (SIDE + 0.3) * rows + 1)
+    figure = Figure(figsize=size, layout='constrained')
     figure.get_layout_engine().set(wspace=0.06, hspace=0.02)
-    panels = figure.subplots(rows, len(models), squeeze=False)
+    # A single model has its layers beside one another.
+    panels = figure.subplots(*((1, rows) if alone else (rows, columns)), squeeze=False)
+    panels = panels.T if alone else panels
     for column, (name, layers) in enumerate(models.items()):
         for row, axes in enumerate(panels[:, column]):
             axes.set_axis_off()
             if row < len(layers):
-                _draw_channels(axes, layers[row], index)
-        panels[0, column].set_title(f'{name}\n{panels[0, column].get_title()}', fontsize=9)
-    figure.legend(handles=[Patch(fill=False, edgecolor=ORANGE, linewidth=2, label='dead: the same everywhere'),
-                           Patch(fill=False, edgecolor=BLUE, linewidth=2, label='saturated: too large everywhere')],
-                  loc='outside lower center', ncols=2, fontsize=9, frameon=False)
-    if title:
-        figure.suptitle(title, fontsize=12)
+                _draw_channels(axes, layers[row], index, '' if row or alone else f'{name}\n')
+    frames = [Patch(fill=False, edgecolor=colour, linewidth=2, label=f'{what} {images}')
+              for colour, what in ((ORANGE, 'dead: the same everywhere'), (BLUE, 'saturated: too large everywhere'))]
+    figure.legend(handles=frames, loc='outside lower center', ncols=2, fontsize=9, frameon=False)
+    if title or alone:
+        figure.suptitle(title or next(iter(models)), fontsize=12, parse_math=False)
     return figure
 
 
@@ -57,22 +59,22 @@ def describe_health(health: ChannelHealth) -> str:
     return f'{dead:.1f} % dead, {saturated:.1f} % saturated of {len(health.dead)} channels'
 
 
-def _draw_channels(axes: Axes, layer: LayerFeatures, index: int) -> None:
+def _draw_channels(axes: Axes, layer: LayerFeatures, index: int, name: str) -> None:
     maps = layer.maps[index].numpy()  # [C, H, W]
     C, H, W = maps.shape
-    in_row = min(CHANNELS_IN_ROW, math.isqrt(C - 1) + 1)
-    count = min(C, in_row ** 2)
-    ranges = np.sort(np.ptp(layer.maps.numpy(), axis=(0, 2, 3)))
-    least = max(ranges[math.ceil(0.75 * (C - 1))] / 20, 1e-12)
+    count = min(C, CHANNELS_SHOWN)
+    in_row = min(max(round(math.sqrt(count * H / W)), 1), count)  # so that all of them fill a square
+    count -= count % in_row
+    low, high = layer.maps.amin((0, 2, 3)).numpy(), layer.maps.amax((0, 2, 3)).numpy()
+    least = max(np.sort(high - low)[math.ceil(0.75 * (C - 1))] / 20, 1e-12)
 
     # In pixels of the picture: cells whose longer side is CELL, whatever the map's own size.
     cell_height, cell_width = (round(CELL * side / max(H, W)) for side in (H, W))
     for place in range(count):
         channel = place * C // count
         top, left = place // in_row * (cell_height + GAP), place % in_row * (cell_width + GAP)
-        values = maps[channel]
-        middle, half = (values.max() + values.min()) / 2, max(np.ptp(values), least) / 2
-        axes.imshow(values, extent=(left, left + cell_width, top + cell_height, top), cmap=SEQUENTIAL,
+        middle, half = (high[channel] + low[channel]) / 2, max(high[channel] - low[channel], least) / 2
+        axes.imshow(maps[channel], extent=(left, left + cell_width, top + cell_height, top), cmap=SEQUENTIAL,
                     vmin=middle - half, vmax=middle + half, interpolation='nearest')
         for marks, colour in ((layer.health.dead, ORANGE), (layer.health.saturated, BLUE)):
             if marks[channel]:
@@ -80,4 +82,4 @@ def _draw_channels(axes: Axes, layer: LayerFeatures, index: int) -> None:
                                          edgecolor=colour, linewidth=2.5))
     axes.set_xlim(-GAP, in_row * (cell_width + GAP))
     axes.set_ylim(math.ceil(count / in_row) * (cell_height + GAP), -GAP)
-    axes.set_title(f'{layer.layer}, {H} × {W}\n{describe_health(layer.health)}', fontsize=9)
+    axes.set_title(f'{name}{layer.layer}, {H} × {W}\n{describe_health(layer.health)}', fontsize=9)

@@ -57,7 +57,7 @@ def tokens_figure(
     _draw_grids(grids, stages, token, size)
     _draw_fields(fields, picture, stages, token, seen)
     if title:
-        figure.suptitle(title, fontsize=13)
+        figure.suptitle(title, fontsize=13, parse_math=False)
     return figure
 
 
@@ -138,7 +138,7 @@ def _draw_fields(part: SubFigure, picture: np.ndarray, stages: list[Stage], toke
                  seen: torch.Tensor):
     """What the token has seen by the soft splits alone, and what is in it with the token layers."""
     has_layers = stages[0].weights is not None
-    panels = part.subplots(1, 2 if has_layers else 1, squeeze=False)[0]
+    panels = part.subplots(1, 2)
     paths = np.ma.masked_equal(seen.numpy(), 0)
     drawn = draw_overlay(panels[0], picture, paths, alpha=0.75, vmin=0, vmax=paths.max())
     _frame(panels[0], seen > 0)
@@ -146,6 +146,9 @@ def _draw_fields(part: SubFigure, picture: np.ndarray, stages: list[Stage], toke
     panels[0].set_title(f'Receptive field of the soft splits alone: {rows} × {columns} pixels', fontsize=9)
     _scale(part, drawn, panels[0], 'paths from a pixel to the token')
     if not has_layers:
+        panels[1].text(0.5, 0.5, 'Convolutions in place of token layers:\nthe token has seen nothing else.',
+                       ha='center', va='center', fontsize=9, transform=panels[1].transAxes)
+        panels[1].set_axis_off()
         return
     relevance = pixel_relevance(stages, token, picture.shape[:2])[0].cpu()
     inside = float(relevance[seen > 0].sum() / relevance.sum())
@@ -154,7 +157,7 @@ def _draw_fields(part: SubFigure, picture: np.ndarray, stages: list[Stage], toke
     drawn = draw_overlay(panels[1], picture, share.clip(low), alpha=0.75, norm=LogNorm(low, share.max()))
     _frame(panels[1], seen > 0)
     panels[1].set_title(f'With the token layers, which are global: {100 * inside:.0f} % of the token\n'
-                        'comes from inside the frame (half residual, half attention in each)', fontsize=9)
+                        'comes from inside the frame (in each layer the residual, and what is attended to)', fontsize=9)
     _scale(part, drawn, panels[1], 'relevance over an even share')
 
 

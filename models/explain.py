@@ -199,8 +199,11 @@ def _name(model: nn.Module) -> str:
 class PerformerWeights:
     """The weights that a Performer token layer implies, A_ij = φ(q_i)·φ(k_j) / (φ(q_i)·Σφ(k) + eps).
 
-    performer_attention(k, q, v, w) is A v, though the layer never computes A. Rows sum to 1, but for eps. Float64 holds
-    the features' range as they are published, without the shifts that float32 needs.
+    performer_attention(k, q, v, w) is A v, though the layer never computes A. Float64 holds the features' range as they
+    are published, without the shifts that float32 needs.
+
+    `sums` [B, N], of the rows, are 1, or less where q or k are so long that eps is not small beside their features: a
+    sum near 0 is a token that attends to nothing, and of which the layer passes on v alone.
 
     Args:
         k, q: keys and queries, [B, N, D].
@@ -216,7 +219,9 @@ class PerformerWeights:
             return torch.exp(x @ w.t() - x.square().sum(-1, keepdim=True) / 2) / math.sqrt(w.shape[0])  # [B, N, m]
 
         self._k, q = features(k), features(q)
-        self._q = q / (q @ self._k.sum(1).unsqueeze(2) + eps)  # [B, N, m], divided by the sums of the rows
+        total = self._k.sum(1).unsqueeze(2)  # [B, m, 1]
+        self._q = q / (q @ total + eps)  # [B, N, m]
+        self.sums = (self._q @ total).squeeze(2)
 
     def rows(self, queries: Sequence[int]) -> torch.Tensor:
         """The weights of chosen query tokens, [B, len(queries), N]."""
@@ -231,7 +236,7 @@ class PerformerWeights:
 class SoftmaxWeights:
     """The weights of a Transformer token layer, softmax(scale · q kᵀ), computed for the rows that are asked for.
 
-    In float64 as those of the Performer, which autocast leaves alone.
+    In float64 as those of the Performer, which autocast leaves alone. `sums` [B, N] of the rows are 1.
 
     Args:
         k, q: keys and queries, [B, N, D].
@@ -240,6 +245,7 @@ class SoftmaxWeights:
 
     def __init__(self, k: torch.Tensor, q: torch.Tensor, scale: float):
         self._k, self._q = k.double(), q.double() * scale
+        self.sums = torch.ones_like(self._k[..., 0])
 
     def rows(self, queries: Sequence[int]) -> torch.Tensor:
         """The weights of chosen query tokens, [B, len(queries), N]."""
@@ -349,8 +355,9 @@ def receptive_field(token: Grid, img_size: Grid, splits: int = 3) -> torch.Tenso
 def pixel_relevance(stages: Sequence[Stage], token: Grid, img_size: Grid) -> torch.Tensor:
     """How much of each pixel is in a token of the last grid, token layers included: the rollout of this module.
 
-    A soft split takes each place of its window in equal parts; a token layer half from the token itself (its residual)
-    and half by its attention, as in `attention_rollout`. Sums to 1, but for the eps of the Performer.
+    A soft split takes each place of its window in equal parts. A token layer takes the token itself (its residual) and
+    what it attends to, as `attention_rollout` does: one half each, less for the attention where its weights do not sum
+    to 1. The relevance of all pixels sums to 1.
 
     Args:
         stages: of `token_stages`, for B images of img_size.
@@ -367,8 +374,8 @@ def pixel_relevance(stages: Sequence[Stage], token: Grid, img_size: Grid) -> tor
     for index in reversed(range(len(stages))):
         weights = stages[index].weights
         if weights is not None:
-            flat = relevance.flatten(1)  # [B, N]
-            relevance = ((flat + weights.spread(flat)) / 2).view_as(relevance)
+            flat = relevance.flatten(1) / (1 + weights.sums)  # [B, N]
+            relevance = (flat + weights.spread(flat)).view_as(relevance)
         inside = F.unfold(torch.ones(1, 1, *sizes[index], dtype=relevance.dtype, device=relevance.device),
                           SOFT_SPLITS[index][0], stride=SOFT_SPLITS[index][1], padding=SOFT_SPLITS[index][2])
         places = inside.sum(1).view(1, *relevance.shape[1:])  # of each window, those inside of the map
@@ -462,7 +469,8 @@ def channel_health(maps: torch.Tensor) -> ChannelHealth:
     on it. Here, over all images and positions of maps [B, C, H, W]:
 
     - A channel is *dead* if its range, largest minus smallest value, is at most 1 % of the layer's typical range, the
-      75th percentile of its channels' ranges. Zero everywhere is dead, and so is any other constant.
+      75th percentile of its channels' ranges. Zero everywhere is dead, and so is any other constant. Of a single value
+      (one image, one position) nothing is known, and no channel is called dead.
     - A channel is *saturated* if at least half of its values are more than 10 times the layer's typical size, the
       median over its channels that are not dead of their root mean square. (A few large values at some places, as Sun
       et al. 2024 found in many transformers, do not saturate a channel by this measure.) One that is constant and this
@@ -475,7 +483,7 @@ def channel_health(maps: torch.Tensor) -> ChannelHealth:
     ranges = values.amax(1) - values.amin(1)
     # Not torch.quantile, which interpolates: with few channels, between a dead and a living one.
     typical_range = ranges.sort().values[math.ceil(0.75 * (len(ranges) - 1))]
-    dead = ranges <= 0.01 * typical_range
+    dead = (ranges <= 0.01 * typical_range) & (values.shape[1] > 1)
     sizes = values.square().mean(1).sqrt()
     typical_size = sizes[~dead].median() if not dead.all() else sizes.median()
     saturated = values.abs().median(1).values > 10 * typical_size
