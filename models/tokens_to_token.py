@@ -28,8 +28,8 @@ def token_grid(height: int, width: int) -> tuple[int, int]:
         raise ValueError(f'an image of {height} × {width} pixels is too small for T2T-ViT: '
                          'height and width must be at least 16')
     for kernel, stride, padding in ((7, 4, 2), (3, 2, 1), (3, 2, 1)):  # SOFT_SPLITS: TorchScript sees no globals
-        height = (height + 2 * padding - kernel) // stride + 1
-        width = (width + 2 * padding - kernel) // stride + 1
+        height = (height + 2 * padding - kernel + stride) // stride
+        width = (width + 2 * padding - kernel + stride) // stride
     return height, width
 
 
@@ -42,8 +42,9 @@ class SoftSplit(nn.Module):
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of the tokens of a map of height × width."""
-        margin = 2 * self.padding - self.kernel
-        return (height + margin) // self.stride + 1, (width + margin) // self.stride + 1
+        # In the form in which torch.export knows unfold's output, so that it sees them equal for any size of image.
+        margin = 2 * self.padding - self.kernel + self.stride
+        return (height + margin) // self.stride, (width + margin) // self.stride
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [B, C, H, W] to tokens [B, N, C · kernel²], row by row."""
@@ -230,8 +231,8 @@ class TokensToToken(nn.Module):
         B, _, H, W = x.shape
         x = self.attention1(self.soft_split0(x))  # [B, N0, D]
         H, W = self.soft_split0.grid_size(H, W)
-        x = x.transpose(1, 2).reshape(B, -1, H, W)  # [B, D, H / 4, W / 4]
+        x = x.transpose(1, 2).reshape(B, x.shape[2], H, W)  # [B, D, H / 4, W / 4]
         x = self.attention2(self.soft_split1(x))  # [B, N1, D]
         H, W = self.soft_split1.grid_size(H, W)
-        x = x.transpose(1, 2).reshape(B, -1, H, W)  # [B, D, H / 8, W / 8]
+        x = x.transpose(1, 2).reshape(B, x.shape[2], H, W)  # [B, D, H / 8, W / 8]
         return self.project(self.soft_split2(x))  # [B, N, embed_dim]
