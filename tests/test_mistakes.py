@@ -1,11 +1,16 @@
 """Mistakes: the numbers are those of scikit-learn, and the figures say them whatever the number of classes."""
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix, recall_score
 
+import visualize
 from engine.predict import Predictions
 from figures import mistakes
+from models import create_model
+from tests.conftest import write_checkpoint
+from utils.errors import UserError
 from utils.pictures import to_array
 
 
@@ -98,3 +103,22 @@ def test_no_errors_no_images_and_very_many_classes():
     axes = mistakes.confusion_figure(matrix, [str(k) for k in range(1000)]).axes[0]
     shown = axes.images[0].get_array()
     assert shown.shape == (200, 200) and shown[123 // 5, 777 // 5] == 1 and np.nansum(shown) == 1
+
+
+def test_visualize_shows_the_mistakes_on_a_data_set(tmp_path, monkeypatch, capsys):
+    model = create_model('t2t_vit_7', num_classes=10, img_size=32)
+    write_checkpoint({'arch': 't2t_vit_7', 'state_dict': model.state_dict(), 'args': {'img_size': 32}}, tmp_path / 'm')
+    drawn = []
+    monkeypatch.setattr('figures.mistakes.confusion_figure', lambda matrix, *_: drawn.append(matrix))
+    monkeypatch.setattr('utils.runtime.setup_logging', lambda **_: None)
+    monkeypatch.chdir(tmp_path)
+    command = ['visualize.py', '--checkpoint', 'm', '--device', 'cpu', '-j', '0', '--figures', 'mistakes']
+    monkeypatch.setattr('sys.argv', [*command, '--dataset', 'digits'])
+    visualize.main()
+    picture = Image.open('output/visualize/digits-mistakes.png')
+    assert picture.width > 1000 and 'digits-mistakes.png' in capsys.readouterr().out
+    # All 359 digits, not the three that other figures show.
+    assert len(drawn) == 1 and drawn[0].shape == (10, 10) and drawn[0].sum() == 359
+    monkeypatch.setattr('sys.argv', ['visualize.py', 'cat.jpg', *command[1:]])
+    with pytest.raises(UserError, match='give a data set'):
+        visualize.main()

@@ -33,14 +33,15 @@ from utils.distributed import World
 from utils.errors import UserError
 from utils.log import ARGS, METRICS, format_seconds, read_environment, read_metrics
 from utils.page import Html, Section, facts, image, note, picture, table
-from utils.pictures import GREEN, ORANGE, image_sheet
+from utils.pictures import image_sheet
 
 CHECKPOINTS = ('model_best.pth.tar', 'last.pth.tar')
 SHOWN = 8  # images that are right, and as many that are wrong
 ATTENTION = 6
-COLUMNS = {'train_loss': 'training loss', 'loss': 'loss', 'top1': 'top-1, %', 'top5': 'top-5, %',
-           'ema_loss': 'loss (EMA)', 'ema_top1': 'top-1 (EMA), %', 'ema_top5': 'top-5 (EMA), %',
-           'lr': 'learning rate', 'epoch_seconds': 'seconds'}
+COLUMNS = {  # of the table of epochs: what a record calls it, what the table does, and how it is written
+    'train_loss': ('training loss', '.4f'), 'loss': ('loss', '.4f'), 'top1': ('top-1, %', '.2f'),
+    'top5': ('top-5, %', '.2f'), 'ema_loss': ('loss (EMA)', '.4f'), 'ema_top1': ('top-1 (EMA), %', '.2f'),
+    'ema_top5': ('top-5 (EMA), %', '.2f'), 'lr': ('learning rate', '.2e'), 'epoch_seconds': ('seconds', ',.1f')}
 
 
 class Run(NamedTuple):
@@ -153,6 +154,7 @@ def summary(run: Run, model):
     best, planned = best_epoch(run), run.options.get('epochs')
     last = (run.steps or run.epochs or [{}])[-1]
     size = run.options.get('img_size', 'unknown')
+    size = '{}x{}'.format(*size) if isinstance(size, tuple) else size
     pairs = [('Best', f'{describe_best(run, best)} after epoch {best["epoch"] + 1}' if best else 'no epoch has ended'),
              ('Epochs', f'{len(run.epochs)} of {planned or "unknown"}'),
              ('Images seen', f'{last["images_seen"]:,}' if 'images_seen' in last else 'not recorded'),
@@ -178,17 +180,11 @@ def epochs(run: Run):
         return Section('Epochs', note('No epoch has ended yet.'))
     names = [name for name in COLUMNS if any(name in record for record in run.epochs)]
     best = best_epoch(run)
-    rows = [[f'{record["epoch"] + 1:,}', *(format_number(record.get(name)) for name in names),
-             'best' if record is best else ''] for record in run.epochs]
+    rows = [[record['epoch'] + 1, 'best' if record is best else '',
+             *(format(record[name], COLUMNS[name][1]) if isinstance(record.get(name), int | float) else '–'
+               for name in names)] for record in run.epochs]
     marked = [number for number, record in enumerate(run.epochs) if record is best]
-    return Section('Epochs', table(['epoch', *(COLUMNS[name] for name in names), ''], rows, marked))
-
-
-def format_number(value) -> str:
-    """Five digits or so; numbers below a thousandth with an exponent."""
-    if not isinstance(value, int | float):
-        return '–' if value is None else str(value)
-    return f'{value:.2e}' if 0 < abs(value) < 1e-3 else f'{value:,.4g}' if abs(value) < 1 else f'{value:,.2f}'
+    return Section('Epochs', table(['epoch', '', *(COLUMNS[name][0] for name in names)], rows, marked))
 
 
 def used_options(run: Run):
@@ -261,17 +257,19 @@ def samples(evaluated: Evaluated | None, missing: str | None):
     targets = evaluated.dataset.targets[predictions.indices]
     right = predictions.classes[:, 0] == targets
     parts = []
-    for rows, color, title in ((np.flatnonzero(right), GREEN, 'Right'), (np.flatnonzero(~right), ORANGE, 'Wrong')):
+    for rows, title in ((np.flatnonzero(right), 'Right'), (np.flatnonzero(~right), 'Wrong')):
         if not len(rows):
             parts.append(note(f'{title}: none of {len(right):,} images.'))
             continue
         rows = [int(rows[k * len(rows) // SHOWN]) for k in range(SHOWN)] if len(rows) > SHOWN else rows
-        titles = [f'is {shorten(names[targets[row]], 26)}\n'
-                  f'said {shorten(names[predictions.classes[row, 0]], 20)} '
-                  f'({100 * predictions.probabilities[row, 0]:.1f} %)' for row in rows]
+        said = [(names[targets[row]], names[predictions.classes[row, 0]], predictions.probabilities[row, 0])
+                for row in rows]
+        titles = [f'is {shorten(true, 26)}\nsaid {shorten(guess, 20)} ({100 * probability:.1f} %)'
+                  for true, guess, probability in said]
         sheet = image_sheet([pixels(evaluated.dataset, int(predictions.indices[row])) for row in rows], titles,
-                            colors=[color] * len(rows), title=f'{title}: evenly spread over all that are')
-        parts.append(picture(sheet, f'{title} predictions: ' + '; '.join(titles).replace('\n', ', ').replace(r'\$', '$')))
+                            title=f'{title}: evenly spread over all that are')
+        description = '; '.join(f'is {true}, said {guess}' for true, guess, _ in said)
+        parts.append(picture(sheet, f'{title} predictions: {description}'))
     return Section('Sample predictions', Html('\n'.join(parts)))
 
 
