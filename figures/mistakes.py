@@ -218,8 +218,11 @@ def errors_figure(predictions, targets: np.ndarray, names: Sequence[str], pictur
                   figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
     """The images that the model is most sure of and wrong about."""
     rows = most_confident_errors(predictions, targets, ERRORS)
-    titles = [f'{shorten(names[targets[row]], 24)} →\n{shorten(names[predictions.classes[row, 0]], 24)} '
-              f'({100 * predictions.probabilities[row, 0]:.1f} %)' for row in rows]
+    titles = []
+    for row in rows:
+        true, predicted = (shorten(names[k], 24) for k in (targets[row], predictions.classes[row, 0]))
+        line_break = '\n' if len(true) + len(predicted) > 20 else ' '
+        titles.append(f'{true} →{line_break}{predicted} ({100 * predictions.probabilities[row, 0]:.1f} %)')
     wrong = int((predictions.classes[:, 0] != targets).sum())
     title = (f'The {len(rows)} most confident of {wrong:,} errors: true → predicted, probability' if wrong
              else f'No errors among {len(targets):,} images')
