@@ -4,6 +4,7 @@
     attention_figure(model, image, picture).savefig('attention.png')
 """
 import math
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -70,8 +71,7 @@ def attention_figure(
     _draw_heads(next(parts), picture, seen, blocks, heads_in_row)
     if stages:
         _draw_token_layers(next(parts), picture, stages, queries, (H, W))
-    if title:
-        figure.suptitle(title, fontsize=13, parse_math=False)
+    add_title(figure, title)
     return figure
 
 
@@ -93,6 +93,13 @@ def check_token(token: Sequence[int], grid: tuple[int, int]) -> tuple[int, int]:
         raise UserError(f'token {token[0]} {token[1]} does not exist; the last grid has rows 0 to {grid[0] - 1} and '
                         f'columns 0 to {grid[1] - 1} at this image size')
     return tuple(token)
+
+
+def add_title(figure: Figure, title: str) -> None:
+    """Write a title, whatever is in it (names of files have dollars, and bytes that are no text), in its width."""
+    title = textwrap.fill(title.encode(errors='replace').decode(), int(8.5 * figure.get_figwidth()))
+    if title:
+        figure.suptitle(title, fontsize=13, parse_math=False)
 
 
 def draw_overlay(axes: Axes, picture: np.ndarray, values: np.ndarray, title: str = '', **style) -> AxesImage:

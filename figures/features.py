@@ -15,6 +15,8 @@ from matplotlib.patches import Patch, Rectangle
 from models.explain import ChannelHealth, LayerFeatures
 from utils.pictures import BLUE, ORANGE, SEQUENTIAL
 
+from .attention import add_title
+
 CHANNELS_SHOWN = 49  # of each layer
 SIDE = 3.6  # of the square that they fill, inches
 CELL, GAP = 64, 6  # pixels of a channel's map and between two of them, in the picture
@@ -34,7 +36,7 @@ def features_figure(models: Mapping[str, Sequence[LayerFeatures]], index: int = 
     images = f'in {(count := len(next(iter(models.values()))[0].maps))} image{"s" * (count > 1)}'
     alone = len(models) == 1
     rows, columns = max(map(len, models.values())), len(models)
-    size = (max(SIDE * rows, 5.5), SIDE + 1.2) if alone else (SIDE * columns, (SIDE + 0.3) * rows + 1)
+    size = (max(SIDE * rows, 7), SIDE + 1.2) if alone else (SIDE * columns, (SIDE + 0.3) * rows + 1)
     figure = Figure(figsize=size, layout='constrained')
     figure.get_layout_engine().set(wspace=0.06, hspace=0.02)
     # A single model has its layers beside one another.
@@ -48,8 +50,7 @@ def features_figure(models: Mapping[str, Sequence[LayerFeatures]], index: int = 
     frames = [Patch(fill=False, edgecolor=colour, linewidth=2, label=f'{what} {images}')
               for colour, what in ((ORANGE, 'dead: the same everywhere'), (BLUE, 'saturated: too large everywhere'))]
     figure.legend(handles=frames, loc='outside lower center', ncols=2, fontsize=9, frameon=False)
-    if title or alone:
-        figure.suptitle(title or next(iter(models)), fontsize=12, parse_math=False)
+    add_title(figure, title or (next(iter(models)) if alone else ''))
     return figure
 
 

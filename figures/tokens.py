@@ -14,7 +14,7 @@ from models.explain import Stage, pixel_relevance, receptive_field, token_stages
 from models.tokens_to_token import SOFT_SPLITS
 from utils.pictures import ORANGE, SEQUENTIAL
 
-from .attention import WIDTH, check_token, draw_overlay
+from .attention import WIDTH, add_title, check_token, draw_overlay
 
 PATCHES_SHOWN = 8  # rows and columns of the first soft split's patches that are drawn apart
 
@@ -56,8 +56,7 @@ def tokens_figure(
     _draw_splits(splits, picture, token, (H, W), seen)
     _draw_grids(grids, stages, token, size)
     _draw_fields(fields, picture, stages, token, seen)
-    if title:
-        figure.suptitle(title, fontsize=13, parse_math=False)
+    add_title(figure, title)
     return figure
 
 
@@ -122,7 +121,8 @@ def _draw_grids(part: SubFigure, stages: list[Stage], token: tuple[int, int], si
         colours, lengths = panels[:, number]
         colours.imshow(main_components(tokens), extent=extent, interpolation='nearest')
         colours.set_title(f'{H} × {W} tokens of {len(tokens)} channels\n({made_by[number]})', fontsize=9)
-        drawn = lengths.imshow(tokens.norm(dim=0).cpu(), extent=extent, interpolation='nearest', cmap=SEQUENTIAL)
+        drawn = lengths.imshow(tokens.norm(dim=0).cpu().numpy(), extent=extent, interpolation='nearest',
+                               cmap=SEQUENTIAL)
         lengths.set_title('length of each token', fontsize=9)
         bar = part.colorbar(drawn, ax=lengths, location='bottom', fraction=0.046, pad=0.02, aspect=30)
         bar.ax.tick_params(labelsize=7)

@@ -1,0 +1,116 @@
+"""visualize.py from the command line: each image gets its pictures, and what cannot be shown is said in a line."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import visualize as script
+from models import create_model
+from tests.conftest import run_script, succeeded, write_checkpoint
+from utils.errors import UserError
+
+KWARGS = {'embed_dim': 32, 'depth': 2, 'num_heads': 2}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    """A small model's checkpoint, and images of which two have the same name and one is a wide one."""
+    root = tmp_path_factory.mktemp('visualize')
+    torch.manual_seed(0)
+    model = create_model('t2t_vit_7', num_classes=2, img_size=32, **KWARGS)
+    write_checkpoint({'arch': 't2t_vit_7', 'state_dict': model.state_dict(), 'classes': ['ant', 'bee'],
+                      'args': {'model_kwargs': [f'{name}={value}' for name, value in KWARGS.items()], 'img_size': 32}},
+                     root / 'small.pth.tar')
+    rng = np.random.default_rng(0)
+    for name, size in (('one/cat.png', (40, 40)), ('two/cat.png', (40, 40)), ('wide/dog $1.png', (24, 64))):
+        (root / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root / name)
+    return root
+
+
+@pytest.fixture(scope='module')
+def run(folder):
+    return run_script('visualize.py', folder / 'one' / 'cat.png', folder / 'two', '--checkpoint',
+                      folder / 'small.pth.tar', '--beside', 'resnet18', f't2t_vit_7={folder / "small.pth.tar"}',
+                      '-j', '0', cwd=folder)
+
+
+def test_every_image_gets_every_picture(run, folder):
+    out = succeeded(run)
+    written = sorted((folder / 'output' / 'visualize').iterdir())
+    assert [file.name for file in written] == [
+        f'{image}-{figure}.png' for image in ('cat-2', 'cat') for figure in ('attention', 'features', 'tokens')]
+    for file in written:
+        assert f'output/visualize/{file.name}\n' in out
+        with Image.open(file) as picture:
+            assert min(picture.size) > 400 and len(np.unique(np.asarray(picture.convert('L')))) > 50
+    assert (folder / 'output/visualize/cat-tokens.png').read_bytes() != (
+        folder / 'output/visualize/cat-2-tokens.png').read_bytes()
+
+
+def test_shares_of_all_models_are_printed(run):
+    out = succeeded(run)
+    assert 'Channels that say nothing of 2 images:' in out
+    for title, layer, channels in (('t2t_vit_7 ', 'blocks.1', 32), ('resnet18 (random weights)', 'layer4', 512),
+                                   ('t2t_vit_7 (small.pth.tar)', 'tokens_to_token.attention1', 64)):
+        line, = (line for line in out.splitlines() if line.startswith(f'  {title}') and f' {layer} ' in line
+                 and ('(' in title or '(' not in line))
+        assert line.endswith(f'saturated of {channels} channels') and '% dead' in line
+
+
+@pytest.fixture(scope='module')
+def call(folder):
+    """The script within this process, which saves the seconds that torch takes to start."""
+    def call(*options, image=folder / 'one' / 'cat.png', checkpoint=folder / 'small.pth.tar', images=True):
+        with pytest.MonkeyPatch.context() as patch:
+            argv = ['visualize.py', *([image] if images else []), '-j', '0', '--device', 'cpu', '-o', folder / 'called',
+                    *options, '--checkpoint', checkpoint]
+            patch.setattr('sys.argv', [str(word) for word in argv])
+            patch.setattr('utils.runtime.setup_logging', lambda **_: None)
+            script.main()
+        return sorted(file.name for file in (folder / 'called').iterdir())
+    return call
+
+
+@pytest.mark.parametrize('options, message', [
+    (('--blocks', '3'), 'block 3 does not exist; the model has blocks 1 to 2'),
+    (('--token', '0', '2'), r'token 0 2 does not exist; the last grid has rows 0 to 1 and columns 0 to 1'),
+    (('--layers', 'block.1'), r"layer 'block.1' does not exist in model t2t_vit_7; did you mean blocks\.1\?"),
+    (('--beside', 'resnet81'), "model 'resnet81' does not exist; use resnet1"),
+    (('--beside', 't2t_vit_7=nowhere.pth'), 'nowhere.pth'),
+    (('--figures', 'atention'), "invalid choice: 'atention'"),
+    (('--dataset', 'digits'), 'which images'),
+    (('--output-dir', '/dev/null/x'), '--output-dir: /dev/null/x cannot be written'),
+])
+def test_mistakes_of_a_user_are_named(call, options, message):
+    with pytest.raises(UserError, match=message):
+        call(*options)
+
+
+def test_a_model_without_attention_still_has_features(call, folder, caplog):
+    torch.manual_seed(0)
+    model = create_model('resnet18', num_classes=2)
+    write_checkpoint({'arch': 'resnet18', 'state_dict': model.state_dict()}, folder / 'resnet.pth.tar')
+    written = call(checkpoint=folder / 'resnet.pth.tar', image=folder / 'wide' / 'dog $1.png')
+    assert 'dog-1-features.png' in written and not {'dog-1-attention.png', 'dog-1-tokens.png'} & set(written)
+    lines = [record.getMessage() for record in caplog.records if 'no picture of' in record.getMessage()]
+    assert lines[0].startswith('no picture of attention: model resnet18 has no attention')
+    assert lines[1].startswith('no picture of tokens: model resnet18 has no tokens-to-token module')
+    with pytest.raises(UserError, match='model resnet18 can show none of these: attention'):
+        call('--figures', 'attention', checkpoint=folder / 'resnet.pth.tar')
+
+
+def test_a_few_images_of_a_data_set_at_another_size(call, tmp_path):
+    classes = tmp_path / 'classes.txt'
+    classes.write_text('0\n1\n')
+    written = call('--dataset', 'digits', '--img-size', '36x52', '--figures', 'tokens', '--only-classes', '0-1',
+                   '--samples', '2', '--class-map', classes, images=False)
+    digits = [name for name in written if name.startswith('digits')]
+    assert digits == ['digits-val-175-tokens.png', 'digits-val-6-tokens.png']
+
+
+def test_names_of_files():
+    assert script.file_names(['/a/cat.jpg', 'b/cat.png', 'cat-2.jpg', 'digits val[7]', '/x/ü /é$.jpg', '###.jpg']) == [
+        'cat', 'cat-2', 'cat-2-2', 'digits-val-7', 'é', 'image']
