@@ -55,11 +55,11 @@ def main():
 
     import torch
 
-    from data import Numbered, spread
-    from data.pipeline import create_eval_loader, name_classes, open_images, resolve_input
+    from data import spread
+    from data.pipeline import name_classes, open_images, resolve_input
     from models import open_trained_model
-    from models.explain import NotSeen, check_layers
-    from utils.log import make_folder, progress_bar
+    from models.explain import check_layers
+    from utils.log import make_folder
     from utils.runtime import start
 
     # --- Runtime ------------------------------------------------------------------------------------------------------
@@ -85,38 +85,9 @@ def main():
         each.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
 
     # --- Pictures of single images ------------------------------------------------------------------------------------
-    shown = Numbered(dataset if args.images or args.samples else spread(dataset, SAMPLES))
-    stems = file_names([shown.path(number) for number in range(len(shown))])
-    loading = args.replacing(workers=min(args.workers, len(shown) // args.batch_size))
-    loaders = [create_eval_loader(loading, shown, each, world) for each in inputs]
-    wanted, files = [name for name in args.figures if name in OF_IMAGES], []
-    bar = progress_bar(total=len(shown) * len(wanted), desc='Pictures')
-    for batches in zip(*(loader for loader, _ in loaders), strict=True) if wanted else ():
-        images = [prepare(*batch)[0] for batch, (_, prepare) in zip(batches, loaders, strict=True)]
-        pictures, numbers = batches[0][0].permute(0, 2, 3, 1).numpy(), batches[0][1].tolist()
-        with torch.no_grad(), precision.autocast():
-            probabilities = model(images[0]).float().softmax(1)
-            features = see_features(args, models, images) if 'features' in wanted else {}
-            for index, number in enumerate(numbers):
-                probability, label = probabilities[index].max(0)
-                title = (f'{Path(shown.path(number)).name} · {args.model} says {classes[label]}, '
-                         f'{100 * probability:.0f} %')
-                for name in list(wanted):
-                    try:
-                        figure = draw(name, args, model, images[0][index:index + 1], pictures[index],
-                                      features, index, title)
-                    except NotSeen as reason:
-                        log.warning('no picture of %s: %s', name, reason)
-                        wanted.remove(name)
-                        continue
-                    files.append(folder / f'{stems[number]}-{name}.png')
-                    figure.savefig(files[-1], dpi=DPI)
-                    bar.update()
-        if features and len(files) <= len(numbers) * len(wanted):
-            print_shares(features, len(numbers))
-    bar.close()
-    for loader, _ in loaders:
-        loader.close()
+    wanted = [name for name in args.figures if name in OF_IMAGES]
+    shown = dataset if args.images or args.samples else spread(dataset, SAMPLES)
+    files = draw_images(args, wanted, models, inputs, shown, classes, folder, world, precision) if wanted else []
 
     # --- Mistakes -----------------------------------------------------------------------------------------------------
     if 'mistakes' in args.figures:
@@ -130,6 +101,54 @@ def main():
         print(file)
     if len(files) > LINES:
         print(f'… and {len(files) - LINES} more in {folder}')
+
+
+def draw_images(args, wanted: list[str], models: dict, inputs: list, dataset, classes: list[str], folder: Path, world,
+                precision) -> list[Path]:
+    """Draws the wanted figures of every image, and returns the files; what the model has nothing of is logged.
+
+    models, inputs: by title, and of each its data.pipeline.Input; the first is the one that is shown.
+    """
+    import torch
+
+    from data import Numbered
+    from data.pipeline import create_eval_loader
+    from models.explain import NotSeen
+    from utils.log import progress_bar
+    model, numbered, wanted = next(iter(models.values())), Numbered(dataset), list(wanted)
+    paths = [dataset.path(number) for number in range(len(dataset))]
+    stems, files = file_names(paths), []
+    loading = args.replacing(workers=min(args.workers, len(dataset) // args.batch_size))
+    loaders = [create_eval_loader(loading, numbered, image, world) for image in inputs]
+    bar = progress_bar(total=len(dataset) * len(wanted), desc='Pictures')
+    for batches in zip(*(loader for loader, _ in loaders), strict=True):
+        images = [prepare(*batch)[0] for batch, (_, prepare) in zip(batches, loaders, strict=True)]
+        pictures, numbers = batches[0][0].permute(0, 2, 3, 1).numpy(), batches[0][1].tolist()
+        with torch.no_grad(), precision.autocast():
+            probabilities = model(images[0]).float().softmax(1)
+            features = see_features(args, models, images) if 'features' in wanted else {}
+            if features and not files:
+                print_shares(features, len(numbers))
+            for index, number in enumerate(numbers):
+                probability, label = probabilities[index].max(0)
+                title = f'{Path(paths[number]).name} · {args.model} says {classes[label]}, {100 * probability:.0f} %'
+                for name in list(wanted):
+                    try:
+                        figure = draw(name, args, model, images[0][index:index + 1], pictures[index],
+                                      features, index, title)
+                    except NotSeen as reason:
+                        log.warning('no picture of %s: %s', name, reason)
+                        wanted.remove(name)
+                        continue
+                    files.append(folder / f'{stems[number]}-{name}.png')
+                    figure.savefig(files[-1], dpi=DPI)
+                    bar.update()
+        if not wanted:
+            break
+    bar.close()
+    for loader, _ in loaders:
+        loader.close()
+    return files
 
 
 def draw(name: str, args, model, image, picture, features: dict, index: int, title: str):

@@ -32,27 +32,24 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def run(folder):
-    return run_script('visualize.py', folder / 'one' / 'cat.png', folder / 'two', '--checkpoint',
+    return run_script('visualize.py', folder / 'one' / 'cat.png', '--checkpoint',
                       folder / 'small.pth.tar', '--beside', 'resnet18', f't2t_vit_7={folder / "small.pth.tar"}',
                       '-j', '0', cwd=folder)
 
 
-def test_every_image_gets_every_picture(run, folder):
+def test_an_image_gets_every_picture(run, folder):
     out = succeeded(run)
     written = sorted((folder / 'output' / 'visualize').iterdir())
-    assert [file.name for file in written] == [
-        f'{image}-{figure}.png' for image in ('cat-2', 'cat') for figure in ('attention', 'features', 'tokens')]
+    assert [file.name for file in written] == ['cat-attention.png', 'cat-features.png', 'cat-tokens.png']
     for file in written:
         assert f'output/visualize/{file.name}\n' in out
         with Image.open(file) as picture:
             assert min(picture.size) > 400 and len(np.unique(np.asarray(picture.convert('L')))) > 50
-    assert (folder / 'output/visualize/cat-tokens.png').read_bytes() != (
-        folder / 'output/visualize/cat-2-tokens.png').read_bytes()
 
 
 def test_shares_of_all_models_are_printed(run):
     out = succeeded(run)
-    assert 'Channels that say nothing of 2 images:' in out
+    assert 'Channels that say nothing of 1 image:' in out
     for title, layer, channels in (('t2t_vit_7 ', 'blocks.1', 32), ('resnet18 (random weights)', 'layer4', 512),
                                    ('t2t_vit_7 (small.pth.tar)', 'tokens_to_token.attention1', 64)):
         line, = (line for line in out.splitlines() if line.startswith(f'  {title}') and f' {layer} ' in line
@@ -63,15 +60,21 @@ def test_shares_of_all_models_are_printed(run):
 @pytest.fixture(scope='module')
 def call(folder):
     """The script within this process, which saves the seconds that torch takes to start."""
-    def call(*options, image=folder / 'one' / 'cat.png', checkpoint=folder / 'small.pth.tar', images=True):
+    def call(*options, images=(folder / 'one' / 'cat.png',), checkpoint=folder / 'small.pth.tar'):
         with pytest.MonkeyPatch.context() as patch:
-            argv = ['visualize.py', *([image] if images else []), '-j', '0', '--device', 'cpu', '-o', folder / 'called',
+            argv = ['visualize.py', *images, '-j', '0', '--device', 'cpu', '-o', folder / 'called',
                     *options, '--checkpoint', checkpoint]
             patch.setattr('sys.argv', [str(word) for word in argv])
             patch.setattr('utils.runtime.setup_logging', lambda **_: None)
             script.main()
         return sorted(file.name for file in (folder / 'called').iterdir())
     return call
+
+
+def test_images_of_the_same_name_have_pictures_of_their_own(call, folder):
+    written = call('--figures', 'tokens', images=(folder / 'one' / 'cat.png', folder / 'two'))
+    assert {'cat-tokens.png', 'cat-2-tokens.png'} <= set(written)
+    assert (folder / 'called/cat-tokens.png').read_bytes() != (folder / 'called/cat-2-tokens.png').read_bytes()
 
 
 @pytest.mark.parametrize('options, message', [
@@ -93,7 +96,7 @@ def test_a_model_without_attention_still_has_features(call, folder, caplog):
     torch.manual_seed(0)
     model = create_model('resnet18', num_classes=2)
     write_checkpoint({'arch': 'resnet18', 'state_dict': model.state_dict()}, folder / 'resnet.pth.tar')
-    written = call(checkpoint=folder / 'resnet.pth.tar', image=folder / 'wide' / 'dog $1.png')
+    written = call(checkpoint=folder / 'resnet.pth.tar', images=(folder / 'wide' / 'dog $1.png',))
     assert 'dog-1-features.png' in written and not {'dog-1-attention.png', 'dog-1-tokens.png'} & set(written)
     lines = [record.getMessage() for record in caplog.records if 'no picture of' in record.getMessage()]
     assert lines[0].startswith('no picture of attention: model resnet18 has no attention')
@@ -106,7 +109,7 @@ def test_a_few_images_of_a_data_set_at_another_size(call, tmp_path):
     classes = tmp_path / 'classes.txt'
     classes.write_text('0\n1\n')
     written = call('--dataset', 'digits', '--img-size', '36x52', '--figures', 'tokens', '--only-classes', '0-1',
-                   '--samples', '2', '--class-map', classes, images=False)
+                   '--samples', '2', '--class-map', classes, images=())
     digits = [name for name in written if name.startswith('digits')]
     assert digits == ['digits-val-175-tokens.png', 'digits-val-6-tokens.png']
 
