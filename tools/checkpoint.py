@@ -254,12 +254,10 @@ class _Builder:
 
     def save_config(self, path: Path) -> None:
         """Writes what timm needs to know beside the weights."""
-        from timm.models._hub import save_config_for_hf
-
+        from models.export import save_config
         from models.formats import recorded_classes
-        model, classes = self.build(), recorded_classes(self.checkpoint)
-        save_config_for_hf(model, str(path), model_config={'label_names': classes} if classes else None,
-                           data_config={'input_size': self._input_size(model)})
+        model = self.build()
+        save_config(model, path, classes=recorded_classes(self.checkpoint), input_size=self._input_size(model))
         with open(path, 'rb') as file:
             os.fsync(file.fileno())
 
@@ -422,18 +420,16 @@ def _explained(path: Path) -> Iterator[None]:
 
 def _write(path: Path, out: Path, state: dict, beside: dict, dtype: str | None = None) -> None:
     """Writes weights and what travels with them to `path`, in the form that the name of `out` asks for."""
-    import safetensors.torch
     import torch
 
-    from utils.files import METADATA
+    from models.export import pack_safetensors
     state = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
     if dtype:
         state = {key: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
                  for key, tensor in state.items()}
     with _explained(out), open(path, 'wb') as file:
         if _suffix(out) in ('.safetensors', None):  # None for a folder
-            # One entry: several would be in another order each time, and give another hash.
-            file.write(safetensors.torch.save(state, {METADATA: json.dumps(beside)}))
+            file.write(pack_safetensors(state, beside))
         else:
             torch.save({'state_dict': state, **beside}, file)
         file.flush()

@@ -1,0 +1,154 @@
+"""Writes a trained model in the forms that other runtimes read, and compares each with the model in PyTorch.
+
+    python export.py --checkpoint output/train/demo/model_best.pth.tar --dataset digits
+    python export.py photo.jpg folder/ --checkpoint path/to/checkpoint --format onnx int8 -o exported
+    python export.py --data /data/imagenet --samples 250 --checkpoint path/to/checkpoint       # what does int8 cost?
+
+    safetensors    timm's folder: config.json, model.safetensors
+    onnx           one file, batch and image size open where the model can; needs requirements-export.txt
+    torch-export   the graph of torch.export, batch and image size open where the model can
+    aotinductor    compiled for this machine's kind of CPU, batch open; needs a C++ compiler
+    int8           linear layers in 8 bits, for CPUs; models.export.read_int8 reads it
+
+Each form is read back from its file and called with random images, of other sizes too where these are open, and with
+the images that are given. A form that should be exact but differs from PyTorch by more than 1e-4 is not kept. What
+cannot be exported says so in one line, and the others go on. The exit code is 1 if a form differs, or if one that was
+asked for by name is missing. With a data set, its evaluation images tell what int8 costs in accuracy.
+"""
+import logging
+import sys
+from pathlib import Path
+
+from utils import options
+from utils.errors import UserError, run_script
+
+GROUPS = (options.image_options, options.model_options, options.trained_model_options, options.input_options)
+# What is for other machines is compared in float32 on the CPU, whatever this machine has.
+DEFAULTS = {**options.TRAINED_MODEL, 'batch_size': 16, 'samples': 1000, 'workers': 2, 'device': 'cpu', 'amp': False,
+            'amp_dtype': 'auto', 'deterministic': True, 'timeout': 1800, 'seed': 42}
+FORMATS = ('safetensors', 'onnx', 'torch-export', 'aotinductor', 'int8')
+COLUMNS = {'format': 'format', 'file': 'file', 'megabytes': 'MB', 'axes': 'open axes',
+           'difference_random': '|Δ| random', 'difference_real': '|Δ| real', 'same_top1': 'same top-1',
+           'top1': 'top-1', 'ms_per_image': 'ms/image', 'export_seconds': 'seconds', 'note': ''}
+WRITTEN = {'megabytes': '.1f', 'difference_random': '.1e', 'difference_real': '.1e', 'same_top1': '.1f%',
+           'top1': '.2f%', 'ms_per_image': '.2f', 'export_seconds': '.1f'}
+
+log = logging.getLogger(__name__)
+
+
+def export_options(parser):
+    add = parser.add_argument_group('Export').add_argument
+    add('--format', dest='formats', nargs='+', choices=FORMATS, metavar='FORMAT',
+        help=f'{", ".join(FORMATS)} (default: all that this machine can make)')
+    add('-o', '--output-dir', metavar='DIR', help='where the files go (default: output/export/MODEL-SIZE)')
+
+
+def main():
+    # --- Options ------------------------------------------------------------------------------------------------------
+    parser = options.create_parser('Export a trained model.', (*GROUPS, export_options), DEFAULTS)
+    args = options.parse_options(parser)
+    has_images = bool(args.images or args.data or args.dataset != 'folder')
+    if has_images:
+        options.check_images(args)
+    options.check_trained_model(args)
+
+    import torch
+
+    from data.pipeline import create_eval_loader, open_images, resolve_input
+    from engine.evaluate import evaluate
+    from models import open_trained_model
+    from models.export import FORMS, Checks, Source, describe, export
+    from utils.log import make_folder, progress_bar
+    from utils.results import write_results
+    from utils.runtime import describe_environment, start
+
+    # --- Runtime ------------------------------------------------------------------------------------------------------
+    world, precision = start(args)
+    if world.size > 1:
+        raise UserError(f'export.py is one process, and {world.size} were started; call python export.py by itself')
+
+    # --- Weights, and images numbered as they were trained ------------------------------------------------------------
+    model, args, known_classes = open_trained_model(args)
+    image = resolve_input(args, model.pretrained_cfg)
+    folder = Path(args.output_dir or 'output/export/{}-{}x{}'.format(args.model, *image.img_size))
+    make_folder(folder, '--output-dir')
+    dataset = open_images(args, known_classes, model.num_classes, world) if has_images else None
+    labels = label_classes(args, known_classes or (dataset.classes if has_images else None), model.num_classes)
+    source = Source(model, describe(model, **labels, input_size=(3, *image.img_size), mean=image.mean, std=image.std,
+                                    crop_pct=image.crop_pct, interpolation=image.interpolation), image.img_size)
+
+    # --- Exports, each compared with PyTorch --------------------------------------------------------------------------
+    checks = Checks(model, image.img_size, first_batch(args, dataset, image, world) if has_images else None)
+    names = args.formats or FORMATS
+    rows = {'pytorch': {'format': 'pytorch', 'ms_per_image': checks.milliseconds(model)}}
+    bar = progress_bar(total=len(names))
+    for name in names:
+        bar.set_description(f'Export {name}')
+        rows[name] = {'format': name, **export(name, source, folder, checks)}
+        bar.update()
+    bar.close()
+
+    # --- The accuracy that 8 bits cost --------------------------------------------------------------------------------
+    if has_images and (dataset.targets >= 0).all() and 'int8' in rows and 'failure' not in rows['int8']:
+        loader, prepare = create_eval_loader(args, dataset, image, world)
+        for name, candidate in (('pytorch', model), ('int8', FORMS['int8'].read(folder / FORMS['int8'].file))):
+            rows[name].update(evaluate(candidate, loader, prepare, precision=precision, name=name).as_dict())
+        loader.close()
+
+    # --- Results ------------------------------------------------------------------------------------------------------
+    record = {
+        'model': args.model, 'checkpoint': args.eval_checkpoint or 'pretrained', 'img_size': list(image.img_size),
+        'real_images': checks.num_real, 'timed_images': len(checks.timed), 'threads': torch.get_num_threads(),
+        **describe_environment(world.device), 'exports': list(rows.values())}
+    columns = dict.fromkeys(name for row in rows.values() for name in row)
+    write_results(folder / 'export', record, [columns | row for row in rows.values()], '--output-dir')
+    print_table([row for row in rows.values() if 'failure' not in row])
+    missing = [name for name in names if 'failure' in rows[name]]
+    for name in missing:
+        print(f'{name} was not exported: {rows[name]["failure"]}')
+    if any(args.formats or 'difference' in rows[name] for name in missing):
+        sys.exit(1)
+
+
+def label_classes(args, classes: list[str] | None, num_classes: int) -> dict:
+    """Names of the classes in the order of the logits, and words for those that have others for people."""
+    from data import read_class_map
+    from data.pipeline import name_classes
+    words = name_classes(args, classes or None, num_classes)
+    if args.class_map:
+        classes = read_class_map(args.class_map)
+    if not classes or len(classes) != num_classes:
+        return {'classes': words}
+    return {'classes': classes,
+            'descriptions': {name: word for name, word in zip(classes, words, strict=True) if name != word}}
+
+
+def first_batch(args, dataset, image, world):
+    """A batch of the images, evenly spread over them, float32 [B, 3, height, width]."""
+    from data import spread
+    from data.pipeline import create_eval_loader
+    args = args.replacing(workers=0, validation_batch_size_multiplier=1, channels_last=False)
+    loader, prepare = create_eval_loader(args, spread(dataset, args.batch_size), image, world)
+    return prepare(*next(iter(loader)))[0]
+
+
+def print_table(rows) -> None:
+    """One line for each row, and no column that none of them has a value for."""
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    cells = [[COLUMNS[name] for name in columns], *([written(row, name) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print('  '.join(cell.rjust(width) if name in WRITTEN else cell.ljust(width)
+                        for name, cell, width in zip(columns, line, widths, strict=True)).rstrip())
+
+
+def written(row: dict, name: str) -> str:
+    """A value as the table shows it."""
+    if name not in row:
+        return '-'
+    form = WRITTEN.get(name, '')
+    return format(row[name], form.rstrip('%')) + form[-1:].strip('fe')
+
+
+if __name__ == '__main__':
+    run_script(main)
