@@ -113,6 +113,9 @@ def test_script_fails_where_nothing_can_be_read_or_several_processes_are_started
     write_checkpoint({'arch': 't2t_vit_7', 'state_dict': model.state_dict(), 'args': {'img_size': 32}}, tmp_path / 'm')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('utils.runtime.setup_logging', lambda **_: None)
+    workers = []
+    monkeypatch.setattr('data.pipeline.create_eval_loader',
+                        lambda args, *rest: workers.append(args.workers) or create_eval_loader(args, *rest))
     command = ['predict.py', str(photos / 'damaged.jpg'), '--checkpoint', 'm', '--device', 'cpu']
     for argv, message in ((command, 'none of 1 images could be predicted'), (['predict.py'], 'which images?'),
                           ([*command, '--dataset', 'digits'], 'not both'), (command[:2], 'which weights?')):
@@ -120,6 +123,7 @@ def test_script_fails_where_nothing_can_be_read_or_several_processes_are_started
         with pytest.raises(UserError, match=message):
             script.main()
     assert len(list((tmp_path / 'output/predict').glob('*-t2t_vit_7-32.json'))) == 1
+    assert workers == [0], 'no processes are started for a single image'
     monkeypatch.setattr('sys.argv', command)
     monkeypatch.setattr('utils.runtime.join', lambda *_: World(rank=0, local_rank=0, size=2, device=CPU))
     with pytest.raises(UserError, match='predict.py is one process, and 2 were started'):

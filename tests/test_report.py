@@ -122,6 +122,12 @@ def test_best_epoch_is_that_of_the_metric_that_decides():
     assert best('top5', a) is None
 
 
+def test_options_are_written_as_they_are():
+    values = (0.99996, [0.08, 1.0], None, '', True, 0, '0-4', 1e-6)
+    described = [report_sections.describe_value(value) for value in values]
+    assert described == ['0.99996', '0.08 1', '–', "''", 'on', '0', '0-4', '1e-06']
+
+
 def test_tables_hold_text_not_markup():
     html = table(['a', 'b'], [['1,234', '<x>'], ['–', Html('<i>y</i>')]], marked=[1])
     assert '<td class=number>1,234</td><td>&lt;x&gt;</td>' in html

@@ -8,29 +8,40 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import export
+import predict
 import train
 import transfer
 import validate
+import visualize
 from utils import options
 
 
 def table() -> str:
-    """Markdown: one row for each option of train.py, and below those that only the other scripts have."""
-    parsers = {
-        'train.py': options.create_parser('', train.GROUPS),
-        'validate.py': options.create_parser('', (*validate.GROUPS, validate.validate_options)),
-        'transfer.py': options.create_parser('', (*transfer.GROUPS, transfer.transfer_options)),
+    """Markdown: one row for each option of train.py, and below those that only other scripts have."""
+    groups = {
+        'train.py': train.GROUPS,
+        'transfer.py': (*transfer.GROUPS, transfer.transfer_options),
+        'validate.py': (*validate.GROUPS, validate.validate_options),
+        'predict.py': (*predict.GROUPS, predict.predict_options),
+        'visualize.py': (*visualize.GROUPS, visualize.visualize_options),
+        'export.py': (*export.GROUPS, export.export_options),
     }
-    lines, seen = [], set()
+    parsers = {script: options.create_parser('', of_script) for script, of_script in groups.items()}
+    having = {}  # a group's title → the scripts that have it
     for script, parser in parsers.items():
         for group in parser._action_groups:
-            actions = [a for a in group._group_actions if a.dest not in seen | {'help', 'config'}
-                       and a.help is not argparse.SUPPRESS]
+            having.setdefault(group.title, []).append(script)
+    lines, seen = [], set()
+    for parser in parsers.values():
+        for group in parser._action_groups:
+            actions = [a for a in group._group_actions if a.help is not argparse.SUPPRESS
+                       and (a.dest, a.help) not in seen and a.dest not in ('help', 'config')]
             if not actions:
                 continue
-            where = '' if script == 'train.py' else f' ({script})'
+            where = '' if 'train.py' in having[group.title] else f" ({', '.join(having[group.title])})"
             lines += [f'| **{group.title}**{where} | | |'] + [_row(action) for action in actions]
-            seen |= {a.dest for a in actions}
+            seen |= {(action.dest, action.help) for action in actions}
     changed = ', '.join(f'`{_written(name, value)}`' for name, value in transfer.DEFAULTS.items())
     return '\n'.join(['| option | default | meaning |', '|---|---|---|', *lines, '',
                       f'transfer.py starts from other defaults: {changed}.']) + '\n'
@@ -53,7 +64,7 @@ def _row(action: argparse.Action) -> str:
     elif isinstance(default, bool):
         default = 'on' if default else 'off'
     elif isinstance(default, list):
-        default = ' '.join(f'{value:.4g}' for value in default)
+        default = ' '.join(value if isinstance(value, str) else f'{value:.4g}' for value in default)
     text = action.help.replace('|', '\\|')
     if action.choices and str(action.choices[-1]) not in text:
         text += f" ({', '.join(str(choice) or 'none' for choice in action.choices)})"

@@ -155,7 +155,9 @@ def summary(run: Run, model):
     last = (run.steps or run.epochs or [{}])[-1]
     size = run.options.get('img_size', 'unknown')
     size = '{}x{}'.format(*size) if isinstance(size, tuple) else size
-    pairs = [('Best', f'{describe_best(run, best)} after epoch {best["epoch"] + 1}' if best else 'no epoch has ended'),
+    weights = ' (averaged weights)' if best and any(name.startswith('ema_') for name in best) else ''
+    pairs = [('Best', f'{describe_best(run, best)} after epoch {best["epoch"] + 1}{weights}' if best
+              else 'no epoch has ended'),
              ('Epochs', f'{len(run.epochs)} of {planned or "unknown"}'),
              ('Images seen', f'{last["images_seen"]:,}' if 'images_seen' in last else 'not recorded'),
              ('Steps', f'{last["global_step"]:,}' if 'global_step' in last else 'none'),
@@ -211,7 +213,7 @@ def describe_value(value) -> str:
         return 'on' if value else 'off'
     if isinstance(value, list | tuple):
         return ' '.join(describe_value(item) for item in value)
-    return f'{value:.4g}' if isinstance(value, float) else '–' if value is None else repr(value) if value == '' \
+    return f'{value:.6g}' if isinstance(value, float) else '–' if value is None else repr(value) if value == '' \
         else str(value)
 
 

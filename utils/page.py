@@ -29,13 +29,14 @@ figure { margin: 1rem 0; overflow-x: auto }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px }
 .table { overflow: auto; max-height: 30rem }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
+th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
   overflow-wrap: break-word }
-td.number, th.number { text-align: right; white-space: nowrap }
-th { position: sticky; top: 0; background: var(--back) }
+td.number, th.number { text-align: right }
+td.number { white-space: nowrap }
+th { position: sticky; top: 0; background: var(--back); vertical-align: bottom }
 tr.marked td { background: var(--mark) }
 @media (max-width: 600px) { figure.wide img { max-width: none; width: 900px } }
-@media print { body { font-size: 11px } .table { max-height: none; overflow: visible } nav { display: none }
+@media print { html { font-size: 10px } body { font-size: 1rem } .table { max-height: none; overflow: visible } nav { display: none }
   figure, tr { break-inside: avoid } h2 { break-after: avoid } th { position: static } }
 '''
 
