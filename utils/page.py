@@ -37,7 +37,8 @@ th { position: sticky; top: 0; background: var(--back); vertical-align: bottom }
 tr.marked td { background: var(--mark) }
 @media (max-width: 600px) { figure.wide img { max-width: none; width: 900px } }
 @media print { html { font-size: 10px } body { font-size: 1rem } nav { display: none }
-  .table { max-height: none; overflow: visible } figure, tr { break-inside: avoid } h2 { break-after: avoid } th { position: static } }
+  .table { max-height: none; overflow: visible } figure, tr { break-inside: avoid } h2 { break-after: avoid }
+  th { position: static } }
 '''
 
 
