@@ -9,7 +9,6 @@ import io
 import json
 import os
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ import timm
 import torch
 
 from models import load_weights, read_checkpoint, state_dict_of
-from tests.conftest import ROOT, run_command, run_script, succeeded
+from tests.conftest import ROOT, run_script, run_script_cold, succeeded
 from tools import checkpoint
 from utils.errors import UserError
 
@@ -375,7 +374,7 @@ def test_mistakes(tmp_path):
 
 
 def test_help_does_not_wait_for_torch(tmp_path):
-    result = run_script('tools/checkpoint.py', 'convert', '--help', cwd=tmp_path, PYTHONPROFILEIMPORTTIME='1')
+    result = run_script_cold('tools/checkpoint.py', 'convert', '--help', cwd=tmp_path, PYTHONPROFILEIMPORTTIME='1')
     assert result.returncode == 0 and '--model' in result.stdout
     assert 'argparse' in result.stderr and 'torch' not in result.stderr and 'numpy' not in result.stderr
 
@@ -387,7 +386,8 @@ def test_a_full_disk_leaves_the_old_file(out, tmp_path):
     limited = ('import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); '
                'sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")')
     script = ROOT / 'tools/checkpoint.py'
-    result = run_command([sys.executable, '-c', limited, script, 'strip', 'a.pth', out, '--force'], cwd=tmp_path)
+    (tmp_path / 'limited.py').write_text(limited)
+    result = run_script(tmp_path / 'limited.py', script, 'strip', 'a.pth', out, '--force', cwd=tmp_path)
     assert result.returncode == 2 and f'{out} cannot be written' in result.stderr and result.stderr.count('\n') == 1
     assert (tmp_path / out).read_bytes() == b'old'
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(['a.pth', out])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(['a.pth', 'limited.py', out])

@@ -10,9 +10,10 @@ from utils.files import read_checkpoint
 
 # Every source of randomness: crops, flips, RandAugment, erasing, Mixup, CutMix, dropout, drop path.
 RUN = ('--dataset', 'digits', '--only-classes', '0-2', '--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu',
-       '-b', '16', '--epochs', '2', '--cooldown-epochs', '0', '--warmup-epochs', '0', '--lr', '1e-3',
-       '--model-ema-decay', '0.9', '--drop', '0.1', '--clip-grad', '1', '--accum-steps', '2', '--log-interval', '2',
-       '--checkpoint-steps', '2', '--checkpoint-hist', '100', '--no-tensorboard', '--output', 'runs')
+       '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2', '-b', '16', '--epochs', '2', '--warmup-epochs', '0',
+       '--cooldown-epochs', '0', '--lr', '1e-3', '--model-ema-decay', '0.9', '--drop', '0.1', '--clip-grad', '1',
+       '--accum-steps', '2', '--log-interval', '2', '--checkpoint-steps', '2', '--checkpoint-hist', '100',
+       '--no-tensorboard', '--output', 'runs')
 TIMES = {'epoch_seconds', 'images_per_second'}
 
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from models import create_model
-from tests.conftest import ROOT, launch, run_command, run_script, succeeded, write_images
+from tests.conftest import ROOT, launch, run_command, run_script, run_script_cold, succeeded, write_images
 from utils.errors import UserError
 from utils.files import read_checkpoint
 
@@ -33,6 +33,7 @@ TRAIN = (
     '1e-3',
     '--experiment',
     'run',
+    '--no-tensorboard',
 )
 RUN = Path('output/train/run')
 
@@ -41,9 +42,8 @@ RUN = Path('output/train/run')
 def trained(image_folder, tmp_path_factory):
     """A folder in which `train.py` has been run on the image folder, in bfloat16, with all augmentation."""
     folder = tmp_path_factory.mktemp('trained')
-    out = succeeded(
-        run_script('train.py', image_folder, *TRAIN, '--amp', '--save-images', '--log-interval', '2', cwd=folder)
-    )
+    options = (*TRAIN, '--tensorboard', '--amp', '--save-images', '--log-interval', '2')
+    out = succeeded(run_script_cold('train.py', image_folder, *options, cwd=folder))
     (folder / 'stdout').write_text(out)
     return folder
 
@@ -86,64 +86,25 @@ def test_tensorboard_holds_scalars_options_and_a_batch_of_each_epoch(trained):
 
 
 def test_validate_finds_the_accuracy_that_training_reported(trained, image_folder, tmp_path):
-    """The weights and their average each give the numbers of the last epoch; without train/, and on two processes."""
+    """Without train/; the weights on one process, their average on two, each give the numbers of the last epoch."""
     reported = [json.loads(line) for line in open(trained / RUN / 'metrics.jsonl')][-1]
-    val_only = tmp_path / 'data' / 'val'
-    shutil.copytree(image_folder / 'val', val_only)
-    checkpoint = trained / RUN / 'last.pth.tar'
-    for option, prefix in (('--no-use-ema', ''), ('--use-ema', 'ema_')):
-        out = succeeded(
-            run_script(
-                'validate.py',
-                val_only.parent,
-                *SMALL,
-                '-b',
-                '4',
-                '--eval_checkpoint',
-                checkpoint,
-                '--amp',
-                option,
-                '--results-file',
-                tmp_path / 'r.json',
-                cwd=tmp_path,
-            )
-        )
-        result = json.loads((tmp_path / 'r.json').read_text())
-        assert result['top1'] == reported[f'{prefix}top1'] and result['count'] == 15
-        assert result['loss'] == pytest.approx(reported[f'{prefix}loss'], rel=1e-2)
-        assert f'Top-1 accuracy of the model is: {result["top1"]:.1f}%' in out
+    shutil.copytree(image_folder / 'val', tmp_path / 'data/val')
+    options = (tmp_path / 'data', *SMALL, '-b', '4', '--eval_checkpoint', trained / RUN / 'last.pth.tar', '--amp')
+    one = (*options, '--no-use-ema', '--results-file', 'one.json')
+    out = succeeded(run_script_cold('validate.py', *one, cwd=tmp_path))
+    result = json.loads((tmp_path / 'one.json').read_text())
+    assert result['top1'] == reported['top1'] and result['count'] == 15
+    assert result['loss'] == pytest.approx(reported['loss'], rel=1e-2)
+    assert f'Top-1 accuracy of the model is: {result["top1"]:.1f}%' in out
     assert json.loads(out[out.index('{') : out.rindex('}') + 1]) == result
-    row = next(csv.DictReader(open(tmp_path / 'r.csv')))
-    assert {
-        'top1',
-        'top5',
-        'loss',
-        'count',
-        'images_per_second',
-        'parameters',
-        'crop_pct',
-        'interpolation',
-    } <= row.keys()
+    row = next(csv.DictReader(open(tmp_path / 'one.csv')))
+    assert {'top1', 'top5', 'loss', 'count', 'images_per_second', 'parameters', 'crop_pct', 'interpolation'} <= set(row)
     assert float(row['top1']) == result['top1'] and int(row['parameters']) == result['parameters']
 
-    succeeded(
-        launch(
-            2,
-            val_only,
-            *SMALL,
-            '-b',
-            '4',
-            '--eval-checkpoint',
-            checkpoint,
-            '--amp',
-            '--results-file',
-            'two',
-            cwd=tmp_path,
-            SCRIPT='validate.py',
-        )
-    )
+    succeeded(launch(2, *options, '--results-file', 'two', cwd=tmp_path, SCRIPT='validate.py'))
     on_two = json.loads((tmp_path / 'two.json').read_text())
     assert (on_two['count'], on_two['processes'], on_two['top1']) == (15, 2, reported['ema_top1'])
+    assert on_two['loss'] == pytest.approx(reported['ema_loss'], rel=1e-2)
 
 
 def test_validate_finds_model_and_size_in_the_checkpoint(trained, image_folder, tmp_path):
@@ -222,7 +183,7 @@ def test_transfer_replaces_the_head_and_leaves_nothing_out(trained, tmp_path):
     target = write_images(tmp_path / 'target', {'train': 6, 'val': 2}, classes=('dog', 'eel'), seed=1)
     source = trained / RUN / 'last.pth.tar'
     out = succeeded(
-        run_script(
+        run_script_cold(
             'transfer.py',
             target,
             *SMALL,
@@ -296,7 +257,8 @@ def test_gradient_accumulation_equals_the_larger_batch(image_folder, tmp_path):
         '--no-tensorboard',
     )
     # The Performer's dropouts are part of the model; Transformer tokens have none.
-    model = ('--model', 't2t_vit_t_14', *SMALL[2:])
+    kwargs = ('tokens_type=transformer', 'embed_dim=32', 'depth=2', 'num_heads=2')
+    model = (*SMALL, '--model-kwargs', *kwargs)
     for name, sizes in (('one', ('-b', '12')), ('two', ('-b', '6', '--accum-steps', '2'))):
         succeeded(run_script('train.py', image_folder, *model, *plain, *sizes, '--experiment', name, cwd=tmp_path))
     one, two = (read_checkpoint(tmp_path / 'output/train' / n / 'last.pth.tar') for n in ('one', 'two'))

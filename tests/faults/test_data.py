@@ -261,9 +261,11 @@ def test_evaluation_is_exact_on_real_processes_for_a_few_images(tmp_path):
 def compare_evaluations(numbers, tmp_path):
     (tmp_path / 'script.py').write_text(EVALUATION)
     results = {}
-    for num_proc in (1, 2):
-        command = [sys.executable, '-m', 'utils.launch', num_proc, tmp_path / 'script.py', *numbers, '--device', 'cpu']
-        out = succeeded(run_command(command, ROOT, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'))
+    script = (tmp_path / 'script.py', *numbers, '--device', 'cpu')
+    together = [sys.executable, '-m', 'utils.launch', 2, *script]
+    for num_proc, run in ((1, lambda: run_script(*script, cwd=ROOT)),
+                          (2, lambda: run_command(together, ROOT, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'))):
+        out = succeeded(run())
         text = next(line for line in out.splitlines() if line.startswith('{'))
         results[num_proc] = {int(number): result for number, result in json.loads(text).items()}
     assert list(results[1]) == list(numbers)
