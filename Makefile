@@ -17,8 +17,7 @@ PORT ?= 6006
 demo: $(ABSOLUTE_VENV)/.installed
 	rm -rf $(DEMO)
 	PYTHON=$(RUN) ./distributed_train.sh 2 -c configs/demo.yaml --experiment demo
-	$(RUN) validate.py --dataset digits --model t2t_vit_7 --img-size 32 --crop-pct 1.0 --device cpu \
-		--eval-checkpoint $(DEMO)/model_best.pth.tar --results-file $(DEMO)/validation
+	$(RUN) validate.py --dataset digits --checkpoint $(DEMO)/model_best.pth.tar --results-file $(DEMO)/validation
 	@echo 'The curves are in $(DEMO)/curves.png'
 
 tensorboard: $(ABSOLUTE_VENV)/.installed

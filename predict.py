@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 def predict_options(parser):
     add = parser.add_argument_group('Prediction').add_argument
     add('-k', '--top-k', type=options.positive_int, default=5, metavar='K', help='classes for each image')
-    add('-o', '--output', metavar='FILE',
+    add('-o', '--results-file', metavar='FILE',
         help='results as FILE.json and FILE.csv (default: output/predict/DATE-MODEL-SIZE)')
 
 
@@ -52,7 +52,7 @@ def main():
 
     # --- Weights, and images numbered as they were trained ------------------------------------------------------------
     model, args, known_classes = open_trained_model(args)
-    stem = results_stem(args, args.output, '--output', 'predict')
+    stem = results_stem(args, args.results_file, '--results-file', 'predict')
     image = resolve_input(args, model.pretrained_cfg)
     dataset = open_images(args, known_classes, model.num_classes, world)
     names = name_classes(args, known_classes or dataset.classes or None, model.num_classes)
@@ -76,7 +76,8 @@ def main():
         'precision': str(precision), **describe_environment(world.device), 'images': entries}
     if args.images:
         record['data'] = None
-    write_results(stem, record, [as_row(entry, min(args.top_k, model.num_classes)) for entry in entries], '--output')
+    write_results(stem, record, [as_row(entry, min(args.top_k, model.num_classes)) for entry in entries],
+                  '--results-file')
     if all('error' in entry for entry in entries):
         raise UserError(f'none of {len(entries)} images could be predicted; the first: '
                         f'{entries[0]["path"]}: {entries[0]["error"]}')
