@@ -16,11 +16,14 @@ from torch import nn
 import models  # noqa: F401 (registers them)
 
 MODELS = [*timm.list_models(module='t2t_vit'), *timm.list_models(module='ablations')]
+# Only deeper and wider than others, and as long to test as all of these; make test-slow.
+LARGER = ('t2t_vit_12', 't2t_vit_19', 't2t_vit_24', 't2t_vit_t_19', 't2t_vit_t_24')
 SIZE = (32, 48)  # not square
 GRID = (2, 3)
 
 
-@pytest.fixture(scope='module', params=MODELS)
+@pytest.fixture(scope='module', params=[
+    pytest.param(name, marks=pytest.mark.slow) if name in LARGER else name for name in MODELS])
 def name(request) -> str:
     return request.param
 

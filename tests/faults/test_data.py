@@ -251,14 +251,7 @@ leave()
 @pytest.mark.faults
 def test_evaluation_is_exact_on_real_processes_for_1_to_33_images(tmp_path):
     """Each N on one process and on two: the same sums, and the number of images as it is."""
-    compare_evaluations(range(1, 34), tmp_path)
-
-
-def test_evaluation_is_exact_on_real_processes_for_a_few_images(tmp_path):
-    compare_evaluations((1, 2, 3, 8, 9, 33), tmp_path)
-
-
-def compare_evaluations(numbers, tmp_path):
+    numbers = range(1, 34)
     (tmp_path / 'script.py').write_text(EVALUATION)
     results = {}
     script = (tmp_path / 'script.py', *numbers, '--device', 'cpu')
