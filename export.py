@@ -12,11 +12,10 @@
 
 Each form is read back from its file and called with random images, of other sizes too where these are open, and with
 the images that are given. A form that should be exact but differs from PyTorch by more than 1e-4 is not kept. What
-cannot be exported says so in one line, and the others go on. The exit code is 1 if a form differs, or if one that was
-asked for by name is missing. With a data set, its evaluation images tell what int8 costs in accuracy.
+cannot be exported says so in one line, and the others go on. It is an error if a form differs, or if one that
+was asked for by name is missing. With a data set, its evaluation images tell what int8 costs in accuracy.
 """
 import logging
-import sys
 from pathlib import Path
 
 from utils import options
@@ -103,11 +102,12 @@ def main():
     columns = dict.fromkeys(name for row in rows.values() for name in row)
     write_results(folder / 'export', record, [columns | row for row in rows.values()], '--output-dir')
     print_table([row for row in rows.values() if 'failure' not in row])
-    missing = [name for name in names if 'failure' in rows[name]]
-    for name in missing:
-        print(f'{name} was not exported: {rows[name]["failure"]}')
+    missing = {name: rows[name]['failure'] for name in names if 'failure' in rows[name]}
+    told = '\n'.join(f'{name} was not exported: {failure}' for name, failure in missing.items())
     if any(args.formats or 'difference' in rows[name] for name in missing):
-        sys.exit(1)
+        raise UserError(told)
+    if missing:
+        log.warning('%s', told)
 
 
 def label_classes(args, classes: list[str] | None, num_classes: int) -> dict:

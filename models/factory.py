@@ -210,7 +210,7 @@ def create_from_config(path: str | os.PathLike, **overrides: Any) -> nn.Module:
 class TrainedModel(NamedTuple):
     """A model with its weights; the options, completed by what its checkpoint recorded; the names of its classes.
 
-    `classes` is in the order of the logits, None where neither the checkpoint nor --class-map tells.
+    `classes` is in the order of the logits, None where the checkpoint does not tell.
     """
     model: nn.Module
     args: options.Options
