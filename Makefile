@@ -21,8 +21,8 @@ demo: $(ABSOLUTE_VENV)/.installed
 	@echo 'The curves are in $(DEMO)/curves.png'
 
 tensorboard: $(ABSOLUTE_VENV)/.installed
-	@test -e $(DEMO)/metrics.jsonl || { echo '$(DEMO): there is no run yet; make demo comes first' >&2; exit 2; }
-	@echo 'TensorBoard: http://127.0.0.1:$(PORT)/'
+	@ls $(dir $(DEMO))*/metrics.jsonl > /dev/null 2>&1 || \
+		{ echo '$(DEMO): there is no run yet; make demo comes first' >&2; exit 2; }
 	$(RUN) -m tensorboard.main --logdir $(dir $(DEMO)) --host 127.0.0.1 --port $(PORT)
 
 test: $(ABSOLUTE_VENV)/.installed-dev lint

@@ -11,7 +11,8 @@
     int8           linear layers in 8 bits, for CPUs; models.export.read_int8 reads it
 
 Each form is read back from its file and called with random images, of other sizes too where these are open, and with
-the images that are given. A form that should be exact but differs from PyTorch by more than 1e-4 is not kept. What
+the images that are given. A form that should be exact but differs from PyTorch by more than 1e-4 (of the largest logit,
+where that is above 1) is not kept. What
 cannot be exported says so in one line, and the others go on. It is an error if a form differs, or if one that
 was asked for by name is missing. With a data set, its evaluation images tell what int8 costs in accuracy.
 """
@@ -71,6 +72,11 @@ def main():
     image = resolve_input(args, model.pretrained_cfg)
     folder = Path(args.output_dir or 'output/export/{}-{}x{}'.format(args.model, *image.img_size))
     make_folder(folder, '--output-dir')
+    names = args.formats or FORMATS
+    in_the_way = [FORMS[name].file for name in names if (folder / FORMS[name].file).exists()]
+    if in_the_way and not (folder / 'export.json').exists():  # what an export has written, the next one replaces
+        raise UserError(f'--output-dir: {folder / in_the_way[0]} is there, and no export has written it; '
+                        'name another folder')
     dataset = open_images(args, known_classes, model.num_classes, world) if has_images else None
     labels = label_classes(args, known_classes or (dataset.classes if has_images else None), model.num_classes)
     source = Source(model, describe(model, **labels, input_size=(3, *image.img_size), mean=image.mean, std=image.std,
@@ -78,7 +84,6 @@ def main():
 
     # --- Exports, each compared with PyTorch --------------------------------------------------------------------------
     checks = Checks(model, image.img_size, first_batch(args, dataset, image, world) if has_images else None)
-    names = args.formats or FORMATS
     rows = {'pytorch': {'format': 'pytorch', 'ms_per_image': checks.milliseconds(model)}}
     bar = progress_bar(total=len(names))
     for name in names:

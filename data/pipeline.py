@@ -143,10 +143,10 @@ def _name_synsets(imagenet: ImageNetInfo) -> dict[str, str]:
 def _source(args) -> tuple[str | None, bool]:
     """The folder of the data, and whether to fetch what it lacks: CIFAR that has no DIR gets one of its own."""
     if not args.data and args.dataset in ('cifar10', 'cifar100'):
-        return CIFAR_FOLDER, True
+        return CIFAR_FOLDER, args.download is not False
     if not args.data and args.dataset not in WITHOUT_FOLDER:
         raise UserError('no data: give the folder that holds train/ and val/, or --dataset digits to try things out')
-    return args.data, args.download
+    return args.data, bool(args.download)
 
 
 class TrainingInput(NamedTuple):

@@ -36,7 +36,7 @@ class ConfidentErrors:
     They stay on the device, with nothing that the host would wait for, until they are fetched.
     """
 
-    def __init__(self, limit: int = 16):
+    def __init__(self, limit: int = 8):
         self._limit = limit
         self._kept = None
 

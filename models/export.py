@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
 import statistics
@@ -36,7 +37,7 @@ from utils.files import METADATA, read_checkpoint
 INPUT, OUTPUT = 'image', 'logits'
 AXES = {0: 'batch', 2: 'height', 3: 'width'}
 CONFIG = 'config.json'
-TOLERANCE = 1e-4  # of logits
+TOLERANCE = 1e-4  # of logits up to 1; of larger ones, as a part of the largest
 TIMED, REPEATS = 4, 5  # images in the batch whose time is measured; times, of which the median counts
 
 Run = Callable[[torch.Tensor], torch.Tensor]
@@ -338,9 +339,9 @@ def export(name: str, source: Source, folder: Path, checks: 'Checks') -> dict:
         What there is to say of it; of one that was not kept 'failure', and 'difference' if that is the reason.
     """
     form, kept = FORMS[name], folder / FORMS[name].file
-    shutil.rmtree(kept) if kept.is_dir() else kept.unlink(missing_ok=True)  # it may be of another checkpoint
     if lack := missing(name):
         return {'failure': lack}
+    shutil.rmtree(kept) if kept.is_dir() else kept.unlink(missing_ok=True)  # it may be of another checkpoint
     began = time.perf_counter()
     try:
         # Where a graph is not exact for images of other sizes, that for the model's own size is next.
@@ -353,7 +354,8 @@ def export(name: str, source: Source, folder: Path, checks: 'Checks') -> dict:
                     run = form.read(written)
                 axes = open_axes(graph) if graph else {}
                 compared = checks.compare(run, axes)
-                if not form.is_exact or compared['difference'] <= TOLERANCE:
+                limit = TOLERANCE * max(1., checks.largest) if form.is_exact else sys.float_info.max
+                if compared['difference'] <= limit:  # NaN is not
                     shutil.move(written, kept)
                     said = ', '.join(axis if low == 1 else f'{axis} ≥ {low}' for axis, low in axes.items())
                     return {'file': form.file, 'megabytes': _megabytes(kept), 'axes': said or 'as in PyTorch',
@@ -361,7 +363,7 @@ def export(name: str, source: Source, folder: Path, checks: 'Checks') -> dict:
                             'note': form.note(source, kept)}
         return {'difference': compared['difference'],
                 'failure': f'its logits differ from those of PyTorch by {compared["difference"]:.2g}, '
-                           f'more than {TOLERANCE:g}'}
+                           f'more than {limit:.2g}'}
     except Exception as error:  # exporters raise whatever the libraries below them do
         reason = next(iter(str(error).strip().splitlines()), '')[:200]
         return {'failure': f'{type(error).__name__}: {reason}'}
@@ -382,12 +384,17 @@ class Checks:
         model: in evaluation mode, on the CPU.
         img_size: (height, width) in pixels that the model is made for.
         real: normalised images [B, 3, height, width], beside random ones.
+    Raises:
+        UserError: the model's own logits are not finite.
     """
 
     def __init__(self, model: nn.Module, img_size: tuple[int, int], real: torch.Tensor | None = None):
         self._model, self._img_size = model, img_size
         self._random = [self._with_logits(_random_images(count, *img_size)) for count in (1, 3)]
         self._real = None if real is None else self._with_logits(real)
+        self.largest = max(logits.abs().max().item() for _, logits in self._random + [self._real or self._random[0]])
+        if not math.isfinite(self.largest):
+            raise UserError('the logits of the model itself are not finite; export another checkpoint')
         self.num_real = 0 if real is None else len(real)
         self.timed = self._random[-1][0] if real is None else real[:TIMED]
 

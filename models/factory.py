@@ -242,7 +242,7 @@ def open_trained_model(args) -> TrainedModel:
     parser = options.create_parser('', (options.model_options, options.input_options))
     recorded = options.check_values(recorded, parser, source=f'{source}, options of its training')
     if args.model and resolve_name(args.model) != (recorded_arch(checkpoint) or '').lower():
-        recorded.pop('model_kwargs', None)  # they are another model's
+        recorded = {name: recorded[name] for name in recorded.keys() - {'model_kwargs', 'gp'}}  # another model's
 
     name, size = args.model or 't2t_vit_14', None
     if checkpoint and not (args.model and args.img_size):
@@ -253,7 +253,7 @@ def open_trained_model(args) -> TrainedModel:
                           **recorded)
     num_classes = args.num_classes or count_classes(name, checkpoint, args.use_ema, source=source)
     if not num_classes:
-        raise UserError(f'{source} holds no classifier; give weights that have one')
+        raise UserError(f'{source or name} holds no classifier; give weights that have one')
     model = create_model_from_options(args, num_classes=num_classes)
     if checkpoint:
         _logger.info('%s', load_weights(model, checkpoint, use_ema=args.use_ema, source=source))

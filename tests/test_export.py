@@ -120,6 +120,7 @@ def test_transformer_tokens(tmp_path):
     assert 'failure' not in row and row['difference'] <= 1e-4 and 'height' in row['axes'], row
 
 
+@pytest.mark.slow
 def test_aotinductor(tmp_path):
     model = small_model()
     row = export('aotinductor', source_of(model), tmp_path, Checks(model, (32, 32)))
@@ -161,6 +162,23 @@ def test_a_form_that_differs_is_not_kept(tmp_path, monkeypatch, change, kept):
     assert {path.name for path in tmp_path.iterdir()} <= {'bent.txt'}
 
 
+def test_large_logits_are_compared_by_their_size_and_none_may_be_nan(tmp_path, monkeypatch):
+    model, source = linear_model()
+    torch.nn.init.constant_(model[2].bias, 1000)
+
+    def exported_with(change, **form):
+        monkeypatch.setitem(FORMS, 'bent', Form('bent', lambda source, path, graph: path.write_text(''),
+                                                lambda path: lambda images: model(images) + change, **form))
+        return export('bent', source, tmp_path, Checks(model, (32, 32)))
+
+    assert 'failure' not in exported_with(0.05) and 'differ' in exported_with(0.2)['failure']
+    assert 'failure' not in exported_with(0.2, is_exact=False)
+    assert 'differ' in exported_with(np.nan, is_exact=False)['failure']
+    torch.nn.init.constant_(model[2].bias, np.nan)
+    with pytest.raises(UserError, match='logits of the model itself are not finite'):
+        Checks(model, (32, 32))
+
+
 def test_other_sizes_are_open_only_where_they_are_exact(tmp_path, monkeypatch):
     model, source = linear_model()
 
@@ -196,6 +214,18 @@ def test_script_goes_on_without_a_compiler(exported):
     assert result.returncode == 2 and 'Traceback' not in result.stderr
     assert 'aotinductor was not exported: there is no C++ compiler no-such-compiler' in result.stderr
     assert (cwd / 'more' / 'timm' / 'config.json').exists() and not (cwd / 'more' / 'model.aoti.pt2').exists()
+
+
+def test_what_no_export_has_written_is_left_alone(exported):
+    cwd: Path = exported[0]
+    (cwd / 'mine/timm').mkdir(parents=True)
+    (cwd / 'mine/timm/patch.py').write_text('x')
+    command = ('export.py', '--checkpoint', 'run.pth.tar', '--format', 'safetensors', '-o', 'mine')
+    result = run_script(*command, cwd=cwd)
+    assert result.returncode == 2 and 'mine/timm is there, and no export has written it' in result.stderr
+    assert [path.name for path in (cwd / 'mine').rglob('*')] == ['timm', 'patch.py']
+    succeeded(run_script(*command[:-1], 'ours', cwd=cwd))
+    succeeded(run_script(*command[:-1], 'ours', cwd=cwd))
 
 
 def test_both_kinds_of_images_are_refused(tmp_path):

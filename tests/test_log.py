@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from utils import faults
@@ -345,3 +346,29 @@ def _open_parents(folder):
 def test_signals_of_a_full_file_are_ignored():
     """Otherwise the limits above would end the process."""
     assert signal.getsignal(signal.SIGXFSZ) is signal.SIG_IGN
+
+
+def test_a_resumed_run_is_compared_by_the_options_it_has_now(tmp_path):
+    for epoch, lr in enumerate((0.01, 0.03)):
+        log = RunLog(tmp_path, options={'lr': lr}, global_step=epoch, images_seen=epoch, epoch=epoch)
+        log.epoch({'epoch': epoch, 'images_seen': epoch + 1, 'train_loss': 1.0, 'loss': 1.0, 'top1': 50.0, 'top5': 1.0})
+        log.finish()
+        log.close()
+    events = EventAccumulator(str(tmp_path / 'epochs')).Reload()
+    content = events.SummaryMetadata('_hparams_/session_start_info').plugin_data.content
+    start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
+    assert start.hparams['lr'].number_value == 0.03
+    assert [point.step for point in events.Scalars('evaluation by epoch/top1')] == [1, 2]
+
+
+def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path, warnings_of, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError('\ncannot\nbe drawn')
+
+    monkeypatch.setattr('utils.pictures.image_sheet', fail)
+    log = RunLog(tmp_path, options={})
+    log.wrong_predictions({'weights': (torch.rand(1, 3, 8, 8), ['ant\n→ bee, 90.0%'])}, 0)
+    assert log._board is not None
+    log.close()
+    assert warnings_of() == [f'{tmp_path}/wrong predictions cannot be written (ValueError: cannot be drawn); '
+                             'training goes on']

@@ -16,6 +16,7 @@ def test_notebook_is_kept_without_outputs():
         assert cell['cell_type'] == 'markdown' or (cell['outputs'] == [] and cell['execution_count'] is None)
 
 
+@pytest.mark.slow
 def test_every_cell_runs_and_shows_its_figure(tmp_path, monkeypatch):
     nbclient = pytest.importorskip('nbclient', reason='no nbclient: pip install -r requirements-dev.txt')
     nbformat = pytest.importorskip('nbformat', reason='no nbformat: pip install -r requirements-dev.txt')

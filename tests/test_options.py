@@ -252,3 +252,7 @@ def test_number_of_classes_follows_the_data():
     assert options.resolve_num_classes(parse('/data', '--num-classes', '1000'), ['a', 'b']) == 1000
     with pytest.raises(UserError, match='--num-classes 1: the data set has 2 classes'):
         options.resolve_num_classes(parse('/data', '--num-classes', '1'), ['a', 'b'])
+
+
+def test_images_may_stand_on_both_sides_of_an_option():
+    assert parse('a.png', '--checkpoint', 'c.pth', 'b.png', script='predict').images == ['a.png', 'b.png']

@@ -36,10 +36,12 @@ def test_classes_come_from_the_map_then_the_checkpoint_then_the_folders(tmp_path
 def test_where_cifar_is_looked_for(monkeypatch):
     asked = []
     monkeypatch.setattr(pipeline, 'open_train_val', lambda *a, **k: asked.append((a, k['download'])))
-    for argv in ('--dataset cifar10', '/data/c --dataset cifar10', '/data/c --dataset cifar100 --download'):
+    for argv in ('--dataset cifar10', '/data/c --dataset cifar10', '/data/c --dataset cifar100 --download',
+                 '--dataset cifar10 --no-download'):
         pipeline.open_training_data(parse(*argv.split()), ONE)
     assert asked == [
-        (('cifar10', './data_cifar'), True), (('cifar10', '/data/c'), False), (('cifar100', '/data/c'), True)]
+        (('cifar10', './data_cifar'), True), (('cifar10', '/data/c'), False), (('cifar100', '/data/c'), True),
+        (('cifar10', './data_cifar'), False)]
     with pytest.raises(UserError, match='no data: give the folder'):
         pipeline.open_training_data(parse(), ONE)
 

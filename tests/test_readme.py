@@ -22,6 +22,10 @@ def test_model_table_is_current():
     assert model_table([]) in README
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r'^[A-Z_]{6,}$', README, re.M)
+
+
 def test_files_that_are_named_exist():
     tree = re.search(r'## Files\n+```\n(.*?)```', README, re.DOTALL)[1]
     folder, named = '', []

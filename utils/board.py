@@ -33,14 +33,18 @@ class Board:
 
     def __init__(self, folder: Path, options: dict, *, images_seen: int, epoch: int):
         self._by_images = SummaryWriter(folder, purge_step=images_seen + 1 if images_seen else 0)
-        self._by_epoch = SummaryWriter(folder / 'epochs', purge_step=epoch + 1 if epoch else 0)
         self._by_images.add_text('options', '```yaml\n' + yaml.safe_dump(options) + '```', images_seen)
         # As text, since False would be shown as the number 0.
         flat = {name: str(value) if isinstance(value, bool) else value for name, value in options.items()
                 if isinstance(value, (bool, int, float, str))}
         # Not the description of an experiment, which would be one for all runs: TensorBoard compares what it finds.
         _, start, self._end = hparams(flat, {})
-        self._by_epoch.file_writer.add_summary(start)
+        # In a file of their own: TensorBoard believes the first that it reads, and a resumed run may have others.
+        for earlier in (folder / 'epochs').glob('*.options'):
+            earlier.unlink()
+        with SummaryWriter(folder / 'epochs', filename_suffix='.options') as writer:
+            writer.file_writer.add_summary(start)
+        self._by_epoch = SummaryWriter(folder / 'epochs', purge_step=epoch + 1 if epoch else 0)
         self._by_epoch.add_custom_scalars({'The weights beside their average (EMA), by epoch': {
             title: ['Multiline', [f'{EVALUATION_BY_EPOCH}/{prefix}{name}$' for prefix in ('', 'ema_')]]
             for title, name in (('top-1 accuracy, %', 'top1'), ('top-5 accuracy, %', 'top5'), ('loss', 'loss'))}})

@@ -14,6 +14,7 @@ Exit codes, of the scripts and of distributed_train.sh alike:
 """
 import json
 import os
+import select
 import shlex
 import signal
 import sys
@@ -101,8 +102,15 @@ def run_script(main) -> None:
     """Calls a script's `main()` and ends the process with the exit code that says how it went."""
     name = Path(sys.argv[0]).name
     signals.prepare()
+    if sys.stdout:
+        sys.stdout.reconfigure(errors='backslashreplace')  # a name that the console cannot show ends nothing
     try:
         main()
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
     except UserError as e:
         report(f'{name}: {e.label}{e}', e.exit_code)
     except KeyboardInterrupt:
@@ -116,6 +124,16 @@ def run_script(main) -> None:
             report(f'{name}: {explained.label}{explained}', explained.exit_code)
         traceback.print_exc()
         leave_at_once(EXIT_BUG)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output goes into a pipe whose other end is closed, as behind `| head`; then it is given up."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    return True
 
 
 def report(line: str, exit_code: int) -> None:

@@ -44,8 +44,13 @@ class _ConsoleHandler(logging.Handler):
     """Lines to standard output, above the progress bar where there is one."""
 
     def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        if sys.stdout is None:  # closed by who started this
+            return
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # nobody reads any more, which is no reason to stop
+            sys.stdout = None
 
 
 def setup_logging(*, is_main: bool) -> None:
@@ -235,15 +240,19 @@ class RunLog:
         self._write_records()
 
     def _show_wrong_predictions(self) -> None:
-        with self._warning_only(BOARD):
-            if not self._board or not self._not_shown:
-                return
-            from utils.pictures import image_sheet, to_array
-            sheets, epoch = self._not_shown
-            for whose, (images, captions) in sheets.items():
-                figure = image_sheet(list(images.permute(0, 2, 3, 1).numpy()), captions)
-                figure.set_size_inches(0.8 * figure.get_size_inches())  # text stays, and can be read on a small card
-                self._board.wrong_predictions(whose, to_array(figure), epoch)
+        if not self._board or not self._not_shown:
+            return
+        sheets, epoch = self._not_shown
+        for whose, (images, captions) in sheets.items():
+            with self._warning_only('wrong predictions'):
+                from utils.pictures import image_sheet, to_array
+                # Two columns, so that the text can be read on a card of TensorBoard's, which is narrow.
+                figure = image_sheet(list(images.permute(0, 2, 3, 1).numpy()), captions, columns=2)
+                figure.set_size_inches(0.8 * figure.get_size_inches())
+                sheet = to_array(figure)
+                with self._warning_only(BOARD):
+                    if self._board:
+                        self._board.wrong_predictions(whose, sheet, epoch)
         self._not_shown, self._shown_at = None, time.monotonic()
 
     def _write_records(self) -> None:
@@ -292,7 +301,8 @@ class RunLog:
         except UserError:  # comes from elsewhere, such as the end of a loader's worker
             raise
         except Exception as e:  # what libraries make of a full disk is not always an OSError
-            reason = e.strerror if isinstance(e, OSError) and e.strerror else f'{type(e).__name__}: {e}'.splitlines()[0]
+            said = ' '.join(str(e).split())[:200]
+            reason = e.strerror if isinstance(e, OSError) and e.strerror else f'{type(e).__name__}: {said}'
             if what == BOARD:
                 self._board = None
                 _logger.warning('%s cannot be written to %s (%s); training goes on without them', what, self.folder,

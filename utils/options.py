@@ -226,7 +226,7 @@ def parse_options(parser: Parser, argv=None) -> Options:
     config = find_config.parse_known_args(argv)[0].config
     if config:
         parser.set_defaults(**read_recipe(Path(config), parser))
-    args = parser.parse_args(argv, Options())
+    args = parser.parse_intermixed_args(argv, Options())  # images may stand behind options
     vars(args).pop('local_rank', None)
     return args.freeze()
 
@@ -393,7 +393,7 @@ def check_images(args) -> None:
 def _add_dataset_options(add):
     add('--dataset', default='folder', choices=DATASETS,
         help='what is in DIR; digits (embedded) and synthetic (for measuring) need none')
-    add('--download', action=FLAG, default=False, help='fetch CIFAR into DIR where it is missing')
+    add('--download', action=FLAG, help='fetch CIFAR where it is missing (default: only where no DIR is given)')
     add('--val-split', metavar='NAME', help='folder of the evaluation images (default: val, validation or test)')
     add('--only-classes', metavar='CLASSES', help="use a part of the classes: '0-4', or names as 'cat,dog'")
     add('-j', '--workers', type=count, default=8, metavar='N', help='data loader processes per rank')
