@@ -69,7 +69,6 @@ def main():
 
     # --- Results ------------------------------------------------------------------------------------------------------
     entries = describe_images(dataset, predictions, names, loader.bad_images)
-    print_table(entries)
     record = {
         'model': args.model, 'checkpoint': args.eval_checkpoint or 'pretrained', 'data': args.data or args.dataset,
         'img_size': list(image.img_size), 'crop_pct': image.crop_pct, 'interpolation': image.interpolation,
@@ -78,6 +77,7 @@ def main():
         record['data'] = None
     write_results(stem, record, [as_row(entry, min(args.top_k, model.num_classes)) for entry in entries],
                   '--results-file')
+    print_table(entries)  # after the results: no console can make them be lost
     if all('error' in entry for entry in entries):
         raise UserError(f'none of {len(entries)} images could be predicted; the first: '
                         f'{entries[0]["path"]}: {entries[0]["error"]}')
@@ -121,18 +121,22 @@ def print_table(entries: list[dict]) -> None:
     width = max(len(path) for path, _ in shown)
     for path, entry in shown:
         guesses = ', '.join(f"{guess['class']} {guess['probability']:.1%}" for guess in entry.get('classes', []))
-        print(f"{path:{width}}  {guesses or entry['error']}{judge(entry)}")
+        print(f'{path:{width}}  ' + printable(f"{guesses or entry['error']}{judge(entry)}"))
     predicted = [entry for entry in entries if 'classes' in entry]
     first = [entry['classes'][0]['class'] for entry in predicted]
     if len(entries) > LINES:
-        print(f'… and {len(entries) - LINES} more images')
+        print(f"… and {count_of(len(entries) - LINES, 'more image')}")
         counts = Counter(first).most_common()
-        print('Most probable: ' + ', '.join(f'{name} ({count})' for name, count in counts[:LINES])
-              + (f' and {len(counts) - LINES} more classes' if len(counts) > LINES else ''))
+        more = f" and {count_of(len(counts) - LINES, 'more class', 'es')}" if len(counts) > LINES else ''
+        print(printable('Most probable: ' + ', '.join(f'{name} ({count})' for name, count in counts[:LINES]) + more))
     known = [entry['true_class'] == name for entry, name in zip(predicted, first, strict=True) if 'true_class' in entry]
     left_out = f', {len(entries) - len(predicted)} left out' if len(predicted) < len(entries) else ''
     right = f', {sum(known)} of {len(known)} right ({sum(known) / len(known):.1%})' if known else ''
-    print(f'{len(predicted)} images predicted{left_out}{right}')
+    print(f"{count_of(len(predicted), 'image')} predicted{left_out}{right}")
+
+
+def count_of(number: int, what: str, plural: str = 's') -> str:
+    return f'{number} {what}{plural if number != 1 else ""}'
 
 
 def judge(entry: dict) -> str:
@@ -142,9 +146,9 @@ def judge(entry: dict) -> str:
     return '  right' if entry['classes'][0]['class'] == entry['true_class'] else f"  wrong: is {entry['true_class']}"
 
 
-def printable(path: str) -> str:
-    """A path as any console can show it, on one line: file names need not be text."""
-    return ' '.join(path.encode('utf-8', 'replace').decode().split())
+def printable(text: str) -> str:
+    """A line as a console can show it: names of files and folders need not be text, nor of one line."""
+    return ' '.join(text.encode('utf-8', 'replace').decode().splitlines())
 
 
 if __name__ == '__main__':

@@ -13,9 +13,8 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from PIL import Image
 
-from utils.pictures import BLUE, ORANGE, SEQUENTIAL, image_sheet
+from utils.pictures import BLUE, ORANGE, SEQUENTIAL, drawable, image_sheet
 
 BINS = 15  # of confidence, as Guo et al. have
 # What fits into a panel: counts in the cells, names beside the rows, rows and columns at all, bars.
@@ -226,17 +225,11 @@ def errors_figure(predictions, targets: np.ndarray, names: Sequence[str], pictur
     wrong = int((predictions.classes[:, 0] != targets).sum())
     title = (f'The {len(rows)} most confident of {wrong:,} errors: true → predicted, probability' if wrong
              else f'No errors among {len(targets):,} images')
-    return image_sheet([_thumbnail(pictures(int(predictions.indices[row]))) for row in rows], titles, columns=4,
-                       title=title, figure=figure)
-
-
-def _thumbnail(picture: np.ndarray, size: int = 256) -> np.ndarray:
-    image = Image.fromarray(picture)
-    image.thumbnail((size, size))
-    return np.asarray(image)
+    return image_sheet((pictures(int(predictions.indices[row])) for row in rows), titles, columns=4, title=title,
+                       figure=figure)
 
 
 def shorten(name: str, length: int) -> str:
     """A name of at most `length` letters, on one line, that matplotlib takes for plain text."""
-    name = ' '.join(name.split())
+    name = drawable(' '.join(name.split()))
     return (name if len(name) <= length else name[:length - 1].rstrip() + '…').replace('$', r'\$')

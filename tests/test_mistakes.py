@@ -1,4 +1,7 @@
 """Mistakes: the numbers are those of scikit-learn, and the figures say them whatever the number of classes."""
+import os
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +14,7 @@ from figures import mistakes
 from models import create_model
 from tests.conftest import write_checkpoint
 from utils.errors import UserError
-from utils.pictures import to_array
+from utils.pictures import _warn_of_letters, image_sheet, to_array
 
 
 def guess(num_classes, n, seed=0):
@@ -90,6 +93,24 @@ def test_figure_says_all_of_it_for_any_number_of_classes(num_classes):
     assert len(pairs) == (num_classes > 12), 'where cells have no numbers the most confused pairs are listed'
     assert any('classes between' in text for text in said) == (num_classes > 24)
     assert (f'{(~right & (targets == 0)).sum()}' in said) or num_classes > 12
+
+
+def test_names_that_no_font_has_or_that_are_no_text_are_drawn_and_said_once(caplog):
+    predictions, targets = guess(3, 30)
+    names = [os.fsdecode(b'caf\xe9'), 'naïve $', '\U00012000 \U00012001']  # Latin-1 bytes; cuneiform
+    _warn_of_letters.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        said = texts(mistakes.mistakes_figure(predictions, targets, names, lambda _: np.zeros((9, 9, 3), np.uint8)))
+    assert {'caf?', r'naïve \$', '? ?'} <= set(said)
+    assert [record.message[:19] for record in caplog.records] == ['pictures show ? for']
+
+
+def test_large_pictures_are_drawn_small():
+    pictures = [np.full(shape, 200, np.uint8) for shape in ((3000, 40, 3), (32, 500, 3), (20, 30, 3))]
+    pictures.append(np.full((8, 8, 3), 0.5, np.float32))
+    panels = image_sheet(iter(pictures), list('abcd')).axes
+    assert [panel.images[0].get_array().shape[:2] for panel in panels] == [(256, 3), (16, 256), (20, 30), (8, 8)]
 
 
 def test_no_errors_no_images_and_very_many_classes():

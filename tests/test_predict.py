@@ -20,7 +20,7 @@ from tests.conftest import run_script, succeeded, write_checkpoint, write_images
 from tests.test_options import parse
 from utils.distributed import World
 from utils.errors import UserError
-from utils.results import write_results
+from utils.results import results_stem, write_results
 from utils.runtime import Precision
 
 CPU = torch.device('cpu')
@@ -124,6 +124,12 @@ def test_script_fails_where_nothing_can_be_read_or_several_processes_are_started
             script.main()
     assert len(list((tmp_path / 'output/predict').glob('*-t2t_vit_7-32.json'))) == 1
     assert workers == [0], 'no processes are started for a single image'
+    # A console that cannot show a name loses nothing of what was computed.
+    monkeypatch.setattr('sys.argv', [*command, str(photos / 'b.jpg'), '-o', 'kept'])
+    monkeypatch.setattr(script, 'print_table', lambda entries: 'a'.encode('no such'))
+    with pytest.raises(LookupError):
+        script.main()
+    assert len(json.loads((tmp_path / 'kept.json').read_text())['images']) == 2
     monkeypatch.setattr('sys.argv', command)
     monkeypatch.setattr('utils.runtime.join', lambda *_: World(rank=0, local_rank=0, size=2, device=CPU))
     with pytest.raises(UserError, match='predict.py is one process, and 2 were started'):
@@ -192,7 +198,28 @@ def test_results_are_strict_json_and_plain_csv(tmp_path):
                   [{'path': path, 'p': float('nan')}], '-o')
     assert json.loads((tmp_path / 'new/r.json').read_text()) == {'loss': None, 'images': [{'p': None}]}
     assert (tmp_path / 'new/r.csv').read_bytes() == b'path,p\r\ncaf\xe9.jpg,\r\n'
-    assert script.printable(path) == 'caf?.jpg'
+
+
+def test_results_go_into_a_folder_that_is_given(tmp_path):
+    args = predict_args('x')
+    (tmp_path / 'there').mkdir()
+    for given in (f'{tmp_path}/there', f'{tmp_path}/there/', f'{tmp_path}/new/'):
+        stem = results_stem(args, given, '-o', 'predict')
+        assert str(stem.parent) == given.rstrip('/') and stem.name.endswith('-t2t_vit_7-32')
+    for given in ('new', 'new.json', 'new.csv'):
+        assert results_stem(args, f'{tmp_path}/{given}', '-o', 'predict') == tmp_path / 'new'
+
+
+def test_table_says_names_that_are_no_text_and_one_image_in_singular(capsys):
+    cafe = os.fsdecode(b'caf\xe9')  # Latin-1, as of old disks
+    entries = [{'path': f'{cafe}\n/{i}', 'true_class': 'x\ny', 'classes': [
+        {'class': cafe, 'number': 0, 'probability': 0.5}]} for i in range(21)]
+    script.print_table(entries)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == 'caf? /0   caf? 50.0%  wrong: is x y' and lines[20] == '… and 1 more image'
+    assert lines[21] == 'Most probable: caf? (21)'
+    script.print_table(entries[:1])
+    assert capsys.readouterr().out.splitlines()[1] == '1 image predicted, 0 of 1 right (0.0%)'
 
 
 def test_many_images_are_summed_up(capsys):

@@ -4,11 +4,14 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
+from engine.predict import Predictions
 from models import create_model
 from tests.conftest import run_script, succeeded, write_checkpoint, write_images
 from tests.test_options import parse
 from tools import report, report_sections
+from utils import options
 from utils.log import RunLog
 from utils.page import Html, table
 
@@ -120,6 +123,35 @@ def test_best_epoch_is_that_of_the_metric_that_decides():
     b = {'epoch': 1, 'top1': 2.0, 'ema_top1': 5.0, 'loss': 4.0}
     assert best('top1', a, b) is b and best('loss', a, b) is a and best('top1') is None
     assert best('top5', a) is None
+    lost = {'epoch': 0, 'loss': float('nan')}
+    assert best('loss', lost, a, b) is a and best('loss', a, lost) is a and best('loss', lost) is None
+
+
+def test_damaged_images_are_not_taken_for_left_out_ones():
+    def said(found, tried, total):
+        return report_sections.of_how_many(report_sections.Evaluated(
+            None, options.Options(eval_checkpoint='a/m.tar'), range(tried), [], Predictions([0] * found, None, None),
+            total))
+
+    assert said(12, 13, 13) == 'Of 12 evaluation images, with the weights of m.tar; 1 could not be decoded.'
+    assert said(12, 12, 1300) == 'Of 12 evaluation images, evenly spread over all 1,300, with the weights of m.tar.'
+    assert 'evenly' in (text := said(1, 3, 9)) and '1 evaluation image,' in text and '2 could not be' in text
+
+
+def test_data_of_a_run_without_a_folder_is_not_downloaded(run, tmp_path, monkeypatch):
+    """CIFAR without DIR, as transfer.py has it by default; and attention of six images whatever the batch size."""
+    def refuse(*_, **__):
+        raise AssertionError('downloads')
+
+    monkeypatch.setattr('torchvision.datasets.CIFAR10.download', refuse)
+    monkeypatch.chdir(tmp_path)
+    copy = shutil.copytree(run, tmp_path / 'copy')
+    args = yaml.safe_load((copy / 'args.yaml').read_text())
+    data = args.pop('data')
+    (copy / 'args.yaml').write_text(yaml.safe_dump(args | {'dataset': 'cifar10'}))
+    text = report_on(copy, monkeypatch)
+    assert text.count('data_cifar') == 3 and text.count('name the folder of the data with --data') == 3
+    assert 'Attention of 6 images' in report_on(copy, monkeypatch, '--data', data, '-b', '4')
 
 
 def test_options_are_written_as_they_are():

@@ -3,6 +3,7 @@
 A section is written from what there is; where something is missing it says so.
 """
 import io
+import math
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,7 +106,12 @@ def open_model(args):
 
 def evaluate(model, args, classes, num_samples: int, world, precision) -> Evaluated:
     """The model's predictions on up to `num_samples` of its evaluation images. Raises UserError without these."""
-    whole = open_evaluation_data(args, classes, model.num_classes, world)
+    try:
+        whole = open_evaluation_data(args, classes, model.num_classes, world)
+    except UserError as error:
+        if args.data and Path(args.data).exists():
+            raise
+        raise UserError(f'{error}; a report downloads nothing: name the folder of the data with --data') from None
     dataset = spread(whole, num_samples)
     args = args.replacing(max_bad_val_images=len(dataset))
     loader, prepare = create_eval_loader(args, Numbered(dataset), resolve_input(args, model.pretrained_cfg), world)
@@ -135,8 +141,13 @@ def best_epoch(run: Run) -> dict | None:
     """The record of the epoch that the run's best checkpoint is of."""
     metric = run.options.get('eval_metric', 'top1')
     sign = -1 if metric == 'loss' else 1
-    have = [record for record in run.epochs if isinstance(deciding_value(record, metric), int | float)]
+    have = [record for record in run.epochs if is_finite(deciding_value(record, metric))]
     return max(have, key=lambda record: sign * deciding_value(record, metric), default=None)
+
+
+def is_finite(value) -> bool:
+    """Whether a value is a number; training takes no other for the best either."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def deciding_value(record: dict, metric: str):
@@ -243,9 +254,12 @@ def mistakes(evaluated: Evaluated | None, missing: str | None):
 
 
 def of_how_many(evaluated: Evaluated) -> str:
-    count = len(evaluated.predictions.indices)
-    spread = '' if count == evaluated.total else f' of {evaluated.total:,}, evenly spread'
-    return f'Of {count:,} evaluation images{spread}, with the weights of {Path(evaluated.args.eval_checkpoint).name}.'
+    count, tried = len(evaluated.predictions.indices), len(evaluated.dataset)
+    images = 'image' if count == 1 else 'images'
+    evenly = '' if tried == evaluated.total else f', evenly spread over all {evaluated.total:,}'
+    damaged = f'; {tried - count:,} could not be decoded' if tried > count else ''
+    return (f'Of {count:,} evaluation {images}{evenly}, with the weights of '
+            f'{Path(evaluated.args.eval_checkpoint).name}{damaged}.')
 
 
 def pixels(dataset, index: int):
@@ -268,7 +282,7 @@ def samples(evaluated: Evaluated | None, missing: str | None):
                 for row in rows]
         titles = [f'is {shorten(true, 26)}\nsaid {shorten(guess, 20)} ({100 * probability:.1f} %)'
                   for true, guess, probability in said]
-        sheet = image_sheet([pixels(evaluated.dataset, int(predictions.indices[row])) for row in rows], titles,
+        sheet = image_sheet((pixels(evaluated.dataset, int(predictions.indices[row])) for row in rows), titles,
                             title=f'{title}: evenly spread over all that are')
         description = '; '.join(f'is {true}, said {guess}' for true, guess, _ in said)
         parts.append(picture(sheet, f'{title} predictions: {description}'))
@@ -281,9 +295,10 @@ def attention(evaluated: Evaluated | None, missing: str | None):
     model, args, found = evaluated.model, evaluated.args, evaluated.predictions.indices
     device = next(model.parameters()).device
     decodable = Part(evaluated.dataset, found)
-    loader, prepare = create_eval_loader(args.replacing(workers=0), spread(decodable, ATTENTION),
+    loader, prepare = create_eval_loader(args.replacing(workers=0, batch_size=ATTENTION), spread(decodable, ATTENTION),
                                          resolve_input(args, model.pretrained_cfg), World(0, 0, 1, device))
     images, targets = next(iter(loader))
+    loader.close()
     try:
         figure = attention_sheet(model, prepare(images, targets)[0], images.permute(0, 2, 3, 1).numpy(),
                                  [evaluated.names[target] for target in targets])

@@ -1,34 +1,81 @@
 """What all pictures share: colours that everybody can tell apart, and sheets of images with a line of text each."""
+import functools
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from PIL import Image
+
+_logger = logging.getLogger(__name__)
 
 # Okabe and Ito's colours, which people who see colours differently can tell apart.
 BLUE, ORANGE, GREEN = '#0072B2', '#D55E00', '#009E73'
 SEQUENTIAL, DIVERGING = 'viridis', 'RdBu_r'
+THUMBNAIL = 256  # pixels of the longer side of an image in a sheet
+
+# Fonts with Chinese, Japanese and Korean letters: those of the machine stand in where matplotlib's own lacks a letter.
+_WIDE_FONTS = ('Noto Sans CJK JP', 'Noto Sans CJK SC', 'Droid Sans Fallback', 'WenQuanYi Micro Hei', 'PingFang SC',
+               'Hiragino Sans', 'Apple SD Gothic Neo', 'Microsoft YaHei', 'Yu Gothic', 'Malgun Gothic')
+_installed = {font.name for font in fontManager.ttflist}
+rcParams['font.family'] = [*rcParams['font.family'], *(name for name in _WIDE_FONTS if name in _installed)]
 
 
-def image_sheet(images: Sequence[np.ndarray], titles: Sequence[str], *, columns: int = 4,
+def image_sheet(images: Iterable[np.ndarray], titles: Sequence[str], *, columns: int = 4,
                 colors: Sequence[str] | None = None, title: str = '',
                 figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
     """A figure of images [H, W, 3] (uint8, or float in 0…1) in rows of `columns`, each under its own title.
 
+    images: one for each title; large ones (uint8) are made small one after the other.
     colors: of the titles, black if not given. figure: where to draw; a new one if not given.
     """
-    columns = max(1, min(columns, len(images)))
-    rows = max(1, math.ceil(len(images) / columns))
+    columns = max(1, min(columns, len(titles)))
+    rows = max(1, math.ceil(len(titles) / columns))
     figure = figure or Figure(figsize=(2.3 * columns, 2.5 * rows + (0.4 if title else 0)), layout='constrained')
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for number, panel in enumerate(axes):
+    for panel in axes:
         panel.set_axis_off()
-        if number < len(images):
-            panel.imshow(images[number], interpolation='nearest')
-            panel.set_title(titles[number], fontsize=8, color=colors[number] if colors else 'black')
+    colors = colors or ['black'] * len(titles)
+    for panel, image, text, color in zip(axes[:len(titles)], images, titles, colors, strict=True):
+        panel.imshow(_thumbnail(image), interpolation='nearest')
+        panel.set_title(drawable(text), fontsize=8, color=color)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
+
+
+def drawable(text: str) -> str:
+    """Text with '?' for what no font has and for bytes that are no text; of letters a warning says so, once."""
+    known = _letters(tuple(rcParams['font.family']))
+    lacking = {letter for letter in text if ord(letter) not in known and not letter.isspace()}
+    if any(letter.isprintable() for letter in lacking):
+        _warn_of_letters()
+    return ''.join('?' if letter in lacking else letter for letter in text)
+
+
+@functools.cache  # once
+def _warn_of_letters() -> None:
+    _logger.warning('pictures show ? for letters of names that no font here has; install one that has them (such as '
+                    'Noto Sans CJK), or name it under font.family in a matplotlibrc')
+
+
+@functools.cache
+def _letters(families: tuple[str, ...]) -> frozenset[int]:
+    """The letters, by number, that matplotlib finds in the fonts of `families`."""
+    fonts = (get_font(findfont(FontProperties(family=[family]))) for family in families)
+    return frozenset().union(*(font.get_charmap() for font in fonts))
+
+
+def _thumbnail(picture: np.ndarray) -> np.ndarray:
+    """A picture of bytes at the size that a sheet shows it in; others as they are."""
+    if picture.dtype != np.uint8 or max(picture.shape[:2]) <= THUMBNAIL:
+        return picture
+    image = Image.fromarray(picture)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return np.asarray(image)
 
 
 def to_array(figure: Figure, dpi: int = 100) -> np.ndarray:

@@ -17,12 +17,16 @@ def results_stem(args, given: str | None, option: str, kind: str) -> Path:
 
     Args:
         args: options with the model and its image size, which name the files where nothing is given.
-        given: the value of `option`.
+        given: the value of `option`; in a folder (one that is there, or a name that ends in /) the files get the name
+            that they have where nothing is given.
         kind: 'validate' or another folder of output/.
     """
     size = args.img_size if isinstance(args.img_size, int) else '{}x{}'.format(*args.img_size)
-    stem = Path(given or f'output/{kind}/{datetime.now():%Y%m%d-%H%M%S}-{args.model}-{size}')
-    if stem.suffix in ('.json', '.csv'):
+    dated = f'{datetime.now():%Y%m%d-%H%M%S}-{args.model}-{size}'
+    stem = Path(given or f'output/{kind}/{dated}')
+    if given and (stem.is_dir() or given.endswith('/')):
+        stem /= dated
+    elif stem.suffix in ('.json', '.csv'):
         stem = stem.with_suffix('')
     check_folder(stem.parent, option)
     return stem
