@@ -4,13 +4,16 @@
     python visualize.py cat.jpg --checkpoint PATH --figures attention --blocks 4 5
     python visualize.py cat.jpg --checkpoint PATH --figures tokens --token 3 10
     python visualize.py --dataset digits --samples 3 --checkpoint PATH --figures features --beside vit_s_16 resnet50
+    python visualize.py cat.jpg --checkpoint PATH --figures features --beside vit_s_16=vit.pth resnet50=pretrained
     python visualize.py --dataset digits --checkpoint PATH --figures mistakes
 
 cat.jpg becomes output/visualize/cat-attention.png and so on. Model and image size are found out from the checkpoint.
-The same figures are functions of figures/, for notebooks.
+A file that cannot be decoded is named and left out. The same figures are functions of figures/, for notebooks.
 """
 import logging
 import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from utils import options
@@ -21,8 +24,10 @@ FIGURES = (*OF_IMAGES, 'mistakes')
 GROUPS = (options.image_options, options.model_options, options.trained_model_options, options.input_options,
           options.device_options)
 # Which channels say nothing is judged over the images of a batch, whose maps are in memory together.
-DEFAULTS = {**options.TRAINED_MODEL, 'batch_size': 16}
+# Of files that cannot be decoded all are left out, of a data set none, unless the option says otherwise.
+DEFAULTS = {**options.TRAINED_MODEL, 'batch_size': 16, 'max_bad_val_images': None}
 LINES, DPI = 20, 110  # files that the console names; pixels per inch of the pictures
+NAME_BYTES = 200  # of a picture's name, at most, that come from its image; file systems take 255
 SAMPLES = 3  # images of a data set that are shown, unless --samples says otherwise
 
 log = logging.getLogger(__name__)
@@ -38,7 +43,7 @@ def visualize_options(parser):
         help='attention, tokens: a token of the last grid, counted from 0 (default: the middle)')
     add('--layers', nargs='+', metavar='NAME',
         help='features: layers of the model (default: an early, a middle and a late one)')
-    add('--beside', nargs='+', default=[], metavar='MODEL[=CHECKPOINT]',
+    add('--beside', nargs='+', default=[], metavar='MODEL[=CHECKPOINT|=pretrained]',
         help='features: models to show beside it; without a checkpoint their weights are random')
     add('-o', '--output-dir', default='output/visualize', metavar='DIR', help='where the pictures go')
 
@@ -49,6 +54,7 @@ def main():
     args = given = options.parse_options(parser)
     options.check_images(args)
     options.check_trained_model(args)
+    check_figures(args)
     if 'mistakes' in args.figures and args.images:
         raise UserError('--figures mistakes needs images whose classes are known: give a data set (--data DIR, '
                         '--dataset digits)')
@@ -76,23 +82,25 @@ def main():
     image = resolve_input(args, model.pretrained_cfg)
     dataset = open_images(args, known_classes, model.num_classes, world)
     classes = name_classes(args, known_classes or dataset.classes or None, model.num_classes)
-    models, inputs = {args.model: model}, [image]
-    for text in args.beside if 'features' in args.figures else ():
-        title, other, its_input = open_beside(given, text, image)
-        models[unique(title, models)] = other
-        inputs.append(its_input)
+    if args.max_bad_val_images is None:
+        args = args.replacing(max_bad_val_images=len(dataset) if args.images else 0)
+    beside = [open_beside(given, text, image) for text in args.beside]
+    titles, opened, inputs = zip((args.model, model, image), *beside, strict=True)
+    models = dict(zip(unique(titles), opened, strict=True))
     for each in models.values():
         each.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
 
     # --- Pictures of single images ------------------------------------------------------------------------------------
     wanted = [name for name in args.figures if name in OF_IMAGES]
     shown = dataset if args.images or args.samples else spread(dataset, SAMPLES)
-    files = draw_images(args, wanted, models, inputs, shown, classes, folder, world, precision) if wanted else []
+    files, left_out = [], 0
+    if wanted:
+        files, left_out = draw_images(args, wanted, models, inputs, shown, classes, folder, world, precision)
 
     # --- Mistakes -----------------------------------------------------------------------------------------------------
     if 'mistakes' in args.figures:
         files.append(folder / f'{Path(args.data).resolve().name if args.data else args.dataset}-mistakes.png')
-        draw_mistakes(args, model, dataset, classes, image, world, precision).savefig(files[-1], dpi=DPI)
+        save(draw_mistakes(args, model, dataset, classes, image, world, precision), files[-1])
 
     # --- Results ------------------------------------------------------------------------------------------------------
     if not files:
@@ -101,13 +109,26 @@ def main():
         print(file)
     if len(files) > LINES:
         print(f'… and {len(files) - LINES} more in {folder}')
+    if left_out:
+        print(f'{left_out} of {len(shown)} images left out')
 
 
-def draw_images(args, wanted: list[str], models: dict, inputs: list, dataset, classes: list[str], folder: Path, world,
-                precision) -> list[Path]:
-    """Draws the wanted figures of every image, and returns the files; what the model has nothing of is logged.
+def check_figures(args) -> None:
+    """Raises UserError for an option of figures that are not drawn."""
+    for option, figures in (('blocks', ['attention']), ('token', ['attention', 'tokens']), ('layers', ['features']),
+                            ('beside', ['features'])):
+        if getattr(args, option) and not set(figures) & set(args.figures):
+            raise UserError(f'--{option} is for the figure {" or ".join(figures)}, which is not among --figures '
+                            f'{" ".join(args.figures)}; leave it out or add that figure')
+
+
+def draw_images(args, wanted: list[str], models: dict, inputs: tuple, dataset, classes: list[str], folder: Path, world,
+                precision) -> tuple[list[Path], int]:
+    """Draws the wanted figures of every image; what the model has nothing of is logged.
 
     models, inputs: by title, and of each its data.pipeline.Input; the first is the one that is shown.
+
+    Returns the files, and how many images could not be decoded. Raises UserError if none could.
     """
     import torch
 
@@ -117,7 +138,7 @@ def draw_images(args, wanted: list[str], models: dict, inputs: list, dataset, cl
     from utils.log import progress_bar
     model, numbered, wanted = next(iter(models.values())), Numbered(dataset), list(wanted)
     paths = [dataset.path(number) for number in range(len(dataset))]
-    stems, files = file_names(paths), []
+    stems, files = file_names(paths, in_class_folders=bool(args.data)), []
     loading = args.replacing(workers=min(args.workers, len(dataset) // args.batch_size))
     loaders = [create_eval_loader(loading, numbered, image, world) for image in inputs]
     bar = progress_bar(total=len(dataset) * len(wanted), desc='Pictures')
@@ -126,7 +147,13 @@ def draw_images(args, wanted: list[str], models: dict, inputs: list, dataset, cl
         pictures, numbers = batches[0][0].permute(0, 2, 3, 1).numpy(), batches[0][1].tolist()
         with torch.no_grad(), precision.autocast():
             probabilities = model(images[0]).float().softmax(1)
-            features = see_features(args, models, images) if 'features' in wanted else {}
+            features = {}
+            if 'features' in wanted:
+                try:
+                    features = see_features(args, models, images)
+                except NotSeen as reason:
+                    log.warning('no picture of features: %s', reason)
+                    wanted.remove('features')
             if features and not files:
                 print_shares(features, len(numbers))
             for index, number in enumerate(numbers):
@@ -141,14 +168,25 @@ def draw_images(args, wanted: list[str], models: dict, inputs: list, dataset, cl
                         wanted.remove(name)
                         continue
                     files.append(folder / f'{stems[number]}-{name}.png')
-                    figure.savefig(files[-1], dpi=DPI)
+                    save(figure, files[-1])
                     bar.update()
         if not wanted:
             break
     bar.close()
+    left_out, bad_images = loaders[0][0].take_bad_count(), loaders[0][0].bad_images
     for loader, _ in loaders:
         loader.close()
-    return files
+    if left_out == len(dataset):
+        raise UserError(f'none of {left_out} images could be read; the first: {next(iter(bad_images.values()))}')
+    return files, left_out
+
+
+def save(figure, path: Path) -> None:
+    """Writes a picture, or raises UserError if that is not possible."""
+    try:
+        figure.savefig(path, dpi=DPI)
+    except OSError as e:
+        raise UserError(f'--output-dir: {path} cannot be written ({e.strerror or e})') from None
 
 
 def draw(name: str, args, model, image, picture, features: dict, index: int, title: str):
@@ -211,28 +249,41 @@ def open_beside(args, text: str, image) -> tuple:
     if not checkpoint:
         # The same pictures for both; weights that were never trained have no input of their own.
         return f'{name} (random weights)', create_model(name, img_size=image.img_size).eval(), image
-    own = args.replacing(model=name, eval_checkpoint=checkpoint, pretrained=False, num_classes=None, gp=None,
-                         model_kwargs=None, class_map=None)
+    pretrained = checkpoint == 'pretrained'
+    own = args.replacing(model=name, eval_checkpoint=None if pretrained else checkpoint, pretrained=pretrained,
+                         num_classes=None, gp=None, model_kwargs=None, class_map=None)
     model, own, _ = open_trained_model(own)
     return f'{name} ({Path(checkpoint).name})', model, resolve_input(own, model.pretrained_cfg)
 
 
-def file_names(paths: list[str]) -> list[str]:
-    """For each image the start of its pictures' names: that of its file, with a number where others have the same."""
-    names = []
+def file_names(paths: list[str], in_class_folders: bool = False) -> list[str]:
+    """For each image the start of its pictures' names: that of its file, with a number where others have the same.
+
+    in_class_folders: put the name of the folder that an image is in before its own.
+    """
+    stems = []
     for path in paths:
-        stem = Path(path).stem if '[' not in path else path
-        names.append(unique(re.sub(r'[^\w.-]+', '-', stem).strip('-') or 'image', names))
-    return names
+        stem = Path(path).stem
+        if re.search(r'\[\d+\]$', path):  # an image of a data set without folders
+            stem = path
+        elif in_class_folders:
+            stem = f'{Path(path).parent.name}-{stem}'
+        stem = re.sub(r'[^\w.-]+', '-', stem).strip('-').encode()[:NAME_BYTES].decode(errors='ignore')
+        stems.append(stem or 'image')
+    return unique(stems)
 
 
-def unique(name: str, taken) -> str:
-    """`name`, or where it is taken the first of name-2, name-3, … that is not."""
-    number, free = 1, name
-    while free in taken:
-        number += 1
-        free = f'{name}-{number}'
-    return free
+def unique(names: Iterable[str]) -> list[str]:
+    """The names; instead of one that is taken already the first of name-2, name-3, … that is not."""
+    taken, last, result = set(), Counter(), []
+    for name in names:
+        free = name
+        while free in taken:
+            last[name] += 1
+            free = f'{name}-{last[name] + 1}'
+        taken.add(free)
+        result.append(free)
+    return result
 
 
 if __name__ == '__main__':

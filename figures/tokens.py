@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
+from timm.data import IMAGENET_DEFAULT_MEAN
 
 from models.explain import Stage, pixel_relevance, receptive_field, token_stages
 from models.tokens_to_token import SOFT_SPLITS
@@ -53,7 +54,9 @@ def tokens_figure(
     heights = [cell + 0.8, 2 * cell + 1.6, 1.3 * cell + 0.9]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.4), layout='constrained')
     splits, grids, fields = figure.subfigures(3, 1, height_ratios=heights)
-    _draw_splits(splits, picture, token, (H, W), seen)
+    # What a model pads with is 0 of normalised pixels, the mean colour.
+    mean = getattr(model, 'pretrained_cfg', {}).get('mean') or IMAGENET_DEFAULT_MEAN
+    _draw_splits(splits, picture, 255 * np.array(mean), token, (H, W), seen)
     _draw_grids(grids, stages, token, size)
     _draw_fields(fields, picture, stages, token, seen)
     add_title(figure, title)
@@ -78,9 +81,12 @@ def main_components(tokens: torch.Tensor) -> np.ndarray:
     return colours.view(H, W, 3).numpy()
 
 
-def _draw_splits(part: SubFigure, picture: np.ndarray, token: tuple[int, int], grid: tuple[int, int],
-                 seen: torch.Tensor):
-    """The image, with the token's part of it framed, and patches of the first soft split drawn apart."""
+def _draw_splits(part: SubFigure, picture: np.ndarray, border: np.ndarray, token: tuple[int, int],
+                 grid: tuple[int, int], seen: torch.Tensor):
+    """The image, with the token's part of it framed, and patches of the first soft split drawn apart.
+
+    border: the colour that the image is padded with.
+    """
     kernel, stride, padding = SOFT_SPLITS[0]
     whole, patches = part.subplots(1, 2)
     whole.imshow(picture, interpolation='nearest')
@@ -92,7 +98,10 @@ def _draw_splits(part: SubFigure, picture: np.ndarray, token: tuple[int, int], g
     shown = min(PATCHES_SHOWN, rows), min(PATCHES_SHOWN, columns)
     first = [max(0, min(int((place + 0.5) / cells * total) - count // 2, total - count))
              for place, cells, total, count in zip(token, grid, (rows, columns), shown, strict=True)]
-    padded = np.pad(picture, ((padding, padding), (padding, padding), (0, 0)))
+    height, width = picture.shape[:2]
+    padded = np.empty((height + 2 * padding, width + 2 * padding, 3), np.uint8)
+    padded[:] = border.round()
+    padded[padding:-padding, padding:-padding] = picture
     gap = 2
     sheet = np.full((*(count * (kernel + gap) - gap for count in shown), 3), 255, np.uint8)
     for row in range(shown[0]):

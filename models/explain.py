@@ -145,7 +145,8 @@ class SeenAttention(NamedTuple):
     """What the classifier's token attends to in one image, as maps over the image.
 
     blocks: weights of each block and head, [depth, h, H, W]. rollout: through all blocks, [H, W].
-    source: whose attention it is, 'class token', or 'mean of all tokens' where the classifier sees that.
+    source: whose attention it is: 'class token'; 'mean of all tokens', where the classifier sees that; where it pools
+    them in another way, 'all tokens, on average'.
     """
     blocks: torch.Tensor
     rollout: torch.Tensor
@@ -155,12 +156,13 @@ class SeenAttention(NamedTuple):
 def classifier_attention(model: nn.Module, image: torch.Tensor) -> SeenAttention:
     """The attention of what the classifier looks at, over the grid of one image [1, C, height, width].
 
-    That is the class token, or the mean of the grid's tokens where the model pools those. Raises as
-    `attention_weights`.
+    That is the class token, or the mean of the grid's tokens where the model pools those: by a mean, or in another way,
+    of which nothing is shown. Raises as `attention_weights`.
     """
     H, W = _backbone_grid(model, image)
     prefix = _num_prefix_tokens(model)
-    by_class = prefix > 0 and getattr(model, 'global_pool', 'token') == 'token'
+    pooling = getattr(model, 'global_pool', 'token')
+    by_class = prefix > 0 and pooling == 'token'
     rows = slice(0, 1) if by_class else slice(prefix, None)
 
     def keep(weights):
@@ -169,8 +171,8 @@ def classifier_attention(model: nn.Module, image: torch.Tensor) -> SeenAttention
     blocks, averages = zip(*attention_weights(model, image, keep), strict=True)
     N = averages[0].shape[-1]
     rollout = attention_rollout(averages, range(N)[rows]).mean(1)[0, prefix:]  # [N - prefix]
-    return SeenAttention(torch.stack(blocks).unflatten(2, (H, W)), rollout.unflatten(0, (H, W)),
-                         'class token' if by_class else 'mean of all tokens')
+    source = 'class token' if by_class else 'mean of all tokens' if pooling == 'avg' else 'all tokens, on average'
+    return SeenAttention(torch.stack(blocks).unflatten(2, (H, W)), rollout.unflatten(0, (H, W)), source)
 
 
 def _backbone_grid(model: nn.Module, images: torch.Tensor) -> Grid:
@@ -181,7 +183,10 @@ def _backbone_grid(model: nn.Module, images: torch.Tensor) -> Grid:
     height, width = images.shape[-2:]
     if has_soft_splits(model):
         return token_grid(height, width)
-    rows, columns = patches.patch_size
+    if hasattr(patches, 'dynamic_feat_size'):  # of timm's layers; it counts the strides of a hybrid's convolutions too
+        return tuple(patches.dynamic_feat_size((height, width)))
+    size = patches.patch_size
+    rows, columns = (size, size) if isinstance(size, int) else size
     return height // rows, width // columns
 
 
@@ -394,11 +399,11 @@ def _through_windows(values: torch.Tensor, size: Grid, split: tuple[int, int, in
 # Channels
 
 def default_layers(model: nn.Module) -> list[str]:
-    """An early, a middle and a late layer of a model that lists its features as timm's do."""
+    """An early, a middle and a late layer of a model that lists its features as timm's do; NotSeen for any other."""
     modules = [info['module'] for info in getattr(model, 'feature_info', None) or ()]
     if not modules:
-        raise UserError(f'model {_name(model)} does not list its layers; name some (--layers), of '
-                        f'{", ".join(name for name, _ in model.named_children())} and what is in them')
+        raise NotSeen(f'model {_name(model)} does not list its layers; name some (--layers), of '
+                      f'{", ".join(name for name, _ in model.named_children())} and what is in them')
     # Where lines and edges show in a T2T-ViT is before its backbone (section 3, Figure 2).
     early = 'tokens_to_token.attention1' if has_soft_splits(model) else modules[0]
     if has_soft_splits(model) and not hasattr(model.tokens_to_token, 'attention1'):
@@ -419,7 +424,7 @@ def layer_maps(model: nn.Module, images: torch.Tensor, names: Sequence[str]) -> 
     """The outputs of layers, by their names, as maps [B, C, H, W]; tokens are laid on their grid, without prefix ones.
 
     Raises:
-        UserError: no such layer, or its output is no map.
+        UserError: no such layer, or its output is no map; NotSeen, where it is one of `default_layers`.
     """
     check_layers(model, names)
     modules = dict(model.named_modules())
@@ -434,12 +439,34 @@ def layer_maps(model: nn.Module, images: torch.Tensor, names: Sequence[str]) -> 
 def _as_map(model: nn.Module, output: Any, images: torch.Tensor, name: str) -> torch.Tensor:
     if not isinstance(output, torch.Tensor) or output.ndim not in (3, 4):
         shape = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise UserError(f'layer {name!r} of model {_name(model)} gives no map of the image but {shape}; '
-                        f'name another, such as {default_layers(model)[-1]}')
+        raise _no_map(model, name, f'gives no map of the image but {shape}')
+    if len(output) != len(images):
+        raise _no_map(model, name, f'gives {len(output)} windows of {len(images)} images, and no map of each')
     if output.ndim == 4:
-        return output.permute(0, 3, 1, 2) if getattr(model, 'output_fmt', '') == 'NHWC' else output
+        return output.permute(0, 3, 1, 2) if _has_channels_last(model, output, images) else output
     H, W, prefix = _grid_of(model, output.shape[1], tuple(images.shape[-2:]))
     return output[:, prefix:].transpose(1, 2).unflatten(2, (H, W))  # [B, C, H, W]
+
+
+def _no_map(model: nn.Module, name: str, reason: str) -> UserError:
+    """The error of a layer that cannot be shown: NotSeen where nobody need have named it."""
+    reason = f'layer {name!r} of model {_name(model)} {reason}'
+    defaults = default_layers(model) if getattr(model, 'feature_info', None) else []
+    if name in defaults:
+        return NotSeen(f'{reason}; name other layers (--layers)')
+    return UserError(f'{reason}; name another' + (f', such as {defaults[-1]}' if defaults else ''))
+
+
+def _has_channels_last(model: nn.Module, output: torch.Tensor, images: torch.Tensor) -> bool:
+    """Whether maps are [B, H, W, C]: one model can have both, and the grid is what has the shape of the image.
+
+    Where both do, as in [B, 28, 28, 28], it is what timm says of the model's features.
+    """
+    def strangeness(H, W):
+        return abs(math.log(H / W) - math.log(images.shape[-2] / images.shape[-1]))
+
+    last, first = strangeness(*output.shape[1:3]), strangeness(*output.shape[2:])
+    return last < first or (last == first and getattr(model, 'output_fmt', '') == 'NHWC')
 
 
 def _grid_of(model: nn.Module, num_tokens: int, img_size: Grid) -> tuple[int, int, int]:

@@ -105,9 +105,16 @@ def test_the_classifiers_attention_is_laid_on_the_grid_row_by_row():
     seen = classifier_attention(model, x)
     assert seen.source == 'mean of all tokens'
     torch.testing.assert_close(seen.rollout.flatten(), rollout[1:, 1:].mean(0))
+    model.global_pool = 'map'  # by attention of its own, which is not shown
+    assert classifier_attention(model, x).source == 'all tokens, on average'
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'mixer_s32_224', 'swin_tiny_patch4_window7_224'])
+def test_the_grid_of_a_hybrid_has_the_strides_of_its_convolutions():
+    model = make('vit_tiny_r_s16_p8_224', (64, 96), depth=1)
+    assert classifier_attention(model, images(64, 96)).rollout.shape == (2, 3)
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'mixer_s32_224', 'swin_tiny_patch4_window7_224', 'xcit_nano_12_p16_224'])
 def test_a_model_without_such_attention_says_so(name):
     model = timm.create_model(name, num_classes=2)
     with pytest.raises(NotSeen, match=f'model {name}.*attention'):
@@ -242,6 +249,42 @@ def test_layers_come_as_maps():
     assert [tuple(m.shape) for m in maps.values()] == [(1, 32, 2, 5)] * 2
     resnet = timm.create_model('resnet18')
     assert list(layer_maps(resnet, images(64, 64), ['layer2']).values())[0].shape == (1, 128, 8, 8)
+
+
+@pytest.mark.parametrize('size', [(20, 20), (20, 30), (48, 20)])
+@pytest.mark.parametrize('channels', [3, 10, 20])
+def test_maps_are_told_by_their_grid_whatever_comes_last(size, channels):
+    class Layers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = torch.nn.AvgPool2d(2), torch.nn.Identity()
+
+        def forward(self, x):
+            return self.last(self.first(x).permute(0, 2, 3, 1))
+
+    model, x = Layers(), torch.rand(2, channels, *size)
+    model.output_fmt = 'NHWC'  # says so of its features, and not of every layer
+    maps = layer_maps(model, x, ['first', 'last'])
+    if (channels, *size) == (10, 20, 20):  # 10 × 10 × 10: nobody could tell
+        del maps['first']
+    for found in maps.values():
+        torch.testing.assert_close(found, model.first(x))
+
+
+def test_windows_are_not_taken_for_images():
+    model = timm.create_model('swin_tiny_patch4_window7_224', depths=(1, 1, 1, 1)).eval()
+    with pytest.raises(UserError, match=r"layer 'layers.0.blocks.0.attn' .* gives 64 windows of 1 images, and no map"):
+        layer_maps(model, images(224, 224), ['layers.0.blocks.0.attn'])
+
+
+def test_default_layers_without_maps_are_no_mistake_of_the_user():
+    model = make('t2t_vit_7', **SMALL)
+    model.feature_info = [{'module': 'head'}]
+    with pytest.raises(NotSeen, match=r"layer 'head' .* gives no map of the image but \[1, 5\]; name other layers"):
+        layer_features(model, images(32, 32))
+    del model.feature_info
+    with pytest.raises(NotSeen, match='model t2t_vit_7 does not list its layers'):
+        layer_features(model, images(32, 32))
 
 
 def test_a_layer_that_cannot_be_shown_is_a_users_mistake():

@@ -128,6 +128,14 @@ def test_tokens(name, size):
     assert ('which are global' in found) == (name == 't2t_vit_7')
 
 
+def test_patches_are_padded_with_the_mean_colour():
+    model, (x, picture) = make(), image(32, 32)
+    model.pretrained_cfg = {'mean': (0.2, 0.4, 0.6)}
+    sheet = tokens_figure(model, x, picture).subfigs[0].axes[1].get_images()[0].get_array()
+    assert (sheet[:2, :7] == (51, 102, 153)).all() and (sheet[2:7, :2] == (51, 102, 153)).all()
+    np.testing.assert_array_equal(sheet[2:7, 2:7], picture[:5, :5])
+
+
 def test_a_token_at_the_corner_has_a_clipped_field():
     model, (x, picture) = make(), image(64, 64)
     assert any('17 × 17 pixels' in text for text in texts(tokens_figure(model, x, picture, token=(0, 0))))

@@ -86,6 +86,11 @@ def test_images_of_the_same_name_have_pictures_of_their_own(call, folder):
     (('--figures', 'atention'), "invalid choice: 'atention'"),
     (('--dataset', 'digits'), 'which images'),
     (('--output-dir', '/dev/null/x'), '--output-dir: /dev/null/x cannot be written'),
+    (('--figures', 'tokens', '--layers', 'blocks.1'), '--layers is for the figure features, which is not among'),
+    (('--figures', 'tokens', '--beside', 'resnet18'), '--beside is for the figure features'),
+    (('--figures', 'features', '--blocks', '1'), '--blocks is for the figure attention'),
+    (('--figures', 'features', '--token', '0', '0'), '--token is for the figure attention or tokens'),
+    (('--beside', 'vit_s_16=pretrained'), 'no weights of vit_s_16 were published'),
 ])
 def test_mistakes_of_a_user_are_named(call, options, message):
     with pytest.raises(UserError, match=message):
@@ -114,6 +119,39 @@ def test_a_few_images_of_a_data_set_at_another_size(call, tmp_path):
     assert digits == ['digits-val-175-tokens.png', 'digits-val-6-tokens.png']
 
 
+def test_an_image_that_cannot_be_decoded_is_left_out(call, folder, capsys):
+    broken = folder / 'broken.png'
+    broken.write_bytes(b'no image')
+    written = call('--figures', 'tokens', images=(broken, folder / 'wide', broken))
+    assert 'dog-1-tokens.png' in written and 'broken-tokens.png' not in written
+    assert capsys.readouterr().out.endswith('dog-1-tokens.png\n2 of 3 images left out\n')
+    with pytest.raises(UserError, match='none of 1 images could be read; the first: .*broken.png'):
+        call('--figures', 'tokens', images=(broken,))
+    with pytest.raises(UserError, match='broken.png'):
+        call('--figures', 'tokens', '--max-bad-val-images', '0', images=(broken, folder / 'wide'))
+
+
+def test_a_picture_that_cannot_be_written_is_named(call, folder):
+    (folder / 'called/cat-features.png').mkdir(parents=True)
+    with pytest.raises(UserError, match=r'--output-dir: .*cat-features.png cannot be written \(Is a directory\)'):
+        call('--figures', 'features')
+
+
+def test_layers_that_give_no_maps_leave_the_other_pictures(call, folder, monkeypatch, caplog):
+    monkeypatch.setattr('models.explain.default_layers', lambda model: ['head'])
+    Image.new('RGB', (40, 40)).save(folder / 'grey.png')
+    written = call('--figures', 'features', 'tokens', images=(folder / 'grey.png',))
+    assert [name for name in written if name.startswith('grey')] == ['grey-tokens.png']
+    lines = [record.getMessage() for record in caplog.records if 'no picture of' in record.getMessage()]
+    assert lines == ["no picture of features: layer 'head' of model t2t_vit_7 gives no map of the image but [1, 2]; "
+                     'name other layers (--layers)']
+
+
 def test_names_of_files():
-    assert script.file_names(['/a/cat.jpg', 'b/cat.png', 'cat-2.jpg', 'digits val[7]', '/x/ü /é$.jpg', '###.jpg']) == [
-        'cat', 'cat-2', 'cat-2-2', 'digits-val-7', 'é', 'image']
+    assert script.file_names([
+        '/a/cat.jpg', 'b/cat.png', 'cat-2.jpg', 'digits val[7]', '/x/ü /é$.jpg', '###.jpg', 'a[1]/dog.jpg', 'c/cat.png',
+    ]) == ['cat', 'cat-2', 'cat-2-2', 'digits-val-7', 'é', 'image', 'dog', 'cat-3']
+    assert script.file_names(['val/ant/1.png', 'val/bee/1.png', 'cifar10 test[2]'], in_class_folders=True) == [
+        'ant-1', 'bee-1', 'cifar10-test-2']
+    long, same = script.file_names([f'{"a" * 120}{"é" * 60}.jpg'] * 2)
+    assert long == 'a' * 120 + 'é' * 40 and same == f'{long}-2'
