@@ -147,6 +147,14 @@ def test_layers_that_give_no_maps_leave_the_other_pictures(call, folder, monkeyp
                      'name other layers (--layers)']
 
 
+def test_images_in_class_folders_are_named_with_their_class(call, folder, tmp_path):
+    for name in ('ant', 'bee'):
+        (tmp_path / 'val' / name).mkdir(parents=True)
+        Image.new('RGB', (40, 40)).save(tmp_path / 'val' / name / '1.png')
+    written = call('--data', tmp_path, '--figures', 'tokens', images=())
+    assert {'ant-1-tokens.png', 'bee-1-tokens.png'} <= set(written)
+
+
 def test_names_of_files():
     assert script.file_names([
         '/a/cat.jpg', 'b/cat.png', 'cat-2.jpg', 'digits val[7]', '/x/ü /é$.jpg', '###.jpg', 'a[1]/dog.jpg', 'c/cat.png',
