@@ -16,7 +16,7 @@ from matplotlib.image import AxesImage
 
 from models.explain import SeenAttention, Stage, classifier_attention, has_soft_splits, token_stages
 from utils.errors import UserError
-from utils.pictures import ORANGE, SEQUENTIAL
+from utils.pictures import ORANGE, SEQUENTIAL, drawable
 
 PUBLISHED_BLOCKS = (4, 5)  # what the authors' figure of attention shows, counted from 1
 WIDTH = 11.5  # of a figure, inches
@@ -97,7 +97,7 @@ def check_token(token: Sequence[int], grid: tuple[int, int]) -> tuple[int, int]:
 
 def add_title(figure: Figure, title: str) -> None:
     """Write a title, whatever is in it (names of files have dollars, and bytes that are no text), in its width."""
-    title = textwrap.fill(title.encode(errors='replace').decode(), int(8.5 * figure.get_figwidth()))
+    title = textwrap.fill(drawable(title), int(8.5 * figure.get_figwidth()))
     if title:
         figure.suptitle(title, fontsize=13, parse_math=False)
 
