@@ -132,8 +132,9 @@ def confusion_figure(matrix: np.ndarray, names: Sequence[str],
     if count <= MOST_NAMES:
         size = 9 if count <= MOST_COUNTS else 6.5
         short = [shorten(name, 18) for name in names]
-        axes.set_xticks(range(count), short, rotation=0 if max(map(len, short)) < 4 else 90, fontsize=size)
-        axes.set_yticks(range(count), short, fontsize=size)
+        style = {'fontsize': size, 'parse_math': False}  # names may have dollars
+        axes.set_xticks(range(count), short, rotation=0 if max(map(len, short)) < 4 else 90, **style)
+        axes.set_yticks(range(count), short, **style)
     if count <= MOST_COUNTS:
         for (row, column), number in np.ndenumerate(matrix):
             if number:
@@ -151,7 +152,7 @@ def _write_pairs(axes, matrix: np.ndarray, names: Sequence[str]) -> None:
              for true, predicted, number in pairs]
     axes.set_title('Most confused: true → predicted', fontsize=9, loc='left')
     axes.text(0, 1, '\n'.join(lines) or 'no class is taken for another', fontsize=7.5, va='top', linespacing=1.6,
-              transform=axes.transAxes)
+              transform=axes.transAxes, parse_math=False)
 
 
 def accuracy_figure(matrix: np.ndarray, names: Sequence[str],
@@ -172,7 +173,8 @@ def accuracy_figure(matrix: np.ndarray, names: Sequence[str],
         axes.text(108, place, f'{value:.1f}', ha='right', va='center', fontsize=8)
     if gap:
         axes.text(1, gap, f'… {len(order) - 2 * gap:,} classes between …', va='center', fontsize=8)
-    axes.set_yticks(places, [f'{shorten(names[k], 24)} ({counts[k]:,})' for k in shown], fontsize=8)
+    axes.set_yticks(places, [f'{shorten(names[k], 24)} ({counts[k]:,})' for k in shown], fontsize=8,
+                    parse_math=False)
     axes.set_ylim(len(shown) + bool(gap) - 0.4, -0.6)
     axes.set_xlim(0, 109)
     axes.set_xticks(range(0, 101, 20))

@@ -143,3 +143,12 @@ def test_visualize_shows_the_mistakes_on_a_data_set(tmp_path, monkeypatch, capsy
     monkeypatch.setattr('sys.argv', ['visualize.py', 'cat.jpg', *command[1:]])
     with pytest.raises(UserError, match='give a data set'):
         visualize.main()
+
+
+def test_dollars_in_names_are_no_formulas():
+    names = ['$1_$5', r'a\frac$\frac{1}$']
+    predictions = Predictions(np.arange(3), np.array([[0], [1], [1]]), np.full((3, 1), 0.9))
+    figure = mistakes.mistakes_figure(predictions, np.array([0, 1, 0]), names, lambda index: np.zeros((8, 8, 3), np.uint8))
+    to_array(figure)  # draws: a formula that is none would raise
+    matrix = np.eye(20, dtype=int) + 1
+    to_array(mistakes.confusion_figure(matrix, names * 10))

@@ -318,7 +318,7 @@ def attention_sheet(model, images, pictures, names):
     for k, shown in enumerate(pictures):
         rollout = classifier_attention(model, images[k:k + 1]).rollout.float().cpu().numpy()
         axes[0, k].imshow(shown, interpolation='nearest')
-        axes[0, k].set_title(shorten(names[k], 22), fontsize=9)
+        axes[0, k].set_title(shorten(names[k], 22), fontsize=9, parse_math=False)
         axes[0, k].set_axis_off()
         overlay = draw_overlay(axes[1, k], shown, rollout / rollout.max(), vmin=0, vmax=1)
     figure.colorbar(overlay, ax=axes[1], fraction=0.02, pad=0.01)

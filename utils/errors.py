@@ -158,7 +158,7 @@ def report(line: str, exit_code: int) -> None:
 
 def leave_at_once(exit_code: int) -> None:
     """Exits without waiting for threads, or for other ranks, which may be in the midst of a collective."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except OSError:

@@ -20,6 +20,7 @@ THUMBNAIL = 256  # pixels of the longer side of an image in a sheet
 # Fonts with Chinese, Japanese and Korean letters: those of the machine stand in where matplotlib's own lacks a letter.
 _WIDE_FONTS = ('Noto Sans CJK JP', 'Noto Sans CJK SC', 'Droid Sans Fallback', 'WenQuanYi Micro Hei', 'PingFang SC',
                'Hiragino Sans', 'Apple SD Gothic Neo', 'Microsoft YaHei', 'Yu Gothic', 'Malgun Gothic')
+# Importing this does that much, so that every figure has them.
 _installed = {font.name for font in fontManager.ttflist}
 rcParams['font.family'] = [*rcParams['font.family'], *(name for name in _WIDE_FONTS if name in _installed)]
 
@@ -41,9 +42,9 @@ def image_sheet(images: Iterable[np.ndarray], titles: Sequence[str], *, columns:
     colors = colors or ['black'] * len(titles)
     for panel, image, text, color in zip(axes[:len(titles)], images, titles, colors, strict=True):
         panel.imshow(_thumbnail(image), interpolation='nearest')
-        panel.set_title(drawable(text), fontsize=8, color=color)
+        panel.set_title(drawable(text), fontsize=8, color=color, parse_math=False)  # names may have dollars
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
 
 
