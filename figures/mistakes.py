@@ -232,6 +232,6 @@ def errors_figure(predictions, targets: np.ndarray, names: Sequence[str], pictur
 
 
 def shorten(name: str, length: int) -> str:
-    """A name of at most `length` letters, on one line, that matplotlib takes for plain text."""
+    """A name of at most `length` letters, on one line, that can be drawn (with parse_math=False, for its dollars)."""
     name = drawable(' '.join(name.split()))
-    return (name if len(name) <= length else name[:length - 1].rstrip() + '…').replace('$', r'\$')
+    return name if len(name) <= length else name[:length - 1].rstrip() + '…'

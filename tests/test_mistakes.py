@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix, recall_score
@@ -148,7 +149,9 @@ def test_visualize_shows_the_mistakes_on_a_data_set(tmp_path, monkeypatch, capsy
 def test_dollars_in_names_are_no_formulas():
     names = ['$1_$5', r'a\frac$\frac{1}$']
     predictions = Predictions(np.arange(3), np.array([[0], [1], [1]]), np.full((3, 1), 0.9))
-    figure = mistakes.mistakes_figure(predictions, np.array([0, 1, 0]), names, lambda index: np.zeros((8, 8, 3), np.uint8))
+    picture = np.zeros((8, 8, 3), np.uint8)
+    figure = mistakes.mistakes_figure(predictions, np.array([0, 1, 0]), names, lambda index: picture)
     to_array(figure)  # draws: a formula that is none would raise
-    matrix = np.eye(20, dtype=int) + 1
-    to_array(mistakes.confusion_figure(matrix, names * 10))
+    said = [text.get_text() for text in figure.findobj(Text)]
+    assert '$1_$5' in said and any(text.startswith('$1_$5 →') for text in said)
+    to_array(mistakes.confusion_figure(np.eye(20, dtype=int) + 1, names * 10))
