@@ -365,7 +365,8 @@ def test_mistakes(tmp_path):
         ('file cannot be written', 'convert', 'a.pth', 'file/', '--model', 't2t_vit_7'),
     ):
         refused(message, *options, cwd=tmp_path)
-    for options in (('inspect', 'text.pth'), ('convert', 'a.pth', 'a.pth')):
+    for options in (('inspect', 'text.pth'), ('convert', 'a.pth', 'a.pth'), ('inspct', 'a.pth'),
+                    ('inspect', 'a.pth', '--kys')):
         result = run_script('tools/checkpoint.py', *options, cwd=tmp_path)
         assert result.returncode == 2 and result.stderr.startswith('checkpoint.py: error: ')
         assert result.stderr.count('\n') == 1 and not result.stdout

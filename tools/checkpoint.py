@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.errors import UserError, run_script
-from utils.options import image_size
+from utils.options import Parser, image_size
 
 WEIGHTS = 'model.safetensors'  # in a folder of timm's form
 SUFFIXES = ('.safetensors', '.pth.tar', '.pth')
@@ -39,7 +39,7 @@ NOTED = ('model', 'data', 'dataset', 'epochs', 'batch_size', 'opt', 'lr', 'weigh
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
     inspect = commands.add_parser('inspect', help='say what a checkpoint holds')

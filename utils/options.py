@@ -148,8 +148,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is a UserError of one line that names the nearest right option."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=_Help, **kwargs)
+    def __init__(self, *args, formatter_class=_Help, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=formatter_class, **kwargs)
 
     def error(self, message):
         unknown = re.match(r'unrecognized arguments: (.*)', message)
