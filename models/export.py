@@ -220,6 +220,7 @@ def write_aotinductor(source: Source, path: Path, graph: torch.export.ExportedPr
     torch._inductor.aoti_compile_and_package(graph, package_path=str(path), inductor_configs={
         'aot_inductor.metadata': source.properties(),
         'aot_inductor.precompile_headers': False,  # it pays off from the second compilation on
+        'aot_inductor.compile_wrapper_opt_level': 'O0',  # it only calls the kernels
         'cpp.dynamic_threads': True,  # as many as there are where it runs, not here
     })
 
