@@ -38,10 +38,13 @@ def golden_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def assert_golden(name: str) -> None:
-    """Asserts that keys, shapes, their order, logits and gradients of a registered model are the authors'."""
+def assert_golden(name: str, model: torch.nn.Module | None = None) -> None:
+    """Asserts that keys, shapes, their order, logits and gradients of a model are the authors' of that name.
+
+    Without a `model` it is the registered one.
+    """
     golden = np.load(GOLDEN)
-    model = timm.create_model(name).eval()
+    model = (timm.create_model(name) if model is None else model).eval()
     shapes = [f'{key} {"x".join(map(str, tensor.shape))}' for key, tensor in model.state_dict().items()]
     assert shapes == list(golden[f'{name}/keys'])
 
