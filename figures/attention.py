@@ -16,7 +16,7 @@ from matplotlib.image import AxesImage
 
 from models.explain import SeenAttention, Stage, classifier_attention, has_soft_splits, token_stages
 from utils.errors import UserError
-from utils.pictures import ORANGE, SEQUENTIAL, drawable
+from utils.pictures import ORANGE, SEQUENTIAL, drawable, new_figure
 
 PUBLISHED_BLOCKS = (4, 5)  # what the authors' figure of attention shows, counted from 1
 WIDTH = 11.5  # of a figure, inches
@@ -64,7 +64,7 @@ def attention_figure(
                height(len(blocks) * math.ceil(heads / heads_in_row), heads_in_row)]
     if stages:
         heights.append(height(1, max(2 * len(queries), LEAST_COLUMNS)) + 0.2)
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.4), layout='constrained')
+    figure = new_figure(WIDTH, sum(heights) + 0.4)
     parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).ravel())
     _draw_rollout(next(parts), picture, seen, queries if stages else [])
     _draw_blocks(next(parts), picture, seen, columns)

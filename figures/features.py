@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from models.explain import ChannelHealth, LayerFeatures
-from utils.pictures import BLUE, ORANGE, SEQUENTIAL
+from utils.pictures import BLUE, ORANGE, SEQUENTIAL, new_figure
 
 from .attention import add_title
 
@@ -37,7 +37,7 @@ def features_figure(models: Mapping[str, Sequence[LayerFeatures]], index: int = 
     alone = len(models) == 1
     rows, columns = max(map(len, models.values())), len(models)
     size = (max(SIDE * rows, 7), SIDE + 1.2) if alone else (SIDE * columns, (SIDE + 0.3) * rows + 1)
-    figure = Figure(figsize=size, layout='constrained')
+    figure = new_figure(*size)
     figure.get_layout_engine().set(wspace=0.06, hspace=0.02)
     # A single model has its layers beside one another.
     panels = figure.subplots(*((1, rows) if alone else (rows, columns)), squeeze=False)

@@ -14,7 +14,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from utils.pictures import BLUE, ORANGE, SEQUENTIAL, drawable, image_sheet
+from utils.pictures import BLUE, ORANGE, SEQUENTIAL, drawable, image_sheet, new_figure
 
 BINS = 15  # of confidence, as Guo et al. have
 # What fits into a panel: counts in the cells, names beside the rows, rows and columns at all, bars.
@@ -98,7 +98,7 @@ def mistakes_figure(predictions, targets: np.ndarray, names: Sequence[str],
     """
     targets = np.asarray(targets)
     matrix = confusion_matrix(targets, predictions.classes[:, 0], len(names))
-    figure = Figure(figsize=(16, 13.5), layout='constrained')
+    figure = new_figure(16, 13.5)
     above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1), hspace=0.04)
     left, right = above.subfigures(1, 2, width_ratios=(1.35, 1), wspace=0.03)
     confusion_figure(matrix, names, left)
@@ -112,7 +112,7 @@ def mistakes_figure(predictions, targets: np.ndarray, names: Sequence[str],
 def confusion_figure(matrix: np.ndarray, names: Sequence[str],
                      figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
     """A confusion matrix in shares of the true class; of many classes also the most confused pairs, as text."""
-    figure = figure or Figure(figsize=(9, 7), layout='constrained')
+    figure = figure or new_figure(9, 7)
     count = len(names)
     right, total = int(matrix.trace()), int(matrix.sum())
     figure.suptitle(f'Confusion matrix: {right:,} of {total:,} images right ({100 * right / max(1, total):.1f} %)')
@@ -158,7 +158,7 @@ def _write_pairs(axes, matrix: np.ndarray, names: Sequence[str]) -> None:
 def accuracy_figure(matrix: np.ndarray, names: Sequence[str],
                     figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
     """The accuracy of each class as bars, worst first; of many classes the worst and the best ones."""
-    figure = figure or Figure(figsize=(7, 6), layout='constrained')
+    figure = figure or new_figure(7, 6)
     accuracy, counts = class_accuracy(matrix), matrix.sum(1)
     order = np.argsort(accuracy, kind='stable')[:np.isfinite(accuracy).sum()]  # NaN comes last
     shown, gap = list(order), 0
@@ -192,7 +192,7 @@ def accuracy_figure(matrix: np.ndarray, names: Sequence[str],
 def reliability_figure(predictions, targets: np.ndarray,
                        figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
     """Accuracy against confidence in bins, with the number of images in each; Guo et al., 2017, figure 1."""
-    figure = figure or Figure(figsize=(6, 6), layout='constrained')
+    figure = figure or new_figure(6, 6)
     confidence = predictions.probabilities[:, 0]
     calibration = calibrate(confidence, predictions.classes[:, 0] == targets)
     edges = np.linspace(0, 1, BINS + 1)

@@ -13,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN
 
 from models.explain import Stage, pixel_relevance, receptive_field, token_stages
 from models.tokens_to_token import SOFT_SPLITS
-from utils.pictures import ORANGE, SEQUENTIAL
+from utils.pictures import ORANGE, SEQUENTIAL, new_figure
 
 from .attention import WIDTH, add_title, check_token, draw_overlay
 
@@ -52,7 +52,7 @@ def tokens_figure(
 
     cell = min(2.6 * size[0] / size[1], 4.5)
     heights = [cell + 0.8, 2 * cell + 1.6, 1.3 * cell + 0.9]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.4), layout='constrained')
+    figure = new_figure(WIDTH, sum(heights) + 0.4)
     splits, grids, fields = figure.subfigures(3, 1, height_ratios=heights)
     # What a model pads with is 0 of normalised pixels, the mean colour.
     mean = getattr(model, 'pretrained_cfg', {}).get('mean') or IMAGENET_DEFAULT_MEAN

@@ -63,12 +63,13 @@ def test_options_import_no_torch():
     assert 'torch' not in reached and 'argparse' in reached
 
 
-def test_dataloaders_are_built_in_one_place():
+@pytest.mark.parametrize(('name', 'home'), [('DataLoader', 'data/loader.py'), ('Figure', 'utils/pictures.py')])
+def test_what_is_built_in_one_place(name, home):
     builders = [
         f.relative_to(ROOT).as_posix()
         for room in ROOMS
         for f in (ROOT / room).rglob('*.py')
         for node in ast.walk(ast.parse(f.read_text()))
-        if isinstance(node, ast.Call) and getattr(node.func, 'id', getattr(node.func, 'attr', '')) == 'DataLoader'
+        if isinstance(node, ast.Call) and getattr(node.func, 'id', getattr(node.func, 'attr', '')) == name
     ]
-    assert builders == ['data/loader.py']
+    assert builders == [home]

@@ -1,9 +1,13 @@
 """Mistakes: the numbers are those of scikit-learn, and the figures say them whatever the number of classes."""
+import functools
 import os
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
+from matplotlib import rcParams
 from matplotlib.text import Text
 from PIL import Image
 from sklearn.calibration import calibration_curve
@@ -13,9 +17,21 @@ import visualize
 from engine.predict import Predictions
 from figures import mistakes
 from models import create_model
-from tests.conftest import write_checkpoint
+from tests.conftest import ROOT, write_checkpoint
 from utils.errors import UserError
-from utils.pictures import _warn_of_letters, image_sheet, to_array
+from utils.pictures import _add_wide_fonts, _warn_of_letters, image_sheet, to_array
+
+# On a machine with wide fonts, whichever this one has.
+IMPORTS = """
+from matplotlib import rcParams
+from matplotlib.font_manager import FontEntry, fontManager
+fontManager.ttflist.append(FontEntry(name='PingFang SC'))
+before = dict(rcParams)
+import figures.mistakes, utils.curves
+assert rcParams == before
+utils.pictures.new_figure(1, 1)
+assert 'PingFang SC' in rcParams['font.family']
+"""
 
 
 def guess(num_classes, n, seed=0):
@@ -105,6 +121,20 @@ def test_names_that_no_font_has_or_that_are_no_text_are_drawn_and_said_once(capl
         said = texts(mistakes.mistakes_figure(predictions, targets, names, lambda _: np.zeros((9, 9, 3), np.uint8)))
     assert {'caf?', 'naïve $', '? ?'} <= set(said)
     assert [record.message[:19] for record in caplog.records] == ['pictures show ? for']
+
+
+def test_letters_of_the_machines_fonts_are_drawn_and_imports_leave_fonts_alone(monkeypatch, caplog):
+    subprocess.run([sys.executable, '-c', IMPORTS], check=True, cwd=ROOT)
+    # Matplotlib comes with STIX, which has a watch where its default font has none.
+    monkeypatch.setitem(rcParams, 'font.family', ['DejaVu Sans'])
+    monkeypatch.setattr('utils.pictures._WIDE_FONTS', ('no such font', 'STIXGeneral'))
+    monkeypatch.setattr('utils.pictures._add_wide_fonts', functools.cache(_add_wide_fonts.__wrapped__))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # matplotlib's, of a letter that it cannot draw
+        for _ in range(2):
+            sheet = image_sheet([np.zeros((9, 9, 3), np.uint8)], ['\u231a'], title='a watch')
+            assert '\u231a' in texts(sheet) and to_array(sheet, dpi=30).any()
+    assert rcParams['font.family'] == ['DejaVu Sans', 'STIXGeneral'] and not caplog.records
 
 
 def test_large_pictures_are_drawn_small():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 import transfer
 import validate
@@ -34,7 +33,7 @@ from utils.distributed import World
 from utils.errors import UserError
 from utils.log import ARGS, METRICS, format_seconds, read_environment, read_metrics
 from utils.page import Html, Section, facts, image, note, picture, table
-from utils.pictures import image_sheet
+from utils.pictures import image_sheet, new_figure
 
 CHECKPOINTS = ('model_best.pth.tar', 'last.pth.tar')
 SHOWN = 8  # images that are right, and as many that are wrong
@@ -313,7 +312,7 @@ def attention(evaluated: Evaluated | None, missing: str | None):
 def attention_sheet(model, images, pictures, names):
     """Pictures [B, H, W, 3] in a row, and below each the rollout of its image in `images` [B, C, H, W]."""
     height = 1.7 * pictures.shape[1] / pictures.shape[2]
-    figure = Figure(figsize=(11, 2 * height + 0.5), layout='constrained')
+    figure = new_figure(11, 2 * height + 0.5)
     axes = figure.subplots(2, len(pictures), squeeze=False)
     for k, shown in enumerate(pictures):
         rollout = classifier_attention(model, images[k:k + 1]).rollout.float().cpu().numpy()

@@ -1,17 +1,16 @@
 """The picture of a run: loss, accuracy and learning rate against epochs."""
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from utils.pictures import BLUE, GREEN, ORANGE
+from utils.pictures import BLUE, GREEN, ORANGE, new_figure
 
 
 def draw_curves(records: list[dict], path: Path) -> None:
     """Draws the curves of the records of a metrics.jsonl into a PNG file; epochs are counted from 1, as ended."""
     epochs = [r for r in records if r['kind'] == 'epoch']
     steps = [r for r in records if r['kind'] == 'train']
-    figure = Figure(figsize=(13, 3.8), layout='constrained')
+    figure = new_figure(13, 3.8)
     loss, accuracy, rate = figure.subplots(1, 3)
     ended = [r['epoch'] + 1 for r in epochs]
     marker = 'o' if len(ended) < 30 else None

@@ -14,35 +14,42 @@ _logger = logging.getLogger(__name__)
 
 # Okabe and Ito's colours, which people who see colours differently can tell apart.
 BLUE, ORANGE, GREEN = '#0072B2', '#D55E00', '#009E73'
-SEQUENTIAL, DIVERGING = 'viridis', 'RdBu_r'
+SEQUENTIAL = 'viridis'
 THUMBNAIL = 256  # pixels of the longer side of an image in a sheet
 
 # Fonts with Chinese, Japanese and Korean letters: those of the machine stand in where matplotlib's own lacks a letter.
 _WIDE_FONTS = ('Noto Sans CJK JP', 'Noto Sans CJK SC', 'Droid Sans Fallback', 'WenQuanYi Micro Hei', 'PingFang SC',
                'Hiragino Sans', 'Apple SD Gothic Neo', 'Microsoft YaHei', 'Yu Gothic', 'Malgun Gothic')
-# Importing this does that much, so that every figure has them.
-_installed = {font.name for font in fontManager.ttflist}
-rcParams['font.family'] = [*rcParams['font.family'], *(name for name in _WIDE_FONTS if name in _installed)]
 
 
-def image_sheet(images: Iterable[np.ndarray], titles: Sequence[str], *, columns: int = 4,
-                colors: Sequence[str] | None = None, title: str = '',
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, sized in inches, whose text has the letters of all fonts that this machine has for it."""
+    _add_wide_fonts()  # before any text: each takes the fonts that stand when it is made
+    return Figure(figsize=(width, height), layout='constrained')
+
+
+@functools.cache  # once
+def _add_wide_fonts() -> None:
+    installed = {font.name for font in fontManager.ttflist}
+    rcParams['font.family'] = [*rcParams['font.family'], *(name for name in _WIDE_FONTS if name in installed)]
+
+
+def image_sheet(images: Iterable[np.ndarray], titles: Sequence[str], *, columns: int = 4, title: str = '',
                 figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
     """A figure of images [H, W, 3] (uint8, or float in 0…1) in rows of `columns`, each under its own title.
 
     images: one for each title; large ones (uint8) are made small one after the other.
-    colors: of the titles, black if not given. figure: where to draw; a new one if not given.
+    figure: where to draw; a new one if not given.
     """
     columns = max(1, min(columns, len(titles)))
     rows = max(1, math.ceil(len(titles) / columns))
-    figure = figure or Figure(figsize=(2.3 * columns, 2.5 * rows + (0.4 if title else 0)), layout='constrained')
+    figure = figure or new_figure(2.3 * columns, 2.5 * rows + (0.4 if title else 0))
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in axes:
         panel.set_axis_off()
-    colors = colors or ['black'] * len(titles)
-    for panel, image, text, color in zip(axes[:len(titles)], images, titles, colors, strict=True):
+    for panel, image, text in zip(axes[:len(titles)], images, titles, strict=True):
         panel.imshow(_thumbnail(image), interpolation='nearest')
-        panel.set_title(drawable(text), fontsize=8, color=color, parse_math=False)  # names may have dollars
+        panel.set_title(drawable(text), fontsize=8, parse_math=False)  # names may have dollars
     if title:
         figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
@@ -50,6 +57,7 @@ def image_sheet(images: Iterable[np.ndarray], titles: Sequence[str], *, columns:
 
 def drawable(text: str) -> str:
     """Text with '?' for what no font has and for bytes that are no text; of letters a warning says so, once."""
+    _add_wide_fonts()
     known = _letters(tuple(rcParams['font.family']))
     lacking = {letter for letter in text if ord(letter) not in known and not letter.isspace()}
     if any(letter.isprintable() for letter in lacking):
