@@ -63,9 +63,7 @@ def main():
     from utils.runtime import describe_environment, start
 
     # --- Runtime ------------------------------------------------------------------------------------------------------
-    world, precision = start(args)
-    if world.size > 1:
-        raise UserError(f'export.py is one process, and {world.size} were started; call python export.py by itself')
+    world, precision = start(args, alone=True)
 
     # --- Weights, and images numbered as they were trained ------------------------------------------------------------
     model, args, known_classes = open_trained_model(args)

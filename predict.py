@@ -46,9 +46,7 @@ def main():
     from utils.runtime import describe_environment, start
 
     # --- Runtime ------------------------------------------------------------------------------------------------------
-    world, precision = start(args)
-    if world.size > 1:
-        raise UserError(f'predict.py is one process, and {world.size} were started; call python predict.py by itself')
+    world, precision = start(args, alone=True)
 
     # --- Weights, and images numbered as they were trained ------------------------------------------------------------
     model, args, known_classes = open_trained_model(args)
@@ -70,11 +68,10 @@ def main():
     # --- Results ------------------------------------------------------------------------------------------------------
     entries = describe_images(dataset, predictions, names, loader.bad_images)
     record = {
-        'model': args.model, 'checkpoint': args.eval_checkpoint or 'pretrained', 'data': args.data or args.dataset,
+        'model': args.model, 'checkpoint': args.eval_checkpoint or 'pretrained',
+        'data': None if args.images else args.data or args.dataset,
         'img_size': list(image.img_size), 'crop_pct': image.crop_pct, 'interpolation': image.interpolation,
         'precision': str(precision), **describe_environment(world.device), 'images': entries}
-    if args.images:
-        record['data'] = None
     write_results(stem, record, [as_row(entry, min(args.top_k, model.num_classes)) for entry in entries],
                   '--results-file')
     print_table(entries)  # after the results: no console can make them be lost

@@ -69,10 +69,7 @@ def main():
     from utils.runtime import start
 
     # --- Runtime ------------------------------------------------------------------------------------------------------
-    world, precision = start(args)
-    if world.size > 1:
-        raise UserError(f'visualize.py is one process, and {world.size} were started; call python visualize.py by '
-                        'itself')
+    world, precision = start(args, alone=True)
     folder = Path(args.output_dir)
     make_folder(folder, '--output-dir')
 

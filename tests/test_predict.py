@@ -83,6 +83,7 @@ def predicted(model, photos, tmp_path_factory):
 
 def test_script_says_of_every_image_what_the_model_says(predicted, model, photos):
     _, record, rows = predicted
+    assert record['data'] is None, 'images were given, and no data set'
     names = ['a.png', 'b.jpg', 'below/c.jpg', 'damaged.jpg', 'ü,"\n.jpg', 'b.jpg']
     assert [row['path'] for row in rows] == [entry['path'] for entry in record['images']]
     assert [row['path'] for row in rows] == [str(photos / name) for name in names]

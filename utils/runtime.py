@@ -5,6 +5,7 @@ import os
 import platform
 import random
 import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -100,10 +101,17 @@ def describe_environment(device: torch.device) -> dict:
     }
 
 
-def start(args) -> tuple[World, Precision]:
-    """Makes this process what the options say: a rank with a device, a voice, a seed and a precision."""
+def start(args, *, alone: bool = False) -> tuple[World, Precision]:
+    """Makes this process what the options say: a rank with a device, a voice, a seed and a precision.
+
+    Raises:
+        UserError: of a script that is `alone`, more than one process has been started.
+    """
     world = join(args.device, timedelta(seconds=args.timeout))
     setup_logging(is_main=world.is_main)
+    if alone and world.size > 1:
+        script = Path(sys.argv[0]).name
+        raise UserError(f'{script} is one process, and {world.size} were started; call python {script} by itself')
     set_determinism(args.deterministic)
     seed_everything(args.seed, world.rank)
     precision = Precision(world.device, enabled=args.amp, dtype_name=args.amp_dtype)
