@@ -64,7 +64,7 @@ class TrainBatchPreparer(BatchPreparer):
     mixup_alpha, cutmix_alpha: of the beta distributions; 0 turns one off.
     cutmix_minmax: (min, max) of the box's edge as a fraction of the image's, in place of cutmix_alpha.
     mixup_prob: of mixing at all. mixup_switch_prob: of CutMix where both are on.
-    mixup_mode: what shares one draw: 'batch', 'pair' or 'elem'.
+    mixup_mode: what shares one draw: 'batch', 'pair' or 'elem'; with the latter two the host waits for the device.
     erase_prob, erase_mode ('pixel', 'rand', 'const'), erase_count: of random erasing.
     erase_splits: leave out AugMix's first versions, or without AugMix the first half of the batch.
 

@@ -117,7 +117,7 @@ def _batch_sums(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     right = guesses == targets[:, None]  # [B, 5]
     loss = F.cross_entropy(logits, targets, reduction='sum')
     return torch.stack([loss.double(), right[:, 0].sum().double(), right.any(1).sum().double(),
-                        torch.tensor(float(len(targets)), dtype=torch.float64, device=logits.device)])
+                        torch.full_like(loss, len(targets), dtype=torch.float64)])
 
 
 def _log_line(name, index, total, batch, sums, seconds, mean_seconds):

@@ -13,16 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.checkpoint import CheckpointWriter
 from engine.evaluate import ConfidentErrors, evaluate
 from engine.state import TrainState
+from engine.step import ADVICE, TrainingStep
 from utils import signals
-from utils.distributed import World, from_main, max_over_ranks, note_progress, overwrite_from_main, sum_over_ranks
+from utils.distributed import Agreement, World, from_main, overwrite_from_main, sum_over_ranks
 from utils.errors import InterruptedRun, NotFiniteError, UserError
 from utils.faults import fault_point
 from utils.log import IMAGES_SHOWN, RunLog, format_seconds, progress_bar
 from utils.runtime import Precision
 
 _logger = logging.getLogger(__name__)
-
-ADVICE = ('A lower --lr, --clip-grad 1 or --amp-dtype bfloat16 helps; --resume auto goes back to the last checkpoint')
 
 
 def wrap_model(model: nn.Module, world: World) -> nn.Module:
@@ -58,14 +57,12 @@ class Trainer:
         self.state, self.model = state, model
         self.train_loader, self.prepare_train = batches.train_loader, batches.prepare_train
         self.val_loader, self.prepare_val = batches.val_loader, batches.prepare_val
-        self.loss, self.schedule, self.num_epochs = loss, schedule, num_epochs
+        self.schedule, self.num_epochs = schedule, num_epochs
         self.precision, self.args, self.folder = precision, args, folder
         self.class_names = batches.class_names
         self.steps_per_epoch = len(self.train_loader) // args.accum_steps
         self._steps_since_start = 0
-        # What a forward pass changes in the model.
-        self._statistics = [buffer for module in state.model.modules()
-                            if isinstance(module, nn.modules.batchnorm._BatchNorm) for buffer in module.buffers()]
+        self._step = TrainingStep(state, model, prepare=self.prepare_train, loss=loss, precision=precision, args=args)
         if state.epoch >= self.num_epochs:
             raise UserError(f'nothing is left to train: epoch {state.epoch} of {self.num_epochs} would be next; '
                             'give more --epochs')
@@ -79,8 +76,14 @@ class Trainer:
         Raises:
             InterruptedRun: a signal has asked to stop; the state is saved.
         """
-        state, self.log, self.writer = self.state, log, writer
+        self.log, self.writer = log, writer
         self._started = time.perf_counter()
+        # Whether a signal asks to stop: the same on all ranks, whichever got it, so that all stop after the same step.
+        with contextlib.closing(Agreement()) as self._signals:
+            self._fit()
+
+    def _fit(self) -> None:
+        state = self.state
         while state.epoch < self.num_epochs:
             epoch_started = time.perf_counter()
             self.schedule.step(state.epoch)
@@ -97,7 +100,7 @@ class Trainer:
                             'lr': self._top_rate(), 'epoch_seconds': round(time.perf_counter() - epoch_started, 1)})
             self._show_errors(errors)
             state.start_next_epoch()
-            number = self._signal_to_stop()
+            number = self._signals.conclude(signals.received())
             self._save(is_best=is_best, must_succeed=bool(number) or state.epoch == self.num_epochs)
             if number and state.epoch < self.num_epochs:
                 raise self._interrupted(number)
@@ -127,7 +130,7 @@ class Trainer:
                 self._log_line(bar, *started)
                 state.window_sums.copy_(state.loss_sums)
                 started = time.perf_counter(), state.loss_sums.clone(), state.step
-            if number := self._signal_to_stop():
+            if number := self._signals.exchange(signals.received()):
                 self._save(must_succeed=True)
                 raise self._interrupted(number)
             if args.checkpoint_steps and state.global_step % args.checkpoint_steps == 0:
@@ -141,69 +144,6 @@ class Trainer:
     def _look_at(self, images: torch.Tensor) -> torch.Tensor:
         return self.prepare_train.denormalize(images[:IMAGES_SHOWN])
 
-    def _step(self, batches) -> torch.Tensor:
-        """One optimizer step from `accum_steps` batches; returns the last batch's images as the model saw them.
-
-        A step whose gradient is not finite changes nothing but the count of such steps, on all ranks alike: what one
-        rank has, the averaged gradient of every rank has.
-        """
-        state, args = self.state, self.args
-        note_progress(state.global_step)
-        statistics = [buffer.clone() for buffer in self._statistics]
-        sums = torch.zeros_like(state.loss_sums)
-        for micro_step in range(args.accum_steps):
-            images, targets = self.prepare_train(*next(batches))
-            is_last = micro_step == args.accum_steps - 1
-            # Gradients are averaged over ranks once per step, not once per batch.
-            no_sync = not is_last and isinstance(self.model, DistributedDataParallel)
-            with self.model.no_sync() if no_sync else contextlib.nullcontext():
-                with self.precision.autocast():
-                    loss = self.loss(self.model(images), targets)
-                if fault_point('loss') == 'nan':
-                    loss = loss * math.nan
-                state.scaler.scale(loss / args.accum_steps).backward()
-            sums += torch.stack([loss.detach().double() * len(images),
-                                 torch.full_like(loss, len(images), dtype=torch.float64)])
-        fault_point('step')
-        state.scaler.unscale_(state.optimizer)
-        parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        self._gradient_norm = norm.item()
-        if math.isfinite(self._gradient_norm):
-            if args.clip_grad is not None:
-                nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
-            state.scaler.step(state.optimizer)
-            if state.ema:
-                state.ema.update(state.model)
-            state.loss_sums += sums
-            state.skipped_in_a_row = 0
-        else:
-            self._skip_step(statistics)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.count_step()
-        return images
-
-    def _skip_step(self, statistics: list[torch.Tensor]) -> None:
-        """Takes back what a step that is not finite has left behind; raises NotFiniteError after too many in a row."""
-        state, limit = self.state, self.args.max_skipped_steps
-        for buffer, before in zip(self._statistics, statistics, strict=True):
-            buffer.copy_(before)
-        state.skipped_steps += 1
-        state.skipped_in_a_row += 1
-        if state.skipped_in_a_row > limit:
-            raise NotFiniteError(
-                f'the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to epoch {state.epoch}, '
-                f'step {state.step}; none of them changed a weight. {ADVICE}')
-        if state.world.is_main:
-            _logger.warning(
-                'epoch %d, step %d: the gradient is not finite, the step is skipped (%d so far, %d in a row)',
-                state.epoch, state.step, state.skipped_steps, state.skipped_in_a_row)
-
-    def _signal_to_stop(self) -> int:
-        """The signal that asks to stop, or 0: the same on all ranks, whichever got it, so that all stop here."""
-        return max_over_ranks(signals.received(), self.state.world.device)
-
     def _interrupted(self, number: int) -> InterruptedRun:
         return InterruptedRun(number, epoch=self.state.epoch, step=self.state.step, folder=self.folder)
 
@@ -214,9 +154,11 @@ class Trainer:
     def _log_line(self, bar, started: float, sums: torch.Tensor, step: int) -> None:
         """Says how training goes since the last line; of this process's time since `started`, at `sums` and `step`."""
         state = self.state
+        self._step.settle()
         totals = torch.stack([state.loss_sums - state.window_sums, state.loss_sums - sums])
         (loss, count), (_, count_here) = sum_over_ranks(totals).tolist()
         loss = loss / count if count else None  # none: every step was skipped
+        norm = self._step.gradient_norm.item()
         seconds, lr = time.perf_counter() - started, self._top_rate()
         speed = count_here / seconds
         left = (self.num_epochs - state.epoch) * self.steps_per_epoch - state.step
@@ -231,7 +173,7 @@ class Trainer:
             'images_seen': state.images_seen, 'epoch_progress': state.epoch + state.step / self.steps_per_epoch,
             'loss': loss, 'lr': lr, 'rates': {group['name']: group['lr'] for group in state.optimizer.param_groups},
             # Of the last step; a norm that is not finite is no number in JSON.
-            'gradient_norm': self._gradient_norm if math.isfinite(self._gradient_norm) else None,
+            'gradient_norm': norm if math.isfinite(norm) else None,
             'skipped_steps': state.skipped_steps, 'images_per_second': round(speed, 1),
             **({'gpu_memory_gib': round(torch.cuda.max_memory_allocated() / 2**30, 3)} if on_gpu else {})})
 
@@ -294,6 +236,7 @@ class Trainer:
         return True
 
     def _save(self, *, is_best: bool = False, must_succeed: bool = False) -> None:
+        self._step.settle()
         self._check_weights()
         content = self.state.state_dict()  # every rank has a part in it
         mistake = None

@@ -2,12 +2,15 @@
 import difflib
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from utils.errors import UserError
+
+# One kernel for all parameters, the same as the others' to rounding, that can be told on the device to change nothing.
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def param_groups(model: nn.Module, weight_decay: float, body_lr_scale: float = 1.0) -> list[dict]:
@@ -37,7 +40,7 @@ def param_groups(model: nn.Module, weight_decay: float, body_lr_scale: float = 1
 
 
 def create_optimizer(groups: list[dict], args) -> torch.optim.Optimizer:
-    """The optimizer that --opt names, over `groups`.
+    """The optimizer that --opt names, over `groups`; in torch's fused form where there is one.
 
     Raises:
         UserError: no such optimizer, or settings that it refuses.
@@ -50,8 +53,10 @@ def create_optimizer(groups: list[dict], args) -> torch.optim.Optimizer:
         raise UserError(f'--opt-betas {args.opt_betas[0]}: give all of them, such as 0.9 0.999')
     extra = {'eps': args.opt_eps, 'betas': args.opt_betas and tuple(args.opt_betas)}
     try:
+        if get_optimizer_class(args.opt.lower(), bind_defaults=False) in FUSED:
+            extra['fused'] = True
         optimizer = create_optimizer_v2(groups, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay,
-                                   momentum=args.momentum, **{k: v for k, v in extra.items() if v is not None})
+                                        momentum=args.momentum, **{k: v for k, v in extra.items() if v is not None})
     except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as e:
         raise UserError(f'--opt {args.opt} with these settings: {e}') from None
     if getattr(optimizer, 'is_second_order', False):

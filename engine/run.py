@@ -2,10 +2,10 @@
 import logging
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from engine.checkpoint import CheckpointWriter, RunLock, resolve_run
+from engine.ema import ModelEma
 from engine.loop import Trainer, wrap_model
 from engine.loss import create_loss
 from engine.optimizer import create_schedule
@@ -37,7 +37,7 @@ def create_state(args, model: nn.Module, optimizer, precision: Precision, classe
     overwrite_from_main(model.state_dict().values())
     ema = None
     if args.model_ema:
-        ema = ModelEmaV3(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
+        ema = ModelEma(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
     return TrainState(arch=args.model.lower(), model=model, optimizer=optimizer, scaler=precision.scaler, ema=ema,
                       options=args.as_dict(), classes=classes, world=world)
 

@@ -36,7 +36,8 @@ class TrainState:
         loss_sums: float64 [2], this rank's sum of losses and number of images in the epoch so far.
         window_sums: the same at the last log line, so that the next one says what it would have said without a break.
         bad_images: float64 [1], images of the epoch so far that this rank could not decode, and has replaced.
-        skipped_steps, skipped_in_a_row: steps whose gradient was not finite, in the run and since the last good one.
+        skipped_steps, skipped_in_a_row: steps whose gradient was not finite, in the run and since the last good one;
+            of the steps that TrainingStep.settle has counted.
         best_metric, best_epoch: of the best checkpoint, or None.
         metric: of the last evaluation, or None.
         arch, options, classes: the model's name, the options as a plain dict, the names of the classes.
@@ -156,7 +157,9 @@ class TrainState:
             raise UserError(f"{source}: its optimizer is {name}, this run's is {self.options['opt']}; "
                             f'say --opt {name}, or --no-resume-opt to start the optimizer anew')
         try:
-            self.optimizer.load_state_dict(saved)
+            # Its form is no setting that a checkpoint has a say in, and decides where steps are counted.
+            form = {k: asked[0][k] for k in ('fused', 'foreach') if k in asked[0]}
+            self.optimizer.load_state_dict({**saved, 'param_groups': [{**g, **form} for g in saved['param_groups']]})
         except (ValueError, KeyError) as e:
             raise UserError(f'{source}: its optimizer state is of another kind ({e}); '
                             'use the same --opt, or --no-resume-opt to start the optimizer anew') from None

@@ -123,6 +123,7 @@ class _Progress:
 
     def __init__(self):
         self.step = 0
+        self.timeout = timedelta(minutes=30)
         self._since = time.time()
         self._store = None
         self._stopped = threading.Event()
@@ -252,15 +253,6 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def max_over_ranks(number: int, device: torch.device) -> int:
-    """The largest `number` of all ranks, on every rank."""
-    if not is_distributed():
-        return number
-    value = torch.tensor(number, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return int(value)
-
-
 def from_main(value):
     """Rank 0's value of any picklable object, on every rank."""
     if not is_distributed():
@@ -294,3 +286,48 @@ def one_per_machine_first(world: World):
     yield
     if is_distributed() and world.local_rank == 0:
         dist.barrier()
+
+
+class Agreement:
+    """The largest number that any rank gives, the same on every rank, one call later: so that nobody waits for it.
+
+    A group of its own, of CPU tensors (gloo, beside NCCL too), keeps it apart from the work of a GPU. One process has
+    no group, and knows at once. All ranks must make the same calls.
+    """
+
+    def __init__(self):
+        self._group = dist.new_group(backend='gloo', timeout=_progress.timeout) if is_distributed() else None
+        self._under_way = None
+
+    def exchange(self, number: int) -> int:
+        """What the ranks gave in the call before, or 0; as long as it is 0, `number` is what the next call returns."""
+        if self._group is None:
+            return number
+        if not (agreed := self._finish()):
+            self._start(number)
+        return agreed
+
+    def conclude(self, number: int) -> int:
+        """What the ranks give in this call or gave in the one before; waits for it, and leaves nothing under way."""
+        if self._group is None:
+            return number
+        if not (agreed := self._finish()):
+            self._start(number)
+            agreed = self._finish()
+        return agreed
+
+    def close(self) -> None:
+        """Waits for what is under way, whose outcome no longer matters."""
+        with contextlib.suppress(RuntimeError):  # there is a worse one, or this would have been asked for
+            self._finish()
+
+    def _start(self, number: int) -> None:
+        value = torch.tensor(number)
+        self._under_way = value, dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def _finish(self) -> int:
+        if self._under_way is None:
+            return 0
+        (value, work), self._under_way = self._under_way, None
+        work.wait()
+        return int(value)

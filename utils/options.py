@@ -469,7 +469,8 @@ def optimizer_options(parser):
         help='decay of weights; biases, 1-D parameters and cls_token have none')
     add('--clip-grad', type=positive, metavar='NORM', help='clip the gradient to this norm (default: never)')
     add('--max-skipped-steps', type=count, default=20, metavar='N',
-        help='stop after more steps in a row than this whose gradient is not finite; such steps are skipped')
+        help='stop after more steps in a row than this whose gradient is not finite, at the next log line; such '
+             'steps are skipped')
 
 
 def schedule_options(parser):

@@ -1,0 +1,155 @@
+"""One optimizer step, in which the host never waits for the device; what the host wants to know it asks for later.
+
+    step = TrainingStep(state, model, prepare=prepare, loss=loss, precision=precision, args=args)
+    images = step(batches)      as often as there are batches
+    step.settle()               at log steps, before a save, at the end of an epoch
+"""
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.optimizer import FUSED
+from engine.state import TrainState
+from utils.distributed import note_progress
+from utils.errors import NotFiniteError
+from utils.faults import fault_point
+from utils.runtime import Precision
+
+_logger = logging.getLogger(__name__)
+
+ADVICE = ('A lower --lr, --clip-grad 1 or --amp-dtype bfloat16 helps; --resume auto goes back to the last checkpoint')
+
+
+class TrainingStep:
+    """Called with an iterator of batches, takes one optimizer step from the next `args.accum_steps` of them.
+
+    A step whose gradient is not finite changes nothing but the count of such steps, to the byte, and on all ranks
+    alike: what one rank has, the averaged gradient of every rank has. It is the device that sees it and skips;
+    the host learns of it in `settle`. With an optimizer that has no fused form in torch (see create_optimizer) the
+    host asks in every step, and waits for the answer.
+
+    Args:
+        state: what is trained; changed in place.
+        model: `state.model` as it is called in training (see wrap_model).
+        prepare: (images, targets) as the loader gives them → the same on the device, as the model takes them.
+        loss: (logits, targets) → scalar.
+        precision: whose autocast the forward pass runs under.
+        args: accum_steps, clip_grad, max_skipped_steps.
+    Attributes:
+        gradient_norm: of the last step, before clipping; float32 [] on the device.
+    """
+
+    def __init__(self, state: TrainState, model: nn.Module, *, prepare, loss, precision: Precision, args):
+        self._state, self._model = state, model
+        self._prepare, self._loss, self._precision, self._args = prepare, loss, precision, args
+        self._parameters = list(state.model.parameters())
+        # What a forward pass changes in the model.
+        self._statistics = [buffer for module in state.model.modules()
+                            if isinstance(module, nn.modules.batchnorm._BatchNorm) for buffer in module.buffers()]
+        self._is_fused = isinstance(state.optimizer, FUSED) and all(g['fused'] for g in state.optimizer.param_groups)
+        self._unsettled = []
+        self.gradient_norm = None
+        _start_momentum(state.optimizer)
+
+    def __call__(self, batches: Iterator) -> torch.Tensor:
+        """Takes the step; returns the images of its last batch as the model saw them, [B, C, H, W]."""
+        state, args = self._state, self._args
+        note_progress(state.global_step)
+        before = [buffer.clone() for buffer in self._statistics]
+        images, sums = self._compute_gradient(batches)
+        fault_point('step')
+        state.scaler.unscale_(state.optimizer)
+        parameters = [parameter for parameter in self._parameters if parameter.grad is not None]
+        self.gradient_norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        skip = ~self.gradient_norm.isfinite()
+        if args.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, self.gradient_norm)
+        self._step_optimizer(skip)
+        for buffer, old in zip(self._statistics, before, strict=True):
+            torch.where(skip, old, buffer, out=buffer)
+        if state.ema:
+            state.ema.update(state.model, skip)
+        state.loss_sums += sums.masked_fill(skip, 0)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        self._unsettled.append((state.epoch, state.step, skip))
+        state.count_step()
+        return images
+
+    def settle(self) -> None:
+        """Waits for the steps since the last call, and counts and logs those of them that were skipped.
+
+        Raises:
+            NotFiniteError: more than `args.max_skipped_steps` were skipped in a row. It may come some steps later;
+                a step that is skipped leaves the weights as they are.
+        """
+        if not self._unsettled:
+            return
+        unsettled, self._unsettled = self._unsettled, []
+        flags = torch.stack([skip for *_, skip in unsettled]).tolist()
+        for (epoch, step, _), skipped in zip(unsettled, flags, strict=True):
+            if skipped:
+                self._note_skipped(epoch, step)
+            else:
+                self._state.skipped_in_a_row = 0
+
+    def _compute_gradient(self, batches: Iterator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leaves the gradient in the parameters; returns the last images, and the sum of losses and their number."""
+        state, args = self._state, self._args
+        sums = torch.zeros_like(state.loss_sums)
+        for micro_step in range(args.accum_steps):
+            images, targets = self._prepare(*next(batches))
+            is_last = micro_step == args.accum_steps - 1
+            # Gradients are averaged over ranks once per step, not once per batch.
+            no_sync = not is_last and isinstance(self._model, DistributedDataParallel)
+            with self._model.no_sync() if no_sync else contextlib.nullcontext():
+                with self._precision.autocast():
+                    loss = self._loss(self._model(images), targets)
+                if fault_point('loss') == 'nan':
+                    loss = loss * math.nan
+                state.scaler.scale(loss / args.accum_steps).backward()
+            sums += torch.stack([loss.detach().double() * len(images),
+                                 torch.full_like(loss, len(images), dtype=torch.float64)])
+        return images, sums
+
+    def _step_optimizer(self, skip: torch.Tensor) -> None:
+        # The scaler's own step would not know of a norm that overflows.
+        optimizer = self._state.optimizer
+        if self._is_fused:
+            optimizer.found_inf = skip.float()
+            optimizer.step()
+            del optimizer.found_inf
+        elif not skip.item():
+            optimizer.step()
+
+    def _note_skipped(self, epoch: int, step: int) -> None:
+        state = self._state
+        state.skipped_steps += 1
+        state.skipped_in_a_row += 1
+        if state.skipped_in_a_row > self._args.max_skipped_steps:
+            raise NotFiniteError(
+                f'the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to epoch {epoch}, '
+                f'step {step}; none of them changed a weight. {ADVICE}')
+        if state.world.is_main:
+            _logger.warning(
+                'epoch %d, step %d: the gradient is not finite, the step is skipped (%d so far, %d in a row)',
+                epoch, step, state.skipped_steps, state.skipped_in_a_row)
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Gives SGD its momentum as zeros, which make the same first step.
+
+    Its fused form makes that step into memory that nothing was written to; it would stay so if the step were skipped.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group['params'] if group['momentum'] else ():
+            state = optimizer.state[parameter]
+            if state.get('momentum_buffer') is None:
+                state['momentum_buffer'] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
