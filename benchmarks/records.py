@@ -1,0 +1,70 @@
+"""What every measurement says of its machine, and how its record and its tables are written."""
+import json
+import math
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from utils.errors import UserError
+from utils.log import make_folder
+from utils.runtime import describe_environment
+
+
+def describe_machine(device: torch.device) -> dict:
+    """`describe_environment`, with the time, the processor, the threads that torch uses and its float32 products."""
+    return {
+        'time': datetime.now(UTC).isoformat(timespec='seconds'), **describe_environment(device),
+        'processor': _processor(), 'threads': torch.get_num_threads(),
+        **({'cuda': torch.version.cuda} if device.type == 'cuda' else {}),
+        'float32_matmul_precision': torch.get_float32_matmul_precision()}
+
+
+def _processor() -> str:
+    """The name of the CPU, as Linux tells it, else its kind."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace').splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table whose columns, but for the first, are numbers."""
+    lines = [header, ['---'] + ['---:'] * (len(header) - 1), *rows]
+    return '\n'.join('| ' + ' | '.join(cell.replace('|', '\\|') for cell in line) + ' |' for line in lines)
+
+
+def write_record(folder: Path, name: str, record: dict, text: str) -> tuple[Path, Path]:
+    """Writes NAME.json, the record, and NAME.md, the text, each whole or not at all; returns their paths.
+
+    Numbers that are not finite become null.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    make_folder(folder, '--output')
+    content = json.dumps(_finite(record), indent=1, allow_nan=False) + '\n'
+    paths = folder / f'{name}.json', folder / f'{name}.md'
+    for path, whole in zip(paths, (content, text), strict=True):
+        temporary = path.with_name(f'.{path.name}.tmp')
+        try:
+            temporary.write_text(whole, encoding='utf-8')
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f'--output: {path} cannot be written ({error.strerror}); name another folder') from None
+        finally:
+            temporary.unlink(missing_ok=True)
+    return paths
+
+
+def _finite(value):
+    """The value, with None for every number in it that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
