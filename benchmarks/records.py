@@ -1,7 +1,5 @@
 """What every measurement says of its machine, and how its record and its tables are written."""
 import json
-import math
-import os
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +7,8 @@ from pathlib import Path
 import torch
 
 from utils.errors import UserError
-from utils.log import make_folder
+from utils.log import make_folder, write_whole
+from utils.results import finite
 from utils.runtime import describe_environment
 
 
@@ -47,24 +46,11 @@ def write_record(folder: Path, name: str, record: dict, text: str) -> tuple[Path
         UserError: they cannot be written.
     """
     make_folder(folder, '--output')
-    content = json.dumps(_finite(record), indent=1, allow_nan=False) + '\n'
+    content = json.dumps(finite(record), indent=1, allow_nan=False) + '\n'
     paths = folder / f'{name}.json', folder / f'{name}.md'
     for path, whole in zip(paths, (content, text), strict=True):
-        temporary = path.with_name(f'.{path.name}.tmp')
         try:
-            temporary.write_text(whole, encoding='utf-8')
-            os.replace(temporary, path)
+            write_whole(path, whole)
         except OSError as error:
             raise UserError(f'--output: {path} cannot be written ({error.strerror}); name another folder') from None
-        finally:
-            temporary.unlink(missing_ok=True)
     return paths
-
-
-def _finite(value):
-    """The value, with None for every number in it that JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,10 +3,10 @@
     python -m benchmarks.step --models t2t_vit_14 --batch-size 256 --precision bf16          # on a GPU
     python -m benchmarks.step --models t2t_vit_7 --batch-size 8 --contenders published default --peers none
 
-There is a table for each model, precision and task. Its contenders are warmed up, then take turns, in another order in
-each round. What is timed is a window of steps between two synchronisations of the device; the figures are the median
-and the quartiles over the rounds. All have the same batch, on the device: random pixels, normalised, and the soft
-targets of Mixup. `published` is benchmarks/published.py; `default` is what train.py and validate.py do without
+There is a table for each model, precision and task. Its contenders, all in memory at once, are warmed up, then take
+turns, in another order in each round. What is timed is a window of steps between two synchronisations of the device;
+the figures are the median and the quartiles over the rounds. All have the same batch, on the device: random pixels,
+normalised, and the soft targets of Mixup. `published` is benchmarks/published.py; `default` is what train.py and validate.py do without
 further options; `compiled` is the same compiled. Peers are trained and evaluated by the same code as `default` and
 `compiled`.
 
@@ -33,7 +33,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler's messages are about itself
+# What the profiler has to say of itself, and of the memory that was there before it.
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')
+os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

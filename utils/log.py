@@ -131,12 +131,12 @@ class RunLog:
         self._drawn_at = time.monotonic()
         make_folder(folder, '--output')
         with self._warning_only(ARGS):
-            _write_whole(folder / ARGS, yaml.safe_dump(options, sort_keys=True))
+            write_whole(folder / ARGS, yaml.safe_dump(options, sort_keys=True))
         with self._warning_only(ENVIRONMENT):
             fault_point('log.environment')
             started = {'time': datetime.now(UTC).isoformat(timespec='seconds'), 'global_step': global_step}
             starts = [*read_environment(folder), {**started, **(environment or {})}]
-            _write_whole(folder / ENVIRONMENT, json.dumps(starts, indent=2) + '\n')
+            write_whole(folder / ENVIRONMENT, json.dumps(starts, indent=2) + '\n')
         self._records = [r for r in read_metrics(folder)
                          if (r['epoch'] < epoch if r['kind'] == 'epoch' else r['global_step'] <= global_step)]
         # How much of the records metrics.jsonl holds, and in how many bytes; None where it holds something else.
@@ -262,7 +262,7 @@ class RunLog:
             fault_point('log.metrics')
             if self._size is None or not path.exists():
                 text = ''.join(json.dumps(r) + '\n' for r in self._records)
-                _write_whole(path, text)
+                write_whole(path, text)
                 self._size = 0
             else:
                 text = ''.join(json.dumps(r) + '\n' for r in self._records[self._written:])
@@ -281,7 +281,7 @@ class RunLog:
         writer.writerows(epochs)
         with self._warning_only(SUMMARY):
             fault_point('log.summary')
-            _write_whole(self.folder / SUMMARY, text.getvalue())
+            write_whole(self.folder / SUMMARY, text.getvalue())
 
     def _draw(self) -> None:
         with self._warning_only(CURVES):
@@ -316,7 +316,7 @@ class RunLog:
                 _logger.info('%s is written again', self.folder / what)
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Writes a file so that, if there is no room for it, the one before stays."""
     temporary = path.with_name(f'.{path.name}.tmp')
     try:

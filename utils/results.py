@@ -39,7 +39,7 @@ def write_results(stem: Path, record: dict, rows: list[dict], option: str) -> No
     Raises UserError if they cannot be written.
     """
     make_folder(stem.parent, option)
-    record, rows = _finite(record), _finite(rows)
+    record, rows = finite(record), finite(rows)
     json_file, csv_file = Path(f'{stem}.json'), Path(f'{stem}.csv')
     try:
         json_file.write_text(json.dumps(record, indent=2, allow_nan=False) + '\n', encoding='utf-8')
@@ -53,10 +53,10 @@ def write_results(stem: Path, record: dict, rows: list[dict], option: str) -> No
     _logger.info('results: %s, %s', json_file, csv_file)
 
 
-def _finite(value):
+def finite(value):
     """The value, with None for every number in it that JSON does not have."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
