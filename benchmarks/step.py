@@ -6,9 +6,9 @@
 There is a table for each model, precision and task. Its contenders, all in memory at once, are warmed up, then take
 turns, in another order in each round. What is timed is a window of steps between two synchronisations of the device;
 the figures are the median and the quartiles over the rounds. All have the same batch, on the device: random pixels,
-normalised, and the soft targets of Mixup. `published` is benchmarks/published.py; `default` is what train.py and validate.py do without
-further options; `compiled` is the same compiled. Peers are trained and evaluated by the same code as `default` and
-`compiled`.
+normalised, and the soft targets of Mixup. `published` is benchmarks/published.py; `default` is what train.py and
+validate.py do without further options; `compiled` is the same compiled. Peers are trained and evaluated by the same
+code as `default` and `compiled`.
 
 Peak memory is what a contender holds (weights; in training their average and the optimizer's state too) and the most
 that a step allocates beside it: on a GPU by the allocator's account, with the private pools of CUDA graphs; on a CPU by
@@ -314,10 +314,9 @@ def _profile_on_gpu(step: Callable[[], object], device: torch.device) -> tuple[i
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         synchronize(device)
-    events = profiler.events()
-    kernels = sum(event.device_type == DeviceType.CUDA and not getattr(event, 'is_user_annotation', False)
-                  for event in events)
-    launches = sum(event.device_type == DeviceType.CPU and event.name.startswith(LAUNCHES) for event in events)
+    events = _events(profiler)
+    kernels = sum(event.device_type() == DeviceType.CUDA and not event.is_user_annotation() for event in events)
+    launches = sum(event.device_type() == DeviceType.CPU and event.name().startswith(LAUNCHES) for event in events)
     return kernels, launches, allocated
 
 
@@ -326,20 +325,30 @@ def _profile_on_cpu(step: Callable[[], object], device: torch.device) -> tuple[i
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(STEPS_PROFILED):
             step()
-    operators = sum(_count_operators(event) for event in profiler.events() if event.cpu_parent is None)
-    # The public events sum up the memory of an operator, which hides what it gives back in between.
-    changes = sorted((event.start_ns(), event.nbytes()) for event in profiler.profiler.kineto_results.events()
-                     if event.name() == '[memory]')
-    return operators // STEPS_PROFILED, None, max(itertools.accumulate((size for _, size in changes), initial=0))
+    events = _events(profiler)
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == '[memory]')
+    allocated = max(itertools.accumulate((size for _, size in changes), initial=0))
+    return _count_operators(events) // STEPS_PROFILED, None, allocated
 
 
-def _count_operators(event) -> int:
-    """Operators at or below an event that compute something and call no other such operator."""
-    below = sum(_count_operators(child) for child in event.cpu_children)
-    space, _, name = event.name.partition('::')
-    computes = 'cpp_fused' in event.name or (
-        bool(name) and space not in ('autograd', 'torch') and name not in NOT_COMPUTING)
-    return below or int(computes)
+def _events(profiler: profile) -> list:
+    """What was recorded, as it was: its public form takes long to make, and hides what an operator gives back."""
+    return profiler.profiler.kineto_results.events()
+
+
+def _count_operators(events: list) -> int:
+    """Operators that compute something and call no other such operator."""
+    spans = sorted((event.start_thread_id(), event.start_ns(), -event.end_ns()) for event in events
+                   if _computes(event.name()))
+    calls_next = sum(thread == next_thread and next_start < -negative_end for (thread, _, negative_end), (
+        next_thread, next_start, _) in itertools.pairwise(spans))
+    return len(spans) - calls_next
+
+
+def _computes(event_name: str) -> bool:
+    space, _, name = event_name.partition('::')
+    return 'cpp_fused' in event_name or (
+        bool(name) and space not in ('autograd', 'torch', 'profiler') and name not in NOT_COMPUTING)
 
 
 def measure(contenders: list[Contender], start_contender, args, training_args, precision_name: str, world: World,
