@@ -3,9 +3,9 @@ import logging
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
+from engine.ema import ModelEma
 from utils.distributed import World, gather
 from utils.errors import UserError
 from utils.runtime import get_rng_state, set_rng_state
@@ -44,7 +44,7 @@ class TrainState:
     """
 
     def __init__(self, *, arch: str, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                 ema: ModelEmaV3 | None, options: dict, classes: list[str], world: World):
+                 ema: ModelEma | None, options: dict, classes: list[str], world: World):
         self.arch = arch
         self.model = model
         self.optimizer = optimizer
