@@ -20,7 +20,14 @@ from torch.overrides import TorchFunctionMode
 
 from utils.errors import UserError
 
-from .tokens_to_token import SOFT_SPLITS, SoftSplit, TokenPerformer, TokenTransformer, token_grid
+from .tokens_to_token import (
+    SOFT_SPLITS,
+    SoftSplit,
+    TokenPerformer,
+    TokenTransformer,
+    token_grid,
+    without_autocast,
+)
 
 Grid = tuple[int, int]
 
@@ -48,11 +55,12 @@ class _Listener(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, without gradients, for as long as this lasts."""
+    """The model in evaluation mode, without gradients and mixed precision, for as long as this lasts."""
     was_training = model.training
+    device_type = next((parameter.device.type for parameter in model.parameters()), 'cpu')
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(device_type):
             yield
     finally:
         model.train(was_training)
@@ -314,14 +322,12 @@ def token_stages(model: nn.Module, images: torch.Tensor) -> list[Stage]:
 
 
 def _layer_weights(layer: nn.Module, x: torch.Tensor) -> PerformerWeights | SoftmaxWeights | None:
-    """The weights of a token layer for its input [B, N, channels]; None for any other layer."""
-    if isinstance(layer, TokenPerformer):
-        k, q, _ = layer.kqv(layer.norm1(x)).split(layer.token_dim, dim=2)
-        return PerformerWeights(k, q, layer.w)
-    if isinstance(layer, TokenTransformer):
-        q, k, _ = layer.attn.qkv(layer.norm1(x)).chunk(3, dim=2)
-        return SoftmaxWeights(k, q, layer.attn.scale)
-    return None
+    """The weights of a token layer for its input [B, C, H, W]; None for any other layer."""
+    if not isinstance(layer, TokenPerformer | TokenTransformer):
+        return None
+    k, q, _ = layer.keys_queries_values(x)
+    return PerformerWeights(k, q, layer.w) if isinstance(layer, TokenPerformer) else SoftmaxWeights(
+        k, q, layer.attn.scale)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ What is read back is called with normalised images [B, 3, height, width], float3
 classes, image size, mean and standard deviation of the pixels. export.py is the command line of all this.
 """
 import contextlib
+import copy
 import functools
 import importlib.util
 import json
@@ -28,11 +29,14 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
 from torch import nn
 
 from utils.errors import UserError
 from utils.files import METADATA, read_checkpoint
+
+from .tokens_to_token import SoftSplit, SplitLinear
 
 INPUT, OUTPUT = 'image', 'logits'
 AXES = {0: 'batch', 2: 'height', 3: 'width'}
@@ -244,14 +248,35 @@ def read_aotinductor(path: Path) -> Run:
 # ---------------------------------------------------------------------------------------------------------------------
 # int8
 
+class _SplitThenLinear(nn.Module):
+    """What a SplitLinear computes, patch by patch: torch quantizes the weights of linear layers alone."""
+
+    def __init__(self, layer: SplitLinear):
+        super().__init__()
+        self.split = SoftSplit(layer.kernel, layer.stride, layer.padding)
+        self.linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        self.linear.load_state_dict(layer.state_dict())
+
+    def forward(self, x: torch.Tensor, norm_weight: torch.Tensor | None = None, norm_bias: torch.Tensor | None = None,
+                norm_eps: float = 1e-5) -> torch.Tensor:
+        x = self.split(x)
+        if norm_weight is not None:
+            x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, norm_eps)
+        return self.linear(x)
+
+
 def quantize(model: nn.Module) -> nn.Module:
     """A copy of the model whose linear layers have weights of 8 bits, one scale for each output.
 
     Activations are quantized as they come, with the range of each batch (dynamic quantization). CPUs alone.
     """
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+    model = copy.deepcopy(model)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SplitLinear):
+            model.set_submodule(name, _SplitThenLinear(layer))
     with _quietly():
-        return quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig})
+        return quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
 
 
 def write_int8(source: Source, path: Path, _) -> None:
@@ -281,7 +306,7 @@ def read_int8(path: str | os.PathLike) -> nn.Module:
 def int8_note(source: Source, _) -> str:
     """How many of the layers that have a weight matrix or a kernel are quantized."""
     layers = [module for module in source.model.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)]
-    return f'{sum(type(layer) is nn.Linear for layer in layers)} of {len(layers)} layers in 8 bits'
+    return f'{sum(isinstance(layer, nn.Linear) for layer in layers)} of {len(layers)} layers in 8 bits'
 
 
 @contextlib.contextmanager

@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, Mlp, register_notrace_function
 from torch import nn
+
+HAS_MATRIX_UNITS = torch.cpu._is_amx_tile_supported()  # of this machine's CPU
 
 
 def sinusoid_table(num_positions: int, dim: int, device=None, dtype=None) -> torch.Tensor:
@@ -27,6 +29,21 @@ def sinusoid_table(num_positions: int, dim: int, device=None, dtype=None) -> tor
     return table.unsqueeze(0).to(device=device, dtype=dtype or torch.get_default_dtype())
 
 
+@torch.fx.wrap  # leaves to torch.fx, which cannot follow a question about types
+@register_notrace_function
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float = 0.) -> torch.Tensor:
+    """Return softmax(scale · q kᵀ) v, all [B, h, N, d], by torch's fused kernel.
+
+    In bfloat16 on a CPU without matrix units, where that takes twice as long, it is written out, but for so many tokens
+    that the weights would cost more than they save.
+    """
+    if not torch.jit.is_scripting():
+        if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and not HAS_MATRIX_UNITS and k.shape[2] <= 1024:
+            weights = (q * scale @ k.transpose(2, 3)).softmax(dim=3)  # [B, h, N, N]
+            return F.dropout(weights, dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+
+
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, dropout: float) -> torch.Tensor:
     """Return multi-head attention of q, k and v, [B, N, C] each, as [B, N, C]; `dropout` is of the weights.
 
@@ -36,7 +53,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, dr
     q = q.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)  # [B, h, N, d]
     k = k.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)  # [B, h, N, d]
     v = v.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)  # [B, h, N, d]
-    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    x = attention(q, k, v, scale=(C // num_heads) ** -0.5, dropout=dropout)
     return x.transpose(1, 2).reshape(B, N, C)  # [B, h, N, d] -> [B, N, C]
 
 

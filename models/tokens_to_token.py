@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from timm.layers import Mlp, register_notrace_function
 from torch import nn
 
+from .layers import attention
+
+torch.fx.wrap('attention')  # a leaf in this module too
+
 # (kernel, stride, padding) of the three soft splits; 224 pixels become 56, 28, then 14 tokens a side.
 SOFT_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
 
@@ -28,40 +32,105 @@ def token_grid(height: int, width: int) -> tuple[int, int]:
         raise ValueError(f'an image of {height} × {width} pixels is too small for T2T-ViT: '
                          'height and width must be at least 16')
     for kernel, stride, padding in ((7, 4, 2), (3, 2, 1), (3, 2, 1)):  # SOFT_SPLITS: TorchScript sees no globals
-        height = (height + 2 * padding - kernel + stride) // stride
-        width = (width + 2 * padding - kernel + stride) // stride
+        height = (height + 2 * padding - kernel) // stride + 1
+        width = (width + 2 * padding - kernel) // stride + 1
     return height, width
 
 
-class SoftSplit(nn.Module):
-    """Overlapping patches of a map, each flattened into one token (section 3.1, "soft split")."""
-
-    def __init__(self, kernel: int, stride: int, padding: int):
-        super().__init__()
-        self.kernel, self.stride, self.padding = kernel, stride, padding
-
-    def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return rows and columns of the tokens of a map of height × width."""
-        # In the form in which torch.export knows unfold's output, so that it sees them equal for any size of image.
-        margin = 2 * self.padding - self.kernel + self.stride
-        return (height + margin) // self.stride, (width + margin) // self.stride
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [B, C, H, W] to tokens [B, N, C · kernel²], row by row."""
-        return F.unfold(x, self.kernel, stride=self.stride, padding=self.padding).transpose(1, 2)
-
-    def extra_repr(self) -> str:
-        return f'kernel={self.kernel}, stride={self.stride}, padding={self.padding}'
+def _has_autocast(device_type: str) -> bool:
+    """Return whether mixed precision is on; the meta device knows none."""
+    return device_type != 'meta' and torch.is_autocast_enabled(device_type)
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Return a context without mixed precision; the meta device, which knows none, is left as it is."""
-    if device_type == 'meta':
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Return a context without mixed precision."""
+    return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else contextlib.nullcontext()
 
 
-@torch.fx.wrap  # a leaf to torch.fx, which cannot record the autocast context
+@torch.fx.wrap  # leaves to torch.fx, like all functions here that look at types
+@register_notrace_function
+def split_linear(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        kernel: int,
+        stride: int,
+        padding: int,
+) -> torch.Tensor:
+    """Return `F.linear(patches, weight, bias)` of the soft split of a map [B, C, H, W], [B, N, rows of weight].
+
+    A convolution: the patches, kernel² / stride² times the map, are never in memory.
+    """
+    kernels = weight.reshape(-1, x.shape[1], kernel, kernel)  # [rows, C, kernel, kernel]
+    # In this layout a map is its tokens, so that nothing is copied before or behind.
+    x = F.conv2d(x.contiguous(memory_format=torch.channels_last),
+                 kernels.contiguous(memory_format=torch.channels_last), bias, stride=stride, padding=padding)
+    return x.flatten(2).transpose(1, 2)  # [B, rows, H', W'] -> [B, N, rows]
+
+
+@torch.fx.wrap
+@register_notrace_function
+def split_norm_linear(
+        x: torch.Tensor,
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        norm_eps: float,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        kernel: int,
+        stride: int,
+        padding: int,
+        of_pixels: bool,
+) -> torch.Tensor:
+    """Return `F.linear(F.layer_norm(patches), weight, bias)` of the soft split of a map [B, C, H, W].
+
+    With mean μ and deviation σ of a patch x, W((x − μ)/σ · γ + β) + b is W'x/σ + (Wβ + b), where W' is W · γ less the
+    mean of each of its rows: a convolution by W', divided by the σ of each window.
+
+    Args:
+        of_pixels: the map is an image. Its patches can be nearly flat (sky, a white margin), with a mean that dwarfs
+            their deviation: bfloat16 would lose what is left of the pixels, and float32 their variance.
+
+    Returns:
+        [B, N, rows], in the dtype that F.linear would give.
+    """
+    if torch.jit.is_scripting():  # which cannot switch autocast off
+        patches = F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2)  # [B, N, C · kernel²]
+        return F.linear(F.layer_norm(patches, norm_weight.shape, norm_weight, norm_bias, norm_eps), weight, bias)
+    else:
+        device_type = x.device.type
+        result_dtype = torch.get_autocast_dtype(device_type) if _has_autocast(device_type) else weight.dtype
+        with without_autocast(device_type):
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            x, scaled = x.to(dtype), weight.to(dtype) * norm_weight
+            centred = scaled - scaled.mean(dim=1, keepdim=True)  # [rows, C · kernel²]
+            offset = (weight.to(dtype) * norm_bias).sum(dim=1)  # [rows]
+            if bias is not None:
+                offset = offset + bias
+            precise = torch.float32 if device_type == 'mps' else torch.float64  # which Apple's GPUs do not have
+            mean, square = _window_sums(x.to(precise) if of_pixels else x, kernel, stride, padding) / weight.shape[1]
+            factor = ((square - mean.square()).clamp(min=0) + norm_eps).rsqrt().to(dtype)  # 1/σ, [B, N, 1]
+            if of_pixels:
+                x = split_linear(x, centred, None, kernel, stride, padding)
+            else:
+                # Images of any contrast fit into float16 this way. Detached, for the result does not depend on it.
+                contrast = (x.detach().square().mean((1, 2, 3), keepdim=True) + norm_eps).sqrt()  # [B, 1, 1, 1]
+                x, factor = x / contrast, factor * contrast.squeeze(3)
+        if not of_pixels:
+            x = split_linear(x.to(weight.dtype), centred.to(weight.dtype), None, kernel, stride, padding)
+        with without_autocast(device_type):
+            return torch.addcmul(offset, x.to(dtype), factor).to(result_dtype)
+
+
+def _window_sums(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
+    """Return the sums of x and of x² in every window of a map [B, C, H, W], over all channels, [2, B, N, 1]."""
+    sums = torch.stack((x.sum(1), x.square().sum(1)))  # [2, B, H, W]
+    sums = F.pad(sums, (padding, padding, padding, padding))
+    sums = sums.unfold(2, kernel, stride).sum(-1).unfold(3, kernel, stride).sum(-1)  # [2, B, H', W']
+    return sums.flatten(2).unsqueeze(3)
+
+
+@torch.fx.wrap
 @register_notrace_function
 def performer_attention(
         k: torch.Tensor,
@@ -93,7 +162,7 @@ def performer_attention(
         out = _performer_attention(k.double(), q.double(), v.double(), w.double(), eps)
     else:
         dtype = torch.promote_types(v.dtype, torch.float32)
-        with _without_autocast(v.device.type):
+        with without_autocast(v.device.type):
             out = _performer_attention(k.to(dtype), q.to(dtype), v.to(dtype), w.to(dtype), eps)
     return out.to(v.dtype)
 
@@ -124,25 +193,84 @@ def _performer_attention(
     return (q_features @ weighted_values) / (q_features @ total_weights + shifted_eps)  # [B, N, D]
 
 
-class TokenPerformer(nn.Module):
-    """Token layer with Performer attention: the published default, linear in the number of tokens.
+class SoftSplit(nn.Module):
+    """Overlapping patches of a map, each flattened into one token (section 3.1, "soft split").
+
+    This is the definition. The layers behind a split are `SplitLinear`, which computes the same without the patches.
+    """
+
+    def __init__(self, kernel: int, stride: int, padding: int):
+        super().__init__()
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return rows and columns of the tokens of a map of height × width."""
+        # In the form in which torch.export knows a convolution's output, so that it sees them equal for any image.
+        margin = 2 * self.padding - self.kernel
+        return (height + margin) // self.stride + 1, (width + margin) // self.stride + 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [B, C, H, W] to tokens [B, N, C · kernel²], row by row."""
+        return F.unfold(x, self.kernel, stride=self.stride, padding=self.padding).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f'kernel={self.kernel}, stride={self.stride}, padding={self.padding}'
+
+
+class SplitLinear(nn.Linear):
+    """A linear layer behind a soft split, or behind a soft split and LayerNorm, with no patches in memory.
 
     Args:
-        dim: channels of the incoming tokens.
+        split: kernel, stride and padding of the soft split.
+        in_chans: channels C of the map.
+        out_features: channels of the tokens.
+        of_pixels: the map is an image (see `split_norm_linear`).
+    """
+
+    def __init__(self, split: tuple[int, int, int], in_chans: int, out_features: int, bias: bool = True,
+                 of_pixels: bool = False, device=None, dtype=None):
+        super().__init__(in_chans * split[0] ** 2, out_features, bias=bias, device=device, dtype=dtype)
+        self.kernel, self.stride, self.padding = split
+        self.of_pixels = of_pixels
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            norm_weight: torch.Tensor | None = None,
+            norm_bias: torch.Tensor | None = None,
+            norm_eps: float = 1e-5,
+    ) -> torch.Tensor:
+        """Map [B, C, H, W] to tokens [B, N, out_features]; with the weight and bias of a LayerNorm, through it."""
+        if norm_weight is None or norm_bias is None:
+            return split_linear(x, self.weight, self.bias, self.kernel, self.stride, self.padding)
+        return split_norm_linear(x, norm_weight, norm_bias, norm_eps, self.weight, self.bias,
+                                 self.kernel, self.stride, self.padding, self.of_pixels)
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, kernel={self.kernel}, stride={self.stride}, padding={self.padding}'
+
+
+class TokenPerformer(nn.Module):
+    """Soft split and token layer with Performer attention: the published default, linear in the number of tokens.
+
+    Args:
+        split: kernel, stride and padding of the soft split.
+        in_chans: channels C of the map.
         token_dim: channels D of the outgoing tokens.
+        of_pixels: the map is an image.
         kernel_ratio: random features m over D.
         drop: dropout probability after the attention's projection and after the MLP, active in training.
     """
 
-    def __init__(self, dim: int, token_dim: int, kernel_ratio: float = 0.5, drop: float = 0.1,
-                 device=None, dtype=None):
+    def __init__(self, split: tuple[int, int, int], in_chans: int, token_dim: int, of_pixels: bool = False,
+                 kernel_ratio: float = 0.5, drop: float = 0.1, device=None, dtype=None):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.token_dim = token_dim
-        self.kqv = nn.Linear(dim, 3 * token_dim, **dd)
+        self.kqv = SplitLinear(split, in_chans, 3 * token_dim, of_pixels=of_pixels, **dd)
         self.proj = nn.Linear(token_dim, token_dim, **dd)
         self.dropout = nn.Dropout(drop)
-        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.norm1 = nn.LayerNorm(self.kqv.in_features, **dd)
         self.norm2 = nn.LayerNorm(token_dim, **dd)
         # A Sequential for the sake of the released keys, mlp.0 and mlp.2.
         self.mlp = nn.Sequential(
@@ -153,51 +281,65 @@ class TokenPerformer(nn.Module):
         # Never trained, so a buffer; saved, because the trained weights belong to this draw.
         self.register_buffer('w', w.to(dtype))
 
+    def keys_queries_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return k, q and v of a map [B, C, H, W], [B, N, D] each."""
+        k, q, v = self.kqv(x, self.norm1.weight, self.norm1.bias, self.norm1.eps).split(self.token_dim, dim=2)
+        return k, q, v
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map tokens [B, N, dim] to tokens [B, N, D]."""
-        k, q, v = self.kqv(self.norm1(x)).split(self.token_dim, dim=2)
-        # The width changes from dim to D, so the residual starts at v instead of x.
+        """Map a map [B, C, H, W] to tokens [B, N, D]."""
+        k, q, v = self.keys_queries_values(x)
+        # The width changes from C · kernel² to D, so the residual starts at v instead of the patches.
         x = v + self.dropout(self.proj(performer_attention(k, q, v, self.w)))
         return x + self.mlp(self.norm2(x))
 
 
 class TokenAttention(nn.Module):
-    """One-head attention from dim to token_dim channels, with the residual taken from v."""
+    """One-head attention of a Transformer token layer, whose arguments it takes; the residual is taken from v."""
 
-    def __init__(self, dim: int, token_dim: int, device=None, dtype=None):
+    def __init__(self, split: tuple[int, int, int], in_chans: int, token_dim: int, of_pixels: bool = False,
+                 device=None, dtype=None):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        self.qkv = SplitLinear(split, in_chans, 3 * token_dim, bias=False, of_pixels=of_pixels, **dd)
         # As published: of the incoming channels (147 or 576), not of the 64 that q and k have.
-        self.scale = dim ** -0.5
-        self.qkv = nn.Linear(dim, 3 * token_dim, bias=False, **dd)
+        self.scale = self.qkv.in_features ** -0.5
         self.proj = nn.Linear(token_dim, token_dim, **dd)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map tokens [B, N, dim] to tokens [B, N, D]."""
-        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, dim=3)  # each [B, 1, N, D]
-        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return (v + self.proj(x)).squeeze(1)  # [B, N, D]
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Map queries, keys and values, [B, N, D] each, to tokens [B, N, D]."""
+        x = attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), scale=self.scale)
+        return v + self.proj(x.squeeze(1))  # x was [B, 1, N, D]: one head
 
 
 class TokenTransformer(nn.Module):
-    """Token layer with full attention: more accurate, quadratic in the number of tokens (T2T-ViT_t).
+    """Soft split and token layer with full attention: more accurate, quadratic in the number of tokens (T2T-ViT_t).
 
     Args:
-        dim: channels of the incoming tokens.
+        split: kernel, stride and padding of the soft split.
+        in_chans: channels C of the map.
         token_dim: channels D of the outgoing tokens.
+        of_pixels: the map is an image.
     """
 
-    def __init__(self, dim: int, token_dim: int, device=None, dtype=None):
+    def __init__(self, split: tuple[int, int, int], in_chans: int, token_dim: int, of_pixels: bool = False,
+                 device=None, dtype=None):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.norm1 = nn.LayerNorm(dim, **dd)
-        self.attn = TokenAttention(dim, token_dim, **dd)
+        self.norm1 = nn.LayerNorm(in_chans * split[0] ** 2, **dd)
+        self.attn = TokenAttention(split, in_chans, token_dim, of_pixels, **dd)
         self.norm2 = nn.LayerNorm(token_dim, **dd)
         self.mlp = Mlp(token_dim, **dd)
 
+    def keys_queries_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return k, q and v of a map [B, C, H, W], [B, N, D] each."""
+        q, k, v = self.attn.qkv(x, self.norm1.weight, self.norm1.bias, self.norm1.eps).chunk(3, dim=2)
+        return k, q, v
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map tokens [B, N, dim] to tokens [B, N, D]."""
-        x = self.attn(self.norm1(x))
+        """Map a map [B, C, H, W] to tokens [B, N, D]."""
+        k, q, v = self.keys_queries_values(x)
+        x = self.attn(q, k, v)
         return x + self.mlp(self.norm2(x))
 
 
@@ -220,19 +362,18 @@ class TokensToToken(nn.Module):
         if tokens_type not in TOKEN_LAYERS:
             raise ValueError(f'tokens_type is {tokens_type!r}; choose from {", ".join(TOKEN_LAYERS)}')
         token_layer = TOKEN_LAYERS[tokens_type]
-        (kernel0, _, _), (kernel1, _, _), (kernel2, _, _) = SOFT_SPLITS
         self.soft_split0, self.soft_split1, self.soft_split2 = (SoftSplit(*split) for split in SOFT_SPLITS)
-        self.attention1 = token_layer(in_chans * kernel0 ** 2, token_dim, **dd)
-        self.attention2 = token_layer(token_dim * kernel1 ** 2, token_dim, **dd)
-        self.project = nn.Linear(token_dim * kernel2 ** 2, embed_dim, **dd)
+        self.attention1 = token_layer(SOFT_SPLITS[0], in_chans, token_dim, of_pixels=True, **dd)
+        self.attention2 = token_layer(SOFT_SPLITS[1], token_dim, token_dim, **dd)
+        self.project = SplitLinear(SOFT_SPLITS[2], token_dim, embed_dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images [B, C, H, W] to tokens [B, N, embed_dim] on the grid that `token_grid(H, W)` tells."""
         B, _, H, W = x.shape
-        x = self.attention1(self.soft_split0(x))  # [B, N0, D]
+        x = self.attention1(x)  # [B, N0, D]
         H, W = self.soft_split0.grid_size(H, W)
         x = x.transpose(1, 2).reshape(B, x.shape[2], H, W)  # [B, D, H / 4, W / 4]
-        x = self.attention2(self.soft_split1(x))  # [B, N1, D]
+        x = self.attention2(x)  # [B, N1, D]
         H, W = self.soft_split1.grid_size(H, W)
         x = x.transpose(1, 2).reshape(B, x.shape[2], H, W)  # [B, D, H / 8, W / 8]
-        return self.project(self.soft_split2(x))  # [B, N, embed_dim]
+        return self.project(x)  # [B, N, embed_dim]

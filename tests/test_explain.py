@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 import models  # noqa: F401, registers the architectures
 from models.explain import (
@@ -128,7 +129,7 @@ def test_a_model_without_such_attention_says_so(name):
 def test_implied_weights_times_values_are_performer_attention():
     torch.manual_seed(0)
     k, q, v = torch.randn(3, 2, 50, 64) / 2
-    w = TokenPerformer(8, 64).w
+    w = TokenPerformer((1, 1, 0), 8, 64).w
     weights = PerformerWeights(k, q, w)
     rows = weights.rows(range(50))
     torch.testing.assert_close((rows @ v.double()).float(), performer_attention(k, q, v, w), rtol=1e-4, atol=1e-5)
@@ -142,7 +143,7 @@ def test_implied_weights_times_values_are_performer_attention():
 
 
 @pytest.mark.parametrize('kind', [
-    lambda k, q: PerformerWeights(k, q, TokenPerformer(8, 64).w), lambda k, q: SoftmaxWeights(k, q, 0.3),
+    lambda k, q: PerformerWeights(k, q, TokenPerformer((1, 1, 0), 8, 64).w), lambda k, q: SoftmaxWeights(k, q, 0.3),
 ], ids=['performer', 'transformer'])
 def test_spread_is_relevance_times_weights(kind):
     generator = torch.Generator().manual_seed(0)
@@ -166,10 +167,10 @@ def test_token_layers_compute_by_the_weights_that_are_shown(tokens_type):
         rows = stage.weights.rows(range(given.shape[1])).float()
         assert (rows.sum(-1) - 1).abs().max() < 1e-3 and rows.amax(-1).mean() > 1.2 / rows.shape[-1]
         if tokens_type == 'performer':
-            v = layer.kqv(layer.norm1(given)).chunk(3, dim=2)[2]
+            v = F.linear(layer.norm1(given), layer.kqv.weight, layer.kqv.bias).chunk(3, dim=2)[2]
             mixed = v + layer.proj(rows @ v)
         else:
-            v = layer.attn.qkv(layer.norm1(given)).chunk(3, dim=2)[2]
+            v = F.linear(layer.norm1(given), layer.attn.qkv.weight).chunk(3, dim=2)[2]
             mixed = v + layer.attn.proj(rows @ v)
         expected = mixed + layer.mlp(layer.norm2(mixed))
         torch.testing.assert_close(stage.tokens.flatten(2).transpose(1, 2), expected, rtol=1e-3, atol=1e-4)

@@ -14,9 +14,16 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from models import T2TViT, create_model
-from models.layers import sinusoid_table
+from models.layers import attention, sinusoid_table
 from models.t2t_vit import VARIANTS
-from models.tokens_to_token import SOFT_SPLITS, SoftSplit, TokenPerformer, performer_attention, token_grid
+from models.tokens_to_token import (
+    SOFT_SPLITS,
+    SoftSplit,
+    SplitLinear,
+    TokenPerformer,
+    performer_attention,
+    token_grid,
+)
 from tests.golden import GOLDEN, assert_golden, gmacs, relative_error
 from utils.errors import UserError
 
@@ -116,10 +123,70 @@ def test_random_layers():
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(model(images), model(images))
 
-    token_layer = TokenPerformer(147, 64)
-    tokens = torch.randn(1, 9, 147)
+    token_layer = TokenPerformer((3, 2, 1), 8, 64)
+    x = torch.randn(1, 8, 6, 6)
     assert [layer.p for layer in token_layer.modules() if isinstance(layer, torch.nn.Dropout)] == [0.1, 0.1]
-    assert not torch.equal(token_layer(tokens), token_layer(tokens))
+    assert not torch.equal(token_layer(x), token_layer(x))
+
+
+def split_layer(split, of_pixels=False):
+    """A soft split, the norm and the layer behind it, with weights like trained ones."""
+    layer = SplitLinear(split, 3, 16, of_pixels=of_pixels)
+    norm = torch.nn.LayerNorm(layer.in_features)
+    with torch.no_grad():
+        for tensor, mean, std in ((norm.weight, 1, .1), (norm.bias, 0, .1), (layer.weight, 0, .1), (layer.bias, 0, .1)):
+            tensor.normal_(mean, std)
+    return SoftSplit(*split), norm, layer
+
+
+@pytest.mark.parametrize('size', [(32, 32), (17, 40)])
+@pytest.mark.parametrize('split', SOFT_SPLITS[:2])
+def test_a_split_layer_is_what_it_is_made_of(split, size):
+    soft_split, norm, layer = split_layer(split)
+    norm, layer, x = norm.double(), layer.double(), torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    given = [x, *norm.parameters(), *layer.parameters()]
+    for ours, definition in (
+            (layer(x), F.linear(soft_split(x), layer.weight, layer.bias)),
+            (layer(x, norm.weight, norm.bias, norm.eps), F.linear(norm(soft_split(x)), layer.weight, layer.bias))):
+        assert ours.shape == definition.shape and relative_error(ours, definition) <= 1e-12
+        weights = torch.randn_like(ours)
+        gradients = (torch.autograd.grad(out, given, weights, allow_unused=True) for out in (ours, definition))
+        for gradient, expected in zip(*gradients, strict=True):
+            assert expected is None or relative_error(gradient, expected) <= 1e-11
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_flat_patches_keep_their_deviation(dtype):
+    """A white margin with a little noise: what is left of it after its mean is taken away must be right."""
+    soft_split, norm, layer = split_layer(SOFT_SPLITS[0], of_pixels=True)
+    x = 2.5 + 0.004 * torch.randn(2, 3, 64, 64)
+    exact = F.linear(F.layer_norm(soft_split(x.double()), norm.weight.shape, norm.weight.double(), norm.bias.double()),
+                     layer.weight.double(), layer.bias.double())
+    with torch.autocast('cpu', dtype, enabled=dtype is not torch.float32):
+        ours = layer(x, norm.weight, norm.bias, norm.eps)
+        published = F.linear(norm(soft_split(x)), layer.weight, layer.bias)
+    assert ours.dtype == published.dtype == dtype
+    assert relative_error(ours, exact) <= max(relative_error(published, exact), 2e-4)
+
+
+@pytest.mark.parametrize('gain', [0.01, 1e5])
+def test_a_split_layer_in_float16_takes_maps_of_any_contrast(gain):
+    soft_split, norm, layer = split_layer(SOFT_SPLITS[1])
+    x = gain * torch.randn(2, 3, 32, 32)
+    with torch.autocast('cpu', torch.float16):
+        ours = layer(x, norm.weight, norm.bias, norm.eps)
+    assert relative_error(ours, F.linear(norm(soft_split(x)), layer.weight, layer.bias)) <= 3e-3
+
+
+def test_attention_written_out_is_the_fused_one():
+    q, k, v = (torch.randn(2, 3, 50, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.3)
+    ours = attention(q, k, v, scale=0.3)
+    assert relative_error(ours, exact) <= 5e-3
+    weights = torch.randn_like(exact)
+    for gradient, expected in zip(torch.autograd.grad(ours, (q, k, v), weights.bfloat16()),
+                                  torch.autograd.grad(exact, (q, k, v), weights), strict=True):
+        assert relative_error(gradient, expected) <= 1e-2
 
 
 @pytest.mark.parametrize('global_pool', ['token', 'avg'])
