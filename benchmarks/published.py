@@ -12,7 +12,9 @@ classifier), is ours: it is the same computation. tests/test_published.py holds 
 Dimensions: B images, C channels, N tokens, h heads, d = C / h, D token dimension, m random features.
 """
 import math
+import zlib
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,7 +25,7 @@ from models import T2TViT, create_model
 from utils.errors import UserError
 from utils.runtime import Precision
 
-__all__ = ['PUBLISHED', 'PublishedStep', 'published_model', 'published_optimizer']
+__all__ = ['PUBLISHED', 'PublishedStep', 'golden_state', 'published_model', 'published_optimizer']
 
 # The architectures of the published code.
 PUBLISHED = (
@@ -56,7 +58,7 @@ class Performer(nn.Module):
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """Map keys or queries [B, N, D] to random features exp(w·x − |x|²/2) / √m, [B, N, m]."""
         squares = (x * x).sum(dim=-1, keepdim=True).repeat(1, 1, self.num_features) / 2  # [B, N, m]
-        projected = torch.einsum('bnd,md->bnm', x.float(), self.w)
+        projected = torch.einsum('bnd,md->bnm', x.to(self.w.dtype), self.w)
         return torch.exp(projected - squares) / math.sqrt(self.num_features)
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,7 +66,7 @@ class Performer(nn.Module):
         k, q, v = torch.split(self.kqv(x), self.token_dim, dim=-1)
         k_features, q_features = self.features(k), self.features(q)
         total = torch.einsum('bnm,bm->bn', q_features, k_features.sum(dim=1)).unsqueeze(2)  # [B, N, 1]
-        values = torch.einsum('bnd,bnm->bdm', v.float(), k_features)
+        values = torch.einsum('bnd,bnm->bdm', v.to(self.w.dtype), k_features)
         y = torch.einsum('bnm,bdm->bnd', q_features, values) / (total.repeat(1, 1, self.token_dim) + EPSILON)
         return v + self.dropout(self.proj(y))
 
@@ -231,6 +233,22 @@ def published_model(name: str, **kwargs) -> T2TViT:
         if hasattr(block, 'attn'):  # not so a transition of the dense model
             model.blocks[index] = Block(block)
     return model
+
+
+def golden_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that the golden outputs of the authors' code were made with: of each key, its own random stream."""
+    state = {}
+    for key, tensor in model.state_dict().items():
+        stream = np.random.RandomState(zlib.crc32(key.encode()))
+        draw = stream.standard_normal(tuple(tensor.shape)).astype(np.float32)
+        if 'norm' in key and key.endswith('weight'):
+            draw = 1 + np.float32(0.1) * draw
+        elif key.endswith('.w'):
+            draw = np.float32(0.7) * draw
+        else:
+            draw = np.float32(0.02 if key.endswith(('bias', 'kqv.weight')) else 0.05) * draw
+        state[key] = torch.from_numpy(draw)
+    return state
 
 
 # ------------------------------------------------------------------------------------------------------------

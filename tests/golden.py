@@ -4,7 +4,6 @@ The golden data lie in ../shared, or in the folder that T2T_SHARED names. They a
 authors' code, with weights drawn from each key's own random stream, so that no weights need to be stored.
 """
 import os
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.published import golden_state
+
 SHARED = Path(os.environ.get('T2T_SHARED', Path(__file__).resolve().parents[2] / 'shared'))
 GOLDEN = SHARED / 'golden' / 'official_224.npz'
 
@@ -20,22 +21,6 @@ GOLDEN = SHARED / 'golden' / 'official_224.npz'
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     actual, expected = actual.detach().double(), expected.detach().double()
     return ((actual - expected).norm() / expected.norm()).item()
-
-
-def golden_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that the golden outputs were made with."""
-    state = {}
-    for key, tensor in model.state_dict().items():
-        stream = np.random.RandomState(zlib.crc32(key.encode()))
-        draw = stream.standard_normal(tuple(tensor.shape)).astype(np.float32)
-        if 'norm' in key and key.endswith('weight'):
-            draw = 1 + np.float32(0.1) * draw
-        elif key.endswith('.w'):
-            draw = np.float32(0.7) * draw
-        else:
-            draw = np.float32(0.02 if key.endswith(('bias', 'kqv.weight')) else 0.05) * draw
-        state[key] = torch.from_numpy(draw)
-    return state
 
 
 def assert_golden(name: str, model: torch.nn.Module | None = None) -> None:

@@ -1,0 +1,267 @@
+"""Measures how far every path is from float64: the published formulation, ours, and on request ours compiled.
+
+    python -m benchmarks.fidelity --data ../shared/data/imagenet_sample                 # 10 minutes on two cores
+    python -m benchmarks.fidelity --models t2t_vit_7 --weights golden --img-size 64     # seconds, random images alone
+    python -m benchmarks.fidelity --precision bf16 fp16 --compile --images 16 --data …  # on a GPU
+
+What is right is the published formulation in float64, with the same weights, on the same images. The error of a path
+is the relative L2 distance from that: of the logits of all images and of the image where it is worst; of what comes
+out of the tokens-to-token module's two layers and its projection, where the paths differ; and of the gradient of
+cross-entropy, over all parameters and over those of a part. Models are in evaluation mode: dropout is no error.
+
+Weights are the golden ones (see golden_state) and initial ones. Images are standard normal numbers; the photographs of
+--data, evenly spread; either of them with a white left half, as of a margin; and images of a single value, every other
+one with noise of one level of its 256: a LayerNorm over patches of so little contrast shows what was lost before it.
+
+NAME.json, the record with every error, and NAME.md, the tables, go to --output.
+"""
+import itertools
+import logging
+import math
+import shlex
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # noqa: E402
+from torch import nn  # noqa: E402
+
+from benchmarks.published import PUBLISHED, golden_state, published_model  # noqa: E402
+from benchmarks.records import describe_machine, markdown_table, write_record  # noqa: E402
+from benchmarks.step import PRECISIONS, compiled  # noqa: E402
+from data.base import spread  # noqa: E402
+from data.batch import BatchPreparer  # noqa: E402
+from data.folders import ImageFiles  # noqa: E402
+from data.transforms import create_eval_transform  # noqa: E402
+from models import create_model  # noqa: E402
+from utils import options  # noqa: E402
+from utils.errors import UserError, run_script  # noqa: E402
+from utils.log import check_folder, progress_bar  # noqa: E402
+from utils.runtime import Precision, seed_everything, start  # noqa: E402
+
+WEIGHTS = ('golden', 'initial')
+STAGES = ('attention1', 'attention2', 'project')  # in the order of the forward pass
+PARTS = ('tokens_to_token', 'blocks', 'head')
+MEASURES = ('logits', 'worst image', *STAGES, 'gradient', *(f'gradient of {part}' for part in PARTS))
+LOSS_SCALE = 2 ** 10  # of float16's gradients, most of which would be zero without one
+
+
+def fidelity_options(parser) -> None:
+    add = parser.add_argument_group('What is measured').add_argument
+    add('--models', nargs='+', default=['t2t_vit_7', 't2t_vit_14', 't2t_vit_t_14'], choices=PUBLISHED, metavar='MODEL',
+        help='published T2T-ViTs, by name')
+    add('--precision', nargs='+', default=['fp32', 'bf16'], choices=list(PRECISIONS), help='a table for each')
+    add('--weights', nargs='+', default=list(WEIGHTS), choices=WEIGHTS, help='where they come from')
+    add('--compile', action=options.FLAG, default=False, help='our path compiled as well, which takes minutes')
+    add('--data', metavar='DIR', help='folder with photographs, at any depth (default: random images alone)')
+    add('--images', type=options.number(int, low=2), default=4, metavar='N', help='images of a kind, in one batch')
+    add('--img-size', type=options.image_size, default=224, metavar='N', help='input size in pixels, or HxW')
+    add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
+    add('--seed', type=options.seed, default=0, metavar='S', help='of initial weights and images')
+    add = parser.add_argument_group('Record').add_argument
+    add('--output', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder of the record and the tables')
+    add('--name', default='fidelity', metavar='NAME', help='of both files')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights and images
+
+def make_images(args) -> dict[str, torch.Tensor]:
+    """Batches of normalised images [--images, 3, H, W] by their kind.
+
+    Raises:
+        UserError: --data is no folder with images.
+    """
+    size = (args.img_size,) * 2 if isinstance(args.img_size, int) else args.img_size
+    generator = np.random.RandomState(args.seed)
+    kinds = {'random': _float32(generator.standard_normal((args.images, 3, *size)))}
+    if args.data:
+        kinds['photographs'] = _read_photographs(args.data, args.images, size)
+    below = kinds.get('photographs', kinds['random'])
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    kinds['white margin'] = below.clone()
+    kinds['white margin'][..., :size[1] // 2] = (1 - mean) / std
+    kinds['single value'] = torch.linspace(-2, 2.5, args.images)[:, None, None, None].repeat(1, 3, *size)
+    noise = _float32(generator.randint(-1, 2, (args.images, 3, *size))) / 255 / std
+    kinds['single value'][1::2] += noise[1::2]
+    return kinds
+
+
+def _float32(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def _read_photographs(folder: str, count: int, size: tuple[int, int]) -> torch.Tensor:
+    photographs, transform = spread(ImageFiles([folder]), count), create_eval_transform(size)
+    pixels = torch.stack([transform(photographs.image(index)) for index in range(len(photographs))])
+    return BatchPreparer('cpu')(pixels, torch.empty(0))[0]
+
+
+def make_models(name: str, weights: str, args, device: torch.device, **kwargs) -> dict[str, nn.Module]:
+    """The model in float64, and by path: one after the other the same weights, in evaluation mode on the device.
+
+    Args:
+        weights: one of WEIGHTS.
+        kwargs: further arguments of `models.create_model`.
+    """
+    paths = {'float64': published_model, 'published': published_model, 'default': create_model}
+    models = {}
+    for path, create in paths.items():
+        seed_everything(args.seed, 0)  # for there to be the same initial weights
+        model = create(name, img_size=args.img_size, **kwargs).eval()
+        if weights == 'golden':
+            model.load_state_dict(golden_state(model))
+        models[path] = (model.double() if path == 'float64' else model).to(device)
+    if args.compile:
+        models['compiled'] = compiled(models['default'])
+    return models
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+def compute(model: nn.Module, images: torch.Tensor, precision: Precision) -> dict[str, torch.Tensor]:
+    """All that is compared, in float64: logits [B, classes], and as vectors stages and gradients by their measures.
+
+    A compiled model has no stages that could be seen.
+    """
+    stages, raw = {}, getattr(model, '_orig_mod', model)
+    hooks = [raw.tokens_to_token.get_submodule(stage).register_forward_hook(
+        lambda _, __, output, stage=stage: stages.update({stage: output.detach().double().flatten()}))
+        for stage in STAGES if raw is model]
+    labels = (3 + 4 * torch.arange(len(images), device=images.device)) % raw.num_classes  # those of the golden data
+    scale = LOSS_SCALE if precision.dtype is torch.float16 else 1
+    raw.zero_grad(set_to_none=True)
+    with precision.autocast():
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
+    (scale * loss).backward()
+    for hook in hooks:
+        hook.remove()
+
+    def gradient(part: str) -> torch.Tensor:
+        return torch.cat([parameter.grad.double().flatten() / scale for key, parameter in raw.named_parameters()
+                          if key.startswith(part)])
+
+    return {'logits': logits.detach().double(), **stages, 'gradient': gradient(''),
+            **{f'gradient of {part}': gradient(f'{part}.') for part in PARTS}}
+
+
+def errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Relative L2 distances by MEASURES, of what `compute` returns; NaN where something is not finite."""
+    distances = {measure: _distance(values.flatten(), expected[measure].flatten()).item()
+                 for measure, values in actual.items()}
+    distances['worst image'] = _distance(actual['logits'], expected['logits']).max().item()
+    return {measure: distances[measure] for measure in MEASURES if measure in distances}
+
+
+def _distance(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    return (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
+
+
+def measure(models: dict[str, nn.Module], images: torch.Tensor,
+            precisions: dict[str, Precision]) -> list[dict]:
+    """A row for each precision and path: {'precision', 'path', 'errors'}."""
+    expected = compute(models['float64'], images.double(), Precision(images.device, enabled=False))
+    return [{'precision': name, 'path': path, 'errors': errors(compute(model, images, precision), expected)}
+            for name, precision in precisions.items() for path, model in models.items() if path != 'float64']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+def add_ratios(rows: list[dict]) -> None:
+    """Gives every row of a path of ours the `ratios` of its errors to those of the published path, where there are."""
+    def case(row: dict) -> tuple:
+        return tuple(row[key] for key in ('model', 'precision', 'weights', 'images'))
+
+    published = {case(row): row['errors'] for row in rows if row['path'] == 'published'}
+    for row in rows:
+        if row['path'] != 'published':
+            row['ratios'] = {name: error / published[case(row)][name] for name, error in row['errors'].items()
+                             if math.isfinite(error) and math.isfinite(published[case(row)][name])}
+
+
+def as_summary(rows: list[dict]) -> str:
+    """Of each model, precision and path: the largest ratios, and where the largest of all is."""
+    groups = {'logits': MEASURES[:2], 'stages': STAGES, 'gradients': MEASURES[-1 - len(PARTS):]}
+    lines = []
+    for key, of_key in itertools.groupby(rows, key=lambda row: (row['model'], row['precision'])):
+        of_key = list(of_key)
+        for path in dict.fromkeys(row['path'] for row in of_key if 'ratios' in row):
+            ratios = [(ratio, name, row) for row in of_key if row['path'] == path
+                      for name, ratio in row['ratios'].items()]
+            lost = sum(not math.isfinite(error) for row in of_key if row['path'] == path
+                       for error in row['errors'].values())
+            cells = [max((f'{ratio:.2f}' for ratio, name, _ in ratios if name in group), key=float, default='–')
+                     for group in groups.values()]
+            ratio, name, row = max(ratios, key=lambda found: found[0], default=(0, '', None))
+            where = f'{name}, {row["weights"]} weights, {row["images"]}' if row else '–'
+            lines.append([*key, path, *cells, where, str(lost)])
+    return markdown_table(['model', 'precision', 'path', *groups, 'the largest', 'not finite'], lines)
+
+
+def as_table(rows: list[dict]) -> str:
+    """One model and precision: the published path's errors, and below them what others have for each of its one."""
+    lines = []
+    for row in rows:
+        cells = []
+        for name in MEASURES:
+            error, ratio = row['errors'].get(name), row.get('ratios', {}).get(name)
+            cells.append('' if error is None else f'× {ratio:.2f}' if ratio is not None else
+                         f'{error:.1e}' if math.isfinite(error) else 'not finite')
+        lines.append([f'{row["weights"]} weights, {row["images"]}' * (row['path'] == 'published'), row['path'], *cells])
+    heading = f'## {rows[0]["model"]}, {rows[0]["precision"]}'
+    return f'{heading}\n\n{markdown_table(["", "path", *MEASURES], lines)}\n'
+
+
+def as_text(record: dict) -> str:
+    """The whole record in Markdown."""
+    machine = ', '.join(f'{name} {value}' for name, value in record['machine'].items() if value is not None)
+    photographs = '' if record['options']['data'] else ' There are no photographs: no --data was given.'
+    head = (f'# Errors against float64\n\nWritten by `{record["command"]}`; {machine}.\n\n'
+            'Relative L2 distances of outputs and gradients from those of the published formulation in float64. Of '
+            "`published` the error itself, of our paths how many times the published one's it is." + photographs
+            + f'\n\n## The largest ratios\n\n{as_summary(record["rows"])}\n')
+    tables = itertools.groupby(record['rows'], key=lambda row: (row['model'], row['precision']))
+    return '\n'.join([head, *(as_table(list(rows)) for _, rows in tables)])
+
+
+def main() -> None:
+    args = options.parse_options(options.create_parser('Measure the errors of all paths.', (fidelity_options,)))
+    if Path(args.name).name != args.name:
+        raise UserError(f'--name {args.name}: give a name without a folder; the folder is --output')
+    check_folder(Path(args.output), '--output')
+    logging.disable(logging.INFO)  # the bar and the tables are enough
+    world, _ = start(options.parse_options(options.create_parser('', (options.device_options,)),
+                                           ['--device', args.device, '--seed', str(args.seed)]), alone=True)
+    precisions = {name: Precision(world.device, enabled=name != 'fp32', dtype_name=PRECISIONS[name])
+                  for name in args.precision}
+    images = {kind: batch.to(world.device) for kind, batch in make_images(args).items()}
+    rows = []
+    cases = list(itertools.product(args.models, args.weights))
+    with progress_bar(total=len(cases) * len(images), unit='batch') as bar:
+        for model, weights in cases:
+            torch.compiler.reset()
+            models = make_models(model, weights, args, world.device)
+            for kind, batch in images.items():
+                bar.set_description(f'{model}, {weights} weights, {kind}')
+                rows += [{'model': model, 'weights': weights, 'images': kind, **row}
+                         for row in measure(models, batch, precisions)]
+                bar.update()
+    # Stable, so that within a table the order stays.
+    rows.sort(key=lambda row: (args.models.index(row['model']), args.precision.index(row['precision'])))
+    add_ratios(rows)
+    record = {'command': shlex.join(['python', '-m', 'benchmarks.fidelity', *sys.argv[1:]]),
+              'machine': describe_machine(world.device), 'options': args.as_dict(), 'rows': rows}
+    print(as_summary(rows))
+    print(*write_record(Path(args.output), args.name, record, as_text(record)), sep='\n')
+
+
+if __name__ == '__main__':
+    run_script(main)
