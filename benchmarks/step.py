@@ -47,6 +47,7 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from benchmarks.published import PublishedStep, published_model, published_optimizer  # noqa: E402
 from benchmarks.records import describe_machine, markdown_table, write_record  # noqa: E402
+from engine.compile import compile_model  # noqa: E402
 from engine.loss import create_loss  # noqa: E402
 from engine.optimizer import create_optimizer, param_groups  # noqa: E402
 from engine.run import create_state  # noqa: E402
@@ -94,6 +95,8 @@ def step_options(parser) -> None:
     add('--models', nargs='+', default=['t2t_vit_14'], metavar='MODEL', help='T2T-ViTs, by name; a table for each')
     add('--contenders', nargs='+', default=list(CONTENDERS), choices=CONTENDERS,
         help='formulations of these models; of peers there are those of `default` and `compiled`')
+    add('--compile', default='model', choices=['blocks', 'model', 'graphs', 'autotune'],
+        help='what `compiled` is (see train.py)')
     add('--peers', nargs='+', default=list(PEERS), type=peer, metavar='MODEL[@SIZE]',
         help="models of timm beside them, at --img-size or at SIZE; 'none' for none")
     add('--task', default='both', choices=[*TASKS, 'both'], help='train, inference or both')
@@ -178,11 +181,6 @@ def list_contenders(model: str, args) -> list[Contender]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps
 
-def compiled(model: nn.Module) -> nn.Module:
-    """The model as `--compile` has it; of one image size, that another contender's size does not make it general."""
-    return torch.compile(model, dynamic=False)
-
-
 def make_batch(contender: Contender, args, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Images [B, 3, H, W] of normalised random pixels, and soft targets [B, NUM_CLASSES] as Mixup makes them."""
     generator = torch.Generator().manual_seed(args.seed)
@@ -195,13 +193,15 @@ def make_batch(contender: Contender, args, device: torch.device) -> tuple[torch.
             mixup_target(labels, NUM_CLASSES, lam=0.7, smoothing=0.1).to(device))
 
 
-def start_training(contender: Contender, args, training_args, precision: Precision, world: World) -> Running:
-    """A contender whose step is one of training, from fresh weights."""
+def start_training(contender: Contender, args, training_args, precision: Precision, world: World, *,
+                   wrap: Callable[[nn.Module], nn.Module] = lambda model: model) -> Running:
+    """A contender whose step is one of training, from fresh weights; its model is called as `wrap` returns it."""
     model = _create_model(contender, training_args)
     make_optimizer = published_optimizer if contender.is_published else _default_optimizer
     state = create_state(training_args, model, make_optimizer(model, training_args), precision, [], world)
+    compile_model(state.model, args.compile if contender.is_compiled else '')
     step = (PublishedStep if contender.is_published else TrainingStep)(
-        state, compiled(state.model) if contender.is_compiled else state.model, prepare=lambda *batch: batch,
+        state, wrap(state.model), prepare=lambda *batch: batch,
         loss=create_loss(training_args, soft_targets=True), precision=precision, args=training_args)
     state.model.train()
     batches, count = itertools.repeat(make_batch(contender, args, world.device)), itertools.count(1)
@@ -237,13 +237,13 @@ def start_inference(contender: Contender, args, training_args, precision: Precis
     """A contender whose step is the forward pass of an evaluation."""
     model = _create_model(contender, training_args).eval()
     model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
-    call = compiled(model) if contender.is_compiled else model
+    compile_model(model, args.compile if contender.is_compiled else '', frozen=True)
     images, _ = make_batch(contender, args, world.device)
 
     @torch.no_grad()
     def take_step() -> torch.Tensor:
         with precision.autocast():
-            logits = call(images)
+            logits = model(images)
         return logits.float()
 
     return Running(take_step, lambda: _tensors(model), lambda: bool(take_step().isfinite().all()), model)
