@@ -12,7 +12,8 @@ from utils.errors import run_script
 
 GROUPS = (options.data_options, options.training_data_options, options.model_options, options.input_options,
           options.optimizer_options, options.schedule_options, options.augmentation_options,
-          options.batch_norm_options, options.ema_options, options.device_options, options.run_options)
+          options.batch_norm_options, options.ema_options, options.device_options, options.compile_options,
+          options.run_options)
 GONE = {'--eval-checkpoint': 'evaluation is: python validate.py DIR --model MODEL --eval-checkpoint PATH'}
 
 

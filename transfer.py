@@ -13,7 +13,8 @@ from utils.errors import UserError, run_script
 
 GROUPS = (options.data_options, options.training_data_options, options.model_options, options.input_options,
           options.optimizer_options, options.schedule_options, options.augmentation_options,
-          options.batch_norm_options, options.ema_options, options.device_options, options.run_options)
+          options.batch_norm_options, options.ema_options, options.device_options, options.compile_options,
+          options.run_options)
 
 # The published transfer recipe: SGD with plain momentum (timm's 'sgd' is Nesterov's), a cosine without warm-up, padded
 # crops and flips, plain cross-entropy.

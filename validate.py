@@ -14,7 +14,7 @@ from utils import options
 from utils.errors import run_script
 
 GROUPS = (options.data_options, options.model_options, options.trained_model_options, options.input_options,
-          options.device_options)
+          options.device_options, options.compile_options)
 DEFAULTS = {**options.TRAINED_MODEL, 'log_interval': 10}
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ def main():
     import torch
 
     from data.pipeline import create_eval_loader, open_evaluation_data, resolve_input
+    from engine.compile import compile_model
     from engine.evaluate import evaluate
     from models import open_trained_model
     from utils.distributed import leave
@@ -54,6 +55,7 @@ def main():
 
     # --- Evaluation ---------------------------------------------------------------------------------------------------
     loader, prepare = create_eval_loader(args, dataset, image, world)
+    compile_model(model, args.compile, frozen=True)
     result = evaluate(model, loader, prepare, precision=precision, log_interval=args.log_interval)
 
     # --- Results ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Evaluation: one function for train.py (weights and their average), validate.py and transfer.py."""
+import contextlib
 import logging
 import time
 from dataclasses import asdict, dataclass
@@ -89,7 +90,9 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
     bar = progress_bar(total=len(loader), desc=name)
     for index, (images, targets) in enumerate(loader):
         images, targets = prepare(images, targets)
-        with precision.autocast():
+        # What is compiled is compiled for the first batch: the last one may be smaller, and not worth compiling anew.
+        stance = torch.compiler.set_stance('eager_on_recompile') if index else contextlib.nullcontext()
+        with stance, precision.autocast():
             logits = model(images)
         batch = _batch_sums(logits.float(), targets)
         sums[:4] += batch

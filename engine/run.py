@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint import CheckpointWriter, RunLock, resolve_run
+from engine.compile import compile_model
 from engine.ema import ModelEma
 from engine.loop import Trainer, wrap_model
 from engine.loss import create_loss
@@ -70,6 +71,7 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
     went_on = was_restarted() and checkpoint and content['args'].get('start_epoch') == args.start_epoch
     if args.start_epoch is not None and not went_on:
         state.start_at(args.start_epoch, steps_per_epoch)
+    compile_model(state.model, args.compile)
     trainer = Trainer(state, wrap_model(state.model, world), batches, loss=loss, schedule=schedule,
                       num_epochs=num_epochs, precision=precision, args=args, folder=folder)
     # From here on the folder is this run's, and a signal has the state saved first.

@@ -60,6 +60,7 @@ class TrainingStep:
         """Takes the step; returns the images of its last batch as the model saw them, [B, C, H, W]."""
         state, args = self._state, self._args
         note_progress(state.global_step)
+        torch.compiler.cudagraph_mark_step_begin()
         before = [buffer.clone() for buffer in self._statistics]
         images, sums = self._compute_gradient(batches)
         fault_point('step')

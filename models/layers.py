@@ -1,6 +1,6 @@
 """Parts of the T2T-ViT backbone: sinusoid table, multi-head attention, transformer block.
 
-The MLP and stochastic depth are timm's (`timm.layers.Mlp`, `timm.layers.DropPath`).
+The MLP is timm's (`timm.layers.Mlp`).
 
 Dimensions: B images, N tokens, C channels, h heads, d = C / h channels of a head.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, register_notrace_function
+from timm.layers import Mlp, register_notrace_function
 from torch import nn
 
 HAS_MATRIX_UNITS = torch.cpu._is_amx_tile_supported()  # of this machine's CPU
@@ -84,6 +84,31 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=2)  # each [B, N, C]
         x = attend(q, k, v, self.num_heads, self.attn_drop_rate if self.training else 0.)
         return self.proj_drop(self.proj(x))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, a residual branch is dropped for some images, and scaled up for the others.
+
+    timm's, but for how it draws: torch.compile makes one graph of this for blocks of different rates.
+
+    Args:
+        drop_prob: probability of dropping, below 1.
+    """
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [B, N, C] to [B, N, C]."""
+        if not self.training:
+            return x
+        keep = 1. - self.drop_prob
+        kept = torch.rand([x.shape[0], 1, 1], device=x.device) < keep  # [B, 1, 1]
+        return x * (kept / keep).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f'drop_prob={self.drop_prob:.3f}'
 
 
 class Block(nn.Module):

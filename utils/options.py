@@ -556,6 +556,13 @@ def device_options(parser):
     add('--log-interval', type=positive_int, default=50, metavar='N', help='steps between log lines')
 
 
+def compile_options(parser):
+    add = parser.add_argument_group('Compilation').add_argument
+    add('--compile', default='', choices=['', 'blocks', 'model', 'graphs', 'autotune'],
+        help='torch.compile: blocks (one at a time: ready in half a minute), model (as a whole: minutes, and faster), '
+             'graphs (and launched as CUDA graphs), autotune (and kernels tried out); results differ by rounding')
+
+
 def run_options(parser):
     add = parser.add_argument_group('Run, checkpoints, resume').add_argument
     add('--output', default='./output', metavar='DIR', help='runs go to DIR/train/EXPERIMENT')

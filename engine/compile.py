@@ -1,0 +1,52 @@
+"""torch.compile for training and evaluation, in place: the model, its keys and its copies stay what they are."""
+import torch
+from torch import nn
+
+from utils.errors import UserError
+
+# By names of timm, the children of a model that repeat one piece of code, which is compiled once for all of them.
+REPEATED = ('blocks', 'stages', 'layers')
+MODES = {'model': None, 'graphs': 'reduce-overhead', 'autotune': 'max-autotune-no-cudagraphs'}
+
+
+def compile_model(model: nn.Module, how: str, *, frozen: bool = False) -> None:
+    """Has `model`, when it is called, run as torch.compile makes it; inside DDP too, which then still overlaps.
+
+    DDP's all-reduce begins as soon as the gradients of a bucket are there: between the blocks, or, of a whole model,
+    between the graphs into which torch.compile cuts it at the borders of the buckets.
+
+    Args:
+        how: '' for not at all; 'blocks', one block at a time: half a minute; 'model' as a whole, which fuses more and
+            takes minutes; 'graphs', as a whole, and launched as CUDA graphs; 'autotune', as a whole, with kernels that
+            are tried out first.
+        frozen: the weights will not change any more, and are folded into the graph of a whole model.
+    Raises:
+        UserError: no C++ compiler, or a model without blocks.
+    """
+    if not how:
+        return
+    _check_compiler()
+    if how == 'blocks':
+        for block in _blocks(model):
+            block.compile()
+    else:
+        options = torch._inductor.list_mode_options(MODES[how]) if MODES[how] else {}
+        # One graph for one size of images: models of several sizes in one process each have their own.
+        model.compile(dynamic=False, options={**options, **({'freezing': True} if frozen else {})})
+
+
+def _check_compiler() -> None:
+    from torch._inductor import cpp_builder, exc
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        raise UserError('--compile needs a C++ compiler, such as g++; install one, or leave --compile out') from None
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model, and what comes before them where that is a tokens-to-token module."""
+    repeated = [child for name in REPEATED for child in getattr(model, name, ())]
+    if not repeated:
+        raise UserError(f'--compile blocks: {type(model).__name__} has no blocks; say --compile model')
+    tokens = getattr(model, 'tokens_to_token', None)
+    return repeated if tokens is None else [tokens, *repeated]
