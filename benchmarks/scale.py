@@ -85,7 +85,9 @@ def scale_options(parser) -> None:
     add('--parts', nargs='+', default=list(PARTS), choices=PARTS, help='see above')
     add('--models', nargs='+', default=['t2t_vit_14', 't2t_vit_t_14'], metavar='MODEL', help='T2T-ViTs, by name')
     add('--contenders', nargs='+', default=['published', 'default'], choices=CONTENDERS,
-        help='formulations of them in the parts size and batch')
+        help='formulations of them in the parts size and batch; with compiled, part overhead is of compiled models')
+    add('--compile', default='model', choices=['blocks', 'model', 'graphs', 'autotune'],
+        help='what `compiled` is (see train.py)')
     add('--task', default='train', choices=[*TASKS, 'both'], help='of the parts size, batch and tokens')
     add('--precision', default='fp32', choices=list(PRECISIONS), help='of all parts')
     add('--img-sizes', nargs='+', type=options.image_size, default=[224, 280, 336, 392, 448], metavar='N',
@@ -245,10 +247,11 @@ def at_largest_batch(args):
 def measure_overhead(args, training_args, world: World) -> dict:
     """The part overhead: per cent that DDP adds to a step, with its interval, and the rows of benchmarks/step.py."""
     here, model = at_largest_batch(args), args.models[0]
-    contenders = [Contender(label, model, args.img_size) for label in ('no DDP', 'DDP')]
+    is_compiled = 'compiled' in args.contenders
+    contenders = [Contender(label, model, args.img_size, is_compiled=is_compiled) for label in ('no DDP', 'DDP')]
     with group_of_one(world.device):
         measure(contenders, start_ddp, here, training_args, args.precision, world, f'{model}, DDP')
-    found = {'model': model, 'batch_size': here.batch_size, 'img_size': args.img_size,
+    found = {'model': model + ', compiled' * is_compiled, 'batch_size': here.batch_size, 'img_size': args.img_size,
              'rows': [contender.row(here.batch_size) for contender in contenders]}
     without, with_ddp = (contender.milliseconds for contender in contenders)
     if without and with_ddp:
@@ -464,7 +467,7 @@ def draw(record: dict, path: Path) -> None:
 def main() -> None:
     parser = options.create_parser('Measure what T2T-ViT costs as images, batches and ranks grow.', (scale_options,))
     args = options.parse_options(parser)
-    args = args.replacing(channels_last=False, peers=[], seconds=None)  # which benchmarks/step.py asks for
+    args = args.replacing(channels_last=False, peers=[], seconds=None, profile=0)  # which benchmarks/step.py asks for
     for name in args.models:
         resolve_name(name)
     if Path(args.name).name != args.name:

@@ -14,7 +14,7 @@ Peak memory is what a contender holds (weights; in training their average and th
 that a step allocates beside it: on a GPU by the allocator's account, with the private pools of CUDA graphs; on a CPU by
 the allocations and releases that torch.profiler records. Kernels of a step are counted by the profiler: on a GPU what
 ran there, with copies and fills, and in brackets the launches from the host; on a CPU the innermost operators that
-compute something, and compiled kernels.
+compute something, and compiled kernels. --profile lists those that a step spends most time in.
 
 NAME.json, the record with the time of every window, and NAME.md, the tables, go to --output.
 """
@@ -27,7 +27,7 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +70,7 @@ PRECISIONS = {'fp32': 'auto', 'bf16': 'bfloat16', 'fp16': 'float16'}
 TASKS = {'train': 'training', 'inference': 'inference'}
 NUM_CLASSES = 1000
 LEAST_ROUNDS = 3
+NAME_SHOWN = 100  # letters of a kernel's name
 STEPS_PROFILED = 2  # the published step keeps the gradients of one step during the next
 # Operators that compute nothing: views, and memory that nothing is written to.
 NOT_COMPUTING = {'alias', 'as_strided', 'chunk', 'detach', 'detach_', 'empty', 'empty_like', 'empty_strided', 'expand',
@@ -112,6 +113,7 @@ def step_options(parser) -> None:
     add('--window', type=options.rate, default=0.2, metavar='S', help='seconds of a window, which has a step at least')
     add('--warmup', type=options.positive_int, default=3, metavar='N', help='steps before anything is measured')
     add('--seed', type=options.seed, default=42, metavar='S', help='of weights, images and the order of a round')
+    add('--profile', type=options.count, default=0, metavar='N', help='list the N longest kernels of each contender')
     add = parser.add_argument_group('Record').add_argument
     add('--output', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder of the record and the tables')
     add('--name', default='step', metavar='NAME', help='of both files')
@@ -288,10 +290,12 @@ def warm_up(contender: Contender, start_contender, args, training_args, precisio
     held = sum(tensor.numel() * tensor.element_size() for tensor in running.held())
     running.model.zero_grad(set_to_none=True)  # what is there now would be counted, or not, with its release
     kernels, launches, allocated = (_profile_on_gpu if device.type == 'cuda' else _profile_on_cpu)(running.step, device)
+    count = sum(calls for _, calls, _ in kernels)
     contender.measured = {
-        'peak_bytes': held + allocated + _graph_pools(device) - pools, 'held_bytes': held, 'kernels': kernels,
+        'peak_bytes': held + allocated + _graph_pools(device) - pools, 'held_bytes': held, 'kernels': count,
         'launches': launches, 'warm_up_seconds': seconds,
-        'parameters': sum(parameter.numel() for parameter in running.model.parameters())}
+        'parameters': sum(parameter.numel() for parameter in running.model.parameters()),
+        **({'longest': kernels[:args.profile]} if args.profile else {})}
 
 
 def _graph_pools(device: torch.device) -> int:
@@ -302,8 +306,8 @@ def _graph_pools(device: torch.device) -> int:
                if tuple(segment.get('segment_pool_id', (0, 0))) != (0, 0))
 
 
-def _profile_on_gpu(step: Callable[[], object], device: torch.device) -> tuple[int, int, int]:
-    """Kernels of one step, launches from the host, and the bytes that are allocated at most."""
+def _profile_on_gpu(step: Callable[[], object], device: torch.device) -> tuple[list, int, int]:
+    """Kernels of one step (see `_by_name`), launches from the host, and the bytes that are allocated at most."""
     synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -315,20 +319,21 @@ def _profile_on_gpu(step: Callable[[], object], device: torch.device) -> tuple[i
         step()
         synchronize(device)
     events = _events(profiler)
-    kernels = sum(event.device_type() == DeviceType.CUDA and not event.is_user_annotation() for event in events)
+    kernels = _by_name(((event.name(), event.end_ns() - event.start_ns()) for event in events
+                        if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()), steps=1)
     launches = sum(event.device_type() == DeviceType.CPU and event.name().startswith(LAUNCHES) for event in events)
     return kernels, launches, allocated
 
 
-def _profile_on_cpu(step: Callable[[], object], device: torch.device) -> tuple[int, None, int]:
-    """Computing operators of one step, None, and the bytes that are allocated at most."""
+def _profile_on_cpu(step: Callable[[], object], device: torch.device) -> tuple[list, None, int]:
+    """Computing operators of one step (see `_by_name`), None, and the bytes that are allocated at most."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(STEPS_PROFILED):
             step()
     events = _events(profiler)
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == '[memory]')
     allocated = max(itertools.accumulate((size for _, size in changes), initial=0))
-    return _count_operators(events) // STEPS_PROFILED, None, allocated
+    return _by_name(_operators(events), STEPS_PROFILED), None, allocated
 
 
 def _events(profiler: profile) -> list:
@@ -336,13 +341,22 @@ def _events(profiler: profile) -> list:
     return profiler.profiler.kineto_results.events()
 
 
-def _count_operators(events: list) -> int:
-    """Operators that compute something and call no other such operator."""
-    spans = sorted((event.start_thread_id(), event.start_ns(), -event.end_ns()) for event in events
+def _operators(events: list) -> list[tuple[str, int]]:
+    """Name and nanoseconds of each operator that computes something and calls no other such operator."""
+    spans = sorted((event.start_thread_id(), event.start_ns(), -event.end_ns(), event.name()) for event in events
                    if _computes(event.name()))
-    calls_next = sum(thread == next_thread and next_start < -negative_end for (thread, _, negative_end), (
-        next_thread, next_start, _) in itertools.pairwise(spans))
-    return len(spans) - calls_next
+    return [(name, -negative_end - start) for (thread, start, negative_end, name), (next_thread, next_start, *_)
+            in itertools.pairwise([*spans, (None, 0, 0, '')]) if thread != next_thread or next_start >= -negative_end]
+
+
+def _by_name(events: Iterable[tuple[str, int]], steps: int) -> list[tuple[str, int, float]]:
+    """Name, calls and milliseconds of a step of what took so many nanoseconds each in `steps`, the longest first."""
+    found = {}
+    for name, nanoseconds in events:
+        calls, total = found.get(name, (0, 0))
+        found[name] = calls + 1, total + nanoseconds
+    return sorted(((name, calls // steps, total / steps / 1e6) for name, (calls, total) in found.items()),
+                  key=lambda row: -row[2])
 
 
 def _computes(event_name: str) -> bool:
@@ -428,7 +442,17 @@ def as_table(table: dict, device: torch.device) -> str:
     size = '{} × {}'.format(*table['img_size']) if isinstance(table['img_size'], tuple) else table['img_size']
     heading = (f'## {table["model"]}: {TASKS[table["task"]]}, {table["precision"]}, batch {table["batch_size"]}, '
                f'{size} pixels')
-    return '\n\n'.join([heading, markdown_table(header, lines), *remarks]) + '\n'
+    return '\n\n'.join([heading, markdown_table(header, lines), *remarks, *_longest(table)]) + '\n'
+
+
+def _longest(table: dict) -> list[str]:
+    """What each contender spends most time in, where that was asked for."""
+    texts = []
+    for row in (row for row in table['rows'] if 'longest' in row):
+        lines = [[f'`{name[:NAME_SHOWN]}`', str(calls), f'{milliseconds:.3f}']
+                 for name, calls, milliseconds in row['longest']]
+        texts += [f'### {row["contender"]}', markdown_table(['longest', 'calls per step', 'ms per step'], lines)]
+    return texts
 
 
 def as_text(record: dict, device: torch.device) -> str:

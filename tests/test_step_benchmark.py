@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.step import _count_operators, _events, _profile_on_cpu, make_batch
+from benchmarks.step import _by_name, _events, _operators, _profile_on_cpu, make_batch
 from tests.conftest import run_script, succeeded
 
-ROUNDS, BATCH = 2, 2
+ROUNDS, BATCH, PROFILED = 2, 2, 4
 QUICK = ('--models', 't2t_vit_7', '--img-size', '32', '-b', BATCH, '--repeats', ROUNDS, '--window', '0.01',
          '--warmup', '1', '--device', 'cpu', '--precision', 'fp32')
 
@@ -25,7 +25,7 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp('step')
     out = succeeded(run_script(
         'benchmarks/step.py', *QUICK, '--contenders', 'published', 'default', '--peers', 'vit_tiny_patch16_224@8',
-        '--output', folder / 'results', '--name', 'quick', cwd=folder))
+        '--profile', PROFILED, '--output', folder / 'results', '--name', 'quick', cwd=folder))
     assert sorted(path.name for path in (folder / 'results').iterdir()) == ['quick.json', 'quick.md']
     record = json.loads((folder / 'results/quick.json').read_text())
     return SimpleNamespace(out=out, record=record, text=(folder / 'results/quick.md').read_text())
@@ -52,6 +52,9 @@ def test_figures_agree(measured):
         low, high = row['milliseconds']['quartiles']
         assert min(times) <= low <= row['milliseconds']['median'] <= high <= max(times)
         assert row['images_per_second'] == pytest.approx(1000 * BATCH / np.median(times))
+        times = [milliseconds for _, _, milliseconds in row['longest']]
+        assert times == sorted(times, reverse=True) and len(times) == PROFILED
+        assert 0.2 * row['milliseconds']['median'] < sum(times) < 5 * row['milliseconds']['median']
         assert row['is_finite'] and row['kernels'] > 100 and row['launches'] is None
         assert row['peak_bytes'] > row['held_bytes']
     weights = 4 * rows['inference', 'default']['parameters']
@@ -71,6 +74,9 @@ def test_tables_say_what_the_record_says(measured):
     for section, heading, table in zip(sections[1:], headings, measured.record['tables'], strict=True):
         assert section.splitlines()[0] == heading
         assert section.strip() in measured.out
+        section, *profiles = section.split('### ')
+        assert [profile.splitlines()[0] for profile in profiles] == ['published', 'default']
+        assert all(profile.count('\n| `') == PROFILED for profile in profiles)
         lines = [[cell.strip() for cell in line.strip('| ').split(' | ')] for line in section.splitlines()
                  if line.startswith('|')][2:]
         published = table['rows'][0]
@@ -133,11 +139,15 @@ def test_operators_that_compute_are_counted_once():
     def counted(compute):
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             compute()
-        return _count_operators(_events(profiler))
+        return len(_operators(_events(profiler)))
 
     assert counted(lambda: x.t().unsqueeze(0).expand(3, -1, -1).detach()[0]) == 0
     assert counted(lambda: torch.nn.functional.linear(x, weight)) == 1
     assert counted(lambda: torch.nn.functional.layer_norm(x, (6,)).softmax(-1) + 1) == 3
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        _ = x @ x.t() @ x @ x.t(), x + 1, x + 2, x + 3, x + 4
+    names = {name: (calls, time) for name, calls, time in _by_name(_operators(_events(profiler)), steps=2)}
+    assert names['aten::add'][0] == 2 and names['aten::add'][1] > 0 and names['aten::mm'][0] == 1
     assert counted(lambda: torch._foreach_add([x, x, x], 1.)) == 3
 
 
