@@ -2,7 +2,7 @@
 
     python -m benchmarks.fidelity --data ../shared/data/imagenet_sample                 # 10 minutes on two cores
     python -m benchmarks.fidelity --models t2t_vit_7 --weights golden --img-size 64     # seconds, random images alone
-    python -m benchmarks.fidelity --precision bf16 fp16 --compile --images 16 --data …  # on a GPU
+    python -m benchmarks.fidelity --precision fp32 bf16 fp16 --compile model --images 16 --data …  # GPU
 
 What is right is the published formulation in float64, with the same weights, on the same images. The error of a path
 is the relative L2 distance from that: of the logits of all images and of the image where it is worst; of what comes
@@ -10,16 +10,18 @@ out of the tokens-to-token module's two layers and its projection, where the pat
 cross-entropy, over all parameters and over those of a part. Models are in evaluation mode: dropout is no error.
 
 Weights are the golden ones (see golden_state) and initial ones. Images are standard normal numbers; the photographs of
---data, evenly spread; either of them with a white left half, as of a margin; and images of a single value, every other
-one with noise of one level of its 256: a LayerNorm over patches of so little contrast shows what was lost before it.
+--data, evenly spread; these (or else those) with a left half that is white, or that has one value in all channels, as
+white has where --mean and --std are one number; and images of a single value, in every other one of which a few pixels
+are one level of 256 brighter: a LayerNorm over patches without contrast shows what was lost before it.
 
 NAME.json, the record with every error, and NAME.md, the tables, go to --output.
 """
+import copy
 import itertools
 import logging
 import math
-import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,12 +34,13 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # n
 from torch import nn  # noqa: E402
 
 from benchmarks.published import PUBLISHED, golden_state, published_model  # noqa: E402
-from benchmarks.records import describe_machine, markdown_table, write_record  # noqa: E402
-from benchmarks.step import PRECISIONS, compiled  # noqa: E402
+from benchmarks.records import describe_command, describe_machine, markdown_table, write_record  # noqa: E402
+from benchmarks.step import PRECISIONS  # noqa: E402
 from data.base import spread  # noqa: E402
 from data.batch import BatchPreparer  # noqa: E402
 from data.folders import ImageFiles  # noqa: E402
 from data.transforms import create_eval_transform  # noqa: E402
+from engine.compile import compile_model  # noqa: E402
 from models import create_model  # noqa: E402
 from utils import options  # noqa: E402
 from utils.errors import UserError, run_script  # noqa: E402
@@ -57,7 +60,6 @@ def fidelity_options(parser) -> None:
         help='published T2T-ViTs, by name')
     add('--precision', nargs='+', default=['fp32', 'bf16'], choices=list(PRECISIONS), help='a table for each')
     add('--weights', nargs='+', default=list(WEIGHTS), choices=WEIGHTS, help='where they come from')
-    add('--compile', action=options.FLAG, default=False, help='our path compiled as well, which takes minutes')
     add('--data', metavar='DIR', help='folder with photographs, at any depth (default: random images alone)')
     add('--images', type=options.number(int, low=2), default=4, metavar='N', help='images of a kind, in one batch')
     add('--img-size', type=options.image_size, default=224, metavar='N', help='input size in pixels, or HxW')
@@ -84,11 +86,12 @@ def make_images(args) -> dict[str, torch.Tensor]:
         kinds['photographs'] = _read_photographs(args.data, args.images, size)
     below = kinds.get('photographs', kinds['random'])
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    kinds['white margin'] = below.clone()
-    kinds['white margin'][..., :size[1] // 2] = (1 - mean) / std
+    for kind, value in (('white margin', (1 - mean) / std), ('single-value margin', 1)):
+        kinds[kind] = below.clone()
+        kinds[kind][..., :size[1] // 2] = value
     kinds['single value'] = torch.linspace(-2, 2.5, args.images)[:, None, None, None].repeat(1, 3, *size)
-    noise = _float32(generator.randint(-1, 2, (args.images, 3, *size))) / 255 / std
-    kinds['single value'][1::2] += noise[1::2]
+    noise = generator.standard_normal((args.images, 3, *size)) > 2  # about three values of a patch
+    kinds['single value'][1::2] += (_float32(noise) / 255 / std)[1::2]
     return kinds
 
 
@@ -118,25 +121,28 @@ def make_models(name: str, weights: str, args, device: torch.device, **kwargs) -
             model.load_state_dict(golden_state(model))
         models[path] = (model.double() if path == 'float64' else model).to(device)
     if args.compile:
-        models['compiled'] = compiled(models['default'])
+        models['compiled'] = copy.deepcopy(models['default'])
+        compile_model(models['compiled'], args.compile)
     return models
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
 
-def compute(model: nn.Module, images: torch.Tensor, precision: Precision) -> dict[str, torch.Tensor]:
-    """All that is compared, in float64: logits [B, classes], and as vectors stages and gradients by their measures.
+def compute(model: nn.Module, images: torch.Tensor, precision: Precision, *,
+            stages: Sequence[str] = STAGES) -> dict[str, torch.Tensor]:
+    """All that is compared, in float64: logits [B, classes], and as vectors stages and gradients, by MEASURES.
 
-    A compiled model has no stages that could be seen.
+    Args:
+        stages: those to look at; in a compiled model that would change what is compiled.
     """
-    stages, raw = {}, getattr(model, '_orig_mod', model)
-    hooks = [raw.tokens_to_token.get_submodule(stage).register_forward_hook(
-        lambda _, __, output, stage=stage: stages.update({stage: output.detach().double().flatten()}))
-        for stage in STAGES if raw is model]
-    labels = (3 + 4 * torch.arange(len(images), device=images.device)) % raw.num_classes  # those of the golden data
+    seen = {}
+    hooks = [model.tokens_to_token.get_submodule(stage).register_forward_hook(
+        lambda _, __, output, stage=stage: seen.update({stage: output.detach().double().flatten()}))
+        for stage in stages]
+    labels = (3 + 4 * torch.arange(len(images), device=images.device)) % model.num_classes  # those of the golden data
     scale = LOSS_SCALE if precision.dtype is torch.float16 else 1
-    raw.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     with precision.autocast():
         logits = model(images)
         loss = F.cross_entropy(logits, labels)
@@ -145,10 +151,10 @@ def compute(model: nn.Module, images: torch.Tensor, precision: Precision) -> dic
         hook.remove()
 
     def gradient(part: str) -> torch.Tensor:
-        return torch.cat([parameter.grad.double().flatten() / scale for key, parameter in raw.named_parameters()
+        return torch.cat([parameter.grad.double().flatten() / scale for key, parameter in model.named_parameters()
                           if key.startswith(part)])
 
-    return {'logits': logits.detach().double(), **stages, 'gradient': gradient(''),
+    return {'logits': logits.detach().double(), **seen, 'gradient': gradient(''),
             **{f'gradient of {part}': gradient(f'{part}.') for part in PARTS}}
 
 
@@ -164,12 +170,15 @@ def _distance(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
 
 
-def measure(models: dict[str, nn.Module], images: torch.Tensor,
-            precisions: dict[str, Precision]) -> list[dict]:
+def measure(models: dict[str, nn.Module], images: torch.Tensor, precisions: dict[str, Precision]) -> list[dict]:
     """A row for each precision and path: {'precision', 'path', 'errors'}."""
     expected = compute(models['float64'], images.double(), Precision(images.device, enabled=False))
-    return [{'precision': name, 'path': path, 'errors': errors(compute(model, images, precision), expected)}
-            for name, precision in precisions.items() for path, model in models.items() if path != 'float64']
+    rows = []
+    for (name, precision), (path, model) in itertools.product(precisions.items(), models.items()):
+        if path != 'float64':
+            actual = compute(model, images, precision, stages=() if path == 'compiled' else STAGES)
+            rows.append({'precision': name, 'path': path, 'errors': errors(actual, expected)})
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,7 +242,8 @@ def as_text(record: dict) -> str:
 
 
 def main() -> None:
-    args = options.parse_options(options.create_parser('Measure the errors of all paths.', (fidelity_options,)))
+    parser = options.create_parser('Measure the errors of all paths.', (fidelity_options, options.compile_options))
+    args = options.parse_options(parser)
     if Path(args.name).name != args.name:
         raise UserError(f'--name {args.name}: give a name without a folder; the folder is --output')
     check_folder(Path(args.output), '--output')
@@ -257,8 +267,9 @@ def main() -> None:
     # Stable, so that within a table the order stays.
     rows.sort(key=lambda row: (args.models.index(row['model']), args.precision.index(row['precision'])))
     add_ratios(rows)
-    record = {'command': shlex.join(['python', '-m', 'benchmarks.fidelity', *sys.argv[1:]]),
-              'machine': describe_machine(world.device), 'options': args.as_dict(), 'rows': rows}
+    record = {'command': describe_command('fidelity', args.data),
+              'machine': describe_machine(world.device),
+              'options': args.replacing(data=args.data and 'DIR').as_dict(), 'rows': rows}
     print(as_summary(rows))
     print(*write_record(Path(args.output), args.name, record, as_text(record)), sep='\n')
 

@@ -1,6 +1,8 @@
 """What every measurement says of its machine, and how its record and its tables are written."""
 import json
 import platform
+import shlex
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +31,12 @@ def _processor() -> str:
         lines = []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe_command(module: str, data: str | None) -> str:
+    """The command that measures; its folder of images as DIR, for another machine has them elsewhere."""
+    words = [word.replace(data, 'DIR') if data else word for word in sys.argv[1:]]
+    return shlex.join(['python', '-m', f'benchmarks.{module}', *words])
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
