@@ -289,13 +289,13 @@ def warm_up(contender: Contender, start_contender, args, training_args, precisio
     contender.steps_per_window = max(1, round(1000 * args.window / time_window(contender, device)))
     held = sum(tensor.numel() * tensor.element_size() for tensor in running.held())
     running.model.zero_grad(set_to_none=True)  # what is there now would be counted, or not, with its release
-    kernels, launches, allocated = (_profile_on_gpu if device.type == 'cuda' else _profile_on_cpu)(running.step, device)
-    count = sum(calls for _, calls, _ in kernels)
+    profiled = (_profile_on_gpu if device.type == 'cuda' else _profile_on_cpu)(running.step, device)
+    kernels, launches, allocated, longest = profiled
     contender.measured = {
-        'peak_bytes': held + allocated + _graph_pools(device) - pools, 'held_bytes': held, 'kernels': count,
+        'peak_bytes': held + allocated + _graph_pools(device) - pools, 'held_bytes': held, 'kernels': kernels,
         'launches': launches, 'warm_up_seconds': seconds,
         'parameters': sum(parameter.numel() for parameter in running.model.parameters()),
-        **({'longest': kernels[:args.profile]} if args.profile else {})}
+        **({'longest': longest[:args.profile]} if args.profile else {})}
 
 
 def _graph_pools(device: torch.device) -> int:
@@ -306,8 +306,8 @@ def _graph_pools(device: torch.device) -> int:
                if tuple(segment.get('segment_pool_id', (0, 0))) != (0, 0))
 
 
-def _profile_on_gpu(step: Callable[[], object], device: torch.device) -> tuple[list, int, int]:
-    """Kernels of one step (see `_by_name`), launches from the host, and the bytes that are allocated at most."""
+def _profile_on_gpu(step: Callable[[], object], device: torch.device) -> tuple[int, int, int, list]:
+    """Kernels of one step, launches from the host, the bytes that are allocated at most, and kernels `_by_name`."""
     synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -319,21 +319,23 @@ def _profile_on_gpu(step: Callable[[], object], device: torch.device) -> tuple[l
         step()
         synchronize(device)
     events = _events(profiler)
-    kernels = _by_name(((event.name(), event.end_ns() - event.start_ns()) for event in events
-                        if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()), steps=1)
+    kernels = [(event.name(), event.end_ns() - event.start_ns()) for event in events
+               if event.device_type() == DeviceType.CUDA and not event.is_user_annotation()]
     launches = sum(event.device_type() == DeviceType.CPU and event.name().startswith(LAUNCHES) for event in events)
-    return kernels, launches, allocated
+    return len(kernels), launches, allocated, _by_name(kernels, steps=1)
 
 
-def _profile_on_cpu(step: Callable[[], object], device: torch.device) -> tuple[list, None, int]:
-    """Computing operators of one step (see `_by_name`), None, and the bytes that are allocated at most."""
+def _profile_on_cpu(step: Callable[[], object], device: torch.device) -> tuple[int, None, int, list]:
+    """Computing operators of one step, None, the bytes that are allocated at most, and operators `_by_name`."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(STEPS_PROFILED):
             step()
     events = _events(profiler)
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == '[memory]')
     allocated = max(itertools.accumulate((size for _, size in changes), initial=0))
-    return _by_name(_operators(events), STEPS_PROFILED), None, allocated
+    operators = _operators(events)
+    count = sum(is_innermost for *_, is_innermost in operators) // STEPS_PROFILED
+    return count, None, allocated, _by_name([row[:2] for row in operators], STEPS_PROFILED)
 
 
 def _events(profiler: profile) -> list:
@@ -341,12 +343,20 @@ def _events(profiler: profile) -> list:
     return profiler.profiler.kineto_results.events()
 
 
-def _operators(events: list) -> list[tuple[str, int]]:
-    """Name and nanoseconds of each operator that computes something and calls no other such operator."""
+def _operators(events: list) -> list[list]:
+    """Operators that compute: the name, the nanoseconds without those it calls, and whether there are none of these."""
     spans = sorted((event.start_thread_id(), event.start_ns(), -event.end_ns(), event.name()) for event in events
                    if _computes(event.name()))
-    return [(name, -negative_end - start) for (thread, start, negative_end, name), (next_thread, next_start, *_)
-            in itertools.pairwise([*spans, (None, 0, 0, '')]) if thread != next_thread or next_start >= -negative_end]
+    operators, callers = [], []
+    for thread, begin, negative_end, name in spans:
+        while callers and (callers[-1][0] != thread or callers[-1][1] <= begin):
+            callers.pop()
+        operators.append([name, -negative_end - begin, True])
+        if callers:
+            caller = callers[-1][2]
+            caller[1], caller[2] = caller[1] - operators[-1][1], False
+        callers.append((thread, -negative_end, operators[-1]))
+    return operators
 
 
 def _by_name(events: Iterable[tuple[str, int]], steps: int) -> list[tuple[str, int, float]]:
