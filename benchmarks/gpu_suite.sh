@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in less than nine minutes of one H200 or H100: tests, steps of all sizes side by side with
+# their profiles, 500 steps in float16, errors against float64, what DDP adds, and a table of targets and figures.
+#
+#     bash benchmarks/gpu_suite.sh                                  # from anywhere; needs no network
+#     PARTS='tests t14_train' COMPILE=graphs bash benchmarks/gpu_suite.sh
+#     DEVICE=cpu SMALL=1 bash benchmarks/gpu_suite.sh               # tiny, on any machine: two minutes, for proof
+#
+# Four files come of it: NAME.md (targets, parts, all tables), NAME.json (all records), NAME.log (all output) and
+# NAME-scale.png. They are what is committed: `git add benchmarks/results/DATE-DEVICE*`.
+#
+# The parts are in order of importance, each with its own limit; one that fails or is slow costs only itself, and none
+# begins when LIMIT is over. The exit code is 0 if and only if all that were asked for ended well.
+#
+# OUT      folder of the files (benchmarks/results)      NAME     of the files (DATE-DEVICE, as 2026-12-24-h200)
+# PARTS    which parts (all, in the order of their calls below)                LIMIT    seconds for all parts (510)
+# COMPILE  what `compiled` is (model; see train.py)       PYTHON   the interpreter (python3)
+set -uo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+OUT=$(realpath -m "${OUT:-$here/benchmarks/results}")
+cd "$here" || exit 1
+python=${PYTHON:-python3}
+device=${DEVICE:-cuda}
+limit=${LIMIT:-510}
+parts=${PARTS:-t14_train t14_inference float16 tests fidelity t_14 scale t7 batch_64 deeper pixels_384 peers compiled}
+if [ "$device" = cpu ]; then
+    name=cpu
+else
+    name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | grep -oE '[A-Z]+[0-9]+' | head -n 1) || true
+fi
+name=${NAME:-$(date +%F)-$(echo "${name:-gpu}" | tr '[:upper:]' '[:lower:]')}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$OUT" || exit 1
+log=$OUT/$name.log
+: > "$log"
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+
+# What is measured, and how long it may take at most.
+peer=vit_little_patch16_reg4_gap_256
+step=(benchmarks.step --device "$device" --output "$work" --repeats 12 --seconds 4 --warmup 5 --profile 25)
+scale=(benchmarks.scale --device "$device" --output "$work" --name scale)
+fidelity=(benchmarks.fidelity --device "$device" --output "$work" --weights golden)
+float16=(train.py --dataset digits --output "$work" --experiment fp16 --device "$device" --no-tensorboard
+         --checkpoint-hist 1 --warmup-epochs 2 --cooldown-epochs 0 --lr 5e-4 --log-interval 10)
+if [ -n "${SMALL:-}" ]; then
+    base=t2t_vit_7 token=t2t_vit_7 deep=t2t_vit_7 peer=resnet18
+    peers=resnet18 large=48
+    step+=(--batch-size 2 --img-size 32 --precision fp32 --repeats 3 --warmup 1 --window 0.01)
+    small_batch=1 compiled=(--contenders published default)
+    parts=${PARTS:-t14_train t14_inference float16 tests fidelity scale peers}
+    scale+=(--models $base --img-size 32 --img-sizes 32 48 --token-sizes 32 48 64 --batch-sizes 1 2 --window 0.01
+            --pairs 5)
+    fidelity+=(--models $base --precision fp32 --images 1 --img-size 32)
+    float16+=(--model $base --img-size 32 -b 256 -j 1 --epochs 2 --amp-dtype bfloat16)
+else
+    base=t2t_vit_14 token=t2t_vit_t_14 deep='t2t_vit_19 t2t_vit_24'
+    peers="deit_small_patch16_224 $peer@256 swin_tiny_patch4_window7_224 convnext_tiny resnet50" large=384
+    step+=(--batch-size 256 --precision bf16)
+    small_batch=64 compiled=(--compile "${COMPILE:-model}")
+    scale+=(--models $base --precision bf16 --parts tokens overhead batch --batch-sizes 16 64 128 256
+            --token-sizes 224 320 448 640 896 --window 0.1)
+    fidelity+=(--models t2t_vit_7 t2t_vit_t_14 --precision fp32 bf16 fp16 --images 4)
+    float16+=(--model $base --img-size 224 -b 64 -j "$(nproc)" --epochs 23 --amp-dtype float16)
+fi
+
+run() {  # run PART SECONDS COMMAND…: unless it was not asked for; what became of it goes to parts.tsv
+    local part=$1 seconds=$2 left=$((limit - SECONDS)) began=$SECONDS code=0
+    shift 2
+    case " $parts " in *" $part "*) ;; *) return 0 ;; esac
+    if [ "$left" -lt 10 ]; then
+        printf '%s\t0\tnot begun: no time was left\n' "$part" >> "$work/parts.tsv"
+        failed=1
+        return 0
+    fi
+    [ "$seconds" -le "$left" ] || seconds=$left
+    printf '\n=== %s, at %d s\n' "$part" "$SECONDS" | tee -a "$log"
+    timeout --kill-after=5 "$seconds" "$python" "$@" 2>&1 | tee -a "$log" || code=${PIPESTATUS[0]}
+    case $code in
+        0) outcome='well' ;;
+        124 | 137) outcome="cut off after $seconds s" ;;
+        *) outcome="with exit code $code" ;;
+    esac
+    [ "$code" -eq 0 ] || failed=1
+    printf '%s\t%d\t%s\n' "$part" "$((SECONDS - began))" "$outcome" >> "$work/parts.tsv"
+}
+
+failed=0
+run t14_train 150 -m "${step[@]}" --models $base --task train --peers $peer "${compiled[@]}" --name t14_train
+run t14_inference 90 -m "${step[@]}" --models $base --task inference --peers $peer "${compiled[@]}" --name t14_inference
+run float16 90 "${float16[@]}"
+run tests 60 -m pytest -m gpu -q -p no:cacheprovider tests/test_step.py
+run fidelity 60 -m "${fidelity[@]}" --name fidelity
+run t_14 90 -m "${step[@]}" --models $token --task train --peers none "${compiled[@]}" --name t_14
+run scale 80 -m "${scale[@]}"
+run t7 60 -m "${step[@]}" --models t2t_vit_7 --task train --peers none "${compiled[@]}" --name t7
+run batch_64 70 -m "${step[@]}" --models $base --task train --peers none "${compiled[@]}" \
+    --batch-size $small_batch --name batch_64
+# shellcheck disable=SC2086  # lists of words
+run deeper 90 -m "${step[@]}" --models $deep --task train --peers none "${compiled[@]}" --name deeper
+run pixels_384 70 -m "${step[@]}" --models $base --task train --peers none "${compiled[@]}" \
+    --img-size $large --name pixels_384
+# shellcheck disable=SC2086
+run peers 60 -m "${step[@]}" --models $base --peers $peers --contenders default --name peers
+run compiled 80 -m "${fidelity[@]}" --models t2t_vit_7 --compile blocks --name fidelity_compiled
+
+printf '\n=== Targets, after %d s\n' "$SECONDS" | tee -a "$log"
+[ ! -e "$work/scale.png" ] || cp "$work/scale.png" "$OUT/$name-scale.png"
+"$python" -m benchmarks.targets --records "$work" --output "$OUT" --name "$name" 2>&1 | tee -a "$log" || failed=1
+tee -a "$log" < "$work/parts.tsv"
+exit $failed

@@ -1,0 +1,212 @@
+"""Holds the figures that were measured against the targets, and makes one record of many.
+
+    python -m benchmarks.targets                                             # those in benchmarks/results
+    python -m benchmarks.targets --records DIR --output DIR --name gpu       # as benchmarks/gpu_suite.sh does
+
+--records is searched, at any depth, for the records of benchmarks/step.py, scale.py and fidelity.py, for the log of a
+training in float16 (fp16/metrics.jsonl) and for parts.tsv, both of gpu_suite.sh. NAME.md has a line for each target,
+then the tables of all records; NAME.json has the records by name. A target for another machine, as those for a GPU are
+on a CPU, has no line; of one that was not measured the line says so.
+"""
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.records import markdown_table, write_record  # noqa: E402
+from utils import options  # noqa: E402
+from utils.errors import UserError, run_script  # noqa: E402
+from utils.log import read_metrics  # noqa: E402
+
+PEER = 'vit_little_patch16_reg4_gap_256'
+ABSOLUTE = (('t2t_vit_14', 224, 'train', 9000, 10800), ('t2t_vit_14', 224, 'inference', 26000, 31000),
+            ('t2t_vit_7', 224, 'train', None, 39500), ('t2t_vit_19', 224, 'train', None, 6400),
+            ('t2t_vit_24', 224, 'train', None, 4100), ('t2t_vit_t_14', 224, 'train', None, 9000),
+            ('t2t_vit_14', 384, 'train', None, 3300))  # images/s of one H200 in bf16: target and stretch
+FP16_STEPS = 500
+
+
+def targets_options(parser) -> None:
+    add = parser.add_argument_group('Records').add_argument
+    add('--records', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder with the records')
+    add('--output', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder of the two files')
+    add('--name', default='targets', metavar='NAME', help='of both files')
+
+
+@dataclass
+class Figure:
+    """What a target asks for, what was found, None where nothing was measured, and whether that meets it."""
+    target: str
+    found: str | None = None
+    is_met: bool | None = None
+
+    def line(self) -> list[str]:
+        verdict = 'not measured' if self.found is None else {True: 'met', False: 'missed', None: '–'}[self.is_met]
+        return [self.target, self.found or '–', verdict]
+
+
+class Records:
+    """The records below a folder, by their names there."""
+
+    def __init__(self, folder: Path):
+        self.by_name, self.folder = {}, folder
+        for path in sorted(folder.rglob('*.json')):
+            try:
+                record = json.loads(path.read_text(encoding='utf-8'))
+            except (OSError, ValueError) as error:
+                raise UserError(f'--records: {path} is no JSON file ({error}); remove it') from None
+            if isinstance(record, dict) and 'machine' in record:
+                self.by_name[path.relative_to(folder).with_suffix('').as_posix()] = record
+        self.is_gpu = any('cuda' in record['machine'] for record in self.by_name.values())
+
+    def tables(self, model: str, task: str, img_size: int = 224, **wanted) -> list[dict[str, dict]]:
+        """The tables of benchmarks/step.py for a model: its rows by contender, without those that failed."""
+        return [{row['contender']: row for row in table['rows'] if 'error' not in row}
+                for record in self.by_name.values() for table in record.get('tables', ())
+                if (table['model'], table['task'], table['img_size']) == (model, task, img_size)
+                and all(table[key] == value for key, value in wanted.items())]
+
+    def parts(self, name: str) -> list[dict]:
+        """The parts of benchmarks/scale.py of that name."""
+        return [record[name] for record in self.by_name.values() if name in record]
+
+
+def fastest(table: dict[str, dict]) -> float | None:
+    """Images/s of the faster of our paths in a table."""
+    return max((table[name]['images_per_second'] for name in ('default', 'compiled') if name in table), default=None)
+
+
+def absolute(records: Records) -> list[Figure]:
+    figures = []
+    for model, size, task, target, stretch in ABSOLUTE:
+        speeds = [speed for table in records.tables(model, task, size, precision='bf16') if (speed := fastest(table))]
+        asked = f'{target:,} ({stretch:,} as a stretch)' if target else f'{stretch:,} (a stretch)'
+        figure = Figure(f'{model}, {size} pixels, {task}, bf16: {asked} img/s on an H200')
+        if speeds:
+            best = max(speeds)
+            figure.found = f'{best:,.0f} img/s' + ', the stretch too' * (best >= stretch and target is not None)
+            figure.is_met = best >= (target or stretch)
+        figures.append(figure)
+    return figures
+
+
+def against_yardstick(records: Records, model: str, task: str, factor: float, paths=('default', 'compiled'),
+                      **wanted) -> Figure:
+    """At least so many times as fast as the published code; of several tables, the worst counts."""
+    figure = Figure(f'{model}, {task}: {" or ".join(paths)} at least {factor} × published')
+    found = [max(table[path]['images_per_second'] for path in paths if path in table)
+             / table['published']['images_per_second'] for table in records.tables(model, task, **wanted)
+             if 'published' in table and table.keys() & set(paths)]
+    if found:
+        figure.found, figure.is_met = f'{min(found):.2f} ×', min(found) >= factor
+    return figure
+
+
+def against_peer(records: Records, task: str) -> list[Figure]:
+    figures = []
+    for ours, theirs in (('default', PEER), ('compiled', f'{PEER}, compiled')):
+        figure = Figure(f't2t_vit_14, {task}, {ours}: ahead of {theirs}')
+        quotients = [table[ours]['images_per_second'] / table[theirs]['images_per_second']
+                     for table in records.tables('t2t_vit_14', task) if table.keys() >= {ours, theirs}]
+        if quotients:
+            figure.found, figure.is_met = f'{min(quotients):.2f} ×', min(quotients) > 1
+        figures.append(figure)
+    return figures
+
+
+def memory(records: Records) -> Figure:
+    figure = Figure('t2t_vit_14, train: peak memory at most half of published')
+    shares = [min(table[name]['peak_bytes'] for name in ('default', 'compiled') if name in table)
+              / table['published']['peak_bytes'] for table in records.tables('t2t_vit_14', 'train')
+              if 'published' in table and len(table) > 1 and fastest(table)]
+    if shares:
+        figure.found, figure.is_met = f'{max(shares):.2f} of it', max(shares) <= 0.5
+    return figure
+
+
+def float16(folder: Path) -> Figure:
+    figure = Figure(f'float16: no NaN in {FP16_STEPS} steps')
+    logs = sorted(folder.rglob('fp16/metrics.jsonl'))
+    steps = [line for log in logs for line in read_metrics(log.parent) if line['kind'] == 'train']
+    if steps:
+        last = steps[-1]
+        is_finite = all(line['loss'] is not None for line in steps)
+        figure.found = (f'{last["global_step"]} steps, {last["skipped_steps"]} skipped, loss '
+                        f'{steps[0]["loss"]:.2f} → {last["loss"]:.2f}' if is_finite else 'a loss that is not finite')
+        # The scale of the loss is too large at first, and is halved in a step that is skipped.
+        figure.is_met = is_finite and last['global_step'] >= FP16_STEPS and last['skipped_steps'] < FP16_STEPS / 50
+    return figure
+
+
+def scaling(records: Records) -> list[Figure]:
+    overhead = Figure('DistributedDataParallel at one rank: less than 3 % of a step')
+    for found in records.parts('overhead'):
+        if 'percent' in found:
+            low, high = found['interval']
+            overhead.found = f'{found["percent"]:+.2f} % ({low:+.2f} … {high:+.2f})'
+            overhead.is_met = high < 3 or (False if low >= 3 else None)
+    linear = Figure('Performer: time ~ N^p with p at most 1.1')
+    for exponents in records.parts('exponents'):
+        if task := next((task for task in ('train', 'inference') if task in exponents), None):
+            powers = {name: found['time'] for name, found in exponents[task].items()}
+            linear.found = ', '.join(f'{name} {power:.2f}' for name, power in powers.items())
+            linear.is_met = powers['default performer'] <= 1.1
+    return [overhead, linear]
+
+
+def fidelity(records: Records) -> list[Figure]:
+    """The largest quotient of our error and the published code's, for each precision."""
+    found = {}
+    for row in (row for record in records.by_name.values() for row in record.get('rows', ()) if 'ratios' in row):
+        for name in ('logits', 'gradient'):
+            if name in row['ratios']:
+                found.setdefault(row['precision'], []).append(row['ratios'][name])
+    return [Figure(f'{precision}: error of logits and gradients at most that of published',
+                   f'{max(ratios):.2f} × at most, over {len(ratios)} cases', max(ratios) <= 1)
+            for precision, ratios in found.items()] or [Figure('errors of logits and gradients at most of published')]
+
+
+def judge(records: Records) -> list[Figure]:
+    """A figure for each target that holds for the machine of the records."""
+    if records.is_gpu:
+        return [*absolute(records), against_yardstick(records, 't2t_vit_14', 'train', 2.25, batch_size=256),
+                against_yardstick(records, 't2t_vit_t_14', 'train', 3), *against_peer(records, 'train'),
+                *against_peer(records, 'inference'), memory(records), float16(records.folder), *scaling(records),
+                *fidelity(records)]
+    variants = sorted({table['model'] for record in records.by_name.values() for table in record.get('tables', ())})
+    return [against_yardstick(records, 't2t_vit_14', 'inference', 1.25, paths=('default',)),
+            *(against_yardstick(records, model, task, 1, paths=('default',)) for model in variants
+              for task in ('train', 'inference')), *scaling(records), *fidelity(records)]
+
+
+def parts_table(folder: Path) -> str:
+    """What became of the parts of gpu_suite.sh."""
+    paths = sorted(folder.rglob('parts.tsv'))
+    rows = [line.split('\t') for path in paths for line in path.read_text(encoding='utf-8').splitlines()]
+    return '\n\n## Parts\n\n' + markdown_table(['part', 'seconds', 'ended'], rows) if rows else ''
+
+
+def main() -> None:
+    parser = options.create_parser('Hold what was measured against the targets.', (targets_options,))
+    args = options.parse_options(parser)
+    folder = Path(args.records)
+    if not folder.is_dir():
+        raise UserError(f'--records {folder}: no such folder; name one with records of benchmarks/')
+    if Path(args.name).name != args.name:
+        raise UserError(f'--name {args.name}: give a name without a folder; the folder is --output')
+    logging.disable(logging.INFO)
+    records = Records(folder)
+    table = markdown_table(['target', 'found', 'verdict'], [figure.line() for figure in judge(records)])
+    print(table)
+    texts = [path.read_text(encoding='utf-8') for name in records.by_name
+             if (path := folder / f'{name}.md').exists()] if folder.resolve() != Path(args.output).resolve() else []
+    text = '\n\n'.join([f'# Targets\n\n{table}{parts_table(folder)}', *texts])
+    print(*write_record(Path(args.output), args.name, {'records': records.by_name}, text + '\n'), sep='\n')
+
+
+if __name__ == '__main__':
+    run_script(main)
