@@ -6,15 +6,18 @@
 #     PARTS='tests t14_train' COMPILE=graphs bash benchmarks/gpu_suite.sh
 #     DEVICE=cpu SMALL=1 bash benchmarks/gpu_suite.sh               # tiny, on any machine: two minutes, for proof
 #
-# Four files come of it: NAME.md (targets, parts, all tables), NAME.json (all records), NAME.log (all output) and
+# Four files come of it in OUT: NAME.md (targets, parts, all tables), NAME.json (all records), NAME.log (all output) and
 # NAME-scale.png. They are what is committed: `git add benchmarks/results/DATE-DEVICE*`.
 #
 # The parts are in order of importance, each with its own limit; one that fails or is slow costs only itself, and none
 # begins when LIMIT is over. The exit code is 0 if and only if all that were asked for ended well.
 #
-# OUT      folder of the files (benchmarks/results)      NAME     of the files (DATE-DEVICE, as 2026-12-24-h200)
-# PARTS    which parts (all, in the order of their calls below)                LIMIT    seconds for all parts (510)
-# COMPILE  what `compiled` is (model; see train.py)       PYTHON   the interpreter (python3)
+# OUT      folder of the files (benchmarks/results)
+# NAME     of the files (DATE-DEVICE, as 2026-12-24-h200)
+# PARTS    which parts (all, in the order of their calls below)
+# LIMIT    seconds for all parts (510)
+# COMPILE  what `compiled` is (model; see train.py)
+# PYTHON   the interpreter (python3)
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 OUT=$(realpath -m "${OUT:-$here/benchmarks/results}")
@@ -29,9 +32,10 @@ else
     name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | grep -oE '[A-Z]+[0-9]+' | head -n 1) || true
 fi
 name=${NAME:-$(date +%F)-$(echo "${name:-gpu}" | tr '[:upper:]' '[:lower:]')}
-work=$(mktemp -d)
+work=output/$name  # no path that only this machine has, for commands stand in the records
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$OUT" || exit 1
+rm -rf "$work"
+mkdir -p "$OUT" "$work" || exit 1
 log=$OUT/$name.log
 : > "$log"
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -51,7 +55,7 @@ if [ -n "${SMALL:-}" ]; then
     parts=${PARTS:-t14_train t14_inference float16 tests fidelity scale peers}
     scale+=(--models $base --img-size 32 --img-sizes 32 48 --token-sizes 32 48 64 --batch-sizes 1 2 --window 0.01
             --pairs 5)
-    fidelity+=(--models $base --precision fp32 --images 1 --img-size 32)
+    fidelity+=(--models $base --precision fp32 --images 2 --img-size 32)
     float16+=(--model $base --img-size 32 -b 256 -j 1 --epochs 2 --amp-dtype bfloat16)
 else
     base=t2t_vit_14 token=t2t_vit_t_14 deep='t2t_vit_19 t2t_vit_24'
@@ -89,7 +93,8 @@ failed=0
 run t14_train 150 -m "${step[@]}" --models $base --task train --peers $peer "${compiled[@]}" --name t14_train
 run t14_inference 90 -m "${step[@]}" --models $base --task inference --peers $peer "${compiled[@]}" --name t14_inference
 run float16 90 "${float16[@]}"
-run tests 60 -m pytest -m gpu -q -p no:cacheprovider tests/test_step.py
+# shellcheck disable=SC2046  # a list of files
+run tests 60 -m pytest -m gpu -p no:cacheprovider $(grep -l 'mark[.]gpu' tests/test_*.py)
 run fidelity 60 -m "${fidelity[@]}" --name fidelity
 run t_14 90 -m "${step[@]}" --models $token --task train --peers none "${compiled[@]}" --name t_14
 run scale 80 -m "${scale[@]}"
