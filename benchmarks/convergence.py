@@ -268,6 +268,8 @@ def main() -> None:
     logging.disable(logging.INFO)  # the bar and the table are enough
     world, _ = start(options.parse_options(options.create_parser('', (options.device_options,)),
                                            ['--device', args.device, '--seed', str(args.seed)]), alone=True)
+    if world.device.type == 'cpu' and args.precision == 'fp16':
+        raise UserError('--precision fp16: a CPU computes in fp32 or bf16; give one of these')
     started = time.perf_counter()
     losses = train(['published', 'default', *['compiled'] * bool(args.compile)], args, world)
     record = {'command': describe_command('convergence', args.data),

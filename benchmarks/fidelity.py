@@ -9,10 +9,16 @@ is the relative L2 distance from that: of the logits of all images and of the im
 out of the tokens-to-token module's two layers and its projection, where the paths differ; and of the gradient of
 cross-entropy, over all parameters and over those of a part. Models are in evaluation mode: dropout is no error.
 
-Weights are the golden ones (see golden_state) and initial ones. Images are standard normal numbers; the photographs of
---data, evenly spread; these (or else those) with a left half that is white, or that has one value in all channels, as
-white has where --mean and --std are one number; and images of a single value, in every other one of which a few pixels
-are one level of 256 brighter: a LayerNorm over patches without contrast shows what was lost before it.
+Weights are the golden ones (see golden_state) and initial ones. Images are
+
+    random                standard normal numbers
+    smooth                4 × 4 of these, enlarged, all channels alike
+    photographs           those of --data, evenly spread
+    white margin          these (without --data: the random ones) with a left half that is white
+    single-value margin   or that has one value in all channels, as white has where --mean and --std are one number
+    single value          of one value; in every other image a few pixels are one level of 256 brighter
+
+for a LayerNorm over patches of little contrast shows what was lost before it.
 
 NAME.json, the record with every error, and NAME.md, the tables, go to --output.
 """
@@ -82,6 +88,8 @@ def make_images(args) -> dict[str, torch.Tensor]:
     size = (args.img_size,) * 2 if isinstance(args.img_size, int) else args.img_size
     generator = np.random.RandomState(args.seed)
     kinds = {'random': _float32(generator.standard_normal((args.images, 3, *size)))}
+    coarse = _float32(generator.standard_normal((args.images, 1, 4, 4))).repeat(1, 3, 1, 1)
+    kinds['smooth'] = F.interpolate(coarse, size, mode='bicubic')
     if args.data:
         kinds['photographs'] = _read_photographs(args.data, args.images, size)
     below = kinds.get('photographs', kinds['random'])
@@ -250,6 +258,8 @@ def main() -> None:
     logging.disable(logging.INFO)  # the bar and the tables are enough
     world, _ = start(options.parse_options(options.create_parser('', (options.device_options,)),
                                            ['--device', args.device, '--seed', str(args.seed)]), alone=True)
+    if world.device.type == 'cpu' and 'fp16' in args.precision:
+        raise UserError('--precision fp16: a CPU computes in fp32 or bf16; leave it out')
     precisions = {name: Precision(world.device, enabled=name != 'fp32', dtype_name=PRECISIONS[name])
                   for name in args.precision}
     images = {kind: batch.to(world.device) for kind, batch in make_images(args).items()}
