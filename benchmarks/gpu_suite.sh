@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in less than nine minutes of one H200 or H100: tests, steps of all sizes side by side with
+# All that needs a GPU, in less than nine minutes of one H200 or H100: tests, steps of all sizes side by side with
 # their profiles, 500 steps in float16, errors against float64, what DDP adds, and a table of targets and figures.
 #
 #     bash benchmarks/gpu_suite.sh                                  # from anywhere; needs no network
@@ -14,7 +14,7 @@
 #
 # OUT      folder of the files (benchmarks/results)
 # NAME     of the files (DATE-DEVICE, as 2026-12-24-h200)
-# PARTS    which parts (all, in the order of their calls below)
+# PARTS    which parts (all but peers_compiled, whose compiling takes too long beside the others)
 # LIMIT    seconds for all parts (510)
 # COMPILE  what `compiled` is (model; see train.py)
 # PYTHON   the interpreter (python3)
@@ -25,7 +25,8 @@ cd "$here" || exit 1
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 limit=${LIMIT:-510}
-parts=${PARTS:-t14_train t14_inference float16 tests fidelity t_14 scale t7 batch_64 deeper pixels_384 peers compiled}
+all='t14_train t14_inference float16 tests fidelity t_14 scale t7 batch_64 deeper pixels_384 peers compiled_errors'
+parts=${PARTS:-$all}
 if [ "$device" = cpu ]; then
     name=cpu
 else
@@ -53,19 +54,19 @@ if [ -n "${SMALL:-}" ]; then
     step+=(--batch-size 2 --img-size 32 --precision fp32 --repeats 3 --warmup 1 --window 0.01)
     small_batch=1 compiled=(--contenders published default)
     parts=${PARTS:-t14_train t14_inference float16 tests fidelity scale peers}
-    scale+=(--models $base --img-size 32 --img-sizes 32 48 --token-sizes 32 48 64 --batch-sizes 1 2 --window 0.01
+    scale+=(--models "$base" --img-size 32 --img-sizes 32 48 --token-sizes 32 48 64 --batch-sizes 1 2 --window 0.01
             --pairs 5)
-    fidelity+=(--models $base --precision fp32 --images 2 --img-size 32)
-    float16+=(--model $base --img-size 32 -b 256 -j 1 --epochs 2 --amp-dtype bfloat16)
+    fidelity+=(--models "$base" --precision fp32 --images 2 --img-size 32)
+    float16+=(--model "$base" --img-size 32 -b 256 -j 1 --epochs 2 --amp-dtype bfloat16)
 else
     base=t2t_vit_14 token=t2t_vit_t_14 deep='t2t_vit_19 t2t_vit_24'
     peers="deit_small_patch16_224 $peer@256 swin_tiny_patch4_window7_224 convnext_tiny resnet50" large=384
     step+=(--batch-size 256 --precision bf16)
     small_batch=64 compiled=(--compile "${COMPILE:-model}")
-    scale+=(--models $base --precision bf16 --parts tokens overhead batch --batch-sizes 16 64 128 256
+    scale+=(--models "$base" --precision bf16 --parts tokens overhead batch --batch-sizes 16 64 128 256
             --token-sizes 224 320 448 640 896 --window 0.1)
     fidelity+=(--models t2t_vit_7 t2t_vit_t_14 --precision fp32 bf16 fp16 --images 4)
-    float16+=(--model $base --img-size 224 -b 64 -j "$(nproc)" --epochs 23 --amp-dtype float16)
+    float16+=(--model "$base" --img-size 224 -b 64 -j "$(nproc)" --epochs 23 --amp-dtype float16)
 fi
 
 run() {  # run PART SECONDS COMMAND…: unless it was not asked for; what became of it goes to parts.tsv
@@ -100,14 +101,16 @@ run t_14 90 -m "${step[@]}" --models $token --task train --peers none "${compile
 run scale 80 -m "${scale[@]}"
 run t7 60 -m "${step[@]}" --models t2t_vit_7 --task train --peers none "${compiled[@]}" --name t7
 run batch_64 70 -m "${step[@]}" --models $base --task train --peers none "${compiled[@]}" \
-    --batch-size $small_batch --name batch_64
+    --compile graphs --batch-size $small_batch --name batch_64
 # shellcheck disable=SC2086  # lists of words
 run deeper 90 -m "${step[@]}" --models $deep --task train --peers none "${compiled[@]}" --name deeper
 run pixels_384 70 -m "${step[@]}" --models $base --task train --peers none "${compiled[@]}" \
     --img-size $large --name pixels_384
 # shellcheck disable=SC2086
 run peers 60 -m "${step[@]}" --models $base --peers $peers --contenders default --name peers
-run compiled 80 -m "${fidelity[@]}" --models t2t_vit_7 --compile blocks --name fidelity_compiled
+run compiled_errors 80 -m "${fidelity[@]}" --models t2t_vit_7 --compile blocks --name fidelity_compiled
+# shellcheck disable=SC2086
+run peers_compiled 400 -m "${step[@]}" --models $base --peers $peers --task train "${compiled[@]}" --name peers_compiled
 
 printf '\n=== Targets, after %d s\n' "$SECONDS" | tee -a "$log"
 [ ! -e "$work/scale.png" ] || cp "$work/scale.png" "$OUT/$name-scale.png"
