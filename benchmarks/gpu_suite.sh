@@ -54,8 +54,8 @@ if [ -n "${SMALL:-}" ]; then
     step+=(--batch-size 2 --img-size 32 --precision fp32 --repeats 3 --warmup 1 --window 0.01)
     small_batch=1 compiled=(--contenders published default)
     parts=${PARTS:-t14_train t14_inference float16 tests fidelity scale peers}
-    scale+=(--models "$base" --img-size 32 --img-sizes 32 48 --token-sizes 32 48 64 --batch-sizes 1 2 --window 0.01
-            --pairs 5)
+    scale+=(--models "$base" --img-size 32 --img-sizes 32 48 --token-sizes 32 48 64 --batch-sizes 1 2
+            --ddp-batch-size 2 --window 0.01 --pairs 5)
     fidelity+=(--models "$base" --precision fp32 --images 2 --img-size 32)
     float16+=(--model "$base" --img-size 32 -b 256 -j 1 --epochs 2 --amp-dtype bfloat16)
 else
@@ -63,8 +63,8 @@ else
     peers="deit_small_patch16_224 $peer@256 swin_tiny_patch4_window7_224 convnext_tiny resnet50" large=384
     step+=(--batch-size 256 --precision bf16)
     small_batch=64 compiled=(--compile "${COMPILE:-model}")
-    scale+=(--models "$base" --precision bf16 --parts tokens overhead batch --batch-sizes 16 64 128 256
-            --token-sizes 224 320 448 640 896 --window 0.1)
+    scale+=(--models "$base" --precision bf16 --parts overhead tokens size batch --batch-sizes 16 64 128 256 -b 64
+            --token-sizes 224 320 448 640 896 --ddp-batch-size 256 --pairs 40 --window 0.1)
     fidelity+=(--models t2t_vit_7 t2t_vit_t_14 --precision fp32 bf16 fp16 --images 4)
     float16+=(--model "$base" --img-size 224 -b 64 -j "$(nproc)" --epochs 23 --amp-dtype float16)
 fi
@@ -98,7 +98,7 @@ run float16 90 "${float16[@]}"
 run tests 60 -m pytest -m gpu -p no:cacheprovider $(grep -l 'mark[.]gpu' tests/test_*.py)
 run fidelity 60 -m "${fidelity[@]}" --name fidelity
 run t_14 90 -m "${step[@]}" --models $token --task train --peers none "${compiled[@]}" --name t_14
-run scale 80 -m "${scale[@]}"
+run scale 90 -m "${scale[@]}"
 run t7 60 -m "${step[@]}" --models t2t_vit_7 --task train --peers none "${compiled[@]}" --name t7
 run batch_64 70 -m "${step[@]}" --models $base --task train --peers none "${compiled[@]}" \
     --compile graphs --batch-size $small_batch --name batch_64

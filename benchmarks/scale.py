@@ -1,9 +1,9 @@
 """Measures what T2T-ViT costs as images, batches and ranks grow: the published formulation and ours, side by side.
 
     python -m benchmarks.scale                                                           # on two cores: seven minutes
-    python -m benchmarks.scale --models t2t_vit_14 --precision bf16 --parts tokens overhead --batch-sizes 64    # a GPU
+    python -m benchmarks.scale --models t2t_vit_14 --precision bf16 --parts tokens overhead --ddp-batch-size 64  # GPU
 
-It has five parts, of which --parts chooses:
+It has five parts; --parts says which, and in which order:
 
 size      milliseconds per image and peak memory of a step, for --img-sizes at --batch-size
 batch     the same for --batch-sizes at --img-size
@@ -14,7 +14,7 @@ overhead  a training step of the first model with DistributedDataParallel, in a 
 ranks     training steps of the first model in so many processes as --ranks says, against one process that has all their
           threads (on a CPU) or one of their GPUs; they take turns
 
-The last two have the largest of --batch-sizes, on each rank. How steps are timed and what peak memory is,
+The last two have --ddp-batch-size images on each rank. How steps are timed and what peak memory is,
 benchmarks/step.py says. NAME.json, the record, NAME.md, the tables, and NAME.png, the curves, go to --output.
 """
 import contextlib
@@ -82,7 +82,7 @@ MARGIN = 1.6  # above and below the curves, so that one of the ticks 1, 2, 5, 10
 
 def scale_options(parser) -> None:
     add = parser.add_argument_group('What is measured').add_argument
-    add('--parts', nargs='+', default=list(PARTS), choices=PARTS, help='see above')
+    add('--parts', nargs='+', default=list(PARTS), choices=PARTS, help='which, and in which order')
     add('--models', nargs='+', default=['t2t_vit_14', 't2t_vit_t_14'], metavar='MODEL', help='T2T-ViTs, by name')
     add('--contenders', nargs='+', default=['published', 'default'], choices=CONTENDERS,
         help='formulations of them in the parts size and batch; with compiled, part overhead is of compiled models')
@@ -92,17 +92,20 @@ def scale_options(parser) -> None:
     add('--precision', default='fp32', choices=list(PRECISIONS), help='of all parts')
     add('--img-sizes', nargs='+', type=options.image_size, default=[224, 280, 336, 392, 448], metavar='N',
         help='pixels a side, in part size')
-    add('--batch-sizes', nargs='+', type=options.positive_int, default=[1, 2, 4, 8], metavar='N',
-        help='images per step, in part batch; the largest is that of overhead and ranks')
+    add('--batch-sizes', nargs='+', type=options.positive_int, default=[1, 2, 4], metavar='N',
+        help='images per step, in part batch')
+    add('--ddp-batch-size', type=options.positive_int, default=8, metavar='N',
+        help='images per step and rank, in parts overhead and ranks')
     add('--token-sizes', nargs='+', type=options.image_size, default=[112, 160, 224, 320, 448], metavar='N',
         help='pixels a side, in part tokens; there are N²/16 tokens')
     add('--ranks', nargs='+', type=options.positive_int, default=[2], metavar='N', help='processes, in part ranks')
-    add('-b', '--batch-size', type=options.positive_int, default=1, metavar='N', help='of all but part batch')
-    add('--img-size', type=options.image_size, default=224, metavar='N', help='of all but parts size and tokens')
+    add('-b', '--batch-size', type=options.positive_int, default=1, metavar='N', help='of part size')
+    add('--img-size', type=options.image_size, default=224, metavar='N',
+        help='of parts batch, overhead and ranks')
     add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
     add = parser.add_argument_group('How').add_argument
     add('--repeats', type=options.positive_int, default=3, metavar='N', help='rounds of the parts size, batch, tokens')
-    add('--pairs', type=options.positive_int, default=30, metavar='N', help='rounds of the parts overhead and ranks')
+    add('--pairs', type=options.positive_int, default=16, metavar='N', help='rounds of the parts overhead and ranks')
     add('--window', type=options.rate, default=0.2, metavar='S', help='seconds of a window, which has a step at least')
     add('--warmup', type=options.positive_int, default=1, metavar='N', help='steps before anything is measured')
     add('--seed', type=options.seed, default=42, metavar='S', help='of weights, images and the order of a round')
@@ -240,13 +243,14 @@ def start_ddp(contender: Contender, args, training_args, precision: Precision, w
                           wrap=functools.partial(wrap_model, world=replace(world, size=max(2, world.size))))
 
 
-def at_largest_batch(args):
-    return args.replacing(batch_size=max(args.batch_sizes), repeats=args.pairs)
+def of_ddp(args):
+    """The options as benchmarks/step.py is to read them in the parts overhead and ranks."""
+    return args.replacing(batch_size=args.ddp_batch_size, repeats=args.pairs)
 
 
 def measure_overhead(args, training_args, world: World) -> dict:
     """The part overhead: per cent that DDP adds to a step, with its interval, and the rows of benchmarks/step.py."""
-    here, model = at_largest_batch(args), args.models[0]
+    here, model = of_ddp(args), args.models[0]
     is_compiled = 'compiled' in args.contenders
     contenders = [Contender(label, model, args.img_size, is_compiled=is_compiled) for label in ('no DDP', 'DDP')]
     with group_of_one(world.device):
@@ -282,7 +286,7 @@ def launch_ranks(args, ranks: int) -> dict:
 def act_as_rank(args, training_args) -> None:
     """Takes steps together with the other ranks, and on rank 0, which writes what it found, alone as well."""
     world, _ = start(training_args)
-    here, model = at_largest_batch(args), args.models[0]
+    here, model = of_ddp(args), args.models[0]
     precision = Precision(world.device, enabled=args.precision != 'fp32', dtype_name=PRECISIONS[args.precision])
     threads = torch.get_num_threads()
     running = {}
@@ -496,14 +500,13 @@ def main() -> None:
             'tokens': lambda: measure_tokens(args, training_args, world),
             'overhead': lambda: measure_overhead(args, training_args, world),
             'ranks': lambda: [launch_ranks(args, ranks) for ranks in progress_bar(iterable=args.ranks, desc='ranks')]}
-    for part in PARTS:  # the record after each, for what is measured may take long
-        if part not in args.parts:
-            continue
+    picture = Path(args.output) / f'{args.name}.png'
+    for part in dict.fromkeys(args.parts):  # files after each, for what is measured may take long
         record[part] = work[part]()
         if part == 'tokens':
             record['exponents'] = fit_exponents(record['tokens'])
         paths = write_record(Path(args.output), args.name, record, as_text(record))
-    draw(record, picture := Path(args.output) / f'{args.name}.png')
+        draw(record, picture)
     print(as_text(record), *paths, *([picture] if picture.exists() else []), sep='\n')
 
 

@@ -23,7 +23,8 @@ from utils.runtime import Precision
 
 CPU = torch.device('cpu')
 QUICK = ('--models', 't2t_vit_7', '--img-size', '32', '--img-sizes', '32', '48', '--batch-sizes', '1', '2',
-         '--token-sizes', '32', '64', '128', '--window', '0.001', '--repeats', '1', '--pairs', '3', '--device', 'cpu')
+         '--ddp-batch-size', '2', '--token-sizes', '32', '64', '128',
+         '--window', '0.001', '--repeats', '1', '--pairs', '3', '--device', 'cpu')
 
 
 @pytest.fixture(scope='module')
