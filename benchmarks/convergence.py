@@ -96,9 +96,9 @@ class Run:
         loss, self._losses = create_loss(step_args, soft_targets=False), []
 
         def noted_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            value = loss(logits, targets)
-            self._losses.append(value.detach())
-            return value
+            # On a CPU autocast leaves the loss itself in bfloat16, whose steps are 0.016 here.
+            self._losses.append(loss(logits.detach().float(), targets))
+            return loss(logits, targets)
 
         self._step = (PublishedStep if path == 'published' else TrainingStep)(
             self._state, model, prepare=lambda *batch: batch, loss=noted_loss, precision=precision, args=step_args)
@@ -253,7 +253,7 @@ def draw(losses: dict[str, list[list[float]]], path: Path) -> None:
     right.axhline(0, color='black', linewidth=0.5)
     right.set_title('Loss less the yardstick’s of the same seed')
     for axes in (left, right):
-        axes.set_xlabel(f'step (mean of {len(losses["published"][0]) - yardstick.shape[1] + 1})')
+        axes.set_xlabel(f'step (mean of the {len(losses["published"][0]) - yardstick.shape[1] + 1} up to it)')
         axes.grid(alpha=0.3)
         axes.legend(fontsize=9)
     figure.savefig(path, dpi=110)
