@@ -110,7 +110,8 @@ class TrainingStep:
             no_sync = not is_last and isinstance(self._model, DistributedDataParallel)
             with self._model.no_sync() if no_sync else contextlib.nullcontext():
                 with self._precision.autocast():
-                    loss = self._loss(self._model(images), targets)
+                    # On CPUs autocast would have the loss in bfloat16.
+                    loss = self._loss(self._model(images).float(), targets)
                 if fault_point('loss') == 'nan':
                     loss = loss * math.nan
                 state.scaler.scale(loss / args.accum_steps).backward()

@@ -32,9 +32,20 @@ def token_grid(height: int, width: int) -> tuple[int, int]:
         raise ValueError(f'an image of {height} × {width} pixels is too small for T2T-ViT: '
                          'height and width must be at least 16')
     for kernel, stride, padding in ((7, 4, 2), (3, 2, 1), (3, 2, 1)):  # SOFT_SPLITS: TorchScript sees no globals
-        height = (height + 2 * padding - kernel) // stride + 1
-        width = (width + 2 * padding - kernel) // stride + 1
+        height = _split_length(height, kernel, stride, padding)
+        width = _split_length(width, kernel, stride, padding)
     return height, width
+
+
+def _split_length(length: int, kernel: int, stride: int, padding: int) -> int:
+    """Return how many windows fit into a length, in the form in which torch.export knows it, to see them equal.
+
+    Of the pixels' split it knows the output of unfold, of the others that of a convolution.
+    """
+    margin = 2 * padding - kernel
+    if kernel == 7:  # SOFT_SPLITS[0]
+        return (length + margin + stride) // stride
+    return (length + margin) // stride + 1
 
 
 def _has_autocast(device_type: str) -> bool:
@@ -80,46 +91,34 @@ def split_norm_linear(
         kernel: int,
         stride: int,
         padding: int,
-        of_pixels: bool,
 ) -> torch.Tensor:
-    """Return `F.linear(F.layer_norm(patches), weight, bias)` of the soft split of a map [B, C, H, W].
+    """Return `F.linear(F.layer_norm(patches), weight, bias)` of the soft split of a map [B, C, H, W], [B, N, rows].
 
     With mean μ and deviation σ of a patch x, W((x − μ)/σ · γ + β) + b is W'x/σ + (Wβ + b), where W' is W · γ less the
-    mean of each of its rows: a convolution by W', divided by the σ of each window.
-
-    Args:
-        of_pixels: the map is an image. Its patches can be nearly flat (sky, a white margin), with a mean that dwarfs
-            their deviation: bfloat16 would lose what is left of the pixels, and float32 their variance.
-
-    Returns:
-        [B, N, rows], in the dtype that F.linear would give.
+    mean of each of its rows: a convolution by W', divided by the σ of each window. Rounding grows with |μ|/σ: this is
+    for maps of many channels, not for images, where a patch of sky is all but flat.
     """
     if torch.jit.is_scripting():  # which cannot switch autocast off
         patches = F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2)  # [B, N, C · kernel²]
         return F.linear(F.layer_norm(patches, norm_weight.shape, norm_weight, norm_bias, norm_eps), weight, bias)
     else:
-        device_type = x.device.type
-        result_dtype = torch.get_autocast_dtype(device_type) if _has_autocast(device_type) else weight.dtype
-        with without_autocast(device_type):
+        with without_autocast(x.device.type):
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            x, scaled = x.to(dtype), weight.to(dtype) * norm_weight
+            x, wide = x.to(dtype), weight.to(dtype)
+            scaled = wide * norm_weight
             centred = scaled - scaled.mean(dim=1, keepdim=True)  # [rows, C · kernel²]
-            offset = (weight.to(dtype) * norm_bias).sum(dim=1)  # [rows]
+            offset = (wide * norm_bias).sum(dim=1)  # [rows]
             if bias is not None:
                 offset = offset + bias
-            precise = torch.float32 if device_type == 'mps' else torch.float64  # which Apple's GPUs do not have
-            mean, square = _window_sums(x.to(precise) if of_pixels else x, kernel, stride, padding) / weight.shape[1]
-            factor = ((square - mean.square()).clamp(min=0) + norm_eps).rsqrt().to(dtype)  # 1/σ, [B, N, 1]
-            if of_pixels:
-                x = split_linear(x, centred, None, kernel, stride, padding)
-            else:
-                # Images of any contrast fit into float16 this way. Detached, for the result does not depend on it.
-                contrast = (x.detach().square().mean((1, 2, 3), keepdim=True) + norm_eps).sqrt()  # [B, 1, 1, 1]
-                x, factor = x / contrast, factor * contrast.squeeze(3)
-        if not of_pixels:
-            x = split_linear(x.to(weight.dtype), centred.to(weight.dtype), None, kernel, stride, padding)
-        with without_autocast(device_type):
-            return torch.addcmul(offset, x.to(dtype), factor).to(result_dtype)
+            mean, square = _window_sums(x, kernel, stride, padding) / weight.shape[1]
+            factor = ((square - mean.square()).clamp(min=0) + norm_eps).rsqrt()  # 1/σ, [B, N, 1]
+            # Images of any contrast fit into float16 this way. Detached, for the result does not depend on it.
+            contrast = (x.detach().square().mean((1, 2, 3), keepdim=True) + norm_eps).sqrt()  # [B, 1, 1, 1]
+            x, factor = x / contrast, factor * contrast.squeeze(3)
+        # Only now autocast, which says what is multiplied, and so what comes out.
+        x = split_linear(x.to(weight.dtype), centred.to(weight.dtype), None, kernel, stride, padding)
+        with without_autocast(x.device.type):
+            return torch.addcmul(offset, x, factor).to(x.dtype)
 
 
 def _window_sums(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
@@ -196,7 +195,7 @@ def _performer_attention(
 class SoftSplit(nn.Module):
     """Overlapping patches of a map, each flattened into one token (section 3.1, "soft split").
 
-    This is the definition. The layers behind a split are `SplitLinear`, which computes the same without the patches.
+    This is the definition. The layers behind a split are `SplitLinear`, which computes the same as a convolution.
     """
 
     def __init__(self, kernel: int, stride: int, padding: int):
@@ -205,9 +204,8 @@ class SoftSplit(nn.Module):
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of the tokens of a map of height × width."""
-        # In the form in which torch.export knows a convolution's output, so that it sees them equal for any image.
-        margin = 2 * self.padding - self.kernel
-        return (height + margin) // self.stride + 1, (width + margin) // self.stride + 1
+        split = self.kernel, self.stride, self.padding
+        return _split_length(height, *split), _split_length(width, *split)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [B, C, H, W] to tokens [B, N, C · kernel²], row by row."""
@@ -218,13 +216,13 @@ class SoftSplit(nn.Module):
 
 
 class SplitLinear(nn.Linear):
-    """A linear layer behind a soft split, or behind a soft split and LayerNorm, with no patches in memory.
+    """A linear layer behind a soft split, or behind a soft split and LayerNorm, with no patches of maps in memory.
 
     Args:
         split: kernel, stride and padding of the soft split.
         in_chans: channels C of the map.
         out_features: channels of the tokens.
-        of_pixels: the map is an image (see `split_norm_linear`).
+        of_pixels: the map is an image, whose patches, of few channels, are made (see `split_norm_linear`).
     """
 
     def __init__(self, split: tuple[int, int, int], in_chans: int, out_features: int, bias: bool = True,
@@ -243,8 +241,12 @@ class SplitLinear(nn.Linear):
         """Map [B, C, H, W] to tokens [B, N, out_features]; with the weight and bias of a LayerNorm, through it."""
         if norm_weight is None or norm_bias is None:
             return split_linear(x, self.weight, self.bias, self.kernel, self.stride, self.padding)
+        if self.of_pixels:
+            patches = F.unfold(x, self.kernel, stride=self.stride, padding=self.padding).transpose(1, 2)
+            return F.linear(F.layer_norm(patches, norm_weight.shape, norm_weight, norm_bias, norm_eps),
+                            self.weight, self.bias)
         return split_norm_linear(x, norm_weight, norm_bias, norm_eps, self.weight, self.bias,
-                                 self.kernel, self.stride, self.padding, self.of_pixels)
+                                 self.kernel, self.stride, self.padding)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, kernel={self.kernel}, stride={self.stride}, padding={self.padding}'

@@ -1,0 +1,186 @@
+"""Counts what a training step asks of a machine's memory, and of its host, without the machine that it is about.
+
+    python -m benchmarks.traffic
+    python -m benchmarks.traffic --models t2t_vit_7 t2t_vit_t_14 --batch-size 64 --precision fp32
+
+A GPU's step of this size is bound by the bytes that its kernels read and write, and by the number of kernels where the
+batch is small. Both are known from the operators alone: every operator that computes reads its arguments and writes its
+results; of a compiled step, every kernel that torch.compile has made of several operators reads and writes what goes in
+and out of it. They are counted here on a CPU for two batch sizes, as a GPU with bfloat16 runs them, and carried on to
+--batch-size, of which they are a linear function. `floor` is the time that the bytes alone take at --bandwidth.
+
+What is not seen: caches; kernels that fuse differently on a GPU; the inside of a fused attention, which counts as its
+arguments and results. Of the optimizer and the average every tensor counts as often as it is read and written.
+"""
+import itertools
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from benchmarks.records import describe_command, describe_machine, markdown_table, write_record  # noqa: E402
+from benchmarks.step import NOT_COMPUTING, PRECISIONS, TRAINING, Contender, make_batch, start_training  # noqa: E402
+from engine.compile import compile_model  # noqa: E402
+from models import layers, resolve_name  # noqa: E402
+from utils import options  # noqa: E402
+from utils.distributed import World  # noqa: E402
+from utils.errors import run_script  # noqa: E402
+from utils.log import check_folder, progress_bar  # noqa: E402
+from utils.runtime import Precision, start  # noqa: E402
+
+BATCHES = (2, 4)
+
+
+def traffic_options(parser) -> None:
+    add = parser.add_argument_group('What is counted').add_argument
+    add('--models', nargs='+', default=['t2t_vit_14', 't2t_vit_7', 't2t_vit_t_14'], metavar='MODEL')
+    add('--compiled', action=options.FLAG, default=True, help='also of the compiled step: minutes for each model')
+    add('--precision', default='bf16', choices=['fp32', 'bf16'])
+    add('-b', '--batch-size', type=options.positive_int, default=256, metavar='N', help='images per step')
+    add('--img-size', type=options.image_size, default=224, metavar='N', help='input size in pixels, or HxW')
+    add('--bandwidth', type=options.positive, default=4.3, metavar='TB/S', help='of the memory (H200: 4.3)')
+    add('--seed', type=options.seed, default=42, metavar='S')
+    add = parser.add_argument_group('Record').add_argument
+    add('--output', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder of the record and the table')
+    add('--name', default='traffic', metavar='NAME', help='of both files')
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the operators that compute, and the bytes that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        read = _tensors((args, kwargs))
+        result = func(*args, **kwargs)
+        written = _tensors(result)
+        if func._schema.name.partition('::')[2] not in NOT_COMPUTING and not func.is_view and written:
+            self.operators += 1
+            # What is changed in place is an argument and, in most schemas, a result as well: read and written.
+            self.bytes += sum(map(_size, read)) + sum(map(_size, written))
+        return result
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _size(tensor: torch.Tensor) -> int:
+    """The bytes of its elements; those of an expanded tensor are there once."""
+    return tensor.element_size() * min(tensor.numel(), tensor.untyped_storage().nbytes() // tensor.element_size())
+
+
+def count(work: Callable[[], object]) -> np.ndarray:
+    """Operators, and bytes, of `work`."""
+    with Traffic() as traffic:
+        work()
+    return np.array([traffic.operators, traffic.bytes])
+
+
+def count_step(contender: Contender, batch_size: int, args, training_args, world: World) -> np.ndarray:
+    """Operators, or kernels, of a step of so many images, and the bytes that they read and write."""
+    args = args.replacing(batch_size=batch_size, compile='model', channels_last=False)
+    precision = Precision(world.device, enabled=args.precision != 'fp32', dtype_name=PRECISIONS[args.precision])
+    running = start_training(replace(contender, is_compiled=False), args, training_args, precision, world)
+    running.step()  # the first one makes the optimizer's state
+    whole = count(running.step)
+    if not contender.is_compiled:
+        return whole
+    images, _ = make_batch(contender, args, world.device)
+    running.model.train()
+
+    def forward_and_backward() -> None:
+        with precision.autocast():
+            logits = running.model(images)
+        logits.backward(torch.ones_like(logits))
+
+    # Of the step it is the model that gets compiled; loss, optimizer and average stay as they are.
+    rest = whole - count(forward_and_backward)
+    return rest + _count_compiled(running.model, forward_and_backward)
+
+
+def _count_compiled(model: nn.Module, work: Callable[[], object]) -> np.ndarray:
+    """Kernels that torch.compile makes of `work`, with the library's that it calls, and their bytes."""
+    from torch._inductor import config, metrics
+    torch.compiler.reset()
+    metrics.reset()
+    # Bytes are counted for whoever listens to this log.
+    log = logging.getLogger('torch._inductor.compile_fx.__inductor_metrics')
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    compile_model(model, 'model')
+    with config.patch(force_disable_caches=True):  # a graph from the cache is not counted
+        work()
+    kernels = sum(type(node).__name__ != 'NopKernelSchedulerNode' for node, _ in metrics.nodes_num_elem)
+    return np.array([kernels, metrics.num_bytes_accessed])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def as_text(record: dict) -> str:
+    """The record as Markdown."""
+    asked = record['options']
+    rows = []
+    for model in asked['models']:
+        mine = [row for row in record['rows'] if row['model'] == model]
+        rows += [[f"{model}, {row['contender']}", f"{row['operators']:,}", f"{row['bytes'] / 1e9:.1f}",
+                  f"{row['bytes'] / mine[0]['bytes']:.2f}", f"{row['floor_milliseconds']:.1f}",
+                  f"{row['floor_images_per_second']:,.0f}"] for row in mine]
+    header = ['model', 'operators or kernels', 'GB', '× published',
+              f"floor at {asked['bandwidth']:g} TB/s, ms", 'img/s']
+    return '\n'.join([
+        f"# Memory traffic of a training step: batch {asked['batch_size']}, {asked['img_size']} pixels, "
+        f"{asked['precision']}", '', f"    {record['command']}", '',
+        'Counted, not timed: what the operators of a step read and write. The floor is the time of that alone.', '',
+        markdown_table(header, rows), ''])
+
+
+def main():
+    parser = options.create_parser('Count what a training step reads and writes.', (traffic_options,))
+    args = options.parse_options(parser)
+    for model in args.models:
+        resolve_name(model)
+    check_folder(Path(args.output).expanduser(), '--output')
+    training_args = options.parse_options(options.create_parser('', TRAINING), ['--device', 'cpu']).replacing(
+        seed=args.seed, img_size=args.img_size)
+    world, _ = start(training_args, alone=True)
+    layers.HAS_MATRIX_UNITS = True  # attention as a GPU has it
+    names = ['published', 'default'] + ['compiled'] * args.compiled
+    bar = progress_bar(total=len(args.models) * len(names) * len(BATCHES), desc='traffic')
+    rows = []
+    for model, name in itertools.product(args.models, names):
+        contender = Contender(name, model, args.img_size, is_published=name == 'published',
+                              is_compiled=name == 'compiled')
+        counts = []
+        for batch_size in BATCHES:
+            counts.append(count_step(contender, batch_size, args, training_args, world))
+            bar.update()
+        slope = (counts[1] - counts[0]) / (BATCHES[1] - BATCHES[0])
+        operators, traffic = (counts[0] + slope * (args.batch_size - BATCHES[0])).tolist()
+        seconds = traffic / (args.bandwidth * 1e12)
+        rows.append({'model': model, 'contender': name, 'operators': round(operators), 'bytes': traffic,
+                     'floor_milliseconds': 1000 * seconds, 'floor_images_per_second': args.batch_size / seconds,
+                     'counted': {str(size): count.tolist() for size, count in zip(BATCHES, counts, strict=True)}})
+    bar.close()
+    record = {'command': describe_command('traffic', None), 'machine': describe_machine(world.device),
+              'options': args.as_dict(), 'rows': rows}
+    text = as_text(record)
+    print(text)
+    write_record(Path(args.output).expanduser(), args.name, record, text)
+
+
+if __name__ == '__main__':
+    run_script(main)
