@@ -55,7 +55,7 @@ def main():
 
     # --- Evaluation ---------------------------------------------------------------------------------------------------
     loader, prepare = create_eval_loader(args, dataset, image, world)
-    compile_model(model, args.compile, frozen=True)
+    compile_model(model, args.compile)
     result = evaluate(model, loader, prepare, precision=precision, log_interval=args.log_interval)
 
     # --- Results ------------------------------------------------------------------------------------------------------

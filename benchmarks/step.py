@@ -239,7 +239,7 @@ def start_inference(contender: Contender, args, training_args, precision: Precis
     """A contender whose step is the forward pass of an evaluation."""
     model = _create_model(contender, training_args).eval()
     model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
-    compile_model(model, args.compile if contender.is_compiled else '', frozen=True)
+    compile_model(model, args.compile if contender.is_compiled else '')
     images, _ = make_batch(contender, args, world.device)
 
     @torch.no_grad()

@@ -1,5 +1,4 @@
 """torch.compile for training and evaluation, in place: the model, its keys and its copies stay what they are."""
-import torch
 from torch import nn
 
 from utils.errors import UserError
@@ -9,7 +8,7 @@ REPEATED = ('blocks', 'stages', 'layers')
 MODES = {'model': None, 'graphs': 'reduce-overhead', 'autotune': 'max-autotune-no-cudagraphs'}
 
 
-def compile_model(model: nn.Module, how: str, *, frozen: bool = False) -> None:
+def compile_model(model: nn.Module, how: str) -> None:
     """Has `model`, when it is called, run as torch.compile makes it; inside DDP too, which then still overlaps.
 
     DDP's all-reduce begins as soon as the gradients of a bucket are there: between the blocks, or, of a whole model,
@@ -19,7 +18,6 @@ def compile_model(model: nn.Module, how: str, *, frozen: bool = False) -> None:
         how: '' for not at all; 'blocks', one block at a time: half a minute; 'model' as a whole, which fuses more and
             takes minutes; 'graphs', as a whole, and launched as CUDA graphs; 'autotune', as a whole, with kernels that
             are tried out first.
-        frozen: the weights will not change any more, and are folded into the graph of a whole model.
     Raises:
         UserError: no C++ compiler, or a model without blocks.
     """
@@ -30,9 +28,8 @@ def compile_model(model: nn.Module, how: str, *, frozen: bool = False) -> None:
         for block in _blocks(model):
             block.compile()
     else:
-        options = torch._inductor.list_mode_options(MODES[how]) if MODES[how] else {}
         # One graph for one size of images: models of several sizes in one process each have their own.
-        model.compile(dynamic=False, options={**options, **({'freezing': True} if frozen else {})})
+        model.compile(dynamic=False, mode=MODES[how])
 
 
 def _check_compiler() -> None:

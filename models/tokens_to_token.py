@@ -32,20 +32,9 @@ def token_grid(height: int, width: int) -> tuple[int, int]:
         raise ValueError(f'an image of {height} × {width} pixels is too small for T2T-ViT: '
                          'height and width must be at least 16')
     for kernel, stride, padding in ((7, 4, 2), (3, 2, 1), (3, 2, 1)):  # SOFT_SPLITS: TorchScript sees no globals
-        height = _split_length(height, kernel, stride, padding)
-        width = _split_length(width, kernel, stride, padding)
+        height = (height + 2 * padding - kernel) // stride + 1
+        width = (width + 2 * padding - kernel) // stride + 1
     return height, width
-
-
-def _split_length(length: int, kernel: int, stride: int, padding: int) -> int:
-    """Return how many windows fit into a length, in the form in which torch.export knows it, to see them equal.
-
-    Of the pixels' split it knows the output of unfold, of the others that of a convolution.
-    """
-    margin = 2 * padding - kernel
-    if kernel == 7:  # SOFT_SPLITS[0]
-        return (length + margin + stride) // stride
-    return (length + margin) // stride + 1
 
 
 def _has_autocast(device_type: str) -> bool:
@@ -56,6 +45,16 @@ def _has_autocast(device_type: str) -> bool:
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """Return a context without mixed precision."""
     return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else contextlib.nullcontext()
+
+
+def soft_split(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
+    """Return the windows of a map [B, C, H, W], each flattened as nn.Unfold has it, [B, N, C · kernel²].
+
+    By one copy, where nn.Unfold's, which puts windows last, needs a second one to lay them out as tokens.
+    """
+    windows = F.pad(x, (padding, padding, padding, padding)).unfold(2, kernel, stride).unfold(3, kernel, stride)
+    B, C, H, W, _, _ = windows.shape
+    return windows.permute(0, 2, 3, 1, 4, 5).reshape(B, H * W, C * kernel ** 2)  # [B, C, H, W, k, k] -> [B, N, C · k²]
 
 
 @torch.fx.wrap  # leaves to torch.fx, like all functions here that look at types
@@ -99,7 +98,7 @@ def split_norm_linear(
     for maps of many channels, not for images, where a patch of sky is all but flat.
     """
     if torch.jit.is_scripting():  # which cannot switch autocast off
-        patches = F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2)  # [B, N, C · kernel²]
+        patches = soft_split(x, kernel, stride, padding)  # [B, N, C · kernel²]
         return F.linear(F.layer_norm(patches, norm_weight.shape, norm_weight, norm_bias, norm_eps), weight, bias)
     else:
         with without_autocast(x.device.type):
@@ -204,12 +203,12 @@ class SoftSplit(nn.Module):
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return rows and columns of the tokens of a map of height × width."""
-        split = self.kernel, self.stride, self.padding
-        return _split_length(height, *split), _split_length(width, *split)
+        margin = 2 * self.padding - self.kernel
+        return (height + margin) // self.stride + 1, (width + margin) // self.stride + 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [B, C, H, W] to tokens [B, N, C · kernel²], row by row."""
-        return F.unfold(x, self.kernel, stride=self.stride, padding=self.padding).transpose(1, 2)
+        return soft_split(x, self.kernel, self.stride, self.padding)
 
     def extra_repr(self) -> str:
         return f'kernel={self.kernel}, stride={self.stride}, padding={self.padding}'
@@ -242,7 +241,7 @@ class SplitLinear(nn.Linear):
         if norm_weight is None or norm_bias is None:
             return split_linear(x, self.weight, self.bias, self.kernel, self.stride, self.padding)
         if self.of_pixels:
-            patches = F.unfold(x, self.kernel, stride=self.stride, padding=self.padding).transpose(1, 2)
+            patches = soft_split(x, self.kernel, self.stride, self.padding)
             return F.linear(F.layer_norm(patches, norm_weight.shape, norm_weight, norm_bias, norm_eps),
                             self.weight, self.bias)
         return split_norm_linear(x, norm_weight, norm_bias, norm_eps, self.weight, self.bias,

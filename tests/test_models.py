@@ -144,6 +144,7 @@ def split_layer(split, of_pixels=False):
 def test_a_split_layer_is_what_it_is_made_of(split, size):
     soft_split, norm, layer = split_layer(split)
     norm, layer, x = norm.double(), layer.double(), torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(soft_split(x), F.unfold(x, split[0], stride=split[1], padding=split[2]).transpose(1, 2))
     given = [x, *norm.parameters(), *layer.parameters()]
     for ours, definition in (
             (layer(x), F.linear(soft_split(x), layer.weight, layer.bias)),
