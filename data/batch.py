@@ -132,6 +132,8 @@ class TrainBatchPreparer(BatchPreparer):
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """images: uint8 [B, C, H, W] or [B, S, C, H, W]; targets: int64 [B]. Returns them for the model."""
         if self._aug_splits:
+            # On the device, for a copy made on the host would not be page-locked.
+            images, targets = (batch.to(self.device, non_blocking=True) for batch in (images, targets))
             images = images.transpose(0, 1).flatten(0, 1)  # [S·B, C, H, W]
             targets = targets.repeat(self._aug_splits)  # [S·B]
         images, targets = super().__call__(images, targets)

@@ -185,7 +185,7 @@ def _create_train_loader(args, dataset, image: Input, num_classes: int,
     sampler = TrainSampler(len(dataset), args.batch_size, rank=world.rank, world_size=world.size, seed=args.seed,
                            accum_steps=args.accum_steps)
     loader = create_loader(dataset, _create_train_transform(args, image), sampler, seed=args.seed, workers=args.workers,
-                           pin_memory=args.pin_mem, max_bad_images=args.max_bad_images)
+                           pin_memory=args.pin_mem and world.device.type == 'cuda', max_bad_images=args.max_bad_images)
     return loader, _create_train_preparer(args, image, num_classes, world.device)
 
 
@@ -212,7 +212,8 @@ def create_eval_loader(args, dataset, image: Input, world: World) -> tuple[Loade
     sampler = EvalSampler(len(dataset), batch_size, rank=world.rank, world_size=world.size)
     # Its workers stay between epochs: to fork while threads end, as those of a loader that was used up, can deadlock.
     loader = create_loader(dataset, _create_eval_transform(image), sampler, seed=args.seed, workers=args.workers,
-                           pin_memory=args.pin_mem, max_bad_images=args.max_bad_val_images)
+                           pin_memory=args.pin_mem and world.device.type == 'cuda',
+                           max_bad_images=args.max_bad_val_images)
     return loader, prepare
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint import check_resume
+from engine.compile import check_compiler
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule
 from utils.distributed import World, was_restarted
@@ -22,6 +23,8 @@ def check_run_options(args, world: World, *, kind: str) -> None:
     group = {'params': [nn.Parameter(torch.zeros(2, 2))], 'weight_decay': args.weight_decay, 'lr_scale': 1.0}
     create_schedule(create_optimizer([group], args), args, steps_per_epoch=1)
     create_loss(args, soft_targets=False)
+    if args.compile:
+        check_compiler()
     if args.compile == 'graphs' and args.accum_steps > 1:
         raise UserError(f'--compile graphs with --accum-steps {args.accum_steps}: each batch would write its gradient '
                         'over that of the one before; use --compile model')

@@ -23,7 +23,7 @@ def compile_model(model: nn.Module, how: str) -> None:
     """
     if not how:
         return
-    _check_compiler()
+    check_compiler()
     if how == 'blocks':
         for block in _blocks(model):
             block.compile()
@@ -32,7 +32,8 @@ def compile_model(model: nn.Module, how: str) -> None:
         model.compile(dynamic=False, mode=MODES[how])
 
 
-def _check_compiler() -> None:
+def check_compiler() -> None:
+    """Raises UserError where torch.compile would have no C++ compiler, which it needs for GPUs too."""
     from torch._inductor import cpp_builder, exc
     try:
         cpp_builder.get_cpp_compiler()

@@ -45,6 +45,6 @@ class ModelEma(ModelEmaV3):
 
 
 def _tensors(model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Parameters and buffers: those that are averaged, and the integers, which are copied."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """What the model saves: the tensors that are averaged, and the integers, which are copied; each once."""
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values()
     return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]

@@ -1,5 +1,4 @@
 """Evaluation: one function for train.py (weights and their average), validate.py and transfer.py."""
-import contextlib
 import logging
 import time
 from dataclasses import asdict, dataclass
@@ -68,7 +67,7 @@ class ConfidentErrors:
 
 @torch.no_grad()
 def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name: str = 'Test',
-             errors: ConfidentErrors | None = None) -> Evaluation:
+             errors: ConfidentErrors | None = None, eager: bool = False) -> Evaluation:
     """Evaluates `model` (raw, not DDP: ranks may have different numbers of batches) on all that `loader` gives.
 
     Sums are taken on every rank, reduced once and divided once, so that the result is exact for any number of images
@@ -78,6 +77,7 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
         prepare: (uint8 images [B, C, H, W], targets [B]) → (normalised images, targets) on the device.
         precision: utils.runtime.Precision, whose autocast the forward pass runs under.
         errors: is given the wrong predictions of this rank.
+        eager: run `model` as it is written, though it may be compiled.
     Raises:
         UserError: no image was left to evaluate.
     """
@@ -91,8 +91,8 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
     for index, (images, targets) in enumerate(loader):
         images, targets = prepare(images, targets)
         # What is compiled is compiled for the first batch: the last one may be smaller, and not worth compiling anew.
-        stance = torch.compiler.set_stance('eager_on_recompile') if index else contextlib.nullcontext()
-        with stance, precision.autocast():
+        stance = 'force_eager' if eager else 'eager_on_recompile' if index else 'default'
+        with torch.compiler.set_stance(stance), precision.autocast():
             logits = model(images)
         batch = _batch_sums(logits.float(), targets)
         sums[:4] += batch

@@ -130,7 +130,9 @@ class Trainer:
                 self._log_line(bar, *started)
                 state.window_sums.copy_(state.loss_sums)
                 started = time.perf_counter(), state.loss_sums.clone(), state.step
-            if number := self._signals.exchange(signals.received()):
+            # Behind the last step comes an evaluation, for which there may be no time.
+            ask = self._signals.conclude if state.step == self.steps_per_epoch else self._signals.exchange
+            if number := ask(signals.received()):
                 self._save(must_succeed=True)
                 raise self._interrupted(number)
             if args.checkpoint_steps and state.global_step % args.checkpoint_steps == 0:
@@ -198,12 +200,11 @@ class Trainer:
         if state.ema and not args.model_ema_force_cpu:
             models['averaged weights'] = state.ema.module
         errors = {whose: ConfidentErrors() for whose in models} if self.log.shows_images else {}
-        # The numbers are those that validate.py gives, and no second graph has to be compiled for them.
-        with torch.compiler.set_stance('force_eager'):
-            found = {whose: evaluate(model, self.val_loader, self.prepare_val, precision=self.precision,
-                                     log_interval=args.log_interval, errors=errors.get(whose),
-                                     name='Test' if whose == 'weights' else 'Test (EMA)').as_dict()
-                     for whose, model in models.items()}
+        # Eager: the numbers are those that validate.py gives, and no second graph has to be compiled for them.
+        found = {whose: evaluate(model, self.val_loader, self.prepare_val, precision=self.precision,
+                                 log_interval=args.log_interval, errors=errors.get(whose), eager=True,
+                                 name='Test' if whose == 'weights' else 'Test (EMA)').as_dict()
+                 for whose, model in models.items()}
         results = found['weights']
         if of_ema := found.get('averaged weights'):
             results |= {f'ema_{name}': of_ema[name] for name in ('loss', 'top1', 'top5')}

@@ -120,6 +120,7 @@ def _environment(world: World, precision: Precision) -> dict:
 
 
 def _report_differences(before: dict, now: dict) -> None:
+    before = {'compile': ''} | before  # an option that earlier versions did not have
     changed = [f'{k} {before.get(k)!r} → {now.get(k)!r}' for k in sorted(before.keys() | now.keys())
                if before.get(k) != now.get(k) and k not in HARMLESS]
     if changed:

@@ -165,6 +165,11 @@ class TrainState:
                             'use the same --opt, or --no-resume-opt to start the optimizer anew') from None
         for group, settings in zip(self.optimizer.param_groups, asked, strict=True):
             group.update(settings)
+        # Fused kernels go through weights and moments in the order of memory, which --channels-last may have changed.
+        for parameter, moments in self.optimizer.state.items():
+            moments.update({name: torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                            for name, value in moments.items()
+                            if isinstance(value, torch.Tensor) and value.shape == parameter.shape})
 
     def _load_rank(self, ranks: list[dict]) -> None:
         if len(ranks) == self.world.size:

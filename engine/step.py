@@ -7,6 +7,7 @@
 import contextlib
 import logging
 import math
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -60,7 +61,8 @@ class TrainingStep:
         """Takes the step; returns the images of its last batch as the model saw them, [B, C, H, W]."""
         state, args = self._state, self._args
         note_progress(state.global_step)
-        torch.compiler.cudagraph_mark_step_begin()
+        if 'torch._inductor.cudagraph_trees' in sys.modules:  # not worth its import where nothing is compiled
+            torch.compiler.cudagraph_mark_step_begin()
         before = [buffer.clone() for buffer in self._statistics]
         images, sums = self._compute_gradient(batches)
         fault_point('step')

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -299,14 +300,17 @@ def read_int8(path: str | os.PathLike) -> nn.Module:
         model = timm.create_model(config['architecture'],
                                   **{'num_classes': config['num_classes'], **config.get('model_args', {})})
         model = quantize(model.eval())
-        model.load_state_dict(content['state_dict'])
+        # Files of before have the layers behind a soft split under their own names.
+        expected = model.state_dict().keys()
+        model.load_state_dict({key if key in expected else re.sub(r'(kqv|qkv|project)\.', r'\1.linear.', key): value
+                               for key, value in content['state_dict'].items()})
     return model
 
 
 def int8_note(source: Source, _) -> str:
     """How many of the layers that have a weight matrix or a kernel are quantized."""
     layers = [module for module in source.model.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)]
-    return f'{sum(isinstance(layer, nn.Linear) for layer in layers)} of {len(layers)} layers in 8 bits'
+    return f'{sum(type(layer) in (nn.Linear, SplitLinear) for layer in layers)} of {len(layers)} layers in 8 bits'
 
 
 @contextlib.contextmanager

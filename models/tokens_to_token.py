@@ -109,7 +109,8 @@ def split_norm_linear(
             offset = (wide * norm_bias).sum(dim=1)  # [rows]
             if bias is not None:
                 offset = offset + bias
-            mean, square = _window_sums(x, kernel, stride, padding) / weight.shape[1]
+            maps = torch.stack((x.mean(1), x.square().mean(1)))  # [2, B, H, W]
+            mean, square = F.avg_pool2d(maps, kernel, stride, padding).flatten(2).unsqueeze(3)  # [B, N, 1] each
             factor = ((square - mean.square()).clamp(min=0) + norm_eps).rsqrt()  # 1/σ, [B, N, 1]
             # Images of any contrast fit into float16 this way. Detached, for the result does not depend on it.
             contrast = (x.detach().square().mean((1, 2, 3), keepdim=True) + norm_eps).sqrt()  # [B, 1, 1, 1]
@@ -118,14 +119,6 @@ def split_norm_linear(
         x = split_linear(x.to(weight.dtype), centred.to(weight.dtype), None, kernel, stride, padding)
         with without_autocast(x.device.type):
             return torch.addcmul(offset, x, factor).to(x.dtype)
-
-
-def _window_sums(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
-    """Return the sums of x and of x² in every window of a map [B, C, H, W], over all channels, [2, B, N, 1]."""
-    sums = torch.stack((x.sum(1), x.square().sum(1)))  # [2, B, H, W]
-    sums = F.pad(sums, (padding, padding, padding, padding))
-    sums = sums.unfold(2, kernel, stride).sum(-1).unfold(3, kernel, stride).sum(-1)  # [2, B, H', W']
-    return sums.flatten(2).unsqueeze(3)
 
 
 @torch.fx.wrap

@@ -83,7 +83,6 @@ PUBLISHED = dict(
     save_images=False,
     amp=False,
     channels_last=False,
-    pin_mem=False,
     eval_metric='top1',
     model='t2t_vit_14',
 )
@@ -108,6 +107,7 @@ def test_published_defaults():
     args = parse('/data')
     assert {name: getattr(args, name) for name in PUBLISHED} == PUBLISHED
     assert args.aug and args.resume_opt and args.data == '/data'
+    assert args.pin_mem, 'without it the host waits for every batch that a GPU gets'
 
 
 @pytest.mark.parametrize(

@@ -296,8 +296,13 @@ class Agreement:
     """
 
     def __init__(self):
-        self._group = dist.new_group(backend='gloo', timeout=_progress.timeout) if is_distributed() else None
-        self._under_way = None
+        self._group = self._under_way = None
+        if is_distributed():
+            try:
+                self._group = dist.new_group(backend='gloo', timeout=_progress.timeout)
+            except RuntimeError as e:
+                raise PeerLostError('the processes cannot connect over gloo, which they need beside NCCL '
+                                    f'({_first_line(e)}); GLOO_SOCKET_IFNAME=eth0 would name the network') from e
 
     def exchange(self, number: int) -> int:
         """What the ranks gave in the call before, or 0; as long as it is 0, `number` is what the next call returns."""
@@ -318,8 +323,11 @@ class Agreement:
 
     def close(self) -> None:
         """Waits for what is under way, whose outcome no longer matters."""
+        if self._under_way is None:
+            return
         with contextlib.suppress(RuntimeError):  # there is a worse one, or this would have been asked for
-            self._finish()
+            self._under_way[1].wait(timedelta(seconds=PATIENCE))
+        self._under_way = None
 
     def _start(self, number: int) -> None:
         value = torch.tensor(number)

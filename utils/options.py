@@ -397,7 +397,7 @@ def _add_dataset_options(add):
     add('--val-split', metavar='NAME', help='folder of the evaluation images (default: val, validation or test)')
     add('--only-classes', metavar='CLASSES', help="use a part of the classes: '0-4', or names as 'cat,dog'")
     add('-j', '--workers', type=count, default=8, metavar='N', help='data loader processes per rank')
-    add('--pin-mem', action=FLAG, default=False, help='page-locked memory for faster copies to a GPU')
+    add('--pin-mem', action=FLAG, default=True, help='page-locked memory, from which a GPU copies while it computes')
     # Its own option: what is left out of an evaluation changes what its numbers are of, as nothing in training does.
     add('--max-bad-val-images', type=count, default=0, metavar='N',
         help='leave out up to N evaluation images that cannot be decoded, per process; they are counted')
