@@ -40,7 +40,13 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # n
 from torch import nn  # noqa: E402
 
 from benchmarks.published import PUBLISHED, golden_state, published_model  # noqa: E402
-from benchmarks.records import describe_command, describe_machine, markdown_table, write_record  # noqa: E402
+from benchmarks.records import (  # noqa: E402
+    describe_command,
+    describe_machine,
+    describe_options,
+    markdown_table,
+    write_record,
+)
 from benchmarks.step import PRECISIONS  # noqa: E402
 from data.base import spread  # noqa: E402
 from data.batch import BatchPreparer  # noqa: E402
@@ -279,7 +285,7 @@ def main() -> None:
     add_ratios(rows)
     record = {'command': describe_command('fidelity', args.data),
               'machine': describe_machine(world.device),
-              'options': args.replacing(data=args.data and 'DIR').as_dict(), 'rows': rows}
+              'options': describe_options(args), 'rows': rows}
     print(as_summary(rows))
     print(*write_record(Path(args.output), args.name, record, as_text(record)), sep='\n')
 

@@ -13,6 +13,8 @@ from utils.log import make_folder, write_whole
 from utils.results import finite
 from utils.runtime import describe_environment
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def describe_machine(device: torch.device) -> dict:
     """`describe_environment`, with the time, the processor, the threads that torch uses and its float32 products."""
@@ -33,10 +35,26 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def describe_command(module: str, data: str | None) -> str:
-    """The command that measures; its folder of images as DIR, for another machine has them elsewhere."""
-    words = [word.replace(data, 'DIR') if data else word for word in sys.argv[1:]]
-    return shlex.join(['python', '-m', f'benchmarks.{module}', *words])
+def describe_command(module: str, data: str | None = None) -> str:
+    """The command that measures, with `_portable` words; `data` is its folder of images."""
+    return shlex.join(['python', '-m', f'benchmarks.{module}', *(_portable(word, data) for word in sys.argv[1:])])
+
+
+def describe_options(args) -> dict:
+    """The options of a measurement by name, with `_portable` values."""
+    asked = args.as_dict()
+    return {name: _portable(value, asked.get('data')) if isinstance(value, str) else value
+            for name, value in asked.items()}
+
+
+def _portable(word: str, data: str | None) -> str:
+    """PATH or --option=PATH: in the repository as seen from its root; the images, and what is elsewhere, as DIR."""
+    option, equals, path = word.rpartition('=')
+    if path and path == data:
+        path = 'DIR'
+    elif Path(path).is_absolute():
+        path = str(Path(path).relative_to(ROOT)) if Path(path).is_relative_to(ROOT) else 'DIR'
+    return option + equals + path
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -24,7 +24,6 @@ import json
 import logging
 import math
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -45,7 +44,13 @@ from matplotlib.ticker import LogLocator  # noqa: E402
 from torch import nn  # noqa: E402
 
 from benchmarks import published  # noqa: E402
-from benchmarks.records import describe_machine, markdown_table, write_record  # noqa: E402
+from benchmarks.records import (  # noqa: E402
+    describe_command,
+    describe_machine,
+    describe_options,
+    markdown_table,
+    write_record,
+)
 from benchmarks.step import (  # noqa: E402
     CONTENDERS,
     PRECISIONS,
@@ -492,8 +497,8 @@ def main() -> None:
     if world.device.type == 'cpu' and args.precision == 'fp16':
         raise UserError('--precision fp16: a CPU computes in fp32 or bf16')
 
-    record = {'command': shlex.join(['python', '-m', 'benchmarks.scale', *sys.argv[1:]]),
-              'machine': describe_machine(world.device), 'options': args.as_dict()}
+    record = {'command': describe_command('scale'),
+              'machine': describe_machine(world.device), 'options': describe_options(args)}
     done = {}
     work = {'size': lambda: measure_models(args, training_args, world, 'size', done),
             'batch': lambda: measure_models(args, training_args, world, 'batch', done),

@@ -24,7 +24,6 @@ import logging
 import math
 import os
 import random
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -46,7 +45,13 @@ from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from benchmarks.published import PublishedStep, published_model, published_optimizer  # noqa: E402
-from benchmarks.records import describe_machine, markdown_table, write_record  # noqa: E402
+from benchmarks.records import (  # noqa: E402
+    describe_command,
+    describe_machine,
+    describe_options,
+    markdown_table,
+    write_record,
+)
 from engine.compile import compile_model  # noqa: E402
 from engine.loss import create_loss  # noqa: E402
 from engine.optimizer import create_optimizer, param_groups  # noqa: E402
@@ -71,6 +76,7 @@ TASKS = {'train': 'training', 'inference': 'inference'}
 NUM_CLASSES = 1000
 LEAST_ROUNDS = 3
 NAME_SHOWN = 100  # letters of a kernel's name
+MORE_STEPS = 4  # after a last one that was not finite
 STEPS_PROFILED = 2  # the published step keeps the gradients of one step during the next
 # Operators that compute nothing: views, and memory that nothing is written to.
 NOT_COMPUTING = {'alias', 'as_strided', 'chunk', 'detach', 'detach_', 'empty', 'empty_like', 'empty_strided', 'expand',
@@ -416,7 +422,14 @@ def add_window(contender: Contender, device: torch.device) -> None:
 
 
 def note_finiteness(contender: Contender) -> None:
-    contender.measured['is_finite'] = contender.running.is_finite()
+    """Whether the last step was finite, or one of the next few: float16's scaler has to find its scale by overflows."""
+    running = contender.running
+
+    def is_next_finite() -> bool:
+        running.step()
+        return running.is_finite()
+
+    contender.measured['is_finite'] = running.is_finite() or any(is_next_finite() for _ in range(MORE_STEPS))
 
 
 def _release() -> None:
@@ -499,8 +512,8 @@ def main() -> None:
             from torch._inductor import config
             config.cpp.enable_kernel_profile = True
 
-    record = {'command': shlex.join(['python', '-m', 'benchmarks.step', *sys.argv[1:]]),
-              'machine': describe_machine(world.device), 'options': args.as_dict(), 'tables': []}
+    record = {'command': describe_command('step'),
+              'machine': describe_machine(world.device), 'options': describe_options(args), 'tables': []}
     tasks = list(TASKS) if args.task == 'both' else [args.task]
     for model, precision, task in itertools.product(args.models, args.precision, tasks):
         torch.compiler.reset()

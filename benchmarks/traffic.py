@@ -6,11 +6,14 @@
 A GPU's step of this size is bound by the bytes that its kernels read and write, and by the number of kernels where the
 batch is small. Both are known from the operators alone: every operator that computes reads its arguments and writes its
 results; of a compiled step, every kernel that torch.compile has made of several operators reads and writes what goes in
-and out of it. They are counted here on a CPU for two batch sizes, as a GPU with bfloat16 runs them, and carried on to
+and out of it. They are counted here on a CPU for two batch sizes, with a GPU's way of attention, and carried on to
 --batch-size, of which they are a linear function. `floor` is the time that the bytes alone take at --bandwidth.
 
 What is not seen: caches; kernels that fuse differently on a GPU; the inside of a fused attention, which counts as its
-arguments and results. Of the optimizer and the average every tensor counts as often as it is read and written.
+arguments and results. Autocast is that of a CPU, which leaves softmax, exp and layer_norm in bfloat16 where a GPU takes
+float32: the published formulation, which has most of them, moves more there than is counted. Of the optimizer and the
+average every tensor counts as often as it is read and written; to a fused optimizer's gradients, which its schema marks
+as written, that adds one time too many.
 """
 import itertools
 import logging
@@ -28,7 +31,13 @@ from torch import nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from benchmarks.records import describe_command, describe_machine, markdown_table, write_record  # noqa: E402
+from benchmarks.records import (  # noqa: E402
+    describe_command,
+    describe_machine,
+    describe_options,
+    markdown_table,
+    write_record,
+)
 from benchmarks.step import NOT_COMPUTING, PRECISIONS, TRAINING, Contender, make_batch, start_training  # noqa: E402
 from engine.compile import compile_model  # noqa: E402
 from models import layers, resolve_name  # noqa: E402
@@ -66,16 +75,24 @@ class Traffic(TorchDispatchMode):
         kwargs = kwargs or {}
         read = _tensors((args, kwargs))
         result = func(*args, **kwargs)
-        written = _tensors(result)
+        written = _tensors(result) or _written(func, args, kwargs)
         if func._schema.name.partition('::')[2] not in NOT_COMPUTING and not func.is_view and written:
             self.operators += 1
-            # What is changed in place is an argument and, in most schemas, a result as well: read and written.
+            # What is changed in place is an argument, and a result as well or marked in the schema: read and written.
             self.bytes += sum(map(_size, read)) + sum(map(_size, written))
         return result
 
 
 def _tensors(tree) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _written(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """The arguments that an operator writes to, as its schema says."""
+    arguments = func._schema.arguments
+    by_name = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+    return _tensors([by_name.get(argument.name) for argument in arguments
+                     if argument.alias_info is not None and argument.alias_info.is_write])
 
 
 def _size(tensor: torch.Tensor) -> int:
@@ -175,8 +192,8 @@ def main():
                      'floor_milliseconds': 1000 * seconds, 'floor_images_per_second': args.batch_size / seconds,
                      'counted': {str(size): count.tolist() for size, count in zip(BATCHES, counts, strict=True)}})
     bar.close()
-    record = {'command': describe_command('traffic', None), 'machine': describe_machine(world.device),
-              'options': args.as_dict(), 'rows': rows}
+    record = {'command': describe_command('traffic'), 'machine': describe_machine(world.device),
+              'options': describe_options(args), 'rows': rows}
     text = as_text(record)
     print(text)
     write_record(Path(args.output).expanduser(), args.name, record, text)

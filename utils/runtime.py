@@ -84,15 +84,17 @@ class Precision:
 
 
 def describe_environment(device: torch.device) -> dict:
-    """Machine, versions and commit, for records of results."""
+    """Machine, versions and commit, for records of results; COMMIT names it where the code has come without .git."""
     import timm
     import torchvision
     root = Path(__file__).resolve().parents[1]
-    try:
-        git = subprocess.run(['git', '-C', root, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
-        commit = git.stdout.strip() or None
-    except OSError:  # a machine without git
-        commit = None
+    commit = os.environ.get('COMMIT')
+    if not commit:
+        try:
+            git = subprocess.run(['git', '-C', root, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
+            commit = git.stdout.strip() or None
+        except OSError:  # a machine without git
+            commit = None
     return {
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{os.cpu_count()} CPU cores',
         'python': platform.python_version(), 'torch': torch.__version__,
