@@ -4,13 +4,15 @@
     python -m benchmarks.targets --records DIR --output DIR --name gpu       # as benchmarks/gpu_suite.sh does
 
 --records is searched, at any depth, for the records of benchmarks/step.py, scale.py and fidelity.py, for the log of a
-training in float16 (fp16/metrics.jsonl) and for parts.tsv, both of gpu_suite.sh. NAME.md has a line for each target,
-then the tables of all records; NAME.json has the records by name. A target for another machine, as those for a GPU are
-on a CPU, has no line; of one that was not measured the line says so.
+training in float16 (fp16/) and for parts.tsv, both of gpu_suite.sh. NAME.md has a line for each target, then the tables
+of all records; NAME.json has the records by name. Where there are records of a GPU, those of a CPU are not judged. A
+target for another machine, as those for a GPU are on a CPU, has no line; of one that was not measured the line says so.
+Where a table has what is compiled, tables without it do not count.
 """
 import json
 import logging
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,9 @@ ABSOLUTE = (('t2t_vit_14', 224, 'train', 9000, 10800), ('t2t_vit_14', 224, 'infe
             ('t2t_vit_24', 224, 'train', None, 4100), ('t2t_vit_t_14', 224, 'train', None, 9000),
             ('t2t_vit_14', 384, 'train', None, 3300))  # images/s of one H200 in bf16: target and stretch
 FP16_STEPS = 500
-MANY_TOKENS = 12_544  # of an image of 448 pixels; below some thousands, launches are what takes time
+ABSOLUTE_DEVICE = 'H200'
+MANY_TOKENS, MANY_ON_GPU = 12_544, 200_000  # of images of 448 and 1792 pixels; launches take the time of fewer
+LAUNCH_BOUND = 0.7  # an exponent below this is that of launches
 
 
 def targets_options(parser) -> None:
@@ -63,17 +67,23 @@ class Records:
             if isinstance(record, dict) and 'machine' in record:
                 self.by_name[path.relative_to(folder).with_suffix('').as_posix()] = record
         self.is_gpu = any('cuda' in record['machine'] for record in self.by_name.values())
+        self.judged = [record for record in self.by_name.values() if ('cuda' in record['machine']) == self.is_gpu]
 
-    def tables(self, model: str, task: str, **wanted) -> list[dict[str, dict]]:
+    def tables(self, model: str, task: str, device: str = '', **wanted) -> list[dict[str, dict]]:
         """The tables of benchmarks/step.py for a model: its rows by contender, without those that failed."""
         return [{row['contender']: row for row in table['rows'] if 'error' not in row}
-                for record in self.by_name.values() for table in record.get('tables', ())
+                for record in self.judged if device in record['machine']['device'] for table in record.get('tables', ())
                 if (table['model'], table['task']) == (model, task)
                 and all(table[key] == value for key, value in wanted.items())]
 
     def parts(self, name: str) -> list[dict]:
         """The parts of benchmarks/scale.py of that name."""
-        return [record[name] for record in self.by_name.values() if name in record]
+        return [record[name] for record in self.judged if name in record]
+
+
+def compiled_if_any(tables: list[dict[str, dict]]) -> list[dict[str, dict]]:
+    """The tables that have what is compiled, else all."""
+    return [table for table in tables if 'compiled' in table] or tables
 
 
 def fastest(table: dict[str, dict]) -> float | None:
@@ -84,14 +94,16 @@ def fastest(table: dict[str, dict]) -> float | None:
 def absolute(records: Records) -> list[Figure]:
     figures = []
     for model, size, task, target, stretch in ABSOLUTE:
-        speeds = [speed for table in records.tables(model, task, img_size=size, precision='bf16')
-                  if (speed := fastest(table))]
+        of_device, of_any = ([speed for table in records.tables(model, task, device, img_size=size, precision='bf16')
+                              if (speed := fastest(table))] for device in (ABSOLUTE_DEVICE, ''))
         asked = f'{target:,} ({stretch:,} as a stretch)' if target else f'{stretch:,} (a stretch)'
-        figure = Figure(f'{model}, {size} pixels, {task}, bf16: {asked} img/s on an H200')
-        if speeds:
-            best = max(speeds)
+        figure = Figure(f'{model}, {size} pixels, {task}, bf16: {asked} img/s on an {ABSOLUTE_DEVICE}')
+        if of_device:
+            best = max(of_device)
             figure.found = f'{best:,.0f} img/s' + ', the stretch too' * (best >= stretch and target is not None)
             figure.is_met = best >= (target or stretch)
+        elif of_any:
+            figure.found = f'{max(of_any):,.0f} img/s on another device'
         figures.append(figure)
     return figures
 
@@ -100,9 +112,11 @@ def against_yardstick(records: Records, model: str, task: str, factor: float, pa
                       **wanted) -> Figure:
     """At least so many times as fast as the published code; of several tables, the worst counts."""
     figure = Figure(f'{model}, {task}: {" or ".join(paths)} at least {factor} × published')
+    tables = [table for table in records.tables(model, task, **wanted)
+              if 'published' in table and table.keys() & set(paths)]
     found = [max(table[path]['images_per_second'] for path in paths if path in table)
-             / table['published']['images_per_second'] for table in records.tables(model, task, **wanted)
-             if 'published' in table and table.keys() & set(paths)]
+             / table['published']['images_per_second']
+             for table in (compiled_if_any(tables) if 'compiled' in paths else tables)]
     if found:
         figure.found, figure.is_met = f'{min(found):.2f} ×', min(found) >= factor
     return figure
@@ -112,8 +126,10 @@ def against_peer(records: Records, task: str) -> list[Figure]:
     figures = []
     for ours, theirs in (('default', PEER), ('compiled', f'{PEER}, compiled')):
         figure = Figure(f't2t_vit_14, {task}, {ours}: ahead of {theirs}')
+        tables = [table for table in records.tables('t2t_vit_14', task, img_size=224)
+                  if table.keys() >= {ours, theirs}]
         quotients = [table[ours]['images_per_second'] / table[theirs]['images_per_second']
-                     for table in records.tables('t2t_vit_14', task, img_size=224) if table.keys() >= {ours, theirs}]
+                     for table in compiled_if_any(tables)]
         if quotients:
             figure.found, figure.is_met = f'{min(quotients):.2f} ×', min(quotients) > 1
         figures.append(figure)
@@ -122,10 +138,10 @@ def against_peer(records: Records, task: str) -> list[Figure]:
 
 def memory(records: Records) -> Figure:
     figure = Figure('t2t_vit_14, train: peak memory at most half of published')
-    shares = [min(table[name]['peak_bytes'] for name in ('default', 'compiled') if name in table)
-              / table['published']['peak_bytes']
-              for table in records.tables('t2t_vit_14', 'train', batch_size=256, img_size=224)
+    tables = [table for table in records.tables('t2t_vit_14', 'train', batch_size=256, img_size=224)
               if 'published' in table and fastest(table)]
+    shares = [min(table[name]['peak_bytes'] for name in ('default', 'compiled') if name in table)
+              / table['published']['peak_bytes'] for table in compiled_if_any(tables)]
     if shares:
         figure.found, figure.is_met = f'{max(shares):.2f} of it', max(shares) <= 0.5
     return figure
@@ -142,7 +158,19 @@ def float16(folder: Path) -> Figure:
                         f'{steps[0]["loss"]:.2f} → {last["loss"]:.2f}' if is_finite else 'a loss that is not finite')
         # The scale of the loss is too large at first, and is halved in a step that is skipped.
         figure.is_met = is_finite and last['global_step'] >= FP16_STEPS and last['skipped_steps'] < FP16_STEPS / 50
+        precisions = {start.get('precision') for log in logs for start in read_environment(log.parent)}
+        if precisions != {'float16'}:
+            figure.found += f', in {" and ".join(sorted(filter(None, precisions))) or "an unknown precision"}'
+            figure.is_met = None
     return figure
+
+
+def read_environment(folder: Path) -> list[dict]:
+    """What a run says of its machine and its precision, for each of its starts; of none, nothing."""
+    try:
+        return json.loads((folder / 'environment.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return []
 
 
 def scaling(records: Records) -> list[Figure]:
@@ -152,26 +180,36 @@ def scaling(records: Records) -> list[Figure]:
             low, high = found['interval']
             overhead.found = f'{found["percent"]:+.2f} % ({low:+.2f} … {high:+.2f})'
             overhead.is_met = high < 3 or (False if low >= 3 else None)
-    linear = Figure(f'Performer: time ~ N^p with p at most 1.1, up to {MANY_TOKENS:,} tokens or more')
+    many = MANY_ON_GPU if records.is_gpu else MANY_TOKENS
+    linear = Figure(f'Performer: time ~ N^p with p at most 1.1, up to {many:,} tokens or more')
     for exponents, points in zip(records.parts('exponents'), records.parts('tokens'), strict=True):
         if task := next((task for task in ('train', 'inference') if task in exponents), None):
             powers = {name: found['time'] for name, found in exponents[task].items()}
             linear.found = ', '.join(f'{name} {power:.2f}' for name, power in powers.items())
-            if 'default performer' in powers and max(point['tokens'] for point in points) >= MANY_TOKENS:
-                linear.is_met = powers['default performer'] <= 1.1
+            power = powers.get('default performer')
+            if power is not None and power < LAUNCH_BOUND:
+                linear.found += ' (launch-bound)'
+            elif power is not None and max(point['tokens'] for point in points) >= many:
+                linear.is_met = power <= 1.1
     return [overhead, linear]
 
 
 def fidelity(records: Records) -> list[Figure]:
-    """The largest quotient of our error and the published code's, for each precision."""
-    found = {}
-    for row in (row for record in records.by_name.values() for row in record.get('rows', ()) if 'ratios' in row):
+    """The largest quotient of our error and the published code's, for each precision; ours has to be finite."""
+    found, lost = {}, Counter()
+    for row in (row for record in records.judged for row in record.get('rows', ()) if 'ratios' in row):
+        ratios = found.setdefault(row['precision'], [])
         for name in ('logits', 'gradient'):
             if name in row['ratios']:
-                found.setdefault(row['precision'], []).append(row['ratios'][name])
+                ratios.append(row['ratios'][name])
+            elif name in row['errors'] and row['errors'][name] is None:
+                lost[row['precision']] += 1
     return [Figure(f'{precision}: error of logits and gradients at most that of published',
-                   f'{max(ratios):.2f} × at most, over {len(ratios)} cases', max(ratios) <= 1)
-            for precision, ratios in found.items()] or [Figure('errors of logits and gradients at most of published')]
+                   f'{max(ratios, default=0):.2f} × at most, over {len(ratios)} cases'
+                   + f', and {lost[precision]} not finite' * bool(lost[precision]),
+                   max(ratios, default=0) <= 1 and not lost[precision])
+            for precision, ratios in found.items() if ratios or lost[precision]
+            ] or [Figure('errors of logits and gradients at most of published')]
 
 
 def judge(records: Records) -> list[Figure]:
@@ -182,7 +220,7 @@ def judge(records: Records) -> list[Figure]:
                 against_yardstick(records, 't2t_vit_t_14', 'train', 3, batch_size=256, img_size=224),
                 *against_peer(records, 'train'), *against_peer(records, 'inference'), memory(records),
                 float16(records.folder), *scaling(records), *fidelity(records)]
-    variants = sorted({table['model'] for record in records.by_name.values() for table in record.get('tables', ())})
+    variants = sorted({table['model'] for record in records.judged for table in record.get('tables', ())})
     return [against_yardstick(records, 't2t_vit_14', 'inference', 1.25, paths=('default',)),
             *(against_yardstick(records, model, task, 1, paths=('default',)) for model in variants
               for task in ('train', 'inference')), *scaling(records), *fidelity(records)]

@@ -15,7 +15,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.scale import fit_exponents, group_of_one, median_with_interval, start_ddp
 from benchmarks.step import TRAINING, Contender
-from benchmarks.targets import Records, against_peer, against_yardstick, float16, judge, memory, scaling
+from benchmarks.targets import (
+    Records,
+    absolute,
+    against_peer,
+    against_yardstick,
+    fidelity,
+    float16,
+    judge,
+    memory,
+    scaling,
+)
 from tests.conftest import ROOT, run_command, run_script, succeeded
 from utils import options
 from utils.distributed import World
@@ -138,12 +148,12 @@ def test_a_mistake_is_one_line(tmp_path, options, message):
 # ------------------------------------------------------------------------------------------------------------
 # Targets
 
-def write_step(folder, name, model, speeds: dict, task='train', device='cuda', **table):
+def write_step(folder, name, model, speeds: dict, task='train', device='NVIDIA H200', **table):
     rows = [{'contender': contender, 'images_per_second': speed, 'peak_bytes': 1e6 / speed}
             for contender, speed in speeds.items()]
     table = {'model': model, 'task': task, 'img_size': 224, 'precision': 'bf16', 'batch_size': 256, **table}
     (folder / f'{name}.json').write_text(json.dumps({
-        'machine': {'device': device, **({'cuda': '13'} if device == 'cuda' else {})},
+        'machine': {'device': device, **({'cuda': '13'} if 'NVIDIA' in device else {})},
         'tables': [{**table, 'rows': rows + [{'contender': 'gone', 'error': 'out of memory'}]}]}))
 
 
@@ -172,9 +182,66 @@ def test_targets_of_scaling_and_float16(tmp_path, measured):
     (tmp_path / 'fp16').mkdir()
     log = [{'kind': 'train', 'global_step': step, 'skipped_steps': 2, 'loss': loss} for step, loss in
            ((1, 7.), (500, 2.))]
-    for losses, expected in ((log, True), ([*log[:1], {**log[1], 'loss': None}], False), (log[:1], False)):
+    for losses, precision, expected in (
+            (log, 'float16', True), ([*log[:1], {**log[1], 'loss': None}], 'float16', False),
+            (log[:1], 'float16', False), (log, 'float32', None), (log, None, None)):
         (tmp_path / 'fp16/metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in losses))
+        (tmp_path / 'fp16/environment.json').write_text(json.dumps([{'precision': precision}] if precision else []))
         assert float16(tmp_path).is_met is expected
+
+
+def test_the_performer_is_judged_by_many_tokens(tmp_path):
+    def judged(power, tokens, **machine):
+        record = {'machine': {'device': 'any', **machine}, 'tokens': [{'tokens': tokens}],
+                  'exponents': {'train': {'default performer': {'time': power}}}}
+        (tmp_path / 'scale.json').write_text(json.dumps(record))
+        return scaling(Records(tmp_path))[1]
+
+    assert judged(1., 12_544).is_met is True and judged(1.2, 12_544).is_met is False
+    assert judged(1., 12_544, cuda='13').is_met is None
+    assert judged(1., 200_704, cuda='13').is_met is True
+    bound = judged(0.3, 200_704, cuda='13')
+    assert bound.is_met is None and 'launch-bound' in bound.found
+
+
+def test_targets_of_another_machine_are_not_judged(tmp_path):
+    write_step(tmp_path, 'h100', 't2t_vit_14', {'published': 1000, 'default': 20000}, device='NVIDIA H100')
+    write_step(tmp_path, 'cpu', 't2t_vit_14', {'published': 2, 'default': 1}, device='2 CPU cores')
+    records = Records(tmp_path)
+    assert absolute(records)[0].line()[1:] == ['20,000 img/s on another device', '–']
+    assert against_yardstick(records, 't2t_vit_14', 'train', 2.25).found == '20.00 ×'
+
+
+def test_a_table_without_what_is_compiled_counts_only_alone(tmp_path):
+    write_step(tmp_path, 'eager', 't2t_vit_14', {'published': 1000, 'default': 2000})
+    assert against_yardstick(Records(tmp_path), 't2t_vit_14', 'train', 2.25).line()[1:] == ['2.00 ×', 'missed']
+    write_step(tmp_path, 'compiled', 't2t_vit_14', {'published': 1000, 'default': 2000, 'compiled': 3000})
+    records = Records(tmp_path)
+    assert against_yardstick(records, 't2t_vit_14', 'train', 2.25).line()[1:] == ['3.00 ×', 'met']
+    assert memory(records).found == '0.33 of it'
+
+
+@pytest.mark.parametrize('ours, published, found', [
+    (1., 2., ['0.50 × at most, over 2 cases', 'met']), (3., 2., ['1.50 × at most, over 2 cases', 'missed']),
+    (None, 2., ['0.50 × at most, over 1 cases, and 1 not finite', 'missed']),
+    (1., None, ['0.50 × at most, over 1 cases', 'met'])])
+def test_an_error_that_is_not_finite_is_missed(tmp_path, ours, published, found):
+    ratios = {'logits': ours / published} if ours and published else {}
+    (tmp_path / 'fidelity.json').write_text(json.dumps({'machine': {'device': 'any'}, 'rows': [
+        {'precision': 'bf16', 'errors': {'logits': published, 'gradient': 2.}},
+        {'precision': 'bf16', 'errors': {'logits': ours, 'gradient': 1.}, 'ratios': {**ratios, 'gradient': 0.5}}]}))
+    figure, = fidelity(Records(tmp_path))
+    assert figure.line()[1:] == found
+
+
+@pytest.mark.parametrize('settings, message', [
+    ({'PARTS': 't14_eager t14_trian'}, 'PARTS: there is no part t14_trian; there are: t14_eager '),
+    ({'NAME': '..'}, 'NAME=..: give a name without a folder'), ({'NAME': 'a/b'}, 'NAME=a/b: give a name')])
+def test_a_mistake_of_the_suite_is_one_line(tmp_path, settings, message):
+    result = run_command(['bash', ROOT / 'benchmarks/gpu_suite.sh'], tmp_path, DEVICE='cpu', SMALL='1',
+                         **{'OUT': str(tmp_path / 'results'), **settings})
+    assert result.returncode == 2 and message in result.stderr and result.stderr.count('\n') == 1
+    assert not (tmp_path / 'results').exists()
 
 
 @pytest.mark.slow
@@ -185,9 +252,10 @@ def test_the_suite_runs_without_a_gpu(tmp_path):
     out = succeeded(result)
     assert sorted(path.name for path in (tmp_path / 'results').iterdir()) == [
         'proof-scale.png', 'proof.json', 'proof.log', 'proof.md']
-    assert out.count('\twell\n') == 7
+    assert out.count('\twell\n') == 8
+    assert 'cpu, bfloat16' in (tmp_path / 'results/proof.log').read_text()  # the part float16 on a CPU
     records = json.loads((tmp_path / 'results/proof.json').read_text())['records']
-    assert records.keys() == {'t14_train', 't14_inference', 'fidelity', 'scale', 'peers'}
+    assert records.keys() == {'t14_eager', 't14_train', 't14_inference', 'fidelity', 'scale', 'peers'}
     assert '| DistributedDataParallel at one rank' in (tmp_path / 'results/proof.md').read_text()
 
 
