@@ -59,6 +59,7 @@ def test_every_point_is_measured(measured):
             assert row['is_finite'] and row['peak_bytes'] > row['held_bytes']
             assert row['images_per_second'] == pytest.approx(
                 1000 * point['batch_size'] / row['milliseconds']['median'])
+    assert str(measured.folder) not in json.dumps(record) + measured.text
     assert measured.record['machine']['threads'] >= 1 and measured.out.strip().startswith(measured.text.strip())
 
 

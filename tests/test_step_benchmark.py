@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.step import _by_name, _events, _operators, _profile_on_cpu, make_batch
+from benchmarks.step import _by_name, _events, _operators, _profile_on_cpu, make_batch, note_finiteness
 from tests.conftest import run_script, succeeded
 
 ROUNDS, BATCH, PROFILED = 2, 2, 4
@@ -36,7 +36,8 @@ def test_record_is_complete(measured):
     assert record['command'].startswith('python -m benchmarks.step --models t2t_vit_7 --img-size 32')
     assert record['machine'].keys() >= {'time', 'device', 'processor', 'threads', 'python', 'torch', 'timm', 'commit'}
     assert record['machine']['threads'] >= 1
-    assert record['options']['repeats'] == ROUNDS
+    assert record['options']['repeats'] == ROUNDS and record['options']['output'] == 'DIR'
+    assert '--output DIR' in record['command'] and 'tmp' not in record['command']
     assert [(table['model'], table['precision'], table['task']) for table in record['tables']] == [
         ('t2t_vit_7', 'fp32', 'train'), ('t2t_vit_7', 'fp32', 'inference')]
     for table in record['tables']:
@@ -145,6 +146,16 @@ def test_operators_that_compute_are_counted_once():
     assert counted(lambda: torch.nn.functional.linear(x, weight)) == 1
     assert counted(lambda: torch.nn.functional.layer_norm(x, (6,)).softmax(-1) + 1) == 3
     assert counted(lambda: torch._foreach_add([x, x, x], 1.)) == 3
+
+
+@pytest.mark.parametrize('steps, is_finite', [
+    ([True], True), ([False, False, True], True), ([True, False], True), ([False] * 9, False)])
+def test_one_step_that_overflows_is_not_all_that_counts(steps, is_finite):
+    left = list(steps)
+    running = SimpleNamespace(step=lambda: left.pop(0), is_finite=lambda: left[0])
+    contender = SimpleNamespace(running=running, measured={})
+    note_finiteness(contender)
+    assert contender.measured == {'is_finite': is_finite} and len(steps) - len(left) <= 4
 
 
 def test_time_is_that_of_an_operator_itself():
