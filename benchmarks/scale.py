@@ -275,11 +275,11 @@ def median_with_interval(values: np.ndarray, seed: int) -> tuple[float, float, f
     return np.median(values).item(), *np.percentile(np.median(drawn, axis=1), (2.5, 97.5)).tolist()
 
 
-def launch_ranks(args, ranks: int) -> dict:
+def launch_ranks(ranks: int, device: torch.device) -> dict:
     """The part ranks for one number of them: what its rank 0 has found, or the error that it ended with."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, '-m', 'utils.launch', str(ranks), str(ROOT / 'benchmarks/scale.py'), *sys.argv[1:],
-                   '--parts', 'ranks', '--output', folder, '--name', 'ranks']
+                   '--device', device.type, '--parts', 'ranks', '--output', folder, '--name', 'ranks']
         environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
         ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
         if ended.returncode:
@@ -504,7 +504,8 @@ def main() -> None:
             'batch': lambda: measure_models(args, training_args, world, 'batch', done),
             'tokens': lambda: measure_tokens(args, training_args, world),
             'overhead': lambda: measure_overhead(args, training_args, world),
-            'ranks': lambda: [launch_ranks(args, ranks) for ranks in progress_bar(iterable=args.ranks, desc='ranks')]}
+            'ranks': lambda: [launch_ranks(ranks, world.device)
+                              for ranks in progress_bar(iterable=args.ranks, desc='ranks')]}
     picture = Path(args.output) / f'{args.name}.png'
     for part in dict.fromkeys(args.parts):  # files after each, for what is measured may take long
         record[part] = work[part]()

@@ -44,7 +44,7 @@ def main():
     run = sections.open_run(folder)
     check_folder(output.parent, '--output')
     args = sections.evaluation_options(run, given)
-    world, precision = start(args)
+    world, precision = start(args, alone=True)
     log.info('%s: %d epochs, %d log lines', folder, len(run.epochs), len(run.steps))
 
     # --- Its model on its data ----------------------------------------------------------------------------------------
