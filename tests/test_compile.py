@@ -45,8 +45,7 @@ def make(name, **kwargs):
     return timm.create_model(name, **{**SMALL, **kwargs})
 
 
-@pytest.mark.parametrize('name', ['t2t_vit_7', 't2t_vit_t_14'])
-@pytest.mark.parametrize('how', ['blocks', 'model'])
+@pytest.mark.parametrize(('name', 'how'), [('t2t_vit_7', 'blocks'), ('t2t_vit_t_14', 'model')])
 def test_logits_gradients_and_keys_are_those_of_the_model(name, how, graphs):
     eager, images = make(name, drop_path_rate=0.), torch.randn(2, 3, 32, 32)
     for layer in eager.modules():

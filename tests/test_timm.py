@@ -16,8 +16,8 @@ from torch import nn
 import models  # noqa: F401 (registers them)
 
 MODELS = [*timm.list_models(module='t2t_vit'), *timm.list_models(module='ablations')]
-# Only deeper and wider than others, and as long to test as all of these; make test-slow.
-LARGER = ('t2t_vit_12', 't2t_vit_19', 't2t_vit_24', 't2t_vit_t_19', 't2t_vit_t_24')
+# Others with other numbers, and as long to test as all of these; make test-slow.
+LARGER = ('t2t_vit_10', 't2t_vit_12', 't2t_vit_19', 't2t_vit_24', 't2t_vit_t_19', 't2t_vit_t_24', 't2t_vit_14_resnext')
 SIZE = (32, 48)  # not square
 GRID = (2, 3)
 
