@@ -15,7 +15,7 @@ def compile_model(model: nn.Module, how: str) -> None:
     between the graphs into which torch.compile cuts it at the borders of the buckets.
 
     Args:
-        how: '' for not at all; 'blocks', one block at a time: half a minute; 'model' as a whole, which fuses more and
+        how: '' for not at all; 'blocks', one block at a time: a minute; 'model' as a whole, which fuses more and
             takes minutes; 'graphs', as a whole, and launched as CUDA graphs; 'autotune', as a whole, with kernels that
             are tried out first.
     Raises:

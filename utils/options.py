@@ -559,7 +559,7 @@ def device_options(parser):
 def compile_options(parser):
     add = parser.add_argument_group('Compilation').add_argument
     add('--compile', default='', choices=['', 'blocks', 'model', 'graphs', 'autotune'],
-        help='torch.compile: blocks (one at a time: ready in half a minute), model (as a whole: minutes, and faster), '
+        help='torch.compile: blocks (one at a time: ready in a minute), model (as a whole: minutes, and faster), '
              'graphs (and launched as CUDA graphs), autotune (and kernels tried out); results differ by rounding')
 
 
