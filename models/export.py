@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import statistics
 import sys
@@ -300,10 +299,9 @@ def read_int8(path: str | os.PathLike) -> nn.Module:
         model = timm.create_model(config['architecture'],
                                   **{'num_classes': config['num_classes'], **config.get('model_args', {})})
         model = quantize(model.eval())
-        # Files of before have the layers behind a soft split under their own names.
-        expected = model.state_dict().keys()
-        model.load_state_dict({key if key in expected else re.sub(r'(kqv|qkv|project)\.', r'\1.linear.', key): value
-                               for key, value in content['state_dict'].items()})
+        if content['state_dict'].keys() != model.state_dict().keys():
+            raise UserError(f'{path} was written by an earlier version; export the model again')
+        model.load_state_dict(content['state_dict'])
     return model
 
 

@@ -54,7 +54,7 @@ def soft_split(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch
     """
     windows = F.pad(x, (padding, padding, padding, padding)).unfold(2, kernel, stride).unfold(3, kernel, stride)
     B, C, H, W, _, _ = windows.shape
-    return windows.permute(0, 2, 3, 1, 4, 5).reshape(B, H * W, C * kernel ** 2)  # [B, C, H, W, k, k] -> [B, N, C · k²]
+    return windows.permute(0, 2, 3, 1, 4, 5).reshape(B, H * W, C * kernel * kernel)  # [B, N, C · k²]
 
 
 @torch.fx.wrap  # leaves to torch.fx, like all functions here that look at types
