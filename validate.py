@@ -48,6 +48,7 @@ def main():
     # --- Weights, and data numbered as they were trained --------------------------------------------------------------
     model, args, known_classes = open_trained_model(args)
     # What is wrong with the options should not wait for the data to be scanned.
+    compile_model(model, args.compile)
     stem = results_stem(args, args.results_file, '--results-file', 'validate')
     image = resolve_input(args, model.pretrained_cfg)
     dataset = open_evaluation_data(args, known_classes, model.num_classes, world)
@@ -55,7 +56,6 @@ def main():
 
     # --- Evaluation ---------------------------------------------------------------------------------------------------
     loader, prepare = create_eval_loader(args, dataset, image, world)
-    compile_model(model, args.compile)
     result = evaluate(model, loader, prepare, precision=precision, log_interval=args.log_interval)
 
     # --- Results ------------------------------------------------------------------------------------------------------

@@ -25,39 +25,41 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from benchmarks.published import PUBLISHED, PublishedStep, published_model, published_optimizer  # noqa: E402
-from benchmarks.records import (  # noqa: E402
+from benchmarks.published import PUBLISHED, PublishedStep, published_model, published_optimizer
+from benchmarks.records import (
+    PRECISIONS,
+    check_record_options,
     describe_command,
     describe_machine,
     describe_options,
     markdown_table,
+    precision_of,
+    record_options,
     write_record,
 )
-from benchmarks.step import PRECISIONS  # noqa: E402
-from data.batch import BatchPreparer  # noqa: E402
-from data.folders import ImageFolder  # noqa: E402
-from data.loader import Loader, create_loader  # noqa: E402
-from data.samplers import TrainSampler  # noqa: E402
-from data.seeding import derive_seed, seed_generators  # noqa: E402
-from data.transforms import create_train_transform  # noqa: E402
-from engine.compile import compile_model  # noqa: E402
-from engine.loss import create_loss  # noqa: E402
-from engine.optimizer import create_optimizer, param_groups  # noqa: E402
-from engine.run import create_state  # noqa: E402
-from engine.step import TrainingStep  # noqa: E402
-from models import create_model  # noqa: E402
-from utils import options  # noqa: E402
-from utils.distributed import World  # noqa: E402
-from utils.errors import UserError, run_script  # noqa: E402
-from utils.log import check_folder, format_seconds, progress_bar  # noqa: E402
-from utils.pictures import BLUE, GREEN, ORANGE, new_figure  # noqa: E402
-from utils.runtime import Precision, seed_everything, start  # noqa: E402
+from data.batch import BatchPreparer
+from data.folders import ImageFolder
+from data.loader import Loader, create_loader
+from data.samplers import TrainSampler
+from data.seeding import derive_seed, seed_generators
+from data.transforms import create_train_transform
+from engine.compile import compile_model
+from engine.loss import create_loss
+from engine.optimizer import create_optimizer, param_groups
+from engine.run import create_state
+from engine.step import TrainingStep
+from models import create_model
+from utils import options
+from utils.distributed import World
+from utils.errors import UserError, run_script
+from utils.log import format_seconds, progress_bar
+from utils.pictures import BLUE, GREEN, ORANGE, new_figure
+from utils.runtime import seed_everything, start
 
 # The options of train.py that make a step; of those that this script lacks, the defaults.
 STEP = (options.model_options, options.optimizer_options, options.schedule_options, options.augmentation_options,
@@ -80,9 +82,7 @@ def convergence_options(parser) -> None:
     add('-j', '--workers', type=options.count, default=0, metavar='N', help='data loader processes')
     add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
     add('--seed', type=options.seed, default=42, metavar='S', help='of the initialisation and of all seeds')
-    add = parser.add_argument_group('Record').add_argument
-    add('--output', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder of record, table and curves')
-    add('--name', default='convergence', metavar='NAME', help='of the files')
+    record_options(parser, 'convergence')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ class Run:
         model = create(args.model, img_size=args.img_size, num_classes=num_classes, drop_path_rate=0.)
         optimizer = published_optimizer(model, step_args) if path == 'published' else create_optimizer(
             param_groups(model, step_args.weight_decay), step_args)
-        precision = Precision(world.device, enabled=args.precision != 'fp32', dtype_name=PRECISIONS[args.precision])
+        precision = precision_of(args.precision, world.device)
         self._state = create_state(step_args, model, optimizer, precision, [], world)
         if path == 'compiled':
             compile_model(model, args.compile)
@@ -271,9 +271,7 @@ def draw(losses: dict[str, list[list[float]]], path: Path) -> None:
 def main() -> None:
     args = options.parse_options(options.create_parser(
         'Compare the losses of our step with the yardstick’s.', (convergence_options, options.compile_options)))
-    if Path(args.name).name != args.name:
-        raise UserError(f'--name {args.name}: give a name without a folder; the folder is --output')
-    check_folder(Path(args.output), '--output')
+    folder = check_record_options(args)
     logging.disable(logging.INFO)  # the bar and the table are enough
     world, _ = start(options.parse_options(options.create_parser('', (options.device_options,)),
                                            ['--device', args.device, '--seed', str(args.seed)]), alone=True)
@@ -285,8 +283,8 @@ def main() -> None:
               'seconds': time.perf_counter() - started, 'machine': describe_machine(world.device),
               'options': describe_options(args), 'comparison': compare(losses), 'losses': losses}
     print(as_table(record['comparison']))
-    paths = write_record(Path(args.output), args.name, record, as_text(record))
-    picture = Path(args.output) / f'{args.name}.png'
+    paths = write_record(folder, args.name, record, as_text(record))
+    picture = folder / f'{args.name}.png'
     draw(losses, picture)
     print(*paths, picture, sep='\n')
 

@@ -30,34 +30,36 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # noqa: E402
-from torch import nn  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
 
-from benchmarks.published import PUBLISHED, golden_state, published_model  # noqa: E402
-from benchmarks.records import (  # noqa: E402
+from benchmarks.published import PUBLISHED, golden_state, published_model
+from benchmarks.records import (
+    PRECISIONS,
+    check_record_options,
     describe_command,
     describe_machine,
     describe_options,
     markdown_table,
+    precision_of,
+    record_options,
     write_record,
 )
-from benchmarks.step import PRECISIONS  # noqa: E402
-from data.base import spread  # noqa: E402
-from data.batch import BatchPreparer  # noqa: E402
-from data.folders import ImageFiles  # noqa: E402
-from data.transforms import create_eval_transform  # noqa: E402
-from engine.compile import compile_model  # noqa: E402
-from models import create_model  # noqa: E402
-from utils import options  # noqa: E402
-from utils.errors import UserError, run_script  # noqa: E402
-from utils.log import check_folder, progress_bar  # noqa: E402
-from utils.runtime import Precision, seed_everything, start  # noqa: E402
+from data.base import spread
+from data.batch import BatchPreparer
+from data.folders import ImageFiles
+from data.transforms import create_eval_transform
+from engine.compile import compile_model
+from models import create_model
+from utils import options
+from utils.errors import UserError, run_script
+from utils.log import progress_bar
+from utils.runtime import Precision, seed_everything, start
 
 WEIGHTS = ('golden', 'initial')
 STAGES = ('attention1', 'attention2', 'project')  # in the order of the forward pass
@@ -77,9 +79,7 @@ def fidelity_options(parser) -> None:
     add('--img-size', type=options.image_size, default=224, metavar='N', help='input size in pixels, or HxW')
     add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
     add('--seed', type=options.seed, default=0, metavar='S', help='of initial weights and images')
-    add = parser.add_argument_group('Record').add_argument
-    add('--output', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder of the record and the tables')
-    add('--name', default='fidelity', metavar='NAME', help='of both files')
+    record_options(parser, 'fidelity')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,15 +258,13 @@ def as_text(record: dict) -> str:
 def main() -> None:
     parser = options.create_parser('Measure the errors of all paths.', (fidelity_options, options.compile_options))
     args = options.parse_options(parser)
-    if Path(args.name).name != args.name:
-        raise UserError(f'--name {args.name}: give a name without a folder; the folder is --output')
-    check_folder(Path(args.output), '--output')
+    folder = check_record_options(args)
     logging.disable(logging.INFO)  # the bar and the tables are enough
     world, _ = start(options.parse_options(options.create_parser('', (options.device_options,)),
                                            ['--device', args.device, '--seed', str(args.seed)]), alone=True)
     if world.device.type == 'cpu' and 'fp16' in args.precision:
         raise UserError('--precision fp16: a CPU computes in fp32 or bf16; leave it out')
-    precisions = {name: Precision(world.device, enabled=name != 'fp32', dtype_name=PRECISIONS[name])
+    precisions = {name: precision_of(name, world.device)
                   for name in args.precision}
     images = {kind: batch.to(world.device) for kind, batch in make_images(args).items()}
     rows = []
@@ -287,7 +285,7 @@ def main() -> None:
               'machine': describe_machine(world.device),
               'options': describe_options(args), 'rows': rows}
     print(as_summary(rows))
-    print(*write_record(Path(args.output), args.name, record, as_text(record)), sep='\n')
+    print(*write_record(folder, args.name, record, as_text(record)), sep='\n')
 
 
 if __name__ == '__main__':

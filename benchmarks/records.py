@@ -1,4 +1,4 @@
-"""What every measurement says of its machine, and how its record and its tables are written."""
+"""What every measurement has in common: where its record goes, what that says of the machine, how it is written."""
 import json
 import platform
 import shlex
@@ -9,11 +9,33 @@ from pathlib import Path
 import torch
 
 from utils.errors import UserError
-from utils.log import make_folder, write_whole
+from utils.log import check_folder, make_folder, write_whole
 from utils.results import finite
-from utils.runtime import describe_environment
+from utils.runtime import Precision, describe_environment
 
 ROOT = Path(__file__).resolve().parents[1]
+PRECISIONS = {'fp32': 'auto', 'bf16': 'bfloat16', 'fp16': 'float16'}
+
+
+def record_options(parser, name: str) -> None:
+    """--output and --name, of which the default is the benchmark's own."""
+    add = parser.add_argument_group('Record').add_argument
+    add('--output', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder of the files')
+    add('--name', default=name, metavar='NAME', help='of the files')
+
+
+def check_record_options(args) -> Path:
+    """The folder that --output names; raises UserError where --output or --name cannot be written to."""
+    if Path(args.name).name != args.name:
+        raise UserError(f'--name {args.name}: give a name without a folder; the folder is --output')
+    folder = Path(args.output).expanduser()
+    check_folder(folder, '--output')
+    return folder
+
+
+def precision_of(name: str, device: torch.device) -> Precision:
+    """The precision of PRECISIONS that a table calls `name`, with a scaler of its own."""
+    return Precision(device, enabled=name != 'fp32', dtype_name=PRECISIONS[name])
 
 
 def describe_machine(device: torch.device) -> dict:

@@ -31,29 +31,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-# As in benchmarks/step.py, before torch is imported.
-os.environ.setdefault('KINETO_LOG_LEVEL', '99')
-os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from matplotlib.ticker import LogLocator  # noqa: E402
-from torch import nn  # noqa: E402
+import numpy as np
+import torch
+import torch.distributed as dist
+from matplotlib.ticker import LogLocator
+from torch import nn
 
-from benchmarks import published  # noqa: E402
-from benchmarks.records import (  # noqa: E402
-    describe_command,
-    describe_machine,
-    describe_options,
-    markdown_table,
-    write_record,
-)
-from benchmarks.step import (  # noqa: E402
+from benchmarks import published
+from benchmarks.measure import (
     CONTENDERS,
-    PRECISIONS,
     TASKS,
     TRAINING,
     Contender,
@@ -65,15 +53,27 @@ from benchmarks.step import (  # noqa: E402
     start_training,
     synchronize,
 )
-from engine.loop import wrap_model  # noqa: E402
-from models import resolve_name  # noqa: E402
-from models.tokens_to_token import SOFT_SPLITS, TokenPerformer, TokenTransformer, token_grid  # noqa: E402
-from utils import options  # noqa: E402
-from utils.distributed import World, from_main, leave  # noqa: E402
-from utils.errors import UserError, run_script  # noqa: E402
-from utils.log import check_folder, progress_bar  # noqa: E402
-from utils.pictures import BLUE, GREEN, ORANGE, new_figure  # noqa: E402
-from utils.runtime import Precision, seed_everything, start  # noqa: E402
+from benchmarks.records import (
+    PRECISIONS,
+    ROOT,
+    check_record_options,
+    describe_command,
+    describe_machine,
+    describe_options,
+    markdown_table,
+    precision_of,
+    record_options,
+    write_record,
+)
+from engine.loop import wrap_model
+from models import resolve_name
+from models.tokens_to_token import SOFT_SPLITS, TokenPerformer, TokenTransformer, token_grid
+from utils import options
+from utils.distributed import World, from_main, leave
+from utils.errors import UserError, run_script
+from utils.log import progress_bar
+from utils.pictures import BLUE, GREEN, ORANGE, new_figure
+from utils.runtime import Precision, seed_everything, start
 
 PARTS = ('size', 'batch', 'tokens', 'overhead', 'ranks')
 TOKEN_DIM = 64
@@ -114,9 +114,7 @@ def scale_options(parser) -> None:
     add('--window', type=options.rate, default=0.2, metavar='S', help='seconds of a window, which has a step at least')
     add('--warmup', type=options.positive_int, default=1, metavar='N', help='steps before anything is measured')
     add('--seed', type=options.seed, default=42, metavar='S', help='of weights, images and the order of a round')
-    add = parser.add_argument_group('Record').add_argument
-    add('--output', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder of the three files')
-    add('--name', default='scale', metavar='NAME', help='of the three files')
+    record_options(parser, 'scale')
 
 
 def tasks_of(args) -> list[str]:
@@ -127,7 +125,7 @@ def tasks_of(args) -> list[str]:
 # Images and batches
 
 def measure_models(args, training_args, world: World, part: str, done: dict) -> list[dict]:
-    """The part size or batch: rows of benchmarks/step.py at each of its points; what both have is measured once."""
+    """The part size or batch: rows of benchmarks/measure.py at each of its points; what both have is measured once."""
     points = [(args.batch_size, size) for size in args.img_sizes] if part == 'size' else [
         (size, args.img_size) for size in args.batch_sizes]
     found = []
@@ -187,7 +185,7 @@ def start_token_layer(contender: Contender, args, training_args, precision: Prec
 
 
 def measure_tokens(args, training_args, world: World) -> list[dict]:
-    """The part tokens: rows of benchmarks/step.py for each task and number of tokens."""
+    """The part tokens: rows of benchmarks/measure.py for each task and number of tokens."""
     found = []
     for task, size in itertools.product(tasks_of(args), args.token_sizes):
         here = args.replacing(batch_size=1, img_size=size)
@@ -249,12 +247,12 @@ def start_ddp(contender: Contender, args, training_args, precision: Precision, w
 
 
 def of_ddp(args):
-    """The options as benchmarks/step.py is to read them in the parts overhead and ranks."""
+    """The options as benchmarks/measure.py is to read them in the parts overhead and ranks."""
     return args.replacing(batch_size=args.ddp_batch_size, repeats=args.pairs)
 
 
 def measure_overhead(args, training_args, world: World) -> dict:
-    """The part overhead: per cent that DDP adds to a step, with its interval, and the rows of benchmarks/step.py."""
+    """The part overhead: per cent that DDP adds to a step, with its interval, and the rows of benchmarks/measure.py."""
     here, model = of_ddp(args), args.models[0]
     is_compiled = 'compiled' in args.contenders
     contenders = [Contender(label, model, args.img_size, is_compiled=is_compiled) for label in ('no DDP', 'DDP')]
@@ -292,7 +290,7 @@ def act_as_rank(args, training_args) -> None:
     """Takes steps together with the other ranks, and on rank 0, which writes what it found, alone as well."""
     world, _ = start(training_args)
     here, model = of_ddp(args), args.models[0]
-    precision = Precision(world.device, enabled=args.precision != 'fp32', dtype_name=PRECISIONS[args.precision])
+    precision = precision_of(args.precision, world.device)
     threads = torch.get_num_threads()
     running = {}
     for label in ('one rank', 'DDP'):
@@ -476,17 +474,15 @@ def draw(record: dict, path: Path) -> None:
 def main() -> None:
     parser = options.create_parser('Measure what T2T-ViT costs as images, batches and ranks grow.', (scale_options,))
     args = options.parse_options(parser)
-    args = args.replacing(channels_last=False, peers=[], seconds=None, profile=0)  # which benchmarks/step.py asks for
+    args = args.replacing(channels_last=False, peers=[], seconds=None, profile=0)  # which measure.py asks for
     for name in args.models:
         resolve_name(name)
-    if Path(args.name).name != args.name:
-        raise UserError(f'--name {args.name}: give a name without a folder; the folder is --output')
     for size in {*args.img_sizes, args.img_size}:
         try:
             token_grid(*((size, size) if isinstance(size, int) else size))
         except ValueError as error:
             raise UserError(f'--img-sizes: {error}') from None
-    check_folder(Path(args.output), '--output')
+    folder = check_record_options(args)
     training_args = options.parse_options(options.create_parser('', TRAINING), [
         '--device', args.device, '--seed', str(args.seed)])
     logging.disable(logging.INFO)  # the bar and the tables are enough
@@ -506,12 +502,12 @@ def main() -> None:
             'overhead': lambda: measure_overhead(args, training_args, world),
             'ranks': lambda: [launch_ranks(ranks, world.device)
                               for ranks in progress_bar(iterable=args.ranks, desc='ranks')]}
-    picture = Path(args.output) / f'{args.name}.png'
+    picture = folder / f'{args.name}.png'
     for part in dict.fromkeys(args.parts):  # files after each, for what is measured may take long
         record[part] = work[part]()
         if part == 'tokens':
             record['exponents'] = fit_exponents(record['tokens'])
-        paths = write_record(Path(args.output), args.name, record, as_text(record))
+        paths = write_record(folder, args.name, record, as_text(record))
         draw(record, picture)
     print(as_text(record), *paths, *([picture] if picture.exists() else []), sep='\n')
 

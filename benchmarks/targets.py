@@ -16,13 +16,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.records import markdown_table, write_record  # noqa: E402
-from utils import options  # noqa: E402
-from utils.errors import UserError, run_script  # noqa: E402
-from utils.log import read_metrics  # noqa: E402
+from benchmarks.records import ROOT, check_record_options, markdown_table, record_options, write_record
+from utils import options
+from utils.errors import UserError, run_script
+from utils.log import read_environment, read_metrics
 
 PEER = 'vit_little_patch16_reg4_gap_256'
 ABSOLUTE = (('t2t_vit_14', 224, 'train', 9000, 10800), ('t2t_vit_14', 224, 'inference', 26000, 31000),
@@ -36,10 +35,9 @@ LAUNCH_BOUND = 0.7  # an exponent below this is that of launches
 
 
 def targets_options(parser) -> None:
-    add = parser.add_argument_group('Records').add_argument
-    add('--records', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder with the records')
-    add('--output', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder of the two files')
-    add('--name', default='targets', metavar='NAME', help='of both files')
+    parser.add_argument_group('Records').add_argument(
+        '--records', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder with the records')
+    record_options(parser, 'targets')
 
 
 @dataclass
@@ -165,14 +163,6 @@ def float16(folder: Path) -> Figure:
     return figure
 
 
-def read_environment(folder: Path) -> list[dict]:
-    """What a run says of its machine and its precision, for each of its starts; of none, nothing."""
-    try:
-        return json.loads((folder / 'environment.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return []
-
-
 def scaling(records: Records) -> list[Figure]:
     overhead = Figure('DistributedDataParallel at one rank: less than 3 % of a step')
     for found in records.parts('overhead'):
@@ -236,19 +226,18 @@ def parts_table(folder: Path) -> str:
 def main() -> None:
     parser = options.create_parser('Hold what was measured against the targets.', (targets_options,))
     args = options.parse_options(parser)
-    folder = Path(args.records)
+    folder = Path(args.records).expanduser()
     if not folder.is_dir():
         raise UserError(f'--records {folder}: no such folder; name one with records of benchmarks/')
-    if Path(args.name).name != args.name:
-        raise UserError(f'--name {args.name}: give a name without a folder; the folder is --output')
+    output = check_record_options(args)
     logging.disable(logging.INFO)
     records = Records(folder)
     table = markdown_table(['target', 'found', 'verdict'], [figure.line() for figure in judge(records)])
     print(table)
     texts = [path.read_text(encoding='utf-8') for name in records.by_name
-             if (path := folder / f'{name}.md').exists()] if folder.resolve() != Path(args.output).resolve() else []
+             if (path := folder / f'{name}.md').exists()] if folder.resolve() != output.resolve() else []
     text = '\n\n'.join([f'# Targets\n\n{table}{parts_table(folder)}', *texts])
-    print(*write_record(Path(args.output), args.name, {'records': records.by_name}, text + '\n'), sep='\n')
+    print(*write_record(output, args.name, {'records': records.by_name}, text + '\n'), sep='\n')
 
 
 if __name__ == '__main__':

@@ -22,30 +22,32 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from benchmarks.records import (  # noqa: E402
+from benchmarks.measure import NOT_COMPUTING, TRAINING, Contender, make_batch, start_training
+from benchmarks.records import (
+    check_record_options,
     describe_command,
     describe_machine,
     describe_options,
     markdown_table,
+    precision_of,
+    record_options,
     write_record,
 )
-from benchmarks.step import NOT_COMPUTING, PRECISIONS, TRAINING, Contender, make_batch, start_training  # noqa: E402
-from engine.compile import compile_model  # noqa: E402
-from models import layers, resolve_name  # noqa: E402
-from utils import options  # noqa: E402
-from utils.distributed import World  # noqa: E402
-from utils.errors import run_script  # noqa: E402
-from utils.log import check_folder, progress_bar  # noqa: E402
-from utils.runtime import Precision, start  # noqa: E402
+from engine.compile import compile_model
+from models import layers, resolve_name
+from utils import options
+from utils.distributed import World
+from utils.errors import run_script
+from utils.log import progress_bar
+from utils.runtime import start
 
 BATCHES = (2, 4)
 
@@ -59,9 +61,7 @@ def traffic_options(parser) -> None:
     add('--img-size', type=options.image_size, default=224, metavar='N', help='input size in pixels, or HxW')
     add('--bandwidth', type=options.positive, default=4.3, metavar='TB/S', help='of the memory (H200: 4.3)')
     add('--seed', type=options.seed, default=42, metavar='S')
-    add = parser.add_argument_group('Record').add_argument
-    add('--output', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder of the record and the table')
-    add('--name', default='traffic', metavar='NAME', help='of both files')
+    record_options(parser, 'traffic')
 
 
 class Traffic(TorchDispatchMode):
@@ -110,7 +110,7 @@ def count(work: Callable[[], object]) -> np.ndarray:
 def count_step(contender: Contender, batch_size: int, args, training_args, world: World) -> np.ndarray:
     """Operators, or kernels, of a step of so many images, and the bytes that they read and write."""
     args = args.replacing(batch_size=batch_size, compile='model', channels_last=False)
-    precision = Precision(world.device, enabled=args.precision != 'fp32', dtype_name=PRECISIONS[args.precision])
+    precision = precision_of(args.precision, world.device)
     running = start_training(replace(contender, is_compiled=False), args, training_args, precision, world)
     running.step()  # the first one makes the optimizer's state
     whole = count(running.step)
@@ -170,7 +170,7 @@ def main():
     args = options.parse_options(parser)
     for model in args.models:
         resolve_name(model)
-    check_folder(Path(args.output).expanduser(), '--output')
+    folder = check_record_options(args)
     training_args = options.parse_options(options.create_parser('', TRAINING), ['--device', 'cpu']).replacing(
         seed=args.seed, img_size=args.img_size)
     world, _ = start(training_args, alone=True)
@@ -196,7 +196,7 @@ def main():
               'options': describe_options(args), 'rows': rows}
     text = as_text(record)
     print(text)
-    write_record(Path(args.output).expanduser(), args.name, record, text)
+    write_record(folder, args.name, record, text)
 
 
 if __name__ == '__main__':

@@ -187,7 +187,7 @@ def _performer_attention(
 class SoftSplit(nn.Module):
     """Overlapping patches of a map, each flattened into one token (section 3.1, "soft split").
 
-    This is the definition. The layers behind a split are `SplitLinear`, which computes the same as a convolution.
+    This is the definition. The layers behind a split are `SplitLinear`, which for maps needs no patches.
     """
 
     def __init__(self, kernel: int, stride: int, padding: int):

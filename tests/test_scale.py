@@ -13,8 +13,8 @@ import torch.distributed as dist
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.measure import TRAINING, Contender
 from benchmarks.scale import fit_exponents, group_of_one, median_with_interval, start_ddp
-from benchmarks.step import TRAINING, Contender
 from benchmarks.targets import (
     Records,
     absolute,
@@ -99,7 +99,7 @@ def test_overhead_is_of_pairs(measured):
 
 def test_what_is_called_ddp_is(monkeypatch):
     seen = []
-    monkeypatch.setattr('benchmarks.step.TrainingStep', lambda state, model, **_: seen.append(type(model)))
+    monkeypatch.setattr('benchmarks.measure.TrainingStep', lambda state, model, **_: seen.append(type(model)))
     training_args = options.parse_options(options.create_parser('', TRAINING), ['--device', 'cpu'])
     args = SimpleNamespace(seed=1, batch_size=1, channels_last=False)
     with group_of_one(CPU):

@@ -277,6 +277,60 @@ def test_the_average_and_its_counters_with_a_flag_and_without():
         torch.testing.assert_close(tensor, start[name] + moved)
 
 
+class WithScratch(nn.Module):
+    """A layer that keeps something for the next forward pass, of another size, as ConViT keeps its distances."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer('scratch', torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        self.scratch = torch.zeros(len(x))
+        return self.layer(x) + self.scratch[:, None]
+
+
+def test_the_average_is_of_what_the_model_saves():
+    model = WithScratch()
+    average = ModelEma(model, decay=0.5)
+    model(torch.ones(3, 2))
+    before = model.layer.weight.detach().clone()
+    with torch.no_grad():
+        model.layer.weight += 2
+    average.update(model)
+    torch.testing.assert_close(average.module.layer.weight.detach(), before + 1)
+
+
+@pytest.mark.parametrize('opt', ['adamw', 'momentum'])
+def test_moments_lie_as_the_weights_do_whatever_they_were_saved_from(opt):
+    """A fused optimizer goes through both in the order of memory: --channels-last may come or go with a resume."""
+    def start(layout):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(3, 4, 3).to(memory_format=layout)
+        args = Options(opt=opt, opt_eps=None, opt_betas=None, lr=0.1, weight_decay=0.1, momentum=0.9, model='conv',
+                       sync_bn=False, channels_last=False, model_ema=False)
+        layer.get_classifier = nn.Identity
+        optimizer = create_optimizer(param_groups(layer, 0.1), args)
+        return create_state(args, layer, optimizer, Precision(CPU, enabled=False), ['a'],
+                            World(rank=0, local_rank=0, size=1, device=CPU))
+
+    def go(state, steps):
+        for seed in steps:
+            torch.manual_seed(seed)
+            state.model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+
+    whole, other = start(torch.contiguous_format), start(torch.channels_last)
+    go(whole, (1, 2))
+    content = copy.deepcopy(whole.state_dict())
+    go(whole, (3, 4))
+    other.load_state_dict(content, source='file')
+    assert other.model.weight.is_contiguous(memory_format=torch.channels_last)
+    go(other, (3, 4))
+    torch.testing.assert_close(other.model.weight, whole.model.weight)
+
+
 # --- Checkpoints of runs before this one -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize('fused', [None, False])

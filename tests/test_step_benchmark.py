@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.step import _by_name, _events, _operators, _profile_on_cpu, make_batch, note_finiteness
+from benchmarks.measure import _by_name, _events, _operators, _profile_on_cpu, make_batch, note_finiteness
 from tests.conftest import run_script, succeeded
 
 ROUNDS, BATCH, PROFILED = 2, 2, 4

@@ -238,6 +238,7 @@ def test_a_launcher_that_is_killed_while_it_is_stopped_leaves_nothing(tmp_path):
         stopped = job.stopped_rank(1)
         os.kill(job.launcher.pid, signal.SIGSTOP)
         os.kill(job.launcher.pid, signal.SIGKILL)
+        job.launcher.wait(timeout=30)  # only its end tells its processes
         os.kill(stopped, signal.SIGCONT)
         code, said = job.ended()
     assert code == -signal.SIGKILL
