@@ -6,12 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from .decode import decode_rgb
+
 
 class ImageDataset:
-    """Base of all datasets: `len()`, `classes`, `targets`, `load(index)` and `path(index)`.
+    """Base of all datasets: `len()`, `classes`, `targets`, `image(index)`, `stored(index)` and `path(index)`.
 
-    A subclass implements `image(index)`, which returns a PIL image of mode RGB, and `path(index)`, which says
-    in messages which image is meant. Both give the same for the same index at any time and in any process.
+    A subclass implements `stored(index)`, which returns the content of an image file as bytes or, where there are no
+    files, a PIL image of mode RGB; and `path(index)`, which says in messages which image is meant. Both give the same
+    for the same index at any time and in any process.
 
     classes: list of class names, the position in it is the target.
     targets: int64 array [len].
@@ -24,11 +27,13 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """The image (PIL, RGB) and the target (int) of sample `index`. Raises ImageError for a bad file."""
-        return self.image(index), int(self.targets[index])
-
     def image(self, index: int) -> Image.Image:
+        """Sample `index` as a PIL image of mode RGB. Raises ImageError for a bad file."""
+        stored = self.stored(index)
+        return decode_rgb(stored, self.path(index)) if isinstance(stored, bytes) else stored
+
+    def stored(self, index: int) -> bytes | Image.Image:
+        """Sample `index` as it is stored. Raises ImageError for a file that cannot be read."""
         raise NotImplementedError
 
     def path(self, index: int) -> str:
@@ -50,11 +55,11 @@ class ClassView(ImageDataset):
         self._indices = np.flatnonzero(targets >= 0)
         super().__init__(classes, targets[self._indices])
 
-    def image(self, index: int) -> Image.Image:
-        return self._dataset.image(self._indices[index])
+    def stored(self, index: int) -> bytes | Image.Image:
+        return self._dataset.stored(int(self._indices[index]))
 
     def path(self, index: int) -> str:
-        return self._dataset.path(self._indices[index])
+        return self._dataset.path(int(self._indices[index]))
 
 
 class Part(ImageDataset):
@@ -65,8 +70,8 @@ class Part(ImageDataset):
         self._indices = np.asarray(indices, dtype=np.int64)
         super().__init__(dataset.classes, dataset.targets[self._indices])
 
-    def image(self, index: int) -> Image.Image:
-        return self._dataset.image(int(self._indices[index]))
+    def stored(self, index: int) -> bytes | Image.Image:
+        return self._dataset.stored(int(self._indices[index]))
 
     def path(self, index: int) -> str:
         return self._dataset.path(int(self._indices[index]))

@@ -5,6 +5,7 @@ blended, EXIF orientation is ignored, an animation gives its first frame. The on
 greyscale, which `convert` saturates to white: here it is scaled.
 """
 
+import io
 import os
 import warnings
 
@@ -23,6 +24,8 @@ EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff',
 MAX_PIXELS = 89_478_485
 """More pixels than this in one image are refused: a quarter of a GiB as RGB. It is where PIL warns."""
 
+MAX_BYTES = 1 << 28
+"""Larger files are refused before they are read: 256 MiB, beyond what `MAX_PIXELS` take uncompressed."""
 
 MAX_RATIO = 200
 """Longer images, by edge to edge, are refused: resized by their shorter edge they would fill the memory."""
@@ -33,16 +36,33 @@ class ImageError(UserError):
 
 
 def load_rgb(path: str | os.PathLike) -> Image.Image:
-    """Decodes the image file `path` to a PIL image of mode RGB.
+    """Decodes the image file `path` to a PIL image of mode RGB. Raises ImageError as `read_file` and `decode_rgb`."""
+    return decode_rgb(read_file(path), os.fspath(path))
 
-    Raises ImageError if the file is missing, unreadable, truncated, of none of `FORMATS`, of more than
-    `MAX_PIXELS` pixels or edges of more than 1 : `MAX_RATIO`, or of a kind whose brightness has no defined scale.
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """The content of the image file `path`. Raises ImageError if it cannot be read, or has more than `MAX_BYTES`."""
+    try:
+        with open(path, 'rb') as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ImageError(f'image {os.fspath(path)}: {error.strerror or error}') from None
+    if len(data) > MAX_BYTES:
+        raise ImageError(f'image {os.fspath(path)}: more than {MAX_BYTES >> 20} MiB; scale it down or remove it')
+    return data
+
+
+def decode_rgb(data: bytes, name: str) -> Image.Image:
+    """Decodes the content of an image file to a PIL image of mode RGB; `name` says in messages which file it is.
+
+    Raises ImageError if it is truncated, of none of `FORMATS`, of more than `MAX_PIXELS` pixels or edges of more than
+    1 : `MAX_RATIO`, or of a kind whose brightness has no defined scale.
     """
     try:
         with warnings.catch_warnings():
             # Between one and two times its limit PIL warns and goes on; the check below refuses always.
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 if max(image.size) > MAX_RATIO * min(image.size):
@@ -52,7 +72,7 @@ def load_rgb(path: str | os.PathLike) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # damaged files make PIL's readers raise nearly anything
-        raise ImageError(f'image {os.fspath(path)}: {_reason(path, error)}') from None
+        raise ImageError(f'image {name}: {_reason(data, error)}') from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -71,13 +91,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert('RGB')
 
 
-def _reason(path: str | os.PathLike, error: Exception) -> str:
-    """Why `error` arose from decoding `path`, in words that fit after a colon."""
+def _reason(data: bytes, error: Exception) -> str:
+    """Why `error` arose from decoding `data`, in words that fit after a colon."""
     if isinstance(error, Image.DecompressionBombError):
         return f'more than {MAX_PIXELS:,} pixels; scale it down or remove it'
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if os.path.getsize(path) == 0:
+    if not data:
         return 'the file is empty; restore or remove it'
     if isinstance(error, UnidentifiedImageError):
         return f'damaged, or none of {", ".join(FORMATS)}; restore or remove it'

@@ -5,14 +5,13 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 from timm.utils.misc import natural_key
 
 from utils.errors import UserError
 
 from .base import ImageDataset, PathList
 from .classes import name_some
-from .decode import EXTENSIONS, load_rgb
+from .decode import EXTENSIONS, read_file
 
 _logger = logging.getLogger(__name__)
 
@@ -49,8 +48,8 @@ class ImageFolder(ImageDataset):
         self.num_ignored += len(loose)
         self._report(empty)
 
-    def image(self, index: int) -> Image.Image:
-        return load_rgb(self.path(index))
+    def stored(self, index: int) -> bytes:
+        return read_file(self.path(index))
 
     def path(self, index: int) -> str:
         return os.path.join(self.folder, self._paths[index])
@@ -86,8 +85,8 @@ class ImageFiles(ImageDataset):
         super().__init__([], np.full(len(files), -1))
         self._paths = PathList(files)
 
-    def image(self, index: int) -> Image.Image:
-        return load_rgb(self.path(index))
+    def stored(self, index: int) -> bytes:
+        return read_file(self.path(index))
 
     def path(self, index: int) -> str:
         return self._paths[index]

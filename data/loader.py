@@ -235,13 +235,13 @@ class BatchSource:
         Raises ImageError if the bad images of this batch alone are too many.
         """
         try:
-            image, target = self._dataset.load(index)
+            image = self._dataset.image(index)
         except ImageError as error:
             bad[self._dataset.path(index)] = str(error)
             if len(bad) > self._max_bad_images:
                 raise
             return None
-        return self._transform(image), target
+        return self._transform(image), int(self._dataset.targets[index])
 
 
 def _as_it_is(batch: tuple) -> tuple:

@@ -35,7 +35,7 @@ def root(tmp_path):
 
 def contents(dataset):
     """[(grey, target)] of all images."""
-    return [(image.getpixel((0, 0))[0], target) for image, target in map(dataset.load, range(len(dataset)))]
+    return [(dataset.image(index).getpixel((0, 0))[0], target) for index, target in enumerate(dataset.targets)]
 
 
 def error_of(call, *arguments, **options):
@@ -322,7 +322,7 @@ def test_digits_need_no_folder_and_are_split_evenly():
     assert (len(train), len(val)) == (1438, 359) and train.classes == list('0123456789')
     assert len(open_eval('digits', None)) == 359 and len(open_eval('digits', split='train')) == 1438
     assert np.bincount(val.targets).min() >= 35
-    image, target = val.load(0)
+    image, target = val.image(0), val.targets[0]
     assert image.mode == 'RGB' and image.size == (8, 8) and isinstance(target, int)
     assert "no split 'typo'" in error_of(open_eval, 'digits', split='typo')
 
@@ -369,9 +369,9 @@ def test_cifar_from_the_binary_files(cifar):
     train, val = open_train_val(name, root)
     assert len(train) == {'cifar10': 10, 'cifar100': 2}[name] and len(val) == 2
     assert train.classes == val.classes == ['ant', 'bee']
-    image, target = train.load(0)
+    image, target = train.image(0), train.targets[0]
     assert image.getpixel((31, 31)) == (200, 0, 0) and image.size == (32, 32) and target == 1
-    assert train.load(len(train) - 1)[0].getpixel((0, 0)) == (0, 0, 10 + len(train) // 2 - 1)
+    assert train.image(len(train) - 1).getpixel((0, 0)) == (0, 0, 10 + len(train) // 2 - 1)
     assert len(open_eval(name, root)) == 2 and name in val.path(1)
 
 
