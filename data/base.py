@@ -1,16 +1,20 @@
 """What a dataset is here: a numbered list of images with targets, and the names the targets stand for."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
+import torch
 from PIL import Image
 
-from .decode import decode_rgb
+from .decode import as_array, decode_array, decode_rgb
 
 
 class ImageDataset:
-    """Base of all datasets: `len()`, `classes`, `targets`, `image(index)`, `stored(index)` and `path(index)`.
+    """Base of all datasets: `len()`, `classes`, `targets`, `image(index)`, `array(index)`, `stored(index)` and
+    `path(index)`.
 
     A subclass implements `stored(index)`, which returns the content of an image file as bytes or, where there are no
     files, a PIL image of mode RGB; and `path(index)`, which says in messages which image is meant. Both give the same
@@ -32,12 +36,30 @@ class ImageDataset:
         stored = self.stored(index)
         return decode_rgb(stored, self.path(index)) if isinstance(stored, bytes) else stored
 
+    def array(self, index: int) -> torch.Tensor:
+        """The pixels of `image(index)` as uint8 [3, H, W], in any layout. Raises ImageError for a bad file."""
+        stored = self.stored(index)
+        return decode_array(stored, self.path(index)) if isinstance(stored, bytes) else as_array(stored)
+
     def stored(self, index: int) -> bytes | Image.Image:
         """Sample `index` as it is stored. Raises ImageError for a file that cannot be read."""
         raise NotImplementedError
 
     def path(self, index: int) -> str:
         raise NotImplementedError
+
+    def starts(self) -> np.ndarray | None:
+        """Where samples must be fetched in shards, the number of each shard's first sample, and of all samples; int64
+        [shards + 1]. None where any order is as good as another."""
+        return None
+
+    def ahead(self, indices: np.ndarray) -> AbstractContextManager[Callable[[int], None]]:
+        """While the context lasts, gets ready what the samples `indices`, int64 [n], need, in their order.
+
+        Its value is to be told after every batch how many of them have been used. Where nothing has to be fetched
+        nothing is done.
+        """
+        return contextlib.nullcontext(lambda used: None)
 
 
 class ClassView(ImageDataset):
@@ -61,6 +83,13 @@ class ClassView(ImageDataset):
     def path(self, index: int) -> str:
         return self._dataset.path(int(self._indices[index]))
 
+    def starts(self) -> np.ndarray | None:
+        starts = self._dataset.starts()
+        return None if starts is None else np.searchsorted(self._indices, starts)
+
+    def ahead(self, indices: np.ndarray) -> AbstractContextManager[Callable[[int], None]]:
+        return self._dataset.ahead(self._indices[indices])
+
 
 class Part(ImageDataset):
     """The images of `dataset` at `indices`, in that order."""
@@ -75,6 +104,9 @@ class Part(ImageDataset):
 
     def path(self, index: int) -> str:
         return self._dataset.path(int(self._indices[index]))
+
+    def ahead(self, indices: np.ndarray) -> AbstractContextManager[Callable[[int], None]]:
+        return self._dataset.ahead(self._indices[indices])
 
 
 def spread(dataset: ImageDataset, count: int) -> ImageDataset:

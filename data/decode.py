@@ -3,6 +3,9 @@
 The pixels are those of PIL's `convert('RGB')`, as in the published code: alpha is dropped rather than
 blended, EXIF orientation is ignored, an animation gives its first frame. The one exception is 16-bit
 greyscale, which `convert` saturates to white: here it is scaled.
+
+`decode_rgb` gives a PIL image, `decode_array` the same pixels as a tensor, sooner: JPEG files, which nearly all images
+are, go to torchvision's decoder, and what that does not take goes the way of all others.
 """
 
 import io
@@ -10,7 +13,9 @@ import os
 import warnings
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from utils.errors import UserError
 
@@ -73,6 +78,34 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
         raise
     except Exception as error:  # damaged files make PIL's readers raise nearly anything
         raise ImageError(f'image {name}: {_reason(data, error)}') from None
+
+
+def decode_array(data: bytes, name: str) -> torch.Tensor:
+    """The pixels of `decode_rgb` as uint8 [3, H, W], a view of [H, W, 3] in memory. Raises ImageError as that does."""
+    pixels = _decode_jpeg(data)
+    return as_array(decode_rgb(data, name)) if pixels is None else pixels
+
+
+def as_array(image: Image.Image) -> torch.Tensor:
+    """A PIL image of mode RGB as uint8 [3, H, W], a view of [H, W, 3] in memory."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _decode_jpeg(data: bytes) -> torch.Tensor | None:
+    """A whole JPEG file of one or three components, within the limits of `decode_rgb`; None for all that is not."""
+    # Without its end mark a file may be cut in the last row, of which the decoders do not say the same.
+    if not data.startswith(b'\xff\xd8') or not data.endswith(b'\xff\xd9'):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # those of PIL, and torch's that bytes must not be written to
+            with Image.open(io.BytesIO(data), formats=('JPEG',)) as image:
+                if (image.mode not in ('RGB', 'L') or image.width * image.height > MAX_PIXELS
+                        or max(image.size) > MAX_RATIO * min(image.size)):
+                    return None
+            return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except Exception:  # decode_rgb says what is wrong, or takes what only PIL does
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
