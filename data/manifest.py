@@ -368,7 +368,7 @@ class Manifest:
 
     classes: names in the order of the targets. transcoded: None for images as they were, or how they were resized,
     such as {'short_side': 256, 'quality': 95, 'filter': 'bicubic'}. source: what was packed, in words.
-    left_out: [path, reason] of every image that was not packed.
+    left_out: [path, reason] of every image that was not packed. packing: the options of data/packing.py, if by it.
     """
     classes: list[str]
     shards: list[Shard]
@@ -376,6 +376,7 @@ class Manifest:
     source: str = ''
     transcoded: dict | None = None
     left_out: list[list[str]] = field(default_factory=list)
+    packing: dict | None = None
 
     @property
     def starts(self) -> np.ndarray:
@@ -389,7 +390,8 @@ class Manifest:
         content = {
             'format': FORMAT, 'version': VERSION, 'classes': self.classes, 'samples': len(self.index),
             'image_bytes': int(self.index.size.sum()), 'transcoded': self.transcoded, 'source': self.source,
-            'left_out': self.left_out, 'index': {'name': INDEX, 'bytes': len(index), 'sha256': sha256(index)},
+            'packing': self.packing, 'left_out': self.left_out,
+            'index': {'name': INDEX, 'bytes': len(index), 'sha256': sha256(index)},
             'shards': [asdict(shard) for shard in self.shards]}
         write_whole(folder / MANIFEST, (json.dumps(content, indent=1, ensure_ascii=False) + '\n').encode())
 
@@ -411,7 +413,7 @@ class Manifest:
             manifest = cls([_typed(name, str) for name in content['classes']],
                            [_read_shard(shard) for shard in content['shards']], Index([], [], [], [], []),
                            _typed(content.get('source', ''), str), content.get('transcoded'),
-                           list(content.get('left_out', [])))
+                           list(content.get('left_out', [])), content.get('packing'))
             samples, index_bytes = _typed(content['samples'], int), _typed(entry['bytes'], int)
             if entry['name'] != INDEX:
                 raise ValueError(f'its index is {entry["name"]!r}')
