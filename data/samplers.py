@@ -3,13 +3,21 @@
 The epoch travels with the index because worker processes outlive epochs, and a sample's randomness needs it.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from utils.errors import UserError
 
 from .seeding import derive_seed
+
+MAX_LANES = 32
+"""Streams of shards that are read beside one another, see `TrainSampler`; as many, or twice as many, are in use."""
+
+WINDOW_SHARDS = 2
+"""How many shards' worth of neighbours of a lane are shuffled among themselves."""
 
 
 class TrainSampler:
@@ -21,8 +29,11 @@ class TrainSampler:
     global batches that do not fill a last group of `accum_steps` (the batches whose gradients make one
     optimizer step).
 
+    Where shards have to be fetched first, perm has locality instead: see `_local_order`. It then depends on G, too.
+
     num_samples: size of the dataset. batch_size: images per rank and batch.
     shuffle: False for the dataset's own order.
+    starts: for locality, the numbers of the shards' first samples and of all samples [shards + 1].
     Raises UserError if the samples do not suffice for one optimizer step.
     """
 
@@ -36,8 +47,10 @@ class TrainSampler:
         seed: int = 42,
         shuffle: bool = True,
         accum_steps: int = 1,
+        starts: Sequence[int] | None = None,
     ):
         assert 0 <= rank < world_size, f'rank {rank} of {world_size}'
+        assert starts is None or starts[-1] == num_samples, f'shards of {starts[-1]} samples, not {num_samples}'
         if min(batch_size, accum_steps) < 1:
             raise UserError(f'batch size {batch_size}, accumulation steps {accum_steps}; use at least 1')
         num_batches = num_samples // (batch_size * world_size)
@@ -54,6 +67,7 @@ class TrainSampler:
         self.world_size = world_size
         self.seed = seed
         self.shuffle = shuffle
+        self._starts = None if starts is None else np.asarray(starts, dtype=np.int64)
         self.set_position(0)
 
     def __len__(self) -> int:
@@ -67,14 +81,44 @@ class TrainSampler:
         self.start_batch = start_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, start_batch = self.epoch, self.start_batch
-        order = torch.arange(self.num_samples)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-            order = torch.randperm(self.num_samples, generator=generator)
-        for batch in range(start_batch, len(self)):
-            first = (batch * self.world_size + self.rank) * self.batch_size
-            yield [(epoch, index) for index in order[first:first + self.batch_size].tolist()]
+        epoch = self.epoch
+        for batch in self.remaining():
+            yield [(epoch, index) for index in batch.tolist()]
+
+    def remaining(self) -> np.ndarray:
+        """The samples of the next iteration: int64 [batches, batch_size]."""
+        length = self._num_batches * self.world_size * self.batch_size
+        if self._starts is not None and self.shuffle:
+            order = self._local_order(length)
+        elif self.shuffle:
+            order = torch.randperm(self.num_samples, generator=self._generator()).numpy()[:length]
+        else:
+            order = np.arange(length)
+        return order.reshape(self._num_batches, self.world_size, self.batch_size)[self.start_batch:, self.rank]
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+
+    def _local_order(self, length: int) -> np.ndarray:
+        """`length` samples, in an order in which few shards are in use at a time: int64 [length].
+
+        The shards, permuted and put one behind the other, are cut into L lanes of equal length, L being the largest
+        power of two up to `MAX_LANES` that divides G. Within a lane, samples are shuffled in windows of about
+        `WINDOW_SHARDS` shards. A global batch takes the next G / L samples of each lane, lane after lane: so the
+        order depends on (seed, epoch, G) alone, and a rank has lanes of its own where the number of ranks divides L.
+        """
+        generator, size = self._generator(), self.batch_size * self.world_size
+        lanes = math.gcd(size, MAX_LANES)
+        shards = torch.randperm(len(self._starts) - 1, generator=generator).numpy()
+        counts = np.diff(self._starts)[shards]
+        # Sample k of the row is the first of its shard and then as many on as it is behind that one in the row.
+        ends = np.cumsum(counts)
+        row = np.repeat(self._starts[shards] - (ends - counts), counts) + np.arange(self.num_samples)
+        window = max(1, math.ceil(WINDOW_SHARDS * self.num_samples / len(shards)))
+        windows = np.arange(length) % (length // lanes) // window  # of each lane its own
+        lane = np.repeat(np.arange(lanes), length // lanes)
+        order = np.lexsort((torch.rand(length, generator=generator, dtype=torch.float64).numpy(), windows, lane))
+        return row[:length][order].reshape(lanes, -1, size // lanes).swapaxes(0, 1).ravel()
 
 
 class EvalSampler:
@@ -93,6 +137,10 @@ class EvalSampler:
 
     def __len__(self) -> int:
         return -(-len(self._indices) // self.batch_size)
+
+    def remaining(self) -> np.ndarray:
+        """The samples of the next iteration: int64 [samples]."""
+        return np.asarray(self._indices, dtype=np.int64)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for first in range(0, len(self._indices), self.batch_size):
