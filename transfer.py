@@ -59,6 +59,7 @@ def main():
 
     # --- Runtime, data ------------------------------------------------------------------------------------------------
     world, precision = start(args)
+    args = options.share_global_batch(args, world.size)
     # What is wrong with the options should not wait for the data to be scanned.
     resolve_name(args.model)
     check_training_input(args)

@@ -29,7 +29,8 @@ class TrainSampler:
     global batches that do not fill a last group of `accum_steps` (the batches whose gradients make one
     optimizer step).
 
-    Where shards have to be fetched first, perm has locality instead: see `_local_order`. It then depends on G, too.
+    Where shards have to be fetched first, perm has locality instead: see `_local_order`. It then depends on the number
+    of samples of an optimizer step, too.
 
     num_samples: size of the dataset. batch_size: images per rank and batch.
     shuffle: False for the dataset's own order.
@@ -65,6 +66,7 @@ class TrainSampler:
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
+        self.accum_steps = accum_steps
         self.seed = seed
         self.shuffle = shuffle
         self._starts = None if starts is None else np.asarray(starts, dtype=np.int64)
@@ -103,11 +105,12 @@ class TrainSampler:
         """`length` samples, in an order in which few shards are in use at a time: int64 [length].
 
         The shards, permuted and put one behind the other, are cut into L lanes of equal length, L being the largest
-        power of two up to `MAX_LANES` that divides G. Within a lane, samples are shuffled in windows of about
-        `WINDOW_SHARDS` shards. A global batch takes the next G / L samples of each lane, lane after lane: so the
-        order depends on (seed, epoch, G) alone, and a rank has lanes of its own where the number of ranks divides L.
+        power of two up to `MAX_LANES` that divides S, the samples of an optimizer step. Within a lane, samples are
+        shuffled in windows of about `WINDOW_SHARDS` shards. A step takes the next S / L samples of each lane, lane
+        after lane: so the order depends on (seed, epoch, S) alone, and a rank has lanes of its own where the number of
+        ranks divides L.
         """
-        generator, size = self._generator(), self.batch_size * self.world_size
+        generator, size = self._generator(), self.batch_size * self.world_size * self.accum_steps
         lanes = math.gcd(size, MAX_LANES)
         shards = torch.randperm(len(self._starts) - 1, generator=generator).numpy()
         counts = np.diff(self._starts)[shards]

@@ -120,8 +120,10 @@ def _environment(world: World, precision: Precision) -> dict:
 
 
 def _report_differences(before: dict, now: dict) -> None:
-    before = {'compile': ''} | before  # an option that earlier versions did not have
+    before = {'compile': '', 'global_batch_size': None} | before  # options that earlier versions did not have
+    # Of a step of as many images, its parts are a matter of how many processes there are.
+    parts = {'batch_size', 'accum_steps'} if now['global_batch_size'] else set()
     changed = [f'{k} {before.get(k)!r} → {now.get(k)!r}' for k in sorted(before.keys() | now.keys())
-               if before.get(k) != now.get(k) and k not in HARMLESS]
+               if before.get(k) != now.get(k) and k not in HARMLESS | parts]
     if changed:
         _logger.warning('resumed with other options than the run began with: %s', ', '.join(changed))

@@ -254,5 +254,26 @@ def test_number_of_classes_follows_the_data():
         options.resolve_num_classes(parse('/data', '--num-classes', '1'), ['a', 'b'])
 
 
+@pytest.mark.parametrize(('processes', 'batch_size', 'accum_steps'), [(1, 64, 16), (8, 64, 2), (16, 64, 1), (32, 32, 1)])
+def test_a_global_batch_is_shared_by_however_many_processes(processes, batch_size, accum_steps):
+    args = options.share_global_batch(parse('/data', '-b', '64', '--global-batch-size', '1024'), processes)
+    assert (args.batch_size, args.accum_steps) == (batch_size, accum_steps)
+    assert args.batch_size * args.accum_steps * processes == args.global_batch_size
+
+
+def test_a_global_batch_that_cannot_be_shared_is_an_error_with_numbers_that_fit():
+    # The most that fit below -b 64 and divide 96.
+    args = options.share_global_batch(parse('/data', '-b', '64', '--global-batch-size', '96'), 1)
+    assert (args.batch_size, args.accum_steps) == (48, 2)
+    with pytest.raises(UserError, match='size 1024: 24 processes cannot share it; give 1008 or 1032, or start 1, 2, 4'):
+        options.share_global_batch(parse('/data', '--global-batch-size', '1024'), 24)
+    with pytest.raises(UserError, match='size 4: 8 processes cannot share it; give 8, or start 1, 2, 4 of them'):
+        options.share_global_batch(parse('/data', '--global-batch-size', '4'), 8)
+    with pytest.raises(UserError, match='--accum-steps 2 beside --global-batch-size 64'):
+        options.share_global_batch(parse('/data', '--global-batch-size', '64', '--accum-steps', '2'), 1)
+    args = parse('/data', '--accum-steps', '2')
+    assert options.share_global_batch(args, 7) is args
+
+
 def test_images_may_stand_on_both_sides_of_an_option():
     assert parse('a.png', '--checkpoint', 'c.pth', 'b.png', script='predict').images == ['a.png', 'b.png']

@@ -21,6 +21,23 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(world_size):
         assert together == indices(alone)
 
 
+@pytest.mark.parametrize('starts', [None, [0, 30, 61, 99, 131]])
+@pytest.mark.parametrize(('world_size', 'batch_size', 'accum_steps'), [(1, 8, 3), (2, 4, 3), (3, 2, 4), (4, 6, 1)])
+def test_a_step_of_as_many_images_is_of_the_same_ones(starts, world_size, batch_size, accum_steps):
+    """However the 24 images of a step are shared, in the middle of an epoch too."""
+
+    def steps(world_size, batch_size, accum_steps):
+        ranks = [TrainSampler(131, batch_size, rank=rank, world_size=world_size, seed=3, accum_steps=accum_steps,
+                              starts=starts) for rank in range(world_size)]
+        for sampler in ranks:
+            sampler.set_position(2, start_batch=accum_steps)
+        batches = [sum(parts, []) for parts in zip(*map(indices, ranks), strict=True)]
+        return [sum(batches[i:i + accum_steps], []) for i in range(0, len(batches), accum_steps)]
+
+    assert steps(world_size, batch_size, accum_steps) == steps(1, 24, 1)
+    assert len(steps(1, 24, 1)) == 4
+
+
 def test_an_epoch_is_a_permutation_without_its_incomplete_end():
     sampler = TrainSampler(50, 8, seed=5)
     seen = sum(indices(sampler), [])

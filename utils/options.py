@@ -243,6 +243,30 @@ def resolve_num_classes(args, classes) -> int:
     return args.num_classes or len(classes)
 
 
+def share_global_batch(args: Options, processes: int) -> Options:
+    """The options with --batch-size and --accum-steps as --global-batch-size asks for on so many processes, if it does.
+
+    Of the ways to make a step of exactly as many images, that of the fewest batches. Without it, `args`.
+
+    Raises:
+        UserError: the processes cannot share it, or --accum-steps is given as well.
+    """
+    total = args.global_batch_size
+    if total is None:
+        return args
+    if args.accum_steps != 1:
+        raise UserError(f'--accum-steps {args.accum_steps} beside --global-batch-size {total}, which finds it by '
+                        'itself; leave one of them out')
+    if total % processes:
+        fitting = ', '.join(str(n) for n in range(1, total + 1) if total % n == 0)
+        around = [n for n in (total - total % processes, total + -total % processes) if n]
+        raise UserError(f'--global-batch-size {total}: {processes} processes cannot share it; give '
+                        f'{" or ".join(map(str, around))}, or start {fitting} of them')
+    share = total // processes
+    accum_steps = next(n for n in range(-(-share // args.batch_size), share + 1) if share % n == 0)
+    return args.replacing(batch_size=share // accum_steps, accum_steps=accum_steps)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes
 
@@ -461,6 +485,9 @@ def optimizer_options(parser):
     add('-b', '--b', '--batch-size', dest='batch_size', type=positive_int, default=64, metavar='N',
         help='images per process and step')
     add('--accum-steps', type=positive_int, default=1, metavar='N', help='batches whose gradients make one step')
+    add('--global-batch-size', type=positive_int, metavar='N',
+        help='images of one step over all processes, however many there are: --batch-size becomes the most that one '
+             'process takes at a time, and --accum-steps what is needed')
     add('--opt', default='adamw', metavar='NAME', help='adamw, sgd or any optimizer of timm')
     add('--opt-eps', type=positive, metavar='EPS', help="optimizer's epsilon (default: its own)")
     add('--opt-betas', type=fraction, nargs='+', metavar='BETA', help="optimizer's betas (default: its own)")
