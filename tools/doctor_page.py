@@ -1,0 +1,90 @@
+"""What tools/doctor.py prints: findings with a mark, a figure and a remedy, and the three lines that sum them up."""
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from utils.errors import UserError
+
+OK, LOOK, STOP = 'ok', 'look', 'stop'
+WIDTH = 100
+INDENT = 27  # where figures begin
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at.
+
+    mark: OK; LOOK, where something is wasted or may be meant otherwise; STOP, where the run would end early or its
+        result be wrong.
+    title: what was looked at, in up to 18 letters. figure: what there is, without a full stop. details: what it
+        counts, a line each. remedy: sentences on what to do, where there is something. numbers: for programs, by name.
+    """
+    mark: str
+    title: str
+    figure: str
+    remedy: str = ''
+    details: Sequence[str] = ()
+    numbers: dict[str, Any] = {}
+
+
+def examine(check, case) -> list[Finding]:
+    """What `check` finds in `case`; where it fails itself, that is the finding."""
+    try:
+        return list(check(case))
+    except UserError as error:
+        problem, _, remedy = str(error).partition('; ')
+        return [Finding(STOP, 'Not possible', problem, sentence(remedy))]
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), '')
+        return [Finding(LOOK, 'Not looked at', f'{type(error).__name__}: {reason}')]
+
+
+def sentence(text: str) -> str:
+    """'do this' → 'Do this.'"""
+    return text and text[0].upper() + text[1:] + '.' * (not text.endswith(('.', '!', '?')))
+
+
+def name_up_to(items: Sequence[str], limit: int = 20) -> list[str]:
+    """The first `limit` of `items`, and a line that counts the others."""
+    more = len(items) - limit
+    return [*items[:limit], *([f'and {more:,} more'] if more > 0 else [])]
+
+
+def plural(count: int, singular: str, several: str | None = None) -> str:
+    """1 → '1 image', 1000 → '1,000 images'."""
+    return f'{count:,} {singular if count == 1 else several or singular + "s"}'
+
+
+def section_text(number: int, title: str, findings: Iterable[Finding]) -> str:
+    """A section of the page."""
+    lines = ['', f'{number}  {title}']
+    for finding in findings:
+        lines += _wrapped(f'   {finding.mark:<5}{finding.title:<18} ', f'{finding.figure}.')
+        for detail in finding.details:
+            lines += _wrapped(' ' * INDENT + '- ', detail)
+        if finding.remedy:
+            lines += _wrapped(' ' * INDENT + '→ ', finding.remedy)
+    return '\n'.join(lines)
+
+
+def _wrapped(start: str, text: str) -> list[str]:
+    # A path is not broken: it is to be copied.
+    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=' ' * len(start), break_long_words=False,
+                         break_on_hyphens=False)
+
+
+def summary(findings: Sequence[Finding], starving: str) -> dict[str, str]:
+    """The three lines at the end: will it run, what starves, what to mend first."""
+    stops = [finding for finding in findings if finding.mark == STOP]
+    looks = [finding for finding in findings if finding.mark == LOOK]
+    also = f'; {plural(len(looks), "finding")} to look at' if looks else ''
+    if stops:
+        runs = f'No: {", ".join(dict.fromkeys(finding.title.lower() for finding in stops))}{also}.'
+    else:
+        runs = f'Yes, by all that was looked at{also}.'
+    first = next((finding for finding in (*stops, *looks) if finding.remedy), None)
+    mend = 'Nothing.' if first is None else f'{first.title}: {first.remedy}'
+    return {'Will it run?': runs, 'What starves?': starving, 'Mend first': mend}
+
+
+def summary_text(lines: dict[str, str]) -> str:
+    return '\n'.join(['', *(line for name, text in lines.items() for line in _wrapped(f'{name:<15} ', text))])
