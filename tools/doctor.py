@@ -47,7 +47,6 @@ class Case:
     together: int
     samples: int
     seconds: float
-    price: float | None
     train: Any = None
     val: Any = None
     input: Any = None
@@ -83,6 +82,8 @@ def main():
     parser = options.create_parser('Look a long run over before it is started.', (*GROUPS, doctor_options))
     args = options.parse_options(parser)
 
+    import torch
+
     from data.pipeline import check_training_input
     from engine.checks import check_run_options
     from models import resolve_name
@@ -95,12 +96,16 @@ def main():
     world, precision = start(args, alone=True)
     for room in ('data', 'models', 'engine', 'utils', 'py.warnings'):
         logging.getLogger(room).setLevel(logging.ERROR)  # what they would say is on the page
+    gpus = torch.cuda.device_count() if world.device.type == 'cuda' else 0
+    processes = args.processes or gpus or 1
+    args = options.share_global_batch(args, processes)
     resolve_name(args.model)
     check_training_input(args)
     with tempfile.TemporaryDirectory() as folder:  # the run's own is for the page to speak of
         check_run_options(args.replacing(output=folder), world, kind='train')
     stem = args.results_file and results_stem(args, args.results_file, '--results-file', 'doctor')
-    case = make_case(args, world, precision)
+    case = Case(args, world, precision, processes, together=args.processes or gpus or 2,
+                samples=QUICK_SAMPLES if args.quick else SAMPLES, seconds=QUICK_SECONDS if args.quick else SECONDS)
 
     # --- The page, a section at a time --------------------------------------------------------------------------------
     sections = {'Data': doctor_data.look_at_data, 'Images': doctor_data.look_at_images,
@@ -129,16 +134,6 @@ def main():
                              'findings': details, 'summary': summary}, rows, '--results-file')
     if any(finding.mark == doctor_page.STOP for finding in everything):
         raise SystemExit(1)
-
-
-def make_case(args, world, precision) -> Case:
-    """The run as the options describe it."""
-    import torch
-    gpus = torch.cuda.device_count() if world.device.type == 'cuda' else 0
-    processes = args.processes or gpus or 1
-    return Case(args, world, precision, processes, together=args.processes or gpus or 2,
-                samples=QUICK_SAMPLES if args.quick else SAMPLES, seconds=QUICK_SECONDS if args.quick else SECONDS,
-                price=args.price)
 
 
 if __name__ == '__main__':

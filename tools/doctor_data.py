@@ -21,12 +21,13 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key
 
-from data import ImageDataset, open_eval, spread
+from data import ImageDataset, spread
+from data.base import Part
 from data.classes import name_some
 from data.datasets import EVAL_SPLITS
 from data.decode import EXTENSIONS, FORMATS, ImageError, decode_rgb
 from data.folders import ImageFiles
-from data.pipeline import open_training_data
+from data.pipeline import open_evaluation_data, open_training_data
 from tools.doctor_page import LOOK, OK, STOP, Finding, name_up_to, plural
 from utils.errors import UserError
 from utils.log import progress_bar
@@ -34,6 +35,7 @@ from utils.log import progress_bar
 IMAGENET = {'train': 1_281_167, 'val': 50_000}
 NEARLY_IMAGENET = 900  # classes, all of them ImageNet's: then it is ImageNet that is meant
 FEW = 0.1  # of the median number of images of a class
+SHARDS_FETCHED = 4  # at most, of a data set that lies elsewhere
 SECONDS_READING = 30  # at most, for the sample, and as long for comparing train with val
 ORIENTATION = 0x0112  # EXIF's number for it
 DEEP, COLOURS, TRANSPARENT, ANIMATED, TURNED = '16 bits', 'Other colours', 'Transparent', 'Animated', 'Turned by EXIF'
@@ -134,16 +136,19 @@ def _open_splits(case, folders) -> UserError | None:
         case.train, case.val = open_training_data(args, world)
         return None
     except UserError as error:
-        if args.dataset in ('digits', 'synthetic') or not args.data:
-            raise
-        try:
-            case.train = open_eval(args.dataset, args.data, split=args.train_split, only_classes=args.only_classes)
-        except UserError:
-            raise error from None
-        if folders and folders[1]:
-            with contextlib.suppress(UserError):  # there are none
-                case.val = ImageFiles([folders[1]])  # whatever classes they are of
-        return error
+        problem = error
+    try:
+        case.train = _open_alone(case, args.train_split)
+    except UserError:
+        raise problem from None
+    with contextlib.suppress(UserError):
+        # Of folders all images, whatever classes they are of.
+        case.val = ImageFiles(folders[1:]) if folders and folders[1] else _open_alone(case, args.val_split)
+    return problem
+
+
+def _open_alone(case, split: str | None) -> ImageDataset:
+    return open_evaluation_data(case.args.replacing(val_split=split, class_map=None), None, None, case.world)
 
 
 def _balance(classes: Sequence[str], counts: np.ndarray) -> Finding:
@@ -174,8 +179,8 @@ def _class_map(train: Survey, val: Survey, problem: UserError | None):
         if moved:
             figure += f'; numbered by its own folders, {plural(moved, "class", "classes")} would be taken for another'
         remedy = f'Put these folders, with their images, into {val.folder}; or take them out of {train.folder}.'
-        yield Finding(STOP, 'Class map', figure, remedy, name_up_to([os.path.join(val.folder, name) for name in missing]),
-                      {'missing': missing, 'moved': moved})
+        places = name_up_to([os.path.join(val.folder, name) for name in missing])
+        yield Finding(STOP, 'Class map', figure, remedy, places, {'missing': missing, 'moved': moved})
     if extra:
         figure = f'{val.folder} has {plural(len(extra), "class", "classes")} that {train.folder} has not'
         yield Finding(STOP, 'Class map', figure, 'Remove or rename them, or give them images to train on.',
@@ -220,9 +225,9 @@ def _near_names(surveys: Sequence[Survey], classes: Sequence[str]):
     if pairs:
         where = {name: os.path.join(found.folder, name) for found in reversed(surveys) for name in found.counts}
         figure = f'{plural(len(pairs), "pair")} of classes that look like two versions of one'
-        yield Finding(LOOK, 'Near-equal names', figure, 'If they are one class, put them into one folder, in both splits.',
-                      name_up_to([' and '.join(where.get(name, name) for name in pair) for pair in pairs]),
-                      {'pairs': pairs})
+        places = name_up_to([' and '.join(where.get(name, name) for name in pair) for pair in pairs])
+        yield Finding(LOOK, 'Near-equal names', figure,
+                      'If they are one class, put them into one folder, in both splits.', places, {'pairs': pairs})
 
 
 def _known_numbers(case, classes: Sequence[str]):
@@ -300,7 +305,7 @@ class _Reader:
 
 def read_sample(dataset: ImageDataset, count: int, workers: int, bar) -> list[Seen]:
     """Up to `count` images, evenly spread over the set, as far as SECONDS_READING suffice."""
-    sample = spread(dataset, count)
+    sample = sample_of(dataset, count)
     reader, deadline, found = _Reader(sample), time.monotonic() + SECONDS_READING, []
     if not workers:
         results = map(reader, range(len(sample)))
@@ -316,6 +321,17 @@ def read_sample(dataset: ImageDataset, count: int, workers: int, bar) -> list[Se
     finally:
         pool.shutdown(cancel_futures=True)
     return found
+
+
+def sample_of(dataset: ImageDataset, count: int) -> ImageDataset:
+    """Up to `count` images, evenly spread over the set, or over some shards where these have to be fetched."""
+    starts = dataset.starts()
+    if starts is None:
+        return spread(dataset, count)
+    spans = list(zip(starts[:-1], starts[1:], strict=True))
+    chosen = [spans[k * len(spans) // SHARDS_FETCHED] for k in range(SHARDS_FETCHED)] if (
+        len(spans) > SHARDS_FETCHED) else spans
+    return spread(Part(dataset, [index for span in chosen for index in range(*span)]), count)
 
 
 def _counted(bar, seen: Seen) -> Seen:

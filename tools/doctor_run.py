@@ -376,7 +376,7 @@ def look_at_schedule(case):
     unit = 'GPU' if case.world.device.type == 'cuda' else 'process'
     figure = (f'{plural(epochs, "epoch")} of {plural(steps, "step")}: {duration(seconds)}, '
               f'{hours * case.processes:,.1f} {unit}-hours')
-    money = case.price and hours * case.processes * case.price
+    money = args.price and hours * case.processes * args.price
     figure += f', {money:,.2f} of money' if money else '; --price says what they cost'
     parts = (f'an epoch is {duration(training)} of training and {duration(evaluating)} of evaluation; a checkpoint is '
              f'written in {saving:.1f} s, while training goes on')
