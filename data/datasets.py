@@ -6,6 +6,7 @@
 | name | what it is |
 |---|---|
 | folder, imagenet, '' | root/train/CLASS/….jpg, and the same below root/val, root/validation or root/test |
+| | or shards (see shards.py) in root/train, root/val …; with root = 'wds:ADDRESS' also elsewhere, by http(s) or S3 |
 | cifar10, cifar100 | the published binary files in root, fetched with `download`; or folders as above |
 | digits | 1,797 handwritten digits of 8 × 8 pixels, embedded, for trying things in seconds |
 | synthetic | random pictures, for measuring |
@@ -32,6 +33,9 @@ from utils.options import DATASETS
 from .base import ImageDataset
 from .classes import match_classes, name_some, select_classes
 from .folders import ImageFolder, check_folder, has_class_folders
+from .manifest import MANIFEST, Manifest
+from .remote import Cache, Gone, scheme_of
+from .shards import PREFIX, Shards, has_manifest, is_pattern, list_tars, open_shards, reader
 
 _logger = logging.getLogger(__name__)
 
@@ -51,24 +55,32 @@ def open_train_val(
     num_images: int = 1024,
     image_size: int | Sequence[int] = 224,
     num_classes: int = 1000,
+    cache: Cache | None = None,
 ) -> tuple[ImageDataset, ImageDataset]:
     """The training and the evaluation split as two ImageDatasets with one class map, the training split's.
 
-    name: one of DATASETS, or '' for 'folder'. root: the folder with the data.
-    train_split, val_split: the folders of the splits; None looks for EVAL_SPLITS.
+    name: one of DATASETS, or '' for 'folder'. root: the folder with the data, or 'wds:' and its path or address.
+    train_split, val_split: the folders of the splits, or patterns of tar files; None looks for EVAL_SPLITS.
     download: fetch CIFAR's files into `root` if they are not there; in one process while others wait.
     only_classes: a subset such as '0-4' or 'cat,dog', renumbered from 0 (see `select_classes`).
     allow_missing_classes: let the evaluation split lack classes.
     num_images, image_size, num_classes: of each split of 'synthetic', ignored for the others.
+    cache: where shards from elsewhere are fetched to.
     Raises UserError for an unknown name, a folder that is not laid out as expected, splits whose classes
     differ, a training split of fewer than two classes, or a failed download.
     """
-    root = os.path.expanduser(root or '')
-    name = _resolve_name(name, root)
+    root, is_wds = _parse_root(root)
+    name = _resolve_name(name, root, is_wds)
     if name == 'folder':
-        root = check_folder(root)
-        train = ImageFolder(_find_split(root, train_split))
-        val = ImageFolder(_find_split(root, val_split) if val_split else _find_eval_split(root))
+        root, cache = _check_root(root), cache or Cache()
+        if is_pattern(root):
+            raise UserError(f'{root}: one split, but two are needed: give its folder, with --train-split and '
+                            '--val-split for the patterns')
+        train = _open_split(_find_split(root, train_split, cache), is_wds, cache)
+        val = _find_split(root, val_split, cache) if val_split else _find_eval_split(root, cache)
+        val = _open_split(val, is_wds, cache)
+        _name_numbers(train, None, '')
+        _name_numbers(val, train.classes, train.folder)
         _check_two_classes(train)
         val = match_classes(val, train.classes, where=val.folder, map_source=train.folder,
                             allow_missing=allow_missing_classes)
@@ -91,6 +103,7 @@ def open_eval(
     num_images: int = 1024,
     image_size: int | Sequence[int] = 224,
     num_classes: int = 1000,
+    cache: Cache | None = None,
 ) -> ImageDataset:
     """One split of a dataset for evaluation, as an ImageDataset.
 
@@ -101,10 +114,11 @@ def open_eval(
     split: the split's folder; None looks for EVAL_SPLITS, then takes `root` itself if it holds class folders.
     The other arguments and the errors are those of `open_train_val`.
     """
-    root = os.path.expanduser(root or '')
-    name = _resolve_name(name, root)
+    root, is_wds = _parse_root(root)
+    name = _resolve_name(name, root, is_wds)
     if name == 'folder':
-        dataset = _open_eval_folder(check_folder(root), split, classes, allow_missing_classes)
+        root, cache = _check_root(root), cache or Cache()
+        dataset = _open_eval_split(root, split, classes, allow_missing_classes, is_wds, cache)
         where = root
     else:
         dataset = _open_part(name, root, split, download, (num_images, image_size, num_classes))
@@ -116,15 +130,17 @@ def open_eval(
     return dataset
 
 
-def _resolve_name(name: str, root: str) -> str:
+def _resolve_name(name: str, root: str, is_wds: bool) -> str:
     """`name`, which must be one of DATASETS, or 'folder' for its aliases and for CIFAR as image folders."""
     name = (name or 'folder').lower()
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f'did you mean {near[0]!r}?' if near else f'choose from {", ".join(DATASETS)}'
         raise UserError(f'unknown dataset {name!r}; {hint}')
-    if name == 'imagenet' or (name in _CIFAR and root and _has_splits(root)):
+    if name == 'imagenet' or (name in _CIFAR and root and (is_wds or _has_splits(root))):
         return 'folder'
+    if is_wds and name != 'folder':
+        raise UserError(f'dataset {name!r} and {PREFIX}{root}: shards are of the dataset folder; leave out --dataset')
     return name
 
 
@@ -133,47 +149,127 @@ def _has_splits(root: str) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Image folders
+# Image folders and shards
 
 
-def _open_eval_folder(
-    root: str, split: str | None, classes: Sequence[str] | None, allow_missing: bool
-) -> ImageDataset:
+def _parse_root(root: str | None) -> tuple[str, bool]:
+    """The path or address of a data set, and whether it has been said to consist of shards."""
+    root = root or ''
+    if not root.startswith(PREFIX):
+        if '://' in root:
+            raise UserError(f'{root}: what is elsewhere is read as shards: give {PREFIX}{root}')
+        return os.path.expanduser(root), False
+    path = root.removeprefix(PREFIX)
+    if not path or path.startswith('pipe:'):
+        raise UserError(f'{root}: ' + ('commands are not run' if path else 'no path')
+                        + f'; give shards as {PREFIX}/data/imagenet or {PREFIX}https://host/imagenet')
+    return path if scheme_of(path) else os.path.expanduser(path.removeprefix('file://')), True
+
+
+def _check_root(root: str) -> str:
+    return root if scheme_of(root) or is_pattern(root) else check_folder(root)
+
+
+def _open_split(path: str, is_wds: bool, cache: Cache) -> ImageFolder | Shards:
+    """The split at `path`: shards if it has a manifest, tar files if that was said, else class folders."""
+    if scheme_of(path) or is_pattern(path) or has_manifest(path):
+        return open_shards(path, cache)
+    tars = list_tars(path)
+    if is_wds and tars:
+        return open_shards(path, cache)
+    if is_wds:
+        what = 'class folders; leave out "wds:"' if has_class_folders(path) else f'neither {MANIFEST} nor tar files'
+        raise UserError(f'{path} holds {what}')
+    if tars and not has_class_folders(path):
+        raise UserError(f'{path} holds {len(tars)} tar files; to read them as shards give {PREFIX}{path}')
+    return ImageFolder(path)
+
+
+def _open_eval_split(root: str, split: str | None, classes: Sequence[str] | None, allow_missing: bool, is_wds: bool,
+                     cache: Cache) -> ImageDataset:
     """The evaluation split below `root`, or `root` itself, numbered as root/train if that rules."""
-    folder = _find_split(root, split) if split else _find_eval_split(root, or_itself=True)
-    dataset = ImageFolder(folder)
-    train = os.path.join(root, 'train')
+    if is_pattern(root):
+        folder, train_classes = root, None
+    else:
+        folder = _find_split(root, split, cache) if split else _find_eval_split(root, cache, or_itself=True)
+        train_classes = None
+        if classes is None and folder not in (root, _join(root, 'train')):
+            train_classes = _read_train_classes(root, is_wds, cache)
+    dataset = _open_split(folder, is_wds, cache)
+    _name_numbers(dataset, classes or train_classes, 'the model' if classes else _join(root, 'train'))
     if classes is not None:
         return dataset  # the caller numbers it
-    if os.path.isdir(train) and folder != train:
-        return match_classes(dataset, ImageFolder(train).classes, where=folder, map_source=train,
+    if train_classes is not None:
+        return match_classes(dataset, train_classes, where=folder, map_source=_join(root, 'train'),
                              allow_missing=allow_missing)
     _check_two_classes(dataset)
-    _logger.info('%s: classes are numbered by its own %d folders', folder, len(dataset.classes))
+    _logger.info('%s: classes are numbered by its own %d %s', folder, len(dataset.classes),
+                 'names' if isinstance(dataset, Shards) else 'folders')
     return dataset
 
 
-def _find_split(root: str, split: str) -> str:
+def _read_train_classes(root: str, is_wds: bool, cache: Cache) -> list[str] | None:
+    """The class map of root/train, where there is one."""
+    train = _join(root, 'train')
+    if scheme_of(root) or has_manifest(train):
+        try:
+            return Manifest.read_classes(reader(train, cache.opening_patience), train)
+        except Gone:
+            return None
+    if not os.path.isdir(train):
+        return None
+    dataset = _open_split(train, is_wds, cache)
+    _name_numbers(dataset, None, '')
+    return dataset.classes
+
+
+def _name_numbers(dataset: ImageFolder | Shards, classes: Sequence[str] | None, map_source: str) -> None:
+    if isinstance(dataset, Shards):
+        dataset.name_numbers(classes, map_source)
+
+
+def _join(root: str, split: str) -> str:
+    return f'{root.rstrip("/")}/{split}' if scheme_of(root) else os.path.join(root, split)
+
+
+def _find_split(root: str, split: str, cache: Cache) -> str:
     """The path of the folder `split` in `root`. Raises UserError that says what is in `root` instead."""
-    folder = os.path.join(root, split)
-    if os.path.isdir(folder):
+    folder = _join(root, split)
+    if is_pattern(split) or _is_there(folder, cache):
         return folder
-    raise UserError(f'{root}: no folder {split!r} in it{_describe_content(root)}')
+    raise UserError(f'{root}: no {"" if scheme_of(root) else "folder "}{split!r} in it{_describe_content(root)}')
 
 
-def _find_eval_split(root: str, or_itself: bool = False) -> str:
+def _find_eval_split(root: str, cache: Cache, or_itself: bool = False) -> str:
     """The first of EVAL_SPLITS that is in `root`, or `root` if that is a split and `or_itself` is set."""
-    for split in EVAL_SPLITS:
-        if os.path.isdir(os.path.join(root, split)):
-            return os.path.join(root, split)
-    if or_itself and not os.path.isdir(os.path.join(root, 'train')):
+    if or_itself and not scheme_of(root) and has_manifest(root):
         return root
-    raise UserError(f'{root}: no folder {", ".join(EVAL_SPLITS[:-1])} or {EVAL_SPLITS[-1]} in it'
-                    f'{_describe_content(root)}')
+    for split in EVAL_SPLITS:
+        if _is_there(_join(root, split), cache):
+            return _join(root, split)
+    if or_itself and (_is_there(root, cache) if scheme_of(root) else not os.path.isdir(_join(root, 'train'))):
+        return root
+    raise UserError(f'{root}: no {"" if scheme_of(root) else "folder "}{", ".join(EVAL_SPLITS[:-1])} or '
+                    f'{EVAL_SPLITS[-1]} in it{_describe_content(root)}')
+
+
+def _is_there(path: str, cache: Cache) -> bool:
+    """Whether there is a folder, of whatever content, or at an address the manifest of a split."""
+    if not scheme_of(path):
+        return os.path.isdir(path)
+    try:
+        return bool(reader(path, cache.opening_patience)(MANIFEST))
+    except Gone as error:
+        _logger.info('%s', error)
+        return False
 
 
 def _describe_content(root: str) -> str:
     """What to say of a `root` that lacks a split: the usual mistakes, or simply what it holds."""
+    if scheme_of(root):
+        return f' (no {MANIFEST} that can be read); give the address that holds the splits, or name the split'
+    if has_manifest(root):
+        return f'; it is a split itself: give {os.path.dirname(os.path.abspath(root))!r} instead'
     if has_class_folders(root):
         return f'; it looks like a split itself: give {os.path.dirname(os.path.abspath(root))!r} instead'
     content = sorted(name for name in os.listdir(root) if not name.startswith('.'))
@@ -184,10 +280,11 @@ def _describe_content(root: str) -> str:
     return f', but {found}; give the folder that holds the splits, or name the split'
 
 
-def _check_two_classes(dataset: ImageFolder):
+def _check_two_classes(dataset: ImageFolder | Shards):
     if len(dataset.classes) < 2:
-        raise UserError(f'{dataset.folder}: a single class folder, {dataset.classes[0]!r}; '
-                        'at least two are needed, directly in it')
+        kind = 'class' if isinstance(dataset, Shards) else 'class folder'
+        raise UserError(f'{dataset.folder}: a single {kind}, {dataset.classes[0]!r}; at least two are needed'
+                        + ('' if isinstance(dataset, Shards) else ', directly in it'))
 
 
 # ----------------------------------------------------------------------------------------------------------

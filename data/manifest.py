@@ -431,6 +431,16 @@ class Manifest:
         manifest._check_index(path)
         return manifest
 
+    @staticmethod
+    def read_classes(opener: Callable[[str], bytes], where: str) -> list[str]:
+        """The classes alone, without the index. Raises as `read`."""
+        try:
+            return [_typed(name, str) for name in json.loads(opener(MANIFEST))['classes']]
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f'{where}/{MANIFEST} is damaged, or no manifest of shards ({error}); {MEND}') from None
+
     def _check(self, path: str, samples: int) -> None:
         names = [shard.name for shard in self.shards]
         for name in names:

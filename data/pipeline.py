@@ -1,4 +1,5 @@
 """From options to what the engine takes: datasets, then the loaders and preparers of training and evaluation."""
+import os
 from collections import Counter
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from data.classes import read_class_map
 from data.datasets import open_eval, open_train_val
 from data.folders import ImageFiles
 from data.loader import Loader, create_loader
+from data.remote import Cache
 from data.samplers import EvalSampler, TrainSampler
 from data.transforms import create_eval_transform, create_train_transform
 from utils.distributed import World, one_per_machine_first
@@ -58,7 +60,7 @@ def open_training_data(args, world: World):
     with one_per_machine_first(world):
         return open_train_val(args.dataset, root, train_split=args.train_split, val_split=args.val_split,
                               download=download and world.local_rank == 0, only_classes=args.only_classes,
-                              num_classes=args.num_classes or 1000, image_size=args.img_size)
+                              num_classes=args.num_classes or 1000, image_size=args.img_size, cache=_cache(args))
 
 
 def open_evaluation_data(args, classes: list[str] | None, num_classes: int | None, world: World):
@@ -78,7 +80,7 @@ def open_evaluation_data(args, classes: list[str] | None, num_classes: int | Non
         # A part of the classes is still evaluated right where the map is known to be that of the model.
         return open_eval(args.dataset, root, split=args.val_split, classes=classes, only_classes=args.only_classes,
                          download=download and world.local_rank == 0, allow_missing_classes=True,
-                         num_classes=num_classes or 1000, image_size=args.img_size)
+                         num_classes=num_classes or 1000, image_size=args.img_size, cache=_cache(args))
 
     with one_per_machine_first(world):
         dataset = open_with(classes)
@@ -149,6 +151,12 @@ def _source(args) -> tuple[str | None, bool]:
     return args.data, bool(args.download)
 
 
+def _cache(args) -> Cache:
+    """Where shards from elsewhere go; the processes of a machine share it."""
+    return Cache(args.shard_cache, max_bytes=args.shard_cache_size * 1e9, patience=args.shard_timeout,
+                 sharers=int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+
 class TrainingInput(NamedTuple):
     """What the epoch loop takes: the loaders of this rank, and the preparers that bring their batches to the device.
 
@@ -183,7 +191,7 @@ def _create_train_loader(args, dataset, image: Input, num_classes: int,
                          world: World) -> tuple[Loader, TrainBatchPreparer]:
     """The training loader of this rank, with the preparer of its batches."""
     sampler = TrainSampler(len(dataset), args.batch_size, rank=world.rank, world_size=world.size, seed=args.seed,
-                           accum_steps=args.accum_steps)
+                           accum_steps=args.accum_steps, starts=dataset.starts())
     loader = create_loader(dataset, _create_train_transform(args, image), sampler, seed=args.seed, workers=args.workers,
                            pin_memory=args.pin_mem and world.device.type == 'cuda', max_bad_images=args.max_bad_images)
     return loader, _create_train_preparer(args, image, num_classes, world.device)

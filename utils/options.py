@@ -392,7 +392,8 @@ DATASETS = ('folder', 'imagenet', 'cifar10', 'cifar100', 'digits', 'synthetic')
 def data_options(parser):
     group = parser.add_argument_group('Data')
     group.add_argument('data', metavar='DIR', nargs='?',
-                       help='data set: a folder with train/ and val/ of class folders')
+                       help='data set: a folder with train/ and val/ of class folders or shards, or wds:ADDRESS '
+                            '(https, s3) of such')
     _add_dataset_options(group.add_argument)
 
 
@@ -425,6 +426,10 @@ def _add_dataset_options(add):
     # Its own option: what is left out of an evaluation changes what its numbers are of, as nothing in training does.
     add('--max-bad-val-images', type=count, default=0, metavar='N',
         help='leave out up to N evaluation images that cannot be decoded, per process; they are counted')
+    add('--shard-cache', metavar='DIR', help='keep shards from elsewhere here (default: ~/.cache/t2t-vit/shards)')
+    add('--shard-cache-size', type=positive, default=100, metavar='GB', help='room for them, on each machine')
+    add('--shard-timeout', type=positive, default=300, metavar='SECONDS',
+        help='stop when the server of the shards has not answered for so long')
 
 
 def training_data_options(parser):
