@@ -70,7 +70,7 @@ def create_loader(
     # With a generator of its own an iterator takes nothing from the global one; what it draws has no effect.
     dataloader = DataLoader(batches, batch_sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator(),
                             **options)
-    return Loader(dataloader, sampler, max_bad_images)
+    return Loader(dataloader, dataset, sampler, max_bad_images)
 
 
 class Loader:
@@ -82,8 +82,10 @@ class Loader:
     take_bad_count(): how many samples they were.
     """
 
-    def __init__(self, dataloader: DataLoader, sampler: TrainSampler | EvalSampler, max_bad_images: int):
+    def __init__(self, dataloader: DataLoader, dataset: ImageDataset, sampler: TrainSampler | EvalSampler,
+                 max_bad_images: int):
         self._dataloader = dataloader
+        self._dataset = dataset
         self.sampler = sampler
         self.max_bad_images = max_bad_images
         self.bad_images = {}
@@ -99,13 +101,16 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         try:
-            for images, targets, bad, bad_count, problem in self._batches():
-                self._note_bad_images(bad)
-                self._bad_count += bad_count
-                if problem is not None:
-                    raise UserError(problem)
-                if len(targets):
-                    yield images, targets
+            batches = self._batches()  # before what it starts: processes are not to be forked beside other threads
+            with self._dataset.ahead(self.sampler.remaining()) as used:
+                for images, targets, bad, bad_count, problem in batches:
+                    self._note_bad_images(bad)
+                    self._bad_count += bad_count
+                    if problem is not None:
+                        raise UserError(problem)
+                    if len(targets):
+                        yield images, targets
+                    used(self.sampler.batch_size)
         except RuntimeError as error:
             if explanation := explain_worker_death(error):
                 raise explanation from error
