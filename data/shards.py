@@ -387,7 +387,7 @@ def _index_tar(file: BinaryIO, where: str) -> list[tuple]:
             if image := _image_of(group, where):
                 found.append((image, _label_of(group, file, where, image)))
             done.add(key)
-            if next_key in done:
+            if member and next_key in done:
                 raise refusal(where, member.name, 'apart from the others of its key')
             key, group = next_key, {}
         if ending and os.path.basename(key):  # a hidden file is no sample
