@@ -154,7 +154,7 @@ def _has_splits(root: str) -> bool:
 
 def _parse_root(root: str | None) -> tuple[str, bool]:
     """The path or address of a data set, and whether it has been said to consist of shards."""
-    root = root or ''
+    root = os.fspath(root or '')
     if not root.startswith(PREFIX):
         if '://' in root:
             raise UserError(f'{root}: what is elsewhere is read as shards: give {PREFIX}{root}')
