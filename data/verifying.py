@@ -1,11 +1,15 @@
-"""Checks a split of shards against its manifest and its index, to the last byte: the work of tools/pack.py --verify.
+"""Checks a split of shards against its manifest and its index, to the last byte, and makes a manifest for others.
 
-    manifest, faults = verify('/shards/imagenet/train', jobs=16, decode=False)
+    manifest, faults = verify('/shards/imagenet/train', jobs=16, decode=False)    # tools/pack.py --verify
     for file, what in faults: …
+    manifest = index_folder('/shards/from_elsewhere', jobs=16)                    # tools/pack.py --index
 """
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,40 +18,74 @@ from utils.parallel import in_processes
 
 from .classes import name_some
 from .decode import ImageError, decode_rgb
-from .manifest import MANIFEST, Index, Manifest, Member, key_of, scan_tar
+from .manifest import MANIFEST, Index, Manifest, Member, Shard, key_of, scan_tar
+from .remote import Cache, Gone, RemoteFile, scheme_of
+from .shards import NUMBERED, index_shards, list_tars, local_files, reader
 
 Fault = tuple[str, str]
 """A file of the split, and what is wrong with it."""
 
 
-def verify(folder: str, *, jobs: int, decode: bool) -> tuple[Manifest | None, list[Fault]]:
+def verify(where: str, *, jobs: int, decode: bool, patience: float = 300) -> tuple[Manifest | None, list[Fault]]:
     """Reads all of a split; the manifest (None if it cannot be read itself) and what is wrong, empty if nothing is.
 
     Shards are compared with the manifest by bytes and SHA-256, their headers with the index, and class members with
-    its targets. decode: every image is decoded too.
+    its targets.
+
+    where: a folder, or an address, whose shards are fetched one by one for each of `jobs`, never from a cache.
+    decode: every image is decoded too. patience: seconds for which a server may be away.
     Raises UserError if there is no manifest.
     """
-    path = Path(folder)
-    if not (path / MANIFEST).is_file():
-        raise UserError(f'{folder}: no {MANIFEST} in it; a packing that was begun ends with one: start the same '
+    if not has_split(where, patience):
+        raise UserError(f'{where}: no {MANIFEST} in it; a packing that was begun ends with one: start the same '
                         'command again. Shards made elsewhere get one with --index')
     try:
-        manifest = Manifest.read(lambda name: (path / name).read_bytes(), folder)
-    except (UserError, OSError) as error:
+        manifest = Manifest.read(reader(where, patience), where)
+    except UserError as error:
         return None, [(MANIFEST, str(error))]
     known = {shard.name for shard in manifest.shards}
-    faults = [(name, 'is not in the manifest') for name in sorted(os.listdir(path))
-              if name.endswith('.tar') and name not in known]
-    check = _Check(manifest, lambda name: open(path / name, 'rb'), decode)
-    for found in in_processes(check, range(len(manifest.shards)), jobs=jobs, total=len(manifest.index), desc=path.name):
-        faults += found
+    tars = [] if scheme_of(where) else map(os.path.basename, list_tars(where))
+    faults = [(name, 'is not in the manifest') for name in tars if name not in known]
+    with _opener(where, patience) as opener:
+        for found in in_processes(_Check(manifest, opener, decode), range(len(manifest.shards)), jobs=jobs,
+                                  total=len(manifest.index), desc=os.path.basename(where)):
+            faults += found
     return manifest, sorted(faults)
 
 
-class _Check:
-    """Checks one shard, in a process of its own; `opener` gives a file that can seek, by its name."""
+def has_split(where: str, patience: float) -> bool:
+    """Whether a manifest is there."""
+    if not scheme_of(where):
+        return os.path.isfile(os.path.join(where, MANIFEST))
+    try:
+        return bool(reader(where, patience)(MANIFEST))
+    except Gone:
+        return False
 
-    def __init__(self, manifest: Manifest, opener: Callable[[str], BinaryIO], decode: bool):
+
+@contextlib.contextmanager
+def _opener(where: str, patience: float) -> Iterator[Callable]:
+    """What opens a shard, as a context; of a remote split it is on this machine only while it is open."""
+    if not scheme_of(where):
+        yield lambda shard: open(os.path.join(where, shard.name), 'rb')
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Cache(folder, max_bytes=float('inf'), patience=patience)
+
+        @contextlib.contextmanager
+        def fetched(shard: Shard) -> Iterator[BinaryIO]:
+            remote = RemoteFile(f'{where}/{shard.name}', shard.bytes, shard.sha256)
+            with cache.open(remote) as file:
+                yield file
+            cache.path(remote).unlink()
+
+        yield fetched
+
+
+class _Check:
+    """Checks one shard, in a process of its own."""
+
+    def __init__(self, manifest: Manifest, opener: Callable, decode: bool):
         self.manifest, self.opener, self.decode = manifest, opener, decode
         self.starts = manifest.starts
 
@@ -55,7 +93,7 @@ class _Check:
         shard = self.manifest.shards[number]
         samples = range(int(self.starts[number]), int(self.starts[number + 1]))
         try:
-            with self.opener(shard.name) as file:
+            with self.opener(shard) as file:
                 faults = list(self._sums(file, shard))
                 try:
                     members = list(scan_tar(file, shard.name))
@@ -70,6 +108,8 @@ class _Check:
                     tick(len(samples), shard.bytes)
         except OSError as error:
             faults = [f'cannot be read ({error.strerror or error})']
+        except UserError as error:  # a shard that cannot be fetched
+            faults = [str(error)]
         return [(shard.name, fault) for fault in faults]
 
     def _sums(self, file: BinaryIO, shard) -> Iterable[str]:
@@ -126,3 +166,44 @@ class _Check:
 def _content(file: BinaryIO, member: Member) -> bytes:
     file.seek(member.offset)
     return file.read(member.size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards from elsewhere
+
+
+def index_folder(folder: str, *, jobs: int, classes: Sequence[str] | None = None) -> Manifest:
+    """Writes manifest and index of the tar files in `folder`, which are only read.
+
+    classes: what the numbers of classes stand for, if they are numbers.
+    Raises UserError for tar files that are refused (`scan_tar`), or if there are none, or a manifest is there.
+    """
+    if os.path.exists(os.path.join(folder, MANIFEST)):
+        raise UserError(f'{folder} has a {MANIFEST} already; remove it first if it is to be made anew')
+    paths = list_tars(folder)
+    if not paths:
+        raise UserError(f'{folder}: no .tar files in it; give the folder of the shards themselves')
+    manifest = index_shards(local_files(paths))
+    if classes is not None:
+        if manifest.source != NUMBERED or len(classes) < len(manifest.classes):
+            has = f'numbers up to {len(manifest.classes) - 1}' if manifest.source == NUMBERED else 'names'
+            raise UserError(f'--class-map: it has {len(classes)} classes, and the classes of the shards are {has}; '
+                            'give one that fits, or none')
+        manifest.classes, manifest.source = list(classes), 'tar files from elsewhere'
+    sums = dict(in_processes(lambda number, tick: _sum(number, paths[number], manifest.shards[number], tick),
+                             range(len(paths)), jobs=jobs, total=len(manifest.index), desc='checksums'))
+    manifest.shards = [replace(shard, name=os.path.basename(paths[number]), sha256=sums[number])
+                       for number, shard in enumerate(manifest.shards)]
+    manifest.write(folder)
+    try:
+        return Manifest.read(reader(folder, 0), folder)
+    except UserError:  # such as names of shards that a manifest cannot hold
+        Path(folder, MANIFEST).unlink()
+        raise
+
+
+def _sum(number: int, path: str, shard: Shard, tick) -> tuple[int, str]:
+    with open(path, 'rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    tick(shard.samples, shard.bytes)
+    return number, digest

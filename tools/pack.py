@@ -52,6 +52,9 @@ def create_parser() -> argparse.ArgumentParser:
         help='leave out so many that cannot be used; the manifest lists them (default: 0)')
     add('--verify', action='store_true', help='check shards; with OUT, the archives\' MD5 and what was packed')
     add('--index', action='store_true', help='write a manifest for tar shards from elsewhere, which stay as they are')
+    add('--class-map', metavar='FILE', help="with --index: names of classes that are numbers; 'imagenet' for its own")
+    add('--shard-timeout', type=positive, default=300, metavar='S', help='with --verify: seconds for which a '
+        'server may be away (default: 300)')
     return parser
 
 
@@ -59,7 +62,7 @@ def create_parser() -> argparse.ArgumentParser:
 # Packing
 
 
-def pack_all(args) -> list[Path]:
+def pack_all(args) -> list[str]:
     """Packs, or unpacks, every split; returns their folders."""
     from data.packing import Recipe, pack, unpack
     sources = _open_sources(args)
@@ -84,7 +87,7 @@ def pack_all(args) -> list[Path]:
             psnr = f'; PSNR {loss["psnr_db"]:.1f} dB (of {loss["psnr_images"]})' if loss['psnr_db'] is not None else ''
             print(f'  {loss["images"]:,} images resized to {loss["short_side"]}, quality {loss["quality"]}: '
                   f'{loss["bytes_before"] / 1e6:,.1f} → {loss["bytes_after"] / 1e6:,.1f} MB{psnr}')
-        folders.append(out)
+        folders.append(str(out))
     return folders
 
 
@@ -137,14 +140,14 @@ def _splits(folder: str, asked: list[str] | None) -> list[str]:
 # Checking
 
 
-def verify_all(folders: list[Path], args) -> bool:
+def verify_all(splits: list[str], args) -> bool:
     """Checks splits and prints what is wrong with them; whether all is well."""
     import numpy as np
 
     from data.verifying import verify
     is_well = True
-    for folder in folders:
-        manifest, faults = verify(str(folder), jobs=args.jobs, decode=args.decode)
+    for split in splits:
+        manifest, faults = verify(split, jobs=args.jobs, decode=args.decode, patience=args.shard_timeout)
         what = 'all well'
         if faults:
             what = f'{len(faults)} faults' if len(faults) > 1 else 'a fault'
@@ -154,20 +157,43 @@ def verify_all(folders: list[Path], args) -> bool:
             size = sum(shard.bytes for shard in manifest.shards)
             what = (f'{len(manifest.index):,} images of {len(manifest.classes)} classes, {counts.min()} to '
                     f'{counts.max()} of each, in {len(manifest.shards):,} shards of {size / 1e6:,.1f} MB: {what}')
-        print(f'{folder}: {what}')
+        print(f'{split}: {what}')
         width = max((len(file) for file, _ in faults), default=0)
         for file, fault in faults:
             print(f'  {file:<{width}}  {fault}')
     return is_well
 
 
-def _packed_splits(given: str) -> list[Path]:
-    """The folder itself, or those in it, that hold a manifest."""
+def _packed_splits(args) -> list[str]:
+    """The folder, or address, itself, or those in it that hold a manifest."""
+    from data.datasets import EVAL_SPLITS
     from data.folders import check_folder
     from data.manifest import MANIFEST
-    root = Path(check_folder(os.path.expanduser(given.removeprefix('wds:'))))
-    splits = sorted(path.parent for path in root.glob(f'*/{MANIFEST}'))
-    return splits if splits and not (root / MANIFEST).exists() else [root]
+    from data.remote import scheme_of
+    from data.shards import PREFIX
+    from data.verifying import has_split
+    root = args.source.removeprefix(PREFIX).rstrip('/')
+    if not scheme_of(root):
+        root = check_folder(os.path.expanduser(root))
+        names = args.split or sorted(path.parent.name for path in Path(root).glob(f'*/{MANIFEST}'))
+    else:
+        names = args.split or ('train', *EVAL_SPLITS)
+    if not args.split and has_split(root, args.shard_timeout):
+        return [root]
+    splits = [f'{root}/{name}' for name in names]
+    return [split for split in splits if args.split or has_split(split, args.shard_timeout)] or [root]
+
+
+def index(args) -> list[str]:
+    """Writes the manifest of shards from elsewhere."""
+    from data.classes import read_class_map
+    from data.folders import check_folder
+    from data.verifying import index_folder
+    folder = check_folder(os.path.expanduser(args.source))
+    manifest = index_folder(folder, jobs=args.jobs, classes=args.class_map and read_class_map(args.class_map))
+    print(f'{folder}: {len(manifest.index):,} images of {len(manifest.classes)} classes in {len(manifest.shards):,} '
+          'shards')
+    return [folder]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -178,9 +204,11 @@ def main(arguments: list[str] | None = None) -> None:
     args.jobs = args.jobs or available_cores()
     if args.out is None and not (args.verify or args.index):
         raise UserError('where to? give OUT, the folder for the shards (or --verify, for a folder that has them)')
+    if args.class_map and not args.index:
+        raise UserError('--class-map belongs to --index: class folders have names')
     try:
-        folders = pack_all(args) if args.out is not None else _packed_splits(args.source)
-        if args.verify and not verify_all(folders, args):
+        splits = index(args) if args.index else pack_all(args) if args.out is not None else _packed_splits(args)
+        if args.verify and not verify_all(splits, args):
             sys.exit(EXIT_FAULTS)
     except KeyboardInterrupt:
         report('pack.py: interrupted; the same command goes on', EXIT_CTRL_C)
