@@ -235,39 +235,40 @@ def _join(root: str, split: str) -> str:
 def _find_split(root: str, split: str, cache: Cache) -> str:
     """The path of the folder `split` in `root`. Raises UserError that says what is in `root` instead."""
     folder = _join(root, split)
-    if is_pattern(split) or _is_there(folder, cache):
+    if is_pattern(split) or os.path.isdir(folder):
         return folder
-    raise UserError(f'{root}: no {"" if scheme_of(root) else "folder "}{split!r} in it{_describe_content(root)}')
+    if scheme_of(root):
+        return _find_address([folder], cache)
+    raise UserError(f'{root}: no folder {split!r} in it{_describe_content(root)}')
 
 
 def _find_eval_split(root: str, cache: Cache, or_itself: bool = False) -> str:
     """The first of EVAL_SPLITS that is in `root`, or `root` if that is a split and `or_itself` is set."""
-    if or_itself and not scheme_of(root) and has_manifest(root):
-        return root
+    if scheme_of(root):
+        return _find_address([_join(root, split) for split in EVAL_SPLITS] + [root] * or_itself, cache)
     for split in EVAL_SPLITS:
-        if _is_there(_join(root, split), cache):
-            return _join(root, split)
-    if or_itself and (_is_there(root, cache) if scheme_of(root) else not os.path.isdir(_join(root, 'train'))):
+        if os.path.isdir(os.path.join(root, split)):
+            return os.path.join(root, split)
+    if or_itself and (has_manifest(root) or not os.path.isdir(os.path.join(root, 'train'))):
         return root
-    raise UserError(f'{root}: no {"" if scheme_of(root) else "folder "}{", ".join(EVAL_SPLITS[:-1])} or '
-                    f'{EVAL_SPLITS[-1]} in it{_describe_content(root)}')
+    raise UserError(f'{root}: no folder {", ".join(EVAL_SPLITS[:-1])} or {EVAL_SPLITS[-1]} in it'
+                    f'{_describe_content(root)}')
 
 
-def _is_there(path: str, cache: Cache) -> bool:
-    """Whether there is a folder, of whatever content, or at an address the manifest of a split."""
-    if not scheme_of(path):
-        return os.path.isdir(path)
-    try:
-        return bool(reader(path, cache.opening_patience)(MANIFEST))
-    except Gone as error:
-        _logger.info('%s', error)
-        return False
+def _find_address(addresses: list[str], cache: Cache) -> str:
+    """The first address that has a manifest. A store may refuse what is not there, rather than say so."""
+    reasons = []
+    for address in addresses:
+        try:
+            reader(address, cache.opening_patience)(MANIFEST)
+            return address
+        except Gone as error:
+            reasons.append(str(error))
+    raise UserError(f'{reasons[0]}; give the address of a folder that tools/pack.py has written, or name the split')
 
 
 def _describe_content(root: str) -> str:
     """What to say of a `root` that lacks a split: the usual mistakes, or simply what it holds."""
-    if scheme_of(root):
-        return f' (no {MANIFEST} that can be read); give the address that holds the splits, or name the split'
     if has_manifest(root):
         return f'; it is a split itself: give {os.path.dirname(os.path.abspath(root))!r} instead'
     if has_class_folders(root):

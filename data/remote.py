@@ -146,8 +146,8 @@ class Patience:
         pause = PAUSES[min(self._failures, len(PAUSES) - 1)]
         waited = now - self._began
         if waited + pause > self._seconds:
-            raise UserError(f'{self._url}: no answer for {waited:.0f} s ({_reason(error)}); check the server and the '
-                            'network, then start again; --shard-timeout is how long is waited') from None
+            raise UserError(f'{self._url}: no answer for {waited:.0f} s ({_reason(error)}); check the address, the '
+                            'server and the network, then start again') from None
         self._failures += 1
         _warn(f'{self._url}: {_reason(error)}; trying again, for {waited:.0f} s now')
         if self._stop.wait(pause):
@@ -188,7 +188,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _explain_for_good(error: Exception, url: str) -> UserError | None:
     """The UserError for what another attempt will not change; None for what it may."""
     causes = list(_causes(error))
-    status = next((cause.status for cause in causes if isinstance(getattr(cause, 'status', None), int)), None)
+    status = next(filter(None, map(_status, causes)), None)
     names = {type(cause).__name__ for cause in causes}
     if status in (408, 425, 429) or (status is not None and status >= 500):
         return None
@@ -200,14 +200,21 @@ def _explain_for_good(error: Exception, url: str) -> UserError | None:
     # fsspec says "not found" of a server that does not answer, too; then the cause tells.
     is_missing = isinstance(error, FileNotFoundError) and (status is not None or error.__cause__ is None)
     if status in (404, 410) or (is_missing and status is None) or 'NoSuchBucket' in str(error):
-        return Gone(f'{url}: not found; check the address')
+        return Gone(f'{url}: not found')
     if status in (401, 403) or isinstance(error, PermissionError):
-        return Gone(f'{url}: access is refused{f" ({status})" if status else ""}; see who may read it')
+        return Gone(f'{url}: access is refused{f" ({status})" if status else ""}')
     if status is not None and 400 <= status < 500:
         return UserError(f'{url}: refused by the server ({status}); check the address')
     if isinstance(error, ValueError | TypeError | AttributeError):
         return UserError(f'{url}: {_reason(error)}; check the address')
     return None
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status in an error of aiohttp or botocore."""
+    response = getattr(error, 'response', None)
+    status = response.get('ResponseMetadata', {}).get('HTTPStatusCode') if isinstance(response, dict) else None
+    return next((code for code in (status, getattr(error, 'status', None)) if isinstance(code, int)), None)
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,96 @@
+"""An object store on loopback: a folder by HTTP with ranges, and as much of S3 as reading takes; it fails on demand.
+
+    with Store(folder) as store:
+        store.drop_after = 100_000      # bytes of a content after which a connection drops
+        open_eval('', f'wds:{store.url}')
+
+Its kinds of trouble: `drop_after`; `seconds` that every answer takes; `lies`, names whose content has a wrong byte;
+`status`, which is all it answers; `ranges`, whether it knows parts of a file; `leave()` and `come_back()`.
+"""
+import http.server
+import re
+import threading
+import time
+import urllib.parse
+from pathlib import Path
+
+
+class Store:
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.drop_after, self.seconds, self.status, self.ranges, self.lies = None, 0, None, True, set()
+        self.requests = []
+        self._port = 0
+
+    def __enter__(self) -> 'Store':
+        self.come_back()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.leave()
+
+    def come_back(self) -> None:
+        self._server = http.server.ThreadingHTTPServer(('127.0.0.1', self._port), _Handler)
+        self._server.store, self._server.daemon_threads = self, True
+        self._port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def leave(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    @property
+    def url(self) -> str:
+        return f'http://127.0.0.1:{self._port}'
+
+    def fetched(self, ending: str = '.tar') -> list[str]:
+        """The names of the files, in the order in which their first bytes were asked for."""
+        return [name for name, start in self.requests if name.endswith(ending) and start == 0]
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+
+    def do_HEAD(self):
+        self._answer()
+
+    def do_GET(self):
+        self._answer()
+
+    def log_message(self, *_):
+        pass
+
+    def _answer(self) -> None:
+        store = self.server.store
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).lstrip('/')
+        file = store.folder / path
+        time.sleep(store.seconds)
+        if store.status or not file.is_file():
+            return self._fail(store.status or 404)
+        content = file.read_bytes()
+        if file.name in store.lies:
+            content = content[:700] + bytes([content[700] ^ 1]) + content[701:]
+        asked = re.fullmatch(r'bytes=(\d+)-(\d+)', self.headers.get('Range', ''))
+        is_part = asked and store.ranges
+        start, end = (int(asked[1]), min(int(asked[2]) + 1, len(content))) if is_part else (0, len(content))
+        if self.command == 'GET':
+            store.requests.append((file.name, start))
+        self.send_response(206 if is_part else 200)
+        self.send_header('Content-Length', str(end - start))
+        self.send_header('ETag', f'"{len(content)}-{file.stat().st_mtime_ns}"')
+        self.send_header('Last-Modified', 'Sat, 01 Jan 2000 00:00:00 GMT')
+        if is_part:
+            self.send_header('Content-Range', f'bytes {start}-{end - 1}/{len(content)}')
+        self.end_headers()
+        if self.command == 'GET':
+            self.wfile.write(content[start:end][:store.drop_after])
+            self.close_connection = True
+
+    def _fail(self, status: int) -> None:
+        code = {404: 'NoSuchKey', 403: 'AccessDenied'}.get(status, 'SlowDown')
+        body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>no</Message></Error>'.encode()
+        self.send_response(status)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        if self.command == 'GET':
+            self.wfile.write(body)
