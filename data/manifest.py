@@ -12,6 +12,7 @@ its ending and with '_' for '.' in the file's name, because WebDataset takes wha
 A tar file from elsewhere is hostile until its headers have been read: `scan_tar` refuses whatever is not a plain file
 under a plain name, and pickles. Members are never extracted, and nothing in them is run.
 """
+import contextlib
 import hashlib
 import io
 import json
@@ -504,10 +505,12 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._file.close()
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            with contextlib.suppress(OSError):  # closing writes what is left, which a full disk refuses again
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
 
     @property

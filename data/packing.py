@@ -349,19 +349,18 @@ def pack(source: Source, out: Path, recipe: Recipe, *, jobs: int, max_bad_images
         parts = {number: _Part.load(state / f'{number:06d}.npz', out) for number in range(plan.shards())}
         pending = [number for number, part in parts.items() if part is None]
         _check_room(out, float(sum(plan.estimate[plan.members(number)].sum() for number in pending)))
-        for leftover in out.glob('.shard-*.tmp'):
-            leftover.unlink()
-        with _full_disk_explained(out):
+        with _full_disk_explained(out), _tidied(out):
             plan.save(state / PLAN)
             packer = _Packer(source, plan, out, recipe, max_bad_images)
             done = sum(len(plan.members(number)) for number in parts if parts[number])
             bad = sum(len(part.left_out) for part in parts.values() if part)
-            for number, left_out in in_processes(packer, pending, jobs=jobs, total=len(plan.order), done=done,
-                                                 desc=out.name):
-                parts[number] = _Part.load(state / f'{number:06d}.npz', out)
-                bad += left_out
-                if bad > max_bad_images + ENOUGH:
-                    break
+            work = in_processes(packer, pending, jobs=jobs, total=len(plan.order), done=done, desc=out.name)
+            with contextlib.closing(work):
+                for number, left_out in work:
+                    parts[number] = _Part.load(state / f'{number:06d}.npz', out)
+                    bad += left_out
+                    if bad > max_bad_images + ENOUGH:
+                        break
             left_out = sorted(pair for part in parts.values() if part for pair in part.left_out)
             if bad > max_bad_images:
                 raise _too_many(source, left_out, max_bad_images)
@@ -454,6 +453,18 @@ def _full_disk_explained(out: Path) -> Iterator[None]:
             raise UserError(f'{error.filename or out}: {error.strerror or error}; check the disk') from None
         raise UserError(f'{out}: {error.strerror}; what is whole stays: make room, and the same command goes '
                         'on') from None
+
+
+@contextlib.contextmanager
+def _tidied(out: Path) -> Iterator[None]:
+    """Removes shards that were not completed, of an earlier packing and, if processes are ended, of this one."""
+    try:
+        for leftover in out.glob('.shard-*.tmp'):
+            leftover.unlink()
+        yield
+    finally:
+        for leftover in out.glob('.shard-*.tmp'):
+            leftover.unlink()
 
 
 @contextlib.contextmanager
