@@ -117,7 +117,7 @@ def main():
         for number, (title, look) in enumerate(sections.items(), 1):
             bar.set_postfix_str(title)
             # A data set that is not there is a mistake in the options; all else is a finding.
-            found[title] = list(look(case)) if number == 1 else doctor_page.examine(look, case)
+            found[title] = list(look(case)) if number == 1 else doctor_page.examine(title, look, case)
             log.info(doctor_page.section_text(number, title, found[title]))
             bar.update()
     everything = [finding for findings in found.values() for finding in findings]

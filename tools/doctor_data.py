@@ -414,9 +414,6 @@ def _sizes(good: Sequence[Seen], img_size: int | tuple[int, int]) -> Finding:
     figure = (f'Median {text.format(*median)} pixels, from {text.format(*sizes[0])} to {text.format(*sizes[-1])}; '
               f'{smaller / len(sizes):.0%} are smaller than --img-size {wanted}')
     numbers = {'median': median, 'smallest': sizes[0], 'largest': sizes[-1], 'smaller': smaller}
-    if smaller > len(sizes) / 2:
-        return Finding(LOOK, 'Sizes', figure, 'Most images are enlarged, which takes time and adds nothing to see: a '
-                       'smaller --img-size is faster.', numbers=numbers)
     return Finding(OK, 'Sizes', figure, numbers=numbers)
 
 
@@ -438,7 +435,7 @@ def _duplicates(case, seen: dict[str, list[Seen]]):
     if pairs:
         yield Finding(LOOK, 'Duplicates', f'{text}: {plural(len(pairs), "is", "are")} in both, byte for byte',
                       'Take them out of one split: what was trained on is recognised, and accuracy looks too good.',
-                      name_up_to(pairs), numbers)
+                      name_up_to(pairs, 5), numbers)
     else:
         yield Finding(OK, 'Duplicates', f'{text}: none is in both', numbers=numbers)
 

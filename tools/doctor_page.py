@@ -26,16 +26,16 @@ class Finding(NamedTuple):
     numbers: dict[str, Any] = {}
 
 
-def examine(check, case) -> list[Finding]:
-    """What `check` finds in `case`; where it fails itself, that is the finding."""
+def examine(title: str, check, case) -> list[Finding]:
+    """What `check` finds in `case`; where it fails itself, that is the finding, of this title."""
     try:
         return list(check(case))
     except UserError as error:
         problem, _, remedy = str(error).partition('; ')
-        return [Finding(STOP, 'Not possible', problem, sentence(remedy))]
+        return [Finding(STOP, title, problem, sentence(remedy))]
     except Exception as error:
         reason = next(iter(str(error).splitlines()), '')
-        return [Finding(LOOK, 'Not looked at', f'{type(error).__name__}: {reason}')]
+        return [Finding(LOOK, title, f'Could not be looked at ({type(error).__name__}: {reason})')]
 
 
 def sentence(text: str) -> str:

@@ -39,6 +39,7 @@ MOST_MEMORY = 0.9  # of a device: the rest is for fragments, and for what others
 ROUND_TRIP_SECONDS = 60
 LONG = 14 * 86400  # seconds of training, beyond which one would rather know
 PUBLISHED_RATE = 5e-4 / 512  # of learning, for each image of a step
+LARGE = 100_000  # images to train on, from which on a data set is like ImageNet
 FORGOTTEN = 0.01  # part of the average that may still be the initial weights
 
 
@@ -120,24 +121,11 @@ def loader_rate(batches: Iterator, workers: int, seconds: float, name: str) -> t
 def _measure_steps(case):
     """Times the step at this batch, and takes note of its memory at two batches, which says what others would take."""
     args, device = case.args, case.world.device
-    step = _training_step(case)
-    sizes, wanted = [], args.batch_size
-    with progress_bar(total=3, desc='training steps') as bar:
-        if device.type == 'cuda':
-            sizes = [wanted, _even(wanted / 2)]
-        else:
-            trial = _time_steps(case, step, min(2, wanted))
-            bar.update()
-            largest = min(wanted, _even(SHORT_STEP / trial[0] * min(2, wanted)))
-            sizes = [_even(largest / 2), largest]  # the smaller first: memory that is given back is not counted twice
-        for size in dict.fromkeys(min(size, wanted) for size in sizes):
-            try:
-                case.steps[size] = _time_steps(case, step, size)
-            except torch.OutOfMemoryError:
-                case.too_large = size
-                case.state.optimizer.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-            bar.update()
+    step, wanted = _training_step(case), args.batch_size
+    if device.type == 'cuda':
+        _measure_on_gpu(case, step, wanted)
+    else:
+        _measure_on_cpu(case, step, wanted)
     if not case.steps:
         raise UserError(f'not even {case.too_large} images fit into the memory of {device}; use a smaller model or '
                         '--img-size')
@@ -146,9 +134,10 @@ def _measure_steps(case):
     case.step_rate = wanted / seconds
     case.forward_rate = _forward_rate(case, max(case.steps))
     largest = max(case.steps)
-    figure = (f'{case.step_rate:,.0f} images/s, {1000 * case.step_seconds:,.0f} ms a step of '
+    figure = (f'{_number(case.step_rate)} images/s, {1000 * case.step_seconds:,.0f} ms a step of '
               f'{wanted * args.accum_steps} images in {case.precision}, on {_device_name(device)}')
-    figure += f'; reckoned from steps of {largest}' * (largest != wanted)
+    is_missed = device.type == 'cpu' and args.device == 'auto'
+    figure += ', for torch sees no GPU' * is_missed + f'; reckoned from steps of {largest}' * (largest != wanted)
     if args.compile:
         figure += f'; without --compile {args.compile}, whose preparation takes minutes: with it it is faster'
     numbers = {'images_per_second': case.step_rate, 'seconds': case.step_seconds,
@@ -157,8 +146,7 @@ def _measure_steps(case):
     if not torch.isfinite(step.gradient_norm).item():
         figure += '; the gradient was not finite'
         remedy = 'A lower --lr, --clip-grad 1 or --amp-dtype bfloat16 helps.'
-    elif device.type == 'cpu' and args.device == 'auto':
-        figure += ', for torch sees no GPU'
+    elif is_missed:
         remedy = 'See that the driver works and that torch is built for it; or say --device cpu.'
     yield Finding(LOOK if remedy else OK, 'Step', figure, remedy, numbers=numbers)
 
@@ -170,9 +158,29 @@ def _training_step(case) -> TrainingStep:
                         precision=case.precision, args=case.args.replacing(accum_steps=1))
 
 
-def _even(size: float) -> int:
-    """As Mixup wants batches."""
-    return max(2, 2 * int(size / 2))
+def _measure_on_gpu(case, step: TrainingStep, wanted: int) -> None:
+    """Steps of this batch, or of the largest half of it that fits, and of half of that."""
+    size = wanted
+    while size and len(case.steps) < 2:
+        try:
+            case.steps[size] = _time_steps(case, step, size)
+        except torch.OutOfMemoryError:
+            case.too_large = size
+            case.state.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        size = size // 4 * 2 if size > 2 else 0  # even, as Mixup wants it
+
+
+def _measure_on_cpu(case, step: TrainingStep, wanted: int) -> None:
+    """Steps of more and more images, up to this batch, or to where they take long; two of them at least."""
+    size = min(2, wanted)
+    while True:
+        case.steps[size] = seconds, _ = _time_steps(case, step, size)
+        if size == wanted or (len(case.steps) > 1 and 4 * seconds > SHORT_STEP):
+            break
+        size = min(wanted, 4 * size)
+    for small in sorted(case.steps)[:-2]:  # the nearer two say more of what is beyond them
+        del case.steps[small]
 
 
 def _time_steps(case, step: TrainingStep, size: int) -> tuple[float, int]:
@@ -181,15 +189,14 @@ def _time_steps(case, step: TrainingStep, size: int) -> tuple[float, int]:
     batch = tuple(part[:size] for part in case.batch)
     on_gpu = device.type == 'cuda'
     _reset_peak(device)
-    seconds, most, started = [], (20 if on_gpu else 3), time.perf_counter()
-    for index in range(most + (3 if on_gpu else 1)):
+    seconds, started, warm = [], time.perf_counter(), 3 if on_gpu else 1
+    while len(seconds) < warm + (20 if on_gpu else 3):
         begun = time.perf_counter()
         step(iter([batch]))
         step.gradient_norm.item()  # waits for the device
         seconds.append(time.perf_counter() - begun)
-        if index and time.perf_counter() - started > 2 * SHORT_STEP:
+        if len(seconds) > warm and time.perf_counter() - started > SHORT_STEP:
             break
-    warm = min(3 if on_gpu else 1, len(seconds) - 1)
     return statistics.median(seconds[warm:]), _peak(device)
 
 
@@ -243,6 +250,10 @@ def _forward_rate(case, size: int) -> float:
     return len(images) / min(seconds)
 
 
+def _number(value: float) -> str:
+    return f'{value:,.0f}' if value >= 10 else f'{value:.1f}'
+
+
 def _device_name(device: torch.device) -> str:
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
@@ -251,17 +262,19 @@ def _device_name(device: torch.device) -> str:
 
 def _who_starves(case) -> Finding:
     """Holds what the loader gives against what the model takes."""
-    need = case.step_rate * case.processes
-    case.total_rate = min(need, case.supply)
-    if case.world.device.type == 'cpu':  # both want the same cores
+    if case.world.device.type == 'cuda':
+        need = case.step_rate * case.processes
+        case.total_rate = min(need, case.supply)
+    else:  # all want the same cores
+        need = case.step_rate
         case.total_rate = 1 / (1 / need + 1 / case.supply)
     epoch = len(case.train) / case.total_rate
     numbers = {'needed': need, 'supplied': case.supply, 'epoch_seconds': epoch}
-    figure = (f'{plural(case.processes, "process", "processes")} can train on {need:,.0f} images/s, the loader gives '
-              f'{case.supply:,.0f}; an epoch takes {duration(epoch)}')
+    figure = (f'{plural(case.processes, "process", "processes")} can train on {_number(need)} images/s, the loader '
+              f'gives {_number(case.supply)}; an epoch takes {duration(epoch)}')
     if case.supply >= ENOUGH * need:
         case.starving = (f'Nothing: images come {case.supply / need:.1f} times as fast as the model takes them '
-                         f'({case.supply:,.0f} against {need:,.0f}/s).')
+                         f'({_number(case.supply)} against {_number(need)}/s).')
         return Finding(OK, 'Who waits', figure, numbers=numbers)
     cores = -(-ENOUGH * need // case.rate_per_core)
     case.starving = (f'The model: it waits for images ({case.supply:,.0f}/s come, {need:,.0f}/s would be taken); '
@@ -297,11 +310,11 @@ def look_at_memory(case):
     numbers = {'bytes': need, 'total': total, 'largest_batch': largest}
     where = 'Memory of the GPU' if device.type == 'cuda' else 'Memory'
     if case.too_large and case.too_large <= wanted or (total and need > total):
-        remedy = f'-b {largest} --accum-steps {-(-wanted // largest)} makes steps of as many images.' if largest else (
-            'Use a smaller -b, with --accum-steps for as many images a step.')
+        images = wanted * case.args.accum_steps * case.processes
+        remedy = f'Say -b {largest or max(2, wanted // 2)} --global-batch-size {images}: as many images a step, in parts.'
         yield Finding(STOP, where, f'{wanted} images do not fit: they take {here}', remedy, numbers=numbers)
     elif total and need > MOST_MEMORY * total:
-        yield Finding(LOOK, where, figure, 'That is close: a smaller -b with --accum-steps is safe.', numbers=numbers)
+        yield Finding(LOOK, where, figure, 'That is close: a smaller -b is safe, with --global-batch-size as it is now.', numbers=numbers)
     else:
         yield Finding(OK, where, figure, numbers=numbers)
     yield _shared_memory(case)
@@ -367,7 +380,8 @@ def look_at_schedule(case):
     training = steps * per_step / case.total_rate
     evaluating = 0.0
     if case.eval_loader_rate:
-        rate = min(case.forward_rate * case.processes, case.supply * case.eval_loader_rate / case.loader_rate)
+        devices = case.processes if case.world.device.type == 'cuda' else 1
+        rate = min(case.forward_rate * devices, case.supply * case.eval_loader_rate / case.loader_rate)
         evaluating = len(case.val) / rate * (2 if args.model_ema and not args.model_ema_force_cpu else 1)
     saving = checkpoint_of(case)['seconds']
     # It is written while training goes on: only what lasts longer than an epoch holds it up.
@@ -387,7 +401,8 @@ def look_at_schedule(case):
         mark, remedy = LOOK, 'More or faster devices, fewer --epochs, a smaller model or --img-size shorten it.'
     yield Finding(mark, 'Whole schedule', figure, remedy, [parts], numbers)
     if case.processes > 1:
-        yield Finding(OK, 'Reckoned', f'One process was measured; {case.processes} are taken to be as much faster')
+        means = 'as many times as fast' if case.world.device.type == 'cuda' else 'as fast, for they share the cores'
+        yield Finding(OK, 'Reckoned', f'One process was measured; {case.processes} are taken to be {means}')
 
 
 def duration(seconds: float) -> str:
@@ -545,6 +560,8 @@ def _learning_rate(case):
     images = args.batch_size * args.accum_steps * case.processes
     published = PUBLISHED_RATE * images
     is_tuning = bool(args.pretrained or args.initial_checkpoint)
+    if case.train is None or len(case.train) < LARGE:
+        return  # what is right for small data sets nobody knows
     # The smallest models were trained at twice that rate.
     if args.opt.lower() == 'adamw' and (args.lr > 2.1 * published or (args.lr < published / 2.1 and not is_tuning)):
         figure = (f'--lr {args.lr:g} with {images:,} images a step; the published recipe has 5e-4 for every 512 '

@@ -1,0 +1,357 @@
+"""tools/doctor.py: planted faults are named with a remedy, a sound data set has none, and the data stays as it is."""
+import json
+import math
+import os
+import re
+import shutil
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.base import ImageDataset
+from data.pipeline import open_training_data
+from tests.conftest import run_script, succeeded, write_images
+from tools import doctor, doctor_data, doctor_page, doctor_run
+from tools.doctor_page import LOOK, OK, STOP, Finding
+from utils import options
+from utils.distributed import World
+from utils.errors import UserError
+from utils.runtime import Precision
+
+SMALL = ('--model', 't2t_vit_7', '--img-size', '32', '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2',
+         'token_dim=16', '-b', '8', '-j', '1', '--device', 'cpu', '--epochs', '3', '--warmup-epochs', '1')
+
+
+def case_of(*words, processes=1, samples=1000, device='cpu') -> doctor.Case:
+    parser = options.create_parser('', (*doctor.GROUPS, doctor.doctor_options))
+    args = options.parse_options(parser, [*map(str, words), *SMALL])
+    cpu = torch.device('cpu')
+    return doctor.Case(args, World(0, 0, 1, torch.device(device)), Precision(cpu, enabled=False), processes, 2, samples,
+                       0.2)
+
+
+def plant_faults(root) -> None:
+    """The five: a cut JPEG; a class that val lacks; an empty class, nearly of another's name; 16 bits, CMYK and a text
+    file; and an image of train that is in val as well."""
+    cut = root / 'train/ant/ant_3.jpg'
+    cut.write_bytes(cut.read_bytes()[:400])
+    shutil.rmtree(root / 'val/bee')
+    (root / 'train/cat_old').mkdir()
+    Image.fromarray(np.linspace(0, 65535, 1600).reshape(40, 40).astype(np.uint16)).save(root / 'train/cat/deep.png')
+    Image.new('CMYK', (40, 40), (0, 90, 9, 0)).save(root / 'train/cat/print.jpg')
+    (root / 'train/bee/notes.txt').write_text('bees')
+    shutil.copy(root / 'train/cat/cat_1.jpg', root / 'val/cat/again.jpg')
+
+
+def content(root) -> dict:
+    return {path.relative_to(root): (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+            for path in (root, *root.rglob('*'))}
+
+
+@pytest.fixture(scope='module')
+def ill(tmp_path_factory):
+    """What the doctor says of a data set with five faults: exit code, page, record, and findings by their titles."""
+    folder = tmp_path_factory.mktemp('ill')
+    plant_faults(write_images(folder / 'd', {'train': 12, 'val': 5}))
+    before = content(folder / 'd')
+    ended = run_script('tools/doctor.py', 'd', *SMALL, '--quick', '--processes', 1, '--price', 3600, '--results-file',
+                       'found', cwd=folder)
+    assert content(folder / 'd') == before, 'something was written into the data'
+    assert sorted(path.name for path in folder.iterdir()) == ['d', 'found.csv', 'found.json'], ended.stderr
+    record = json.loads((folder / 'found.json').read_text())
+    return types.SimpleNamespace(code=ended.returncode, page=ended.stdout, errors=ended.stderr, record=record,
+                                 found={finding['title']: finding for finding in record['findings']})
+
+
+@pytest.mark.parametrize(('title', 'mark', 'path', 'remedy'), [
+    ('Decoding train', STOP, 'd/train/ant/ant_3.jpg: cannot be decoded', '--max-bad-images 1'),
+    ('Class map', STOP, 'd/val/bee', 'Put these folders'),
+    ('Empty folders', LOOK, 'd/train/cat_old', 'Fill or remove'),
+    ('Near-equal names', LOOK, 'd/train/cat and d/train/cat_old', 'one folder'),
+    ('16 bits', LOOK, 'd/train/cat/deep.png', 'Convert'),
+    ('Other colours', LOOK, 'd/train/cat/print.jpg', 'Convert'),
+    ('Stray files', LOOK, 'd/train/bee/notes.txt', 'Remove'),
+    ('Duplicates', LOOK, 'd/train/cat/cat_1.jpg = d/val/cat/again.jpg', 'Take them out'),
+])
+def test_planted_fault_is_named_with_its_path_and_a_remedy(ill, title, mark, path, remedy):
+    finding = ill.found[title]
+    assert finding['mark'] == mark and remedy in finding['remedy']
+    assert any(path in detail for detail in finding['details'])
+    words = ' '.join(ill.page.split())
+    assert f'{mark} {title}' in words and path in words and remedy in words
+
+
+def test_page_sums_up_and_fits(ill):
+    assert ill.code == 1, ill.errors
+    lines = ill.page.rstrip().splitlines()
+    assert max(map(len, lines)) <= 100
+    assert [int(number) for number in re.findall(r'^(\d)  \w', ill.page, re.M)] == list(range(1, 9))
+    summary = ill.record['summary']
+    assert list(summary) == ['Will it run?', 'What starves?', 'Mend first']
+    assert all(any(line.startswith(name) for line in lines[-8:]) for name in summary)
+    assert summary['Will it run?'].startswith('No: class map, decoding train;')
+    assert 'images' in summary['What starves?'] and summary['Mend first'].startswith('Class map: Put')
+
+
+def test_all_that_a_run_needs_is_measured(ill):
+    marks = {title: finding['mark'] for title, finding in ill.found.items()}
+    for title in ('Loader', 'Step', 'Memory', 'Whole schedule', 'Checkpoints', 'File system', 'Processes'):
+        assert marks[title] == OK, ill.found[title]
+    step, schedule = ill.found['Step']['numbers'], ill.found['Whole schedule']['numbers']
+    assert step['images_per_second'] == pytest.approx(8 / step['seconds'])
+    assert ill.found['Who waits']['numbers']['needed'] == step['images_per_second']
+    assert schedule['epochs'] == 13 and schedule['steps_per_epoch'] == 38 // 8
+    # A GPU for an hour costs as much as there are seconds in it.
+    assert schedule['money'] == pytest.approx(schedule['seconds']) and f'{schedule["money"]:,.2f}' in ill.page
+
+
+def test_sound_data_set_has_neither_stop_nor_look(image_folder):
+    case = case_of(image_folder)
+    findings = [*doctor_data.look_at_data(case), *doctor_data.look_at_images(case)]
+    assert {finding.mark for finding in findings} == {OK}
+    found = {finding.title: finding for finding in findings}
+    assert found['Images'].numbers == {'train': 36, 'val': 15, 'classes': 3}
+    assert found['Decoding train'].numbers == {'looked_at': 36, 'bad': 0, 'bad_at_most': 0, 'tolerated': 0}
+    assert found['Duplicates'].numbers == {'train': 36, 'val': 15, 'duplicates': 0}
+    assert found['Kinds'].numbers == {'JPEG RGB': 51} and found['Sizes'].numbers['median'] == (36, 40)
+
+
+def test_other_layouts_of_val(tmp_path):
+    root = write_images(tmp_path / 'd', {'train': 2, 'val': 2})
+    (root / 'val/bee').rename(root / 'val/be')
+    found = [finding for finding in doctor_data.look_at_data(case_of(root)) if finding.mark == STOP]
+    assert [finding.details for finding in found] == [[str(root / 'val/bee')], [str(root / 'val/be')]]
+    for image in sorted((root / 'val').rglob('*.jpg')):
+        image.rename(root / 'val' / image.name)
+    for folder in (root / 'val').iterdir():
+        if folder.is_dir():
+            folder.rmdir()
+    case = case_of(root)
+    found, = (finding for finding in doctor_data.look_at_data(case) if finding.mark == STOP)
+    assert '6 images and no class folders' in found.figure and 'CLASS' in found.remedy
+    assert len(case.val) == 6  # and they are decoded all the same
+    with pytest.raises(UserError, match='does not exist'):
+        list(doctor_data.look_at_data(case_of(tmp_path / 'nowhere')))
+
+
+@pytest.mark.parametrize(('names', 'pairs'), [
+    (['n01440764', 'n01440764_old', 'n01440765'], [('n01440764', 'n01440764_old')]),
+    (['cat', 'Cat', 'dog (1)', 'dog'], [('Cat', 'cat'), ('dog', 'dog (1)')]),
+    (['new york', 'new_york'], [('new york', 'new_york')]),
+    (['tiger', 'tiger shark', 'tiger_cat', 'boeing 737', 'boeing 747', 'crane', 'crane2', 'old'], []),
+])
+def test_names_that_are_nearly_equal(names, pairs):
+    found = list(doctor_data._near_names([], names))
+    assert [finding.numbers['pairs'] for finding in found] == ([pairs] if pairs else [])
+
+
+def test_imagenet_is_counted(monkeypatch):
+    from timm.data import ImageNetInfo
+    synsets = ImageNetInfo().label_names()
+
+    def look(train, val, classes):
+        case = case_of()
+        case.train, case.val = range(train), range(val)
+        return [(finding.mark, finding.figure) for finding in doctor_data._known_numbers(case, classes)]
+
+    assert look(1_281_167, 50_000, synsets)[0][0] == OK
+    (mark, figure), = look(1_281_160, 50_000, synsets[:-1])
+    assert mark == LOOK and '1 of 1,000 classes, 7 of 1,281,167 images in train' in figure and 'val' not in figure
+    assert look(5000, 500, synsets[:100]) == []  # a part that somebody has chosen
+
+
+def test_bound_of_bad_images():
+    assert doctor_data.upper_bound(0, 1000) == pytest.approx(1 - 0.05 ** (1 / 1000))
+    for bad, seen in ((1, 20), (7, 300)):
+        share = doctor_data.upper_bound(bad, seen)
+        rare = sum(math.comb(seen, k) * share**k * (1 - share)**(seen - k) for k in range(bad + 1))
+        assert rare == pytest.approx(0.05, rel=1e-6)
+    assert doctor_data.upper_bound(3, 3) == 1
+
+
+def test_what_is_tolerated_is_no_stop():
+    seen = [doctor_data.Seen(f'{k}.jpg', 1, b'', 'JPEG', 'RGB', (9, 9), (), 'cut' * (k == 3)) for k in range(10)]
+    marks = {tolerated: doctor_data._bad_images('train', seen, 10, tolerated).mark for tolerated in (0, 1)}
+    assert marks == {0: STOP, 1: LOOK}
+    sampled = doctor_data._bad_images('val', seen, 1000, 1)
+    assert sampled.mark == LOOK and sampled.details == ['3.jpg: cut']
+    # 39 % of 1000: what 10 images, of which one is bad, do not rule out.
+    assert sampled.numbers['bad_at_most'] == 395 and '--max-bad-val-images 395' in sampled.remedy
+
+
+class Fetched(ImageDataset):
+    """Ten shards of ten images that lie elsewhere."""
+
+    def __init__(self):
+        super().__init__(['a', 'b'], np.arange(100) % 2)
+
+    def starts(self):
+        return np.arange(0, 101, 10)
+
+    def path(self, index):
+        return str(index)
+
+
+def test_few_shards_are_fetched_for_a_sample():
+    sample = doctor_data.sample_of(Fetched(), 20)
+    assert len(sample) == 20
+    assert len({int(sample.path(k)) // 10 for k in range(20)}) == doctor_data.SHARDS_FETCHED
+
+
+def test_exif_and_frames_are_noticed(tmp_path):
+    exif = Image.Exif()
+    exif[doctor_data.ORIENTATION] = 6
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a.jpg', exif=exif)
+    Image.new('L', (8, 8)).save(tmp_path / 'a.gif', save_all=True, append_images=[Image.new('L', (8, 8), 255)])
+    Image.new('RGBA', (8, 8)).save(tmp_path / 'a.png')
+    notes = {name: doctor_data.look_closely((tmp_path / name).read_bytes(), name).notes
+             for name in ('a.jpg', 'a.gif', 'a.png')}
+    assert notes == {'a.jpg': (doctor_data.TURNED,), 'a.gif': (doctor_data.ANIMATED,),
+                     'a.png': (doctor_data.TRANSPARENT,)}
+
+
+@pytest.fixture(scope='module')
+def prepared(image_folder):
+    """A run with its model and batches, whose optimizer has taken a step."""
+    case = case_of(image_folder)
+    case.train, case.val = open_training_data(case.args, case.world)
+    doctor_run._prepare(case)
+    batches = iter(case.input.train_loader)
+    case.batch = next(batches)
+    doctor_run._training_step(case)(iter([case.batch]))
+    case.input.train_loader.close()
+    return case
+
+
+def test_too_small_a_disk(prepared, tmp_path, monkeypatch):
+    prepared.args = prepared.args.replacing(output=str(tmp_path / 'out'))
+    prepared.saved = None
+    checks = {}
+    size = doctor_run.checkpoint_of(prepared)['bytes']
+    for free in (3 * size, 7 * size, 9 * size):
+        monkeypatch.setattr(doctor_run.shutil, 'disk_usage', lambda path, free=free: types.SimpleNamespace(free=free))
+        checks[free] = next(doctor_run.look_at_disk(prepared))
+    assert [finding.mark for finding in checks.values()] == [STOP, LOOK, OK]
+    stop = checks[3 * size]
+    assert str(tmp_path) in stop.figure and '--output' in stop.remedy and 'Make room for' in stop.remedy
+    assert stop.numbers['needed'] == 4 * size  # two, the best, and one that is being written
+    assert list(tmp_path.iterdir()) == []  # what was written to try it is gone
+
+
+def test_disk_that_takes_no_checkpoint(prepared, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+
+    prepared.args = prepared.args.replacing(output=str(tmp_path))
+    prepared.saved = None
+    monkeypatch.setattr(doctor_run, 'save_checkpoint', full)
+    finding, = doctor_run.look_at_disk(prepared)
+    assert finding.mark == STOP and f'{tmp_path} (No space left on device)' in finding.figure
+    assert list(tmp_path.iterdir()) == []
+    prepared.saved = None
+
+
+def test_who_starves(monkeypatch):
+    monkeypatch.setattr(doctor_run.os, 'sched_getaffinity', lambda pid: range(16))
+    case = case_of(device='cuda', processes=8)
+    case.train = range(1_280_000)
+    case.step_rate, case.rate_per_core, case.supply = 1000.0, 200.0, 3200.0
+    finding = doctor_run._who_starves(case)
+    assert finding.mark == LOOK and case.starving.startswith('The model') and case.total_rate == 3200
+    assert finding.numbers['epoch_seconds'] == 400
+    assert '44 cores, with -j 6 for each process' in finding.remedy  # 8 × 1000 × 1.1 / 200
+    case.supply, case.rate_per_core = 9000.0, 562.5
+    assert doctor_run._who_starves(case).mark == OK
+    assert case.starving.startswith('Nothing') and case.total_rate == 8000
+
+
+def test_lines_through_two_batches():
+    assert doctor_run._at(64, {16: 2.0, 32: 3.0}) == 5.0
+    assert doctor_run._at(32, {16: 2.0, 32: 3.0}) == 3.0
+    assert doctor_run._largest_batch({32: 4 << 30, 64: 6 << 30}, 80 << 30) == 1120  # 2 GiB, and 1/16 of one each
+    assert doctor_run._largest_batch({64: 6 << 30}, 80 << 30) is None
+
+
+def test_memory_that_does_not_suffice(prepared, monkeypatch):
+    monkeypatch.setattr(prepared, 'steps', {4: (0.1, 6 << 30), 2: (0.1, 4 << 30)})
+    monkeypatch.setattr(doctor_run, '_device_memory', lambda device: 9 << 30)
+    memory, batches = doctor_run.look_at_memory(prepared)
+    assert memory.mark == STOP and memory.numbers['largest_batch'] == 6  # 8 would take 10 GiB, and 6 take 8
+    assert '-b 6 --global-batch-size 8:' in memory.remedy
+    assert batches.mark == OK
+    monkeypatch.setattr(doctor_run.shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=100))
+    assert doctor_run._shared_memory(prepared).mark == STOP
+
+
+def test_processes_that_do_not_come_are_ended(monkeypatch, tmp_path):
+    sleeper = tmp_path / 'python'
+    sleeper.write_text('#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 60\n')
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(doctor_run.sys, 'executable', str(sleeper))
+    monkeypatch.setattr(doctor_run, 'ROUND_TRIP_SECONDS', 1)
+    case = case_of()
+    finding, = doctor_run.look_at_processes(case)
+    assert finding.mark == STOP and 'not done after 1 s' in finding.figure and finding.remedy
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / 'python.pid').read_text()), 0)
+
+
+def test_round_trip(tmp_path):
+    found, problem = doctor_run.add_up(2, 1.0, 'cpu')
+    assert not problem and found['processes'] == 2 and found['bytes'] == 1_000_000
+    assert found['bytes_per_second'] == pytest.approx(1e6 / found['seconds'])  # each sends half of it, twice
+
+
+def test_recipe(monkeypatch):
+    def look(*words, device='cpu', steps=0, images=1_281_167):
+        case = case_of(*words, device=device, processes=8)
+        case.train, case.total_steps = range(images), steps
+        monkeypatch.setattr(doctor_run, '_device_name', lambda device: 'a GPU')
+        if case.args.amp:
+            case.precision = types.SimpleNamespace(dtype=getattr(torch, case.args.amp_dtype))
+        return {finding.title: finding.remedy for finding in doctor_run.look_at_recipe(case)}
+
+    assert list(look('--lr', '6.25e-5')) == ['Recipe']  # 5e-4 for 512 images: 8 × 8 of them
+    assert list(look('--lr', '1.25e-4')) == ['Recipe']  # twice that, as the smallest models had it
+    assert '6.3e-05' in look('--lr', '5e-4')['Learning rate']
+    assert 'Learning rate' in look('--lr', '1e-5') and 'Learning rate' not in look('--lr', '1e-5', '--pretrained')
+    assert list(look('--lr', '5e-4', images=5000)) == list(look('--lr', '5e-4', '--opt', 'sgd')) == ['Recipe']
+    right = ('--lr', '6.25e-5')
+    assert 'Averaged weights' not in look(*right, steps=310 * 2502)
+    remedy = look(*right, steps=1000)['Averaged weights']
+    decay = float(re.search(r'--model-ema-decay (\S+),', remedy)[1])
+    assert decay ** 200 == pytest.approx(doctor_run.FORGOTTEN, rel=0.3)
+    has_it = {'value': True}
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: has_it['value'])
+    assert 'Say --amp' in look(*right, device='cuda')['Precision']
+    assert 'bfloat16 needs' in look(*right, '--amp', '--amp-dtype', 'float16', device='cuda')['Precision']
+    assert 'Precision' not in look(*right, '--amp', '--amp-dtype', 'bfloat16', device='cuda')
+    has_it['value'] = False
+    assert 'Leave' in look(*right, '--amp', '--amp-dtype', 'bfloat16', device='cuda')['Precision']
+    assert 'Transfer' in look(*right, '--amp', '--amp-dtype', 'float16', '--no-pin-mem', device='cuda')
+
+
+def test_check_that_fails_is_a_finding():
+    def mistaken(case):
+        raise UserError('--what is wrong; say what is right')
+
+    assert doctor_page.examine('Time', mistaken, None) == [
+        Finding(STOP, 'Time', '--what is wrong', 'Say what is right.')]
+    found, = doctor_page.examine('Time', lambda case: [1 // 0], None)
+    assert found.mark == LOOK and 'ZeroDivisionError' in found.figure
+
+
+def test_without_faults_the_summary_says_so():
+    assert doctor_page.summary([Finding(OK, 'a', 'b')], 'x') == {
+        'Will it run?': 'Yes, by all that was looked at.', 'What starves?': 'x', 'Mend first': 'Nothing.'}
+    assert doctor_run.duration(90) == '90 seconds' and doctor_run.duration(5025) == '1.4 hours'
+    assert doctor_run.duration(310 * 86400) == '310.0 days'
+
+
+def test_mistake_in_the_options(tmp_path):
+    ended = run_script('tools/doctor.py', tmp_path / 'nowhere', *SMALL, cwd=tmp_path)
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and 'does not exist' in ended.stderr
+    assert 'Doctor' in succeeded(run_script('tools/doctor.py', '--help', cwd=tmp_path))
