@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
 
 from utils.errors import UserError
@@ -35,14 +36,34 @@ class BatchPreparer:
         self._mean = self._as_levels('mean', mean)
         self._std = self._as_levels('std', std)
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == 'cuda' else None
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """images: uint8 [B, C, H, W]; targets: int64 [B]. Returns both on the device, images as float32."""
-        images = images.to(self.device, non_blocking=True)
-        targets = targets.to(self.device, non_blocking=True)
+        images, targets = self._move(images), self._move(targets)
+        if self.device.type == 'cpu':
+            return self._normalize_one_by_one(images), targets
         # Reordered while a pixel is one byte, not four.
         images = images.contiguous(memory_format=self._memory_format).to(torch.float32)
         return images.sub_(self._mean).div_(self._std), targets
+
+    def _move(self, batch: torch.Tensor) -> torch.Tensor:
+        """`batch` on the device; from pinned memory it is copied while the device computes what came before."""
+        if self._copies is None or not batch.is_pinned():
+            return batch.to(self.device)
+        with torch.cuda.stream(self._copies):
+            moved = batch.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._copies)
+        moved.record_stream(computing)  # its memory is not given to the next copy before it was read
+        return moved
+
+    def _normalize_one_by_one(self, images: torch.Tensor) -> torch.Tensor:
+        """The same numbers on a CPU, whose caches hold an image but not a batch."""
+        normalized = torch.empty_like(images, dtype=torch.float32, memory_format=self._memory_format)
+        for row, image in zip(normalized, images, strict=True):
+            row.copy_(image).sub_(self._mean[0]).div_(self._std[0])
+        return normalized
 
     def denormalize(self, images):
         """Normalised images [B, C, H, W] → 0…1, for people to look at."""
@@ -107,9 +128,9 @@ class TrainBatchPreparer(BatchPreparer):
         self.mixing = mixup_alpha > 0 or cutmix_alpha > 0 or cutmix_minmax is not None
         if self.mixing:
             _check_mixing(batch_size, aug_splits, mixup_mode, cutmix_minmax)
-            self._mixup = Mixup(mixup_alpha, cutmix_alpha, cutmix_minmax, prob=mixup_prob, mode=mixup_mode,
-                                switch_prob=mixup_switch_prob, label_smoothing=smoothing,
-                                num_classes=num_classes)
+            kind = PairwiseMixup if self.device.type == 'cpu' else Mixup
+            self._mixup = kind(mixup_alpha, cutmix_alpha, cutmix_minmax, prob=mixup_prob, mode=mixup_mode,
+                               switch_prob=mixup_switch_prob, label_smoothing=smoothing, num_classes=num_classes)
         self._erase = None
         if erase_prob:
             if erase_mode not in ('pixel', 'rand', 'const') or erase_count < 1:
@@ -133,7 +154,7 @@ class TrainBatchPreparer(BatchPreparer):
         """images: uint8 [B, C, H, W] or [B, S, C, H, W]; targets: int64 [B]. Returns them for the model."""
         if self._aug_splits:
             # On the device, for a copy made on the host would not be page-locked.
-            images, targets = (batch.to(self.device, non_blocking=True) for batch in (images, targets))
+            images, targets = self._move(images), self._move(targets)
             images = images.transpose(0, 1).flatten(0, 1)  # [S·B, C, H, W]
             targets = targets.repeat(self._aug_splits)  # [S·B]
         images, targets = super().__call__(images, targets)
@@ -142,6 +163,29 @@ class TrainBatchPreparer(BatchPreparer):
         if self._erase:
             images = self._erase(images)
         return images, targets
+
+
+class PairwiseMixup(Mixup):
+    """timm's Mixup, the same draws and numbers, pair by pair: for a CPU, whose caches hold images but not a batch."""
+
+    def _mix_batch(self, x: torch.Tensor) -> float:
+        lam, use_cutmix = self._params_per_batch()
+        if lam == 1:
+            return lam
+        if use_cutmix:
+            (top, bottom, left, right), lam = cutmix_bbox_and_lam(
+                x.shape, lam, ratio_minmax=self.cutmix_minmax, correct_lam=self.correct_lam)
+            x = x[:, :, top:bottom, left:right]
+        for first in range(len(x) // 2):
+            one, other = x[first], x[-1 - first]
+            before = one.clone()
+            if use_cutmix:
+                one.copy_(other)
+                other.copy_(before)
+            else:
+                one.mul_(lam).add_(other * (1 - lam))
+                other.mul_(lam).add_(before.mul_(1 - lam))
+        return lam
 
 
 def _check_mixing(batch_size: int, aug_splits: int, mode: str, cutmix_minmax: Sequence[float] | None):

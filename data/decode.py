@@ -49,7 +49,8 @@ def read_file(path: str | os.PathLike) -> bytes:
     """The content of the image file `path`. Raises ImageError if it cannot be read, or has more than `MAX_BYTES`."""
     try:
         with open(path, 'rb') as file:
-            data = file.read(MAX_BYTES + 1)
+            # Of what is no file the size is 0; a buffer of the largest size for each file would take its time.
+            data = file.read(min(os.fstat(file.fileno()).st_size or MAX_BYTES, MAX_BYTES) + 1)
     except OSError as error:
         raise ImageError(f'image {os.fspath(path)}: {error.strerror or error}') from None
     if len(data) > MAX_BYTES:

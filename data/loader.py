@@ -12,16 +12,18 @@ evaluation it is left out. So what takes its place depends on the dataset alone:
 or ranks, and not on where a run was interrupted.
 """
 
+import contextlib
+import ctypes
 import logging
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from utils.errors import UserError
@@ -36,7 +38,7 @@ _logger = logging.getLogger(__name__)
 
 def create_loader(
     dataset: ImageDataset,
-    transform: Callable[[Image.Image], torch.Tensor],
+    transform: Callable[[Image.Image | torch.Tensor], torch.Tensor],
     sampler: TrainSampler | EvalSampler,
     *,
     seed: int = 42,
@@ -49,7 +51,8 @@ def create_loader(
 ) -> 'Loader':
     """A Loader of the batches that `sampler` names, decoded and transformed in `workers` processes.
 
-    dataset: an ImageDataset. transform: PIL image → uint8 tensor of one fixed shape.
+    dataset: an ImageDataset. transform: image → uint8 tensor of one fixed shape. The image is
+        `dataset.array(index)` where the transform has `takes_arrays`, else the PIL image `dataset.image(index)`.
     sampler: a TrainSampler, which makes this a training loader, or an EvalSampler.
     seed: of the samples' randomness in training; evaluation has none.
     workers: 0 for doing the work in this process. prefetch: batches that each worker prepares ahead.
@@ -66,7 +69,7 @@ def create_loader(
     if workers:
         # Workers compute with one thread each: PyTorch sets that itself.
         options.update(persistent_workers=persistent, prefetch_factor=prefetch,
-                       multiprocessing_context=context, worker_init_fn=_shield_worker)
+                       multiprocessing_context=context, worker_init_fn=_prepare_worker)
     # With a generator of its own an iterator takes nothing from the global one; what it draws has no effect.
     dataloader = DataLoader(batches, batch_sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator(),
                             **options)
@@ -194,7 +197,7 @@ class BatchSource:
     def __init__(
         self,
         dataset: ImageDataset,
-        transform: Callable[[Image.Image], torch.Tensor],
+        transform: Callable[[Image.Image | torch.Tensor], torch.Tensor],
         *,
         training: bool,
         seed: int,
@@ -202,6 +205,7 @@ class BatchSource:
     ):
         self._dataset = dataset
         self._transform = transform
+        self._load = dataset.array if getattr(transform, 'takes_arrays', False) else dataset.image
         self._training = training
         self._seed = seed
         self._max_bad_images = max_bad_images
@@ -214,17 +218,14 @@ class BatchSource:
         try:
             if self._training:
                 with preserved_generators():  # without worker processes these are the training loop's own
-                    samples = [self._training_sample(epoch, index, bad) for epoch, index in keys]
+                    images, targets = _gather(len(keys), (self._training_sample(*key, bad) for key in keys))
             else:
-                samples = [sample for _, index in keys if (sample := self._sample(index, bad)) is not None]
+                images, targets = _gather(len(keys), (self._sample(index, bad) for _, index in keys))
         except UserError as error:
             return None, None, bad, 0, str(error)
         # Of every sample its own image was tried first.
         bad_count = sum(self._dataset.path(index) in bad for _, index in keys) if bad else 0
-        if not samples:
-            return None, (), bad, bad_count, None
-        images, targets = zip(*samples, strict=True)
-        return default_collate(images), torch.tensor(targets), bad, bad_count, None
+        return images, torch.tensor(targets), bad, bad_count, None
 
     def _training_sample(self, epoch: int, index: int, bad: dict[str, str]) -> tuple[torch.Tensor, int]:
         """The transformed image and the target of (epoch, index), or of the first good image after it."""
@@ -240,7 +241,7 @@ class BatchSource:
         Raises ImageError if the bad images of this batch alone are too many.
         """
         try:
-            image = self._dataset.image(index)
+            image = self._load(index)
         except ImageError as error:
             bad[self._dataset.path(index)] = str(error)
             if len(bad) > self._max_bad_images:
@@ -249,11 +250,47 @@ class BatchSource:
         return self._transform(image), int(self._dataset.targets[index])
 
 
+def _gather(count: int, samples: Iterable[tuple[torch.Tensor, int] | None]) -> tuple[torch.Tensor | None, list[int]]:
+    """The images of up to `count` samples as rows of one tensor, and their targets; None among `samples` is left out.
+
+    Each is written where the main process will read it, as soon as it is made: there is no second copy of a batch.
+    """
+    images, targets = None, []
+    for image, target in filter(None, samples):
+        if images is None:
+            images = _empty(count, image)
+        images[len(targets)] = image
+        targets.append(target)
+    return images if images is None else images[:len(targets)], targets
+
+
+def _empty(count: int, image: torch.Tensor) -> torch.Tensor:
+    """Memory for `count` images such as `image`; in a worker process it is shared, as torch's default_collate does."""
+    shape = count, *image.shape
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=image.dtype)
+    storage = torch.UntypedStorage._new_shared(count * image.numel() * image.itemsize)
+    return torch.empty(0, dtype=image.dtype).set_(storage, 0, shape)
+
+
 def _as_it_is(batch: tuple) -> tuple:
     return batch
 
 
-def _shield_worker(worker_id: int):
+def _prepare_worker(worker_id: int):
+    _keep_freed_memory()
+    _shield_worker()
+
+
+def _keep_freed_memory():
+    """Has the memory of one image serve the next; to return it and ask for it anew takes its time (glibc alone)."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+            mallopt(option, 1 << 30)
+
+
+def _shield_worker():
     """Keeps signals that are sent to a whole job, by Ctrl-C, torchrun or Slurm, from ending a worker process.
 
     What they mean is for the main process to decide, and to save before it stops it still needs its batches.

@@ -182,9 +182,10 @@ def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_cl
 def check_training_input(args) -> None:
     """Raises the UserError that `create_training_input` would raise for these options, before there is a data set."""
     image = resolve_input(args, {})
+    args = args.replacing(fast_transform=False, fast_eval=False)  # whose mistakes are the same
     _create_train_transform(args, image)
     _create_train_preparer(args, image, num_classes=2, device='cpu')
-    _create_eval_transform(image)
+    _create_eval_transform(args, image)
 
 
 def _create_train_loader(args, dataset, image: Input, num_classes: int,
@@ -201,7 +202,7 @@ def _create_train_transform(args, image: Input):
     return create_train_transform(
         image.img_size, crop_mode=args.train_crop_mode, scale=args.scale, ratio=args.ratio, hflip=args.hflip,
         vflip=args.vflip, color_jitter=args.color_jitter, auto_augment=args.aa, interpolation=args.train_interpolation,
-        mean=image.mean, no_aug=not args.aug, aug_splits=args.aug_splits)
+        mean=image.mean, no_aug=not args.aug, aug_splits=args.aug_splits, fast=args.fast_transform)
 
 
 def _create_train_preparer(args, image: Input, num_classes: int, device) -> TrainBatchPreparer:
@@ -219,12 +220,12 @@ def create_eval_loader(args, dataset, image: Input, world: World) -> tuple[Loade
     batch_size = args.batch_size * args.validation_batch_size_multiplier
     sampler = EvalSampler(len(dataset), batch_size, rank=world.rank, world_size=world.size)
     # Its workers stay between epochs: to fork while threads end, as those of a loader that was used up, can deadlock.
-    loader = create_loader(dataset, _create_eval_transform(image), sampler, seed=args.seed, workers=args.workers,
+    loader = create_loader(dataset, _create_eval_transform(args, image), sampler, seed=args.seed, workers=args.workers,
                            pin_memory=args.pin_mem and world.device.type == 'cuda',
                            max_bad_images=args.max_bad_val_images)
     return loader, prepare
 
 
-def _create_eval_transform(image: Input):
+def _create_eval_transform(args, image: Input):
     return create_eval_transform(image.img_size, crop_pct=image.crop_pct, interpolation=image.interpolation,
-                                 crop_mode=image.crop_mode, mean=image.mean)
+                                 crop_mode=image.crop_mode, mean=image.mean, fast=args.fast_eval)

@@ -1,10 +1,16 @@
-"""From a PIL image to a uint8 tensor [C, H, W]: timm's transforms, with the published recipe as defaults.
+"""From an image to a uint8 tensor [C, H, W]: timm's transforms, with the published recipe as defaults.
+
+The fast forms draw what timm's draw, from the same generators in the same order, and do to a tensor what timm's do to a
+PIL image; `takes_arrays` of a transform says that it wants `ImageDataset.array`, uint8 [3, H, W]. Their pixels differ
+from timm's by a level here and there. What they cannot do is done by timm's own.
 
 Normalisation and random erasing are not here but in `batch`, on the device: uint8 is a quarter of the bytes
 to hand over. All randomness comes from the global generators of `random`, numpy and torch, which `loader`
 seeds for each sample.
 """
 
+import logging
+import random
 from collections.abc import Callable, Sequence
 from itertools import chain
 
@@ -13,9 +19,14 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, create_transform
 from timm.data.auto_augment import posterize
 from timm.data.transforms import ResizeKeepRatio, str_to_interp_mode
+from torch.nn.functional import interpolate
 from torchvision import transforms
 
 from utils.errors import UserError
+
+from .augment import take_tensors
+
+_logger = logging.getLogger(__name__)
 
 INTERPOLATIONS = ('bicubic', 'bilinear', 'nearest', 'box', 'hamming', 'lanczos')
 
@@ -34,8 +45,9 @@ def create_train_transform(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     no_aug: bool = False,
     aug_splits: int = 0,
-) -> Callable[[Image.Image], torch.Tensor]:
-    """The training transform: PIL RGB image → uint8 [C, H, W], or [S, C, H, W] with S = `aug_splits` ≥ 2.
+    fast: bool = True,
+) -> Callable[[Image.Image | torch.Tensor], torch.Tensor]:
+    """The training transform: image → uint8 [C, H, W], or [S, C, H, W] with S = `aug_splits` ≥ 2.
 
     img_size: pixels, an int or (height, width).
     crop_mode: 'rrc' for RandomResizedCrop with `scale` (of the area) and `ratio` (width / height); 'pad', the
@@ -48,6 +60,8 @@ def create_train_transform(
     mean: of the normalisation to come, 0…1: RandAugment fills uncovered corners with it.
     no_aug: only resize and centre crop.
     aug_splits: S versions of one crop, the first without augmentation (AugMix); 0 for off.
+    fast: a FastTrainTransform, which takes uint8 [3, H, W], wherever there is one for the other arguments; else, and
+        without it, timm's, which takes a PIL image of mode RGB.
     Raises UserError for a value that means nothing.
     """
     _check_size(img_size)
@@ -72,6 +86,10 @@ def create_train_transform(
     except (AssertionError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f'--aa {auto_augment!r} is no policy of timm ({error}); '
                         "use for instance 'rand-m9-mstd0.5-inc1'") from None
+    if fast and _has_fast_form('training', crop_mode=(crop_mode, ['rrc']), aug_splits=(aug_splits, [0]),
+                               interpolation=(interpolation, [*FAST_INTERPOLATIONS, 'random'])):
+        take_tensors(augment)
+        return FastTrainTransform(crop, augment)
     _allow_zero_bits(augment)
     if crop_mode == 'pad':
         crop = _padded_crop(img_size, interpolation, hflip, vflip)
@@ -87,13 +105,15 @@ def create_eval_transform(
     interpolation: str = 'bicubic',
     crop_mode: str = 'center',
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-) -> Callable[[Image.Image], torch.Tensor]:
+    fast: bool = False,
+) -> Callable[[Image.Image | torch.Tensor], torch.Tensor]:
     """The evaluation transform of timm: PIL RGB image → uint8 [C, H, W], deterministic.
 
     It resizes so that `img_size` (int, or (height, width)) is the fraction `crop_pct` of the result, then
     cuts out the centre.
 
     crop_mode: 'center' fits the shorter edge, 'squash' both edges, 'border' the longer one, padded by `mean`.
+    fast: a FastEvalTransform, which takes uint8 [3, H, W], wherever there is one for the other arguments.
     Raises UserError for a value that means nothing.
     """
     _check_size(img_size)
@@ -102,8 +122,75 @@ def create_eval_transform(
     mean = per_channel('mean', mean)
     if not 0 < crop_pct <= 1:
         raise UserError(f'--crop-pct {crop_pct}; give a fraction above 0 and up to 1')
-    return create_transform(img_size, is_training=False, use_prefetcher=True, crop_pct=crop_pct,
-                            crop_mode=crop_mode, interpolation=interpolation, mean=mean)
+    timms = create_transform(img_size, is_training=False, use_prefetcher=True, crop_pct=crop_pct,
+                             crop_mode=crop_mode, interpolation=interpolation, mean=mean)
+    if fast and _has_fast_form('evaluation', crop_mode=(crop_mode, ['center', 'squash']),
+                               interpolation=(interpolation, FAST_INTERPOLATIONS),
+                               resize=(type(timms.transforms[0]), [transforms.Resize])):
+        return FastEvalTransform(*timms.transforms[:2])
+    return timms
+
+
+def _has_fast_form(task: str, **conditions: tuple[object, Sequence]) -> bool:
+    """Whether each of `conditions`, a value and those that the fast form has, holds; where not, the log says which."""
+    for name, (value, known) in conditions.items():
+        if value not in known:
+            _logger.info("images for %s are transformed by timm's own code, which takes longer: there is no fast form "
+                         'for %s %s', task, name, getattr(value, '__name__', value))
+            return False
+    return True
+
+
+class FastTrainTransform:
+    """Crop, resize, flip and augmentation of a tensor: uint8 [3, H, W] → uint8 [3, h, w].
+
+    crop: timm's transforms of the first stage, the random crop and flips, which take tensors themselves.
+    augment: timm's of the second, after `take_tensors`.
+    """
+    takes_arrays = True
+
+    def __init__(self, crop: transforms.Compose, augment: transforms.Compose):
+        self.crop, *flips = crop.transforms
+        self.steps = [*flips, *augment.transforms]
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        crop = self.crop
+        top, left, height, width = crop.get_params(pixels, crop.scale, crop.ratio)
+        mode = crop.interpolation
+        mode = random.choice(mode) if isinstance(mode, (tuple, list)) else mode
+        pixels = _resize(pixels[:, top:top + height, left:left + width], crop.size, mode)
+        for step in self.steps:
+            pixels = step(pixels)
+        return pixels
+
+
+class FastEvalTransform:
+    """Resizing and centre crop of a tensor: uint8 [3, H, W] → uint8 [3, h, w].
+
+    resize: torchvision's; its `size` is of the shorter edge, or of both.
+    crop: torchvision's, which takes tensors itself.
+    """
+    takes_arrays = True
+
+    def __init__(self, resize: transforms.Resize, crop: transforms.CenterCrop):
+        self.resize, self.crop = resize, crop
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        _, height, width = pixels.shape
+        size = self.resize.size
+        if isinstance(size, int):  # torchvision cuts fractions off
+            longer = int(size * max(height, width) / min(height, width))
+            size = (size, longer) if height <= width else (longer, size)
+        return self.crop(_resize(pixels, size, self.resize.interpolation))
+
+
+FAST_INTERPOLATIONS = ('bicubic', 'bilinear')
+"""Those that torch has for uint8, with PIL's filters and its rounding between the two directions."""
+
+
+def _resize(pixels: torch.Tensor, size: Sequence[int], mode: transforms.InterpolationMode) -> torch.Tensor:
+    """uint8 [3, H, W] → [3, h, w], antialiased."""
+    return interpolate(pixels[None], size=tuple(size), mode=mode.value, antialias=True)[0]
 
 
 class SplitTransform:

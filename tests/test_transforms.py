@@ -33,7 +33,7 @@ def drawn(transform, image, seed):
     {'vflip': 0.5, 'scale': (0.5, 1.0)},
 ], ids=str)
 def test_training_pixels_are_those_of_timm(image, size, options):
-    ours = create_train_transform(size, **options)
+    ours = create_train_transform(size, fast=False, **options)
     recipe = dict(auto_augment='rand-m9-mstd0.5-inc1', interpolation='random', color_jitter=0.4)
     timms = create_transform(size, is_training=True, use_prefetcher=True, **recipe | options)
     results = [drawn(ours, image, seed) for seed in range(6)]
@@ -69,8 +69,8 @@ def test_pad_mode_flips_and_augments_if_asked(image):
 def test_corners_that_augmentation_uncovers_get_the_mean():
     white = Image.new('RGB', (64, 64), 'white')
     mean = (0.1, 0.5, 0.9)
-    policy = 'rand-m10-n4-p1.0-mstd0'
-    transform = create_train_transform(64, scale=(1.0, 1.0), ratio=(1.0, 1.0), auto_augment=policy, mean=mean)
+    options = dict(scale=(1.0, 1.0), ratio=(1.0, 1.0), auto_augment='rand-m10-n4-p1.0-mstd0', fast=False)
+    transform = create_train_transform(64, mean=mean, **options)
     expected = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
     found = 0
     for seed in range(40):
@@ -83,12 +83,12 @@ def test_corners_that_augmentation_uncovers_get_the_mean():
     'rand-m10-n6-p1.0-mstd0-inc1', 'rand-m0-n6-p1.0-mstd0', 'augmix-m10-w3', 'original', 'v0-mstd0.5', '3a',
 ])
 def test_no_policy_fails_at_its_ends(image, policy):
-    transform = create_train_transform(24, auto_augment=policy, scale=(1.0, 1.0), hflip=0)
+    transform = create_train_transform(24, fast=False, auto_augment=policy, scale=(1.0, 1.0), hflip=0)
     assert len({drawn(transform, image, seed).numpy().tobytes() for seed in range(60)}) > 20
 
 
 def test_posterizing_to_no_bits_is_black(image):
-    augment = create_train_transform(24, auto_augment='rand-m10-mstd0-inc1').transforms[2]
+    augment = create_train_transform(24, auto_augment='rand-m10-mstd0-inc1', fast=False).transforms[2]
     operation, = [operation for operation in augment.ops if operation.name == 'PosterizeIncreasing']
     operation.prob = 1.0
     assert np.asarray(operation(image)).max() == 0
@@ -97,7 +97,7 @@ def test_posterizing_to_no_bits_is_black(image):
 def test_splits_are_one_clean_crop_and_augmentations_of_it(image):
     options = dict(scale=(0.5, 1.0), interpolation='bilinear')
     splits = drawn(create_train_transform(48, aug_splits=3, auto_augment='augmix-m5-w4-d2', **options), image, 5)
-    clean = drawn(create_train_transform(48, auto_augment=None, color_jitter=0, **options), image, 5)
+    clean = drawn(create_train_transform(48, auto_augment=None, color_jitter=0, fast=False, **options), image, 5)
     assert splits.shape == (3, 3, 48, 48) and splits.dtype == torch.uint8
     assert torch.equal(splits[0], clean)
     assert not torch.equal(splits[1], clean) and not torch.equal(splits[1], splits[2])
@@ -141,7 +141,7 @@ def test_mistakes_are_explained_in_one_line(create, arguments, named):
 
 
 def test_one_mean_is_for_all_channels(image):
-    options = dict(auto_augment='rand-m9-p1.0')
+    options = dict(auto_augment='rand-m9-p1.0', fast=False)
     one = create_train_transform(32, mean=(0.5,), **options)
     three = create_train_transform(32, mean=(0.5, 0.5, 0.5), **options)
     assert all(torch.equal(drawn(one, image, seed), drawn(three, image, seed)) for seed in range(10))

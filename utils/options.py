@@ -483,6 +483,8 @@ def input_options(parser):
     add('--std', type=positive, nargs='+', metavar='STD', help='standard deviation of the pixels')
     add('--interpolation', default='', choices=['', 'bilinear', 'bicubic', 'nearest'], metavar='NAME',
         help='resize of evaluation images: bilinear, bicubic, nearest (default: the model\'s)')
+    add('--fast-eval', action=FLAG, default=False,
+        help='resize evaluation images as tensors, in half the time: 1 in 300 pixels differs by a level of 255')
 
 
 def optimizer_options(parser):
@@ -554,6 +556,8 @@ def augmentation_options(parser):
     add('--smoothing', type=fraction, default=0.1, metavar='S', help='label smoothing')
     add('--train-interpolation', default='random', choices=['random', 'bilinear', 'bicubic'],
         help='resize of training images')
+    add('--fast-transform', action=FLAG, default=True,
+        help='augment training images as tensors: the same draws, pixels equal but for a level here and there, sooner')
     add('--drop', type=fraction, default=0.0, metavar='P', help='dropout')
     add('--drop-path', type=fraction, default=0.1, metavar='P', help='stochastic depth of the last block')
     add('--drop-block', type=fraction, metavar='P', help='DropBlock, for models that have it')
