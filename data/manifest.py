@@ -197,7 +197,7 @@ COPY_AGAIN = 'copy or download it again'
 
 
 def refusal(where: str, name: str, what: str) -> UserError:
-    return UserError(f'{where}: member {name!r} is {what}; such a tar file is not read: shards hold plain files alone')
+    return UserError(f'{where}: member {name!r} is {what}; shards with such members are not read')
 
 
 def _checked_header(block: bytes, where: str, position: int, start: int) -> Header:
