@@ -273,11 +273,11 @@ def median_with_interval(values: np.ndarray, seed: int) -> tuple[float, float, f
     return np.median(values).item(), *np.percentile(np.median(drawn, axis=1), (2.5, 97.5)).tolist()
 
 
-def launch_ranks(ranks: int, device: torch.device) -> dict:
-    """The part ranks for one number of them: what its rank 0 has found, or the error that it ended with."""
+def launch_ranks(ranks: int, device: torch.device, script: str = 'scale') -> dict:
+    """The part ranks of a benchmark for one number of them: what its rank 0 has found, or the error it ended with."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, '-m', 'utils.launch', str(ranks), str(ROOT / 'benchmarks/scale.py'), *sys.argv[1:],
-                   '--device', device.type, '--parts', 'ranks', '--output', folder, '--name', 'ranks']
+        command = [sys.executable, '-m', 'utils.launch', str(ranks), str(ROOT / f'benchmarks/{script}.py'),
+                   *sys.argv[1:], '--device', device.type, '--parts', 'ranks', '--output', folder, '--name', 'ranks']
         environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
         ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
         if ended.returncode:
