@@ -119,6 +119,15 @@ def test_sound_data_set_has_neither_stop_nor_look(image_folder):
     assert found['Kinds'].numbers == {'JPEG RGB': 51} and found['Sizes'].numbers['median'] == (36, 40)
 
 
+def test_shards(image_folder, tmp_path):
+    succeeded(run_script('tools/pack.py', image_folder, tmp_path / 'shards', cwd=tmp_path))
+    for address in (tmp_path / 'shards', f'wds:{tmp_path}/shards'):
+        case = case_of(address)
+        findings = [*doctor_data.look_at_data(case), *doctor_data.look_at_images(case)]
+        assert {finding.mark for finding in findings} == {OK}
+        assert findings[0].numbers == {'train': 36, 'val': 15, 'classes': 3}
+
+
 def test_other_layouts_of_val(tmp_path):
     root = write_images(tmp_path / 'd', {'train': 2, 'val': 2})
     (root / 'val/bee').rename(root / 'val/be')
@@ -275,6 +284,19 @@ def test_lines_through_two_batches():
     assert doctor_run._largest_batch({64: 6 << 30}, 80 << 30) is None
 
 
+def test_batch_is_halved_until_it_fits(monkeypatch):
+    def time_steps(case, step, size):
+        if size > 20:
+            raise torch.OutOfMemoryError
+        return size / 100, size << 30
+
+    case = case_of()
+    case.state = types.SimpleNamespace(optimizer=torch.optim.SGD([torch.zeros(1)]))
+    monkeypatch.setattr(doctor_run, '_time_steps', time_steps)
+    doctor_run._measure_on_gpu(case, None, 64)
+    assert case.too_large == 32 and case.steps == {16: (0.16, 16 << 30), 8: (0.08, 8 << 30)}
+
+
 def test_memory_that_does_not_suffice(prepared, monkeypatch):
     monkeypatch.setattr(prepared, 'steps', {4: (0.1, 6 << 30), 2: (0.1, 4 << 30)})
     monkeypatch.setattr(doctor_run, '_device_memory', lambda device: 9 << 30)
@@ -354,4 +376,3 @@ def test_without_faults_the_summary_says_so():
 def test_mistake_in_the_options(tmp_path):
     ended = run_script('tools/doctor.py', tmp_path / 'nowhere', *SMALL, cwd=tmp_path)
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and 'does not exist' in ended.stderr
-    assert 'Doctor' in succeeded(run_script('tools/doctor.py', '--help', cwd=tmp_path))

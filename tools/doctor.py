@@ -108,6 +108,9 @@ def main():
                 samples=QUICK_SAMPLES if args.quick else SAMPLES, seconds=QUICK_SECONDS if args.quick else SECONDS)
 
     # --- The page, a section at a time --------------------------------------------------------------------------------
+    log.info('a run of %s at %s pixels: %s of %s, %s a step', args.model, args.img_size,
+             doctor_page.plural(processes, 'process', 'processes'), doctor_page.plural(args.batch_size, 'image'),
+             doctor_page.plural(processes * args.batch_size * args.accum_steps, 'image'))
     sections = {'Data': doctor_data.look_at_data, 'Images': doctor_data.look_at_images,
                 'Images per second': doctor_run.look_at_rates, 'Memory': doctor_run.look_at_memory,
                 'Time and cost': doctor_run.look_at_schedule, 'Disk': doctor_run.look_at_disk,

@@ -85,10 +85,12 @@ def _is_image(name: str) -> bool:
 
 
 def split_folders(args) -> tuple[str, str | None] | None:
-    """The folders of the training and the evaluation split; None where the data set is of another kind."""
+    """The folders of the training and the evaluation split; None where the data set is not one of image folders."""
     root = os.path.expanduser(args.data or '')
     train = os.path.join(root, args.train_split)
     if not root or not os.path.isdir(train) or args.dataset in ('digits', 'synthetic'):
+        return None
+    if not any(entry.is_dir() for entry in os.scandir(train)):  # it is one of shards
         return None
     names = (args.val_split,) if args.val_split else EVAL_SPLITS
     return train, next((path for name in names if os.path.isdir(path := os.path.join(root, name))), None)

@@ -5,6 +5,7 @@ What is written goes to temporary folders below --output, or the nearest folder 
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -76,10 +77,10 @@ def _measure_loaders(case):
         loader = itertools.chain.from_iterable(itertools.repeat(case.input.val_loader))
         _, case.eval_loader_rate = loader_rate(loader, workers, case.seconds / 3, 'evaluation loader')
     case.input.val_loader.close()
-    busy = max(1, min(workers, cores))
-    # All processes of this machine share its cores.
-    case.rate_per_core = case.loader_rate / busy
-    case.supply = case.rate_per_core * max(1, min(cores, workers * case.processes))
+    # All processes of this machine share its cores; without workers each loads by itself.
+    loading = max(1, workers)
+    case.rate_per_core = case.loader_rate / min(loading, cores)
+    case.supply = case.rate_per_core * min(loading * case.processes, cores)
     evaluation = f', {case.eval_loader_rate:,.0f} to evaluate with' if case.eval_loader_rate else ''
     figure = (f'{case.loader_rate:,.0f} images/s to train on{evaluation}, from {plural(workers, "worker")} on '
               f'{plural(cores, "core")}')
@@ -166,6 +167,7 @@ def _measure_on_gpu(case, step: TrainingStep, wanted: int) -> None:
             case.steps[size] = _time_steps(case, step, size)
         except torch.OutOfMemoryError:
             case.too_large = size
+        if size == case.too_large:  # only here are the tensors gone that the error still held
             case.state.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
         size = size // 4 * 2 if size > 2 else 0  # even, as Mixup wants it
@@ -310,11 +312,12 @@ def look_at_memory(case):
     numbers = {'bytes': need, 'total': total, 'largest_batch': largest}
     where = 'Memory of the GPU' if device.type == 'cuda' else 'Memory'
     if case.too_large and case.too_large <= wanted or (total and need > total):
-        images = wanted * case.args.accum_steps * case.processes
-        remedy = f'Say -b {largest or max(2, wanted // 2)} --global-batch-size {images}: as many images a step, in parts.'
+        images, part = wanted * case.args.accum_steps * case.processes, largest or max(2, wanted // 2)
+        remedy = f'Say -b {part} --global-batch-size {images}: as many images a step, in parts.'
         yield Finding(STOP, where, f'{wanted} images do not fit: they take {here}', remedy, numbers=numbers)
     elif total and need > MOST_MEMORY * total:
-        yield Finding(LOOK, where, figure, 'That is close: a smaller -b is safe, with --global-batch-size as it is now.', numbers=numbers)
+        yield Finding(LOOK, where, figure, 'That is close; a smaller -b is safe, with --global-batch-size as now.',
+                      numbers=numbers)
     else:
         yield Finding(OK, where, figure, numbers=numbers)
     yield _shared_memory(case)
@@ -432,8 +435,11 @@ def checkpoint_of(case) -> dict:
 
 def _save_once(case, folder: Path) -> dict:
     """Raises OSError where something could not be written."""
-    lock = RunLock(folder)
-    is_locked = lock._handle is not None
+    lock, is_locked = RunLock(folder), False
+    try:
+        RunLock(folder).release()
+    except UserError:
+        is_locked = True
     content = case.state.state_dict()
     started = time.perf_counter()
     path = save_checkpoint(content, folder, global_step=0, keep=KEEP_AT_LEAST, is_best=True)
@@ -503,7 +509,7 @@ def look_at_processes(case):
               f'({found["bytes_per_second"] / 1e9:.2f} GB/s); the sum is right')
     if share:
         figure += f'; {share:.0%} of a step, most of it while the gradient is computed'
-    if share > 0.5:
+    if share > 0.5 and case.processes > 1:
         yield Finding(LOOK, 'Round trip', figure, 'Larger -b or --accum-steps make it rarer; a faster link between the '
                       'processes makes it shorter.', numbers=found)
     else:
@@ -581,7 +587,7 @@ def _lengths(case):
         initial = args.model_ema_decay ** case.total_steps
         if initial > FORGOTTEN:
             decay = FORGOTTEN ** (1 / (0.2 * case.total_steps))
-            text = f'{decay:.5f}' if decay > 0.99 else f'{max(decay, 0):.2f}'
+            text = f'{decay:.{1 - math.floor(math.log10(1 - decay))}f}'  # two digits of what it lacks to one
             figure = (f'--model-ema-decay {args.model_ema_decay:g} over {plural(case.total_steps, "step")}: at the end '
                       f'{initial:.0%} of the average is still what it began with')
             remedy = f'Say --model-ema-decay {text}, which forgets it in a fifth of the run; or --no-model-ema.'
