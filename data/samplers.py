@@ -91,7 +91,7 @@ class TrainSampler:
         """The samples of the next iteration: int64 [batches, batch_size]."""
         length = self._num_batches * self.world_size * self.batch_size
         if self._starts is not None and self.shuffle:
-            order = self._local_order(length)
+            order = self._local_order()[:length]
         elif self.shuffle:
             order = torch.randperm(self.num_samples, generator=self._generator()).numpy()[:length]
         else:
@@ -101,8 +101,8 @@ class TrainSampler:
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
 
-    def _local_order(self, length: int) -> np.ndarray:
-        """`length` samples, in an order in which few shards are in use at a time: int64 [length].
+    def _local_order(self) -> np.ndarray:
+        """The samples of all whole global batches, in an order in which few shards are in use at a time: int64 [n].
 
         The shards, permuted and put one behind the other, are cut into L lanes of equal length, L being the largest
         power of two up to `MAX_LANES` that divides S, the samples of an optimizer step. Within a lane, samples are
@@ -111,7 +111,7 @@ class TrainSampler:
         ranks divides L.
         """
         generator, size = self._generator(), self.batch_size * self.world_size * self.accum_steps
-        lanes = math.gcd(size, MAX_LANES)
+        lanes, length = math.gcd(size, MAX_LANES), self.num_samples // size * size
         shards = torch.randperm(len(self._starts) - 1, generator=generator).numpy()
         counts = np.diff(self._starts)[shards]
         # Sample k of the row is the first of its shard and then as many on as it is behind that one in the row.

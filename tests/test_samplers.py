@@ -1,5 +1,6 @@
 """data/samplers.py: which sample comes when on which rank; the same for any number of ranks, each once."""
 
+import numpy as np
 import pytest
 
 from data.samplers import EvalSampler, TrainSampler
@@ -105,3 +106,67 @@ def test_evaluation_meets_every_sample_exactly_once(world_size):
             assert sorted(sum(sum(batches, []), [])) == list(range(num_samples))
             assert [len(sampler) for sampler in ranks] == [len(rank) for rank in batches]
             assert all(0 < len(batch) <= batch_size for rank in batches for batch in rank)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An order with locality
+
+STARTS = np.concatenate([[0], np.cumsum(np.random.default_rng(0).integers(40, 60, 200))])
+
+
+def global_order(world_size, global_batch=64, *, epoch=2, start=0, starts=STARTS, **options):
+    """[batches, ranks, samples]"""
+    ranks = [TrainSampler(int(starts[-1]), global_batch // world_size, rank=rank, world_size=world_size, starts=starts,
+                          **options) for rank in range(world_size)]
+    for sampler in ranks:
+        sampler.set_position(epoch, start)
+    return np.stack([sampler.remaining() for sampler in ranks], axis=1)
+
+
+def test_with_locality_too_an_epoch_is_a_permutation():
+    for global_batch in (1, 6, 48, 64, 1000):
+        order = global_order(1, global_batch).ravel()
+        assert len(order) == len(set(order.tolist())) == STARTS[-1] // global_batch * global_batch
+        assert order.min() >= 0 and order.max() < STARTS[-1]
+
+
+@pytest.mark.parametrize('world_size', [2, 4, 64])
+def test_with_locality_too_it_is_the_same_for_any_number_of_ranks_and_after_a_resume(world_size):
+    alone = global_order(1)
+    assert (global_order(world_size).reshape(alone.shape) == alone).all()
+    assert (global_order(world_size, start=17) == global_order(world_size)[17:]).all()
+    assert (global_order(1, accum_steps=4) == alone[:len(alone) // 4 * 4]).all()
+
+
+def test_with_locality_too_it_follows_epoch_and_seed_alone():
+    assert (global_order(1) == global_order(1)).all()
+    assert not (global_order(1, epoch=3) == global_order(1)).all()
+    assert not (global_order(1, seed=1) == global_order(1)).all()
+
+
+def test_few_shards_are_in_use_at_a_time_and_ranks_have_shards_of_their_own():
+    def shards(samples):
+        return len(np.unique(np.searchsorted(STARTS, samples.ravel(), 'right')))
+
+    order = global_order(1)
+    # 32 lanes of 6 shards' length each; windows of two shards' length may touch four.
+    assert max(shards(order[batch:batch + 3]) for batch in range(len(order))) <= 32 * 4
+    assert shards(global_order(1, 1, epoch=0)[:90]) <= 4, 'of one lane, two shards at a time'
+    for world_size in (2, 8, 32):
+        own = [shards(global_order(world_size)[:, rank]) for rank in range(world_size)]
+        assert max(own) <= 200 / world_size + 3
+
+
+def test_with_locality_neighbours_are_shuffled_and_shards_come_in_another_order_every_epoch():
+    starts = np.arange(0, 20 * 100 + 1, 100)
+    order = global_order(1, 1, starts=starts).ravel()
+    assert not (np.sort(order[:200]) == order[:200]).all()
+    assert len({shard for shard in order[:200] // 100}) == 2 and set(order[:200]) == set(
+        sample for shard in set(order[:200] // 100) for sample in range(shard * 100, shard * 100 + 100))
+    firsts = {tuple(sorted(set(global_order(1, 1, epoch=epoch, starts=starts).ravel()[:200] // 100)))
+              for epoch in range(8)}
+    assert len(firsts) > 4
+
+
+def test_evaluation_says_what_remains():
+    assert EvalSampler(10, 2, rank=1, world_size=3).remaining().tolist() == [1, 4, 7]
