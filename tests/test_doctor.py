@@ -33,6 +33,11 @@ def case_of(*words, processes=1, samples=1000, device='cpu') -> doctor.Case:
                        0.2)
 
 
+def look_at_data(case: doctor.Case) -> list[Finding]:
+    doctor_data.open_splits(case)
+    return list(doctor_data.look_at_data(case))
+
+
 def plant_faults(root) -> None:
     """The five: a cut JPEG; a class that val lacks; an empty class, nearly of another's name; 16 bits, CMYK and a text
     file; and an image of train that is in val as well."""
@@ -110,7 +115,7 @@ def test_all_that_a_run_needs_is_measured(ill):
 
 def test_sound_data_set_has_neither_stop_nor_look(image_folder):
     case = case_of(image_folder)
-    findings = [*doctor_data.look_at_data(case), *doctor_data.look_at_images(case)]
+    findings = [*look_at_data(case), *doctor_data.look_at_images(case)]
     assert {finding.mark for finding in findings} == {OK}
     found = {finding.title: finding for finding in findings}
     assert found['Images'].numbers == {'train': 36, 'val': 15, 'classes': 3}
@@ -123,7 +128,7 @@ def test_shards(image_folder, tmp_path):
     succeeded(run_script('tools/pack.py', image_folder, tmp_path / 'shards', cwd=tmp_path))
     for address in (tmp_path / 'shards', f'wds:{tmp_path}/shards'):
         case = case_of(address)
-        findings = [*doctor_data.look_at_data(case), *doctor_data.look_at_images(case)]
+        findings = [*look_at_data(case), *doctor_data.look_at_images(case)]
         assert {finding.mark for finding in findings} == {OK}
         assert findings[0].numbers == {'train': 36, 'val': 15, 'classes': 3}
 
@@ -131,7 +136,7 @@ def test_shards(image_folder, tmp_path):
 def test_other_layouts_of_val(tmp_path):
     root = write_images(tmp_path / 'd', {'train': 2, 'val': 2})
     (root / 'val/bee').rename(root / 'val/be')
-    found = [finding for finding in doctor_data.look_at_data(case_of(root)) if finding.mark == STOP]
+    found = [finding for finding in look_at_data(case_of(root)) if finding.mark == STOP]
     assert [finding.details for finding in found] == [[str(root / 'val/bee')], [str(root / 'val/be')]]
     for image in sorted((root / 'val').rglob('*.jpg')):
         image.rename(root / 'val' / image.name)
@@ -139,11 +144,11 @@ def test_other_layouts_of_val(tmp_path):
         if folder.is_dir():
             folder.rmdir()
     case = case_of(root)
-    found, = (finding for finding in doctor_data.look_at_data(case) if finding.mark == STOP)
+    found, = (finding for finding in look_at_data(case) if finding.mark == STOP)
     assert '6 images and no class folders' in found.figure and 'CLASS' in found.remedy
     assert len(case.val) == 6  # and they are decoded all the same
     with pytest.raises(UserError, match='does not exist'):
-        list(doctor_data.look_at_data(case_of(tmp_path / 'nowhere')))
+        look_at_data(case_of(tmp_path / 'nowhere'))
 
 
 @pytest.mark.parametrize(('names', 'pairs'), [
@@ -362,6 +367,8 @@ def test_check_that_fails_is_a_finding():
 
     assert doctor_page.examine('Time', mistaken, None) == [
         Finding(STOP, 'Time', '--what is wrong', 'Say what is right.')]
+    found, = doctor_page.examine('Memory', doctor_run.look_at_memory, case_of())
+    assert found.mark == LOOK and 'no training step' in found.figure
     found, = doctor_page.examine('Time', lambda case: [1 // 0], None)
     assert found.mark == LOOK and 'ZeroDivisionError' in found.figure
 

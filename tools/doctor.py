@@ -36,7 +36,8 @@ class Case:
     """The run that is looked at, and what each section has found out for those behind it.
 
     processes: of the run. together: that are started to exchange a gradient. samples: images to decode.
-    seconds: for the loader. input, state: what train.py would make. steps: (seconds, bytes) by images of a step.
+    seconds: for the loader. problem: what train.py would say to the data set, if anything.
+    input, state: what train.py would make. steps: (seconds, bytes) by images of a step.
     Rates are images per second: of the loader with the workers of one process (loader_rate) and of all (supply), of the
         model in one process (step_rate, forward_rate), of the run (total_rate).
     """
@@ -49,6 +50,7 @@ class Case:
     seconds: float
     train: Any = None
     val: Any = None
+    problem: Exception | None = None
     input: Any = None
     state: Any = None
     batch: Any = None
@@ -107,6 +109,8 @@ def main():
     case = Case(args, world, precision, processes, together=args.processes or gpus or 2,
                 samples=QUICK_SAMPLES if args.quick else SAMPLES, seconds=QUICK_SECONDS if args.quick else SECONDS)
 
+    doctor_data.open_splits(case)
+
     # --- The page, a section at a time --------------------------------------------------------------------------------
     log.info('a run of %s at %s pixels: %s of %s, %s a step', args.model, args.img_size,
              doctor_page.plural(processes, 'process', 'processes'), doctor_page.plural(args.batch_size, 'image'),
@@ -119,8 +123,7 @@ def main():
     with progress_bar(total=len(sections), desc='doctor', unit='section') as bar:
         for number, (title, look) in enumerate(sections.items(), 1):
             bar.set_postfix_str(title)
-            # A data set that is not there is a mistake in the options; all else is a finding.
-            found[title] = list(look(case)) if number == 1 else doctor_page.examine(title, look, case)
+            found[title] = doctor_page.examine(title, look, case)
             log.info(doctor_page.section_text(number, title, found[title]))
             bar.update()
     everything = [finding for findings in found.values() for finding in findings]

@@ -28,7 +28,7 @@ from data.datasets import EVAL_SPLITS
 from data.decode import EXTENSIONS, FORMATS, ImageError, decode_rgb
 from data.folders import ImageFiles
 from data.pipeline import open_evaluation_data, open_training_data
-from tools.doctor_page import LOOK, OK, STOP, Finding, name_up_to, plural
+from tools.doctor_page import LOOK, OK, STOP, Finding, name_up_to, plural, sentence
 from utils.errors import UserError
 from utils.log import progress_bar
 
@@ -100,57 +100,56 @@ def split_folders(args) -> tuple[str, str | None] | None:
 # 1. The data set
 
 
-def look_at_data(case):
-    """Opens both splits as train.py does, into `case`, and yields what is wrong with them."""
+def open_splits(case) -> None:
+    """Opens both splits as train.py does, into `case`; where they do not go together, each by itself, with the problem.
+
+    Raises:
+        UserError: the training images cannot be opened alone either.
+    """
     args = case.args
+    try:
+        case.train, case.val = open_training_data(args, case.world)
+        return
+    except UserError as error:
+        case.problem = error
+    try:
+        case.train = _open_alone(case, args.train_split)
+    except UserError:
+        raise case.problem from None
     folders = split_folders(args)
-    problem = _open_splits(case, folders)
+    with contextlib.suppress(UserError):
+        # Of folders all images, whatever classes they are of.
+        case.val = ImageFiles(folders[1:]) if folders and folders[1] else _open_alone(case, args.val_split)
+
+
+def _open_alone(case, split: str | None) -> ImageDataset:
+    return open_evaluation_data(case.args.replacing(val_split=split, class_map=None), None, None, case.world)
+
+
+def look_at_data(case):
+    """Yields what is wrong with the splits that `open_splits` has opened."""
+    args, problem = case.args, case.problem
     classes = case.train.classes
     figure = f'{plural(len(case.train), "image")} to train on'
     if case.val is not None:
         figure += f', {len(case.val):,} to evaluate with'
     counts = np.bincount(case.train.targets, minlength=len(classes))
     yield Finding(OK, 'Images', f'{figure}, {plural(len(classes), "class", "classes")}, in {args.data or args.dataset}',
-                  numbers={'train': len(case.train), 'val': case.val and len(case.val), 'classes': len(classes)})
+                  numbers={'train': len(case.train), 'val': len(case.val) if case.val is not None else None,
+                           'classes': len(classes)})
     yield _balance(classes, counts)
-    surveys = [survey(folder) for folder in folders or () if folder]
+    surveys = [survey(folder) for folder in split_folders(args) or () if folder]
     if len(surveys) == 2:
         yield from _class_map(*surveys, problem)
     elif problem:
         text, _, remedy = str(problem).partition('; ')
-        yield Finding(STOP, 'Class map', text, remedy)
+        yield Finding(STOP, 'Splits', text, sentence(remedy))
     else:
         yield Finding(OK, 'Class map', 'The same in both splits')
     for found in surveys:
         yield from _oddities(found)
     yield from _near_names(surveys, classes)
     yield from _known_numbers(case, classes)
-
-
-def _open_splits(case, folders) -> UserError | None:
-    """Opens them; where the two do not go together, each by itself, and returns what train.py would say to them.
-
-    Raises:
-        UserError: the training images cannot be opened alone either.
-    """
-    args, world = case.args, case.world
-    try:
-        case.train, case.val = open_training_data(args, world)
-        return None
-    except UserError as error:
-        problem = error
-    try:
-        case.train = _open_alone(case, args.train_split)
-    except UserError:
-        raise problem from None
-    with contextlib.suppress(UserError):
-        # Of folders all images, whatever classes they are of.
-        case.val = ImageFiles(folders[1:]) if folders and folders[1] else _open_alone(case, args.val_split)
-    return problem
-
-
-def _open_alone(case, split: str | None) -> ImageDataset:
-    return open_evaluation_data(case.args.replacing(val_split=split, class_map=None), None, None, case.world)
 
 
 def _balance(classes: Sequence[str], counts: np.ndarray) -> Finding:
@@ -189,7 +188,7 @@ def _class_map(train: Survey, val: Survey, problem: UserError | None):
                       name_up_to([os.path.join(val.folder, name) for name in extra]), {'extra': extra})
     if problem and not missing and not extra:
         text, _, remedy = str(problem).partition('; ')
-        yield Finding(STOP, 'Class map', text, remedy)
+        yield Finding(STOP, 'Class map', text, sentence(remedy))
     if not problem and not missing and not extra:
         yield Finding(OK, 'Class map', f'The same {plural(len(train.counts), "folder")} in both splits')
 
@@ -343,8 +342,6 @@ def _counted(bar, seen: Seen) -> Seen:
 
 def look_at_images(case):
     """Decodes a sample of both splits, three quarters of it to train on, and yields what is wrong with it."""
-    if case.train is None:
-        raise UserError('the training images could not be opened; see section 1')
     args, val_count = case.args, case.samples // 4
     workers = min(args.workers, os.cpu_count() or 1)
     sizes = {'train': case.samples - val_count, 'val': val_count}

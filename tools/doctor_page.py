@@ -26,10 +26,16 @@ class Finding(NamedTuple):
     numbers: dict[str, Any] = {}
 
 
+class NotMeasured(Exception):
+    """What a section needs has not come out of an earlier one; the message says what."""
+
+
 def examine(title: str, check, case) -> list[Finding]:
     """What `check` finds in `case`; where it fails itself, that is the finding, of this title."""
     try:
         return list(check(case))
+    except NotMeasured as error:
+        return [Finding(LOOK, title, f'Not looked at: {error}')]
     except UserError as error:
         problem, _, remedy = str(error).partition('; ')
         return [Finding(STOP, title, problem, sentence(remedy))]

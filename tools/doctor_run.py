@@ -27,7 +27,7 @@ from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.run import create_state
 from engine.step import TrainingStep
 from models import create_model_from_options
-from tools.doctor_page import LOOK, OK, STOP, Finding, plural
+from tools.doctor_page import LOOK, OK, STOP, Finding, NotMeasured, plural
 from utils import options
 from utils.errors import UserError
 from utils.log import progress_bar
@@ -58,8 +58,6 @@ def look_at_rates(case):
 
 def _prepare(case) -> None:
     """The model and its batches, as train.py makes them; bad images, of which the page has spoken, end nothing here."""
-    if case.train is None:
-        raise UserError('the training images could not be opened; see section 1')
     args = case.args.replacing(max_bad_images=len(case.train), max_bad_val_images=len(case.val or ()))
     model = create_model_from_options(args, num_classes=options.resolve_num_classes(args, case.train.classes))
     case.input = create_training_input(args, case.train, case.val or spread(case.train, 1), model.pretrained_cfg,
@@ -140,7 +138,7 @@ def _measure_steps(case):
     is_missed = device.type == 'cpu' and args.device == 'auto'
     figure += ', for torch sees no GPU' * is_missed + f'; reckoned from steps of {largest}' * (largest != wanted)
     if args.compile:
-        figure += f'; without --compile {args.compile}, whose preparation takes minutes: with it it is faster'
+        figure += f'; without --compile {args.compile}, which takes minutes to prepare, and is faster'
     numbers = {'images_per_second': case.step_rate, 'seconds': case.step_seconds,
                'forward_images_per_second': case.forward_rate}
     remedy = ''
@@ -298,7 +296,7 @@ def _who_starves(case) -> Finding:
 def look_at_memory(case):
     """Memory of the device at this batch, and of the loader's batches on the host."""
     if not case.steps:
-        raise UserError('no training step could be measured; see section 3')
+        raise NotMeasured('no training step could be measured, see section 3')
     wanted, device = case.args.batch_size, case.world.device
     peaks = {size: peak for size, (_, peak) in case.steps.items()}
     total = _device_memory(device)
@@ -373,7 +371,7 @@ def look_at_schedule(case):
     """Hours and money of all epochs, with evaluation and saving."""
     args = case.args
     if not case.total_rate:
-        raise UserError('no training step could be measured; see section 3')
+        raise NotMeasured('no training step could be measured, see section 3')
     per_step = args.batch_size * args.accum_steps * case.processes
     steps = len(case.train) // per_step
     if not steps:
@@ -452,7 +450,7 @@ def _save_once(case, folder: Path) -> dict:
 def look_at_disk(case):
     """Whether the checkpoints fit, and whether the folder can do what they need."""
     if case.state is None:
-        raise UserError('there is no model to save; see section 3')
+        raise NotMeasured('there is no model to save, see section 3')
     saved = checkpoint_of(case)
     if saved['problem']:
         yield Finding(STOP, 'Checkpoints', f'A checkpoint cannot be written in {saved["folder"]} ({saved["problem"]})',
@@ -566,7 +564,7 @@ def _learning_rate(case):
     images = args.batch_size * args.accum_steps * case.processes
     published = PUBLISHED_RATE * images
     is_tuning = bool(args.pretrained or args.initial_checkpoint)
-    if case.train is None or len(case.train) < LARGE:
+    if len(case.train) < LARGE:
         return  # what is right for small data sets nobody knows
     # The smallest models were trained at twice that rate.
     if args.opt.lower() == 'adamw' and (args.lr > 2.1 * published or (args.lr < published / 2.1 and not is_tuning)):
