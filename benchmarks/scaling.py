@@ -192,6 +192,8 @@ def find_figures(args, records: dict[str, dict]) -> dict[str, Figure]:
         found('save_s', share * max(saving['lost_seconds_per_save']), 'measured', source)
         found('write_s', share * max(saving['written_after_seconds']), 'measured', source)
     measured_steps(args, records, found)
+    if 'loader' in records:
+        measured_input(records['loader'], found)
     for name in figures:
         if (value := getattr(args, name)) is not None:
             figures[name] = replace(figures[name], value=value, kind='given')
@@ -202,9 +204,9 @@ def measured_steps(args, records: dict[str, dict], found) -> None:
     """Hands what benchmarks/step.py measured on a GPU, in bf16 at 224 pixels, to found(name, value, kind, source)."""
     for name, record in records.items():
         for table in record.get('tables', ()) if 'cuda' in record.get('machine', {}) else ():
-            wanted = (args.model, 'bf16', 224, args.local_batch)
+            wanted = {'model': args.model, 'precision': 'bf16', 'img_size': 224, 'batch_size': args.local_batch}
             rows = [row for row in table['rows'] if row['contender'] in ('default', 'compiled') and 'error' not in row]
-            if (table['model'], table['precision'], table['img_size'], table['batch_size']) != wanted or not rows:
+            if not wanted.items() <= table.items() or not rows:
                 continue
             row = max(rows, key=lambda row: row['images_per_second'])
             source = f'{name}: {row["contender"]}, {record["machine"]["device"]}'
@@ -216,6 +218,23 @@ def measured_steps(args, records: dict[str, dict], found) -> None:
                     found('launches', row['launches'], 'measured', source)
             else:
                 found('inference_rate', row['images_per_second'], 'measured', source)
+
+
+def measured_input(record: dict, found) -> None:
+    """Hands rates of a core and bytes of an image, of benchmarks/loader.py, to found(name, value, kind, source).
+
+    Of its tables, those with the most workers that do not exceed the cores.
+    """
+    for name, task, contender in (('folder_rate', 'training', 'ours, folders'),
+                                  ('shard_rate', 'training', 'ours, shards, resized once'),
+                                  ('evaluation_rate', 'evaluation', 'ours, folders')):
+        rates = {table['workers']: row['images_per_second_and_core'] for table in record['tables']
+                 for row in table['rows'] if (table['task'], row['contender']) == (task, contender)
+                 and table['workers'] <= record['cores']}
+        if rates:
+            found(name, rates[max(rates)], 'measured', f'loader: {record["machine"]["processor"]}')
+    for name, key in (('image_kb', 'image_bytes'), ('shard_image_kb', 'resized_bytes')):
+        found(name, record[key] / record['images'] / 1000, 'measured', 'loader')
 
 
 def build_cluster(figures: dict[str, Figure], args, *, is_resized: bool) -> Cluster:

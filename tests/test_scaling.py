@@ -199,6 +199,8 @@ def test_buckets_are_those_of_ddp():
     assert [size for _, size in fill_buckets(gradients)] == expected
     ready = [ready for ready, _ in gradients]
     assert ready == sorted(ready) and ready[0] == 0 and ready[-1] == 1
+    blocks = sorted({place for place in ready if 0 < place < 1})
+    assert blocks == pytest.approx([0.78 * count / 14 for count in range(1, 15)])
     assert sum(size for _, size in gradients) == 4 * 21_465_806
 
 
@@ -258,7 +260,14 @@ def write_records(folder):
 
     (folder / 'gpu.json').write_text(json.dumps({
         'machine': {'device': 'A GPU', 'cuda': '13'}, 'tables': [table(8000), table(1, batch_size=64)]}))
-    (folder / 'cpu.json').write_text(json.dumps({'machine': {'device': '2 CPU cores'}, 'tables': [table(5)]}))
+    (folder / 'other.json').write_text(json.dumps({'machine': {'device': '2 CPU cores'}, 'tables': [table(5)]}))
+    (folder / 'loader.json').write_text(json.dumps({
+        'machine': {'processor': 'A processor'}, 'cores': 2, 'images': 10, 'image_bytes': 1e6, 'resized_bytes': 4e5,
+        'tables': [{'task': task, 'workers': workers, 'rows': [
+            {'contender': name, 'images_per_second_and_core': rate * workers} for name, rate in (
+                ('timm, folders', 1), ('ours, folders', 200 if task == 'training' else 90),
+                ('ours, shards, resized once', 350))]}
+            for task in ('training', 'evaluation') for workers in (1, 2, 4)]}))
     (folder / 'scaling_check.json').write_text(json.dumps({'verdict': 'Held.'}))
 
 
@@ -268,8 +277,35 @@ def test_records_and_options_take_the_place_of_targets(planned):
     assert 'gpu: compiled, A GPU' in figures['gpu_rate']['text'] and figures['launches']['value'] == 700
     assert figures['jitter']['value'] == pytest.approx(100 * math.log(1.02) / 1.349)
     assert (figures['network_gbit']['value'], figures['network_gbit']['kind']) == (25, 'given')
-    assert figures['shard_rate']['kind'] == 'target' and figures['node_gbs']['kind'] == 'assumed'
+    assert figures['inference_rate']['kind'] == 'target' and figures['node_gbs']['kind'] == 'assumed'
+    found = {name: figures[name]['value'] for name in ('folder_rate', 'shard_rate', 'evaluation_rate', 'image_kb',
+                                                       'shard_image_kb')}
+    # With two workers, as many as there are cores.
+    assert found == {'folder_rate': 400, 'shard_rate': 700, 'evaluation_rate': 180, 'image_kb': 100,
+                     'shard_image_kb': 40}
+    assert figures['shard_rate']['text'].endswith('(loader: A processor)')
     assert planned.record['check'] == 'Held.' and planned.text.endswith('## Held against measurements\n\nHeld.\n')
+
+
+def test_units_are_those_of_the_model(planned):
+    figures = {figure['name']: scaling.Figure(**figure) for figure in planned.record['figures']}
+    args = SimpleNamespace(local_batch=256)
+    cluster = scaling.build_cluster(figures, args, is_resized=True)
+    assert cluster.network == Link(1e-5, 25e9 / 8) and cluster.node == Link(5e-6, 380e9)
+    assert (256 * cluster.image_seconds + cluster.fixed_seconds) == pytest.approx(256 / 8000)
+    assert cluster.host_seconds == pytest.approx(700 * 5e-6) and cluster.jitter == pytest.approx(math.log(1.02) / 1.349)
+    assert (cluster.loader_rate, cluster.disk, cluster.memory) == (700, 3e9, 1e12)
+    assert (cluster.store_node, cluster.store, cluster.failure_gpu_seconds) == (2.5e9, 1e11, 50_000 * 3600)
+    assert scaling.build_cluster(figures, args, is_resized=False).loader_rate == 400
+
+
+def test_the_checkpoint_has_the_bytes_of_its_model():
+    parser = options.create_parser('', (scaling.plan_options,))
+    args = options.parse_options(parser, ['--model', 't2t_vit_7'])
+    saving = {'checkpoint_megabytes': 16 * 4_255_694 / 1e6 * 10, 'lost_seconds_per_save': [1, 2],
+              'written_after_seconds': [10, 5]}
+    figures = scaling.find_figures(args, {'saving': saving})
+    assert figures['save_s'].value == pytest.approx(0.2) and figures['write_s'].value == pytest.approx(1)
 
 
 def test_tables_say_what_the_record_says(planned):
