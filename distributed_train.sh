@@ -8,7 +8,10 @@
 # After a crash the processes are started again, MAX_RESTARTS times (3), and go on from the run's last checkpoint. SIGTERM,
 # SIGHUP, SIGUSR1 (Slurm) and Ctrl-C have them save first, for which they have GRACE seconds (120).
 #
-# On several machines, say the same on each, with NNODES, NODE_RANK (0, 1, …), MASTER_ADDR and MASTER_PORT set.
+# On several machines, say the same on each (docs/many_machines.md, launch/):
+#
+#     NNODES=4 RDZV_ENDPOINT=node1:29500 ./distributed_train.sh 8 /data/imagenet -c configs/t2t_vit_14.yaml
+#     NNODES=1:4 RDZV_ENDPOINT=… ./distributed_train.sh 8 … --global-batch-size 4096    machines may go and come
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ $# -lt 1 ]; then

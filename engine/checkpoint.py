@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -380,16 +381,30 @@ def _refuse_to_overwrite(folder: Path) -> None:
                         'another name starts a new one')
 
 
+def _lock(handle: int, patience: float) -> None:
+    """Raises BlockingIOError where another holds the lock for `patience` seconds."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(0.5)
+
+
 class RunLock:
     """One run, one folder: held from here until `release` or the end of this process, however it ends. Rank 0 only.
 
     The folder is made where it is missing. The file stays; what is in it counts only while a process holds it.
 
+    Args:
+        patience: seconds to wait for the holder to let go.
     Raises:
         UserError: another run writes into the folder, or nothing can be written there.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, patience: float = 0):
         make_folder(folder, '--output')
         self._handle = None
         path = folder / LOCK
@@ -399,7 +414,7 @@ class RunLock:
             self._warn(path, e)
             return
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle, patience)
         except BlockingIOError:
             holder = os.read(handle, 300).decode(errors='replace').strip() or 'unknown'
             os.close(handle)

@@ -1,5 +1,10 @@
 """One run from its options: the state it starts with, and the way from there to its last epoch."""
+import contextlib
 import logging
+import os
+import socket
+import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,7 +17,7 @@ from engine.loss import create_loss
 from engine.optimizer import create_schedule
 from engine.state import TrainState
 from utils import signals
-from utils.distributed import World, from_main, hang_explained, overwrite_from_main, was_restarted
+from utils.distributed import World, from_main, gather, hang_explained, overwrite_from_main, was_restarted
 from utils.errors import UserError
 from utils.files import read_checkpoint
 from utils.log import RunLog
@@ -24,6 +29,10 @@ _logger = logging.getLogger(__name__)
 HARMLESS = {'data', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download',
             'checkpoint_steps', 'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier',
             'max_bad_images', 'max_bad_val_images', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'timeout'}
+
+LOCK_PATIENCE = 120  # seconds; a file server gives the lock of a machine that it has lost away after 90
+SHARED = '.seen'  # a file that all machines must see
+SIGHT_SECONDS = 10  # for a network file system to show what another machine has written
 
 
 def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str],
@@ -75,7 +84,8 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
     trainer = Trainer(state, wrap_model(state.model, world), batches, loss=loss, schedule=schedule,
                       num_epochs=num_epochs, precision=precision, args=args, folder=folder)
     # From here on the folder is this run's, and a signal has the state saved first.
-    lock = _on_main(world, RunLock, folder)
+    lock = _on_main(world, RunLock, folder, patience=_lock_patience(args) if was_restarted() else 0)
+    _check_all_see(folder, world)
     writer = CheckpointWriter(folder, keep=args.checkpoint_hist, resumed=checkpoint) if world.is_main else None
     signals.install()
     _logger.info('run folder: %s', folder)
@@ -115,12 +125,50 @@ def _on_main(world: World, function, *args, **kwargs):
     return result if world.is_main else shared
 
 
+def _lock_patience(args) -> float:
+    """Seconds for what is left of a machine that was lost to let go of the run's folder; the other ranks wait, too."""
+    return min(LOCK_PATIENCE, args.timeout / 2)
+
+
+def _check_all_see(folder: Path, world: World) -> None:
+    """Raises UserError on every rank where a machine does not see the run's folder as that of rank 0 does.
+
+    Each goes on from a checkpoint there, and rank 0 may be on another one after a restart.
+    """
+    hosts = gather(socket.gethostname() if world.local_rank == 0 else None)
+    if len(hosts) - hosts.count(None) < 2:
+        return
+    token = folder / SHARED
+    mistake = None
+    if world.is_main:
+        try:
+            token.touch()
+        except OSError as e:
+            mistake = f'{token} cannot be written ({e.strerror})'
+    mistake = from_main(mistake)
+    end = time.monotonic() + SIGHT_SECONDS
+    while not mistake and not token.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            os.listdir(folder)  # has a network file system look again
+    seen = gather(bool(mistake) or token.exists())
+    if world.is_main:
+        token.unlink(missing_ok=True)
+    blind = [str(host) for host, sees in zip(hosts, seen, strict=True) if host is not None and not sees]
+    if blind:
+        mistake = (f"the run's folder {folder} is not the same on every machine ({', '.join(blind)} does not see what "
+                   'rank 0 writes there); give an --output that all machines share')
+    if mistake:
+        raise UserError(mistake)
+
+
 def _environment(world: World, precision: Precision) -> dict:
     return {**describe_environment(world.device), 'processes': world.size, 'precision': str(precision)}
 
 
 def _report_differences(before: dict, now: dict) -> None:
-    before = {'compile': '', 'global_batch_size': None} | before  # options that earlier versions did not have
+    # Options that earlier versions did not have, as they would have had them.
+    before = {'compile': '', 'global_batch_size': None, 'fast_transform': False, 'fast_eval': False} | before
     # Of a step of as many images, its parts are a matter of how many processes there are.
     parts = {'batch_size', 'accum_steps'} if now['global_batch_size'] else set()
     changed = [f'{k} {before.get(k)!r} → {now.get(k)!r}' for k in sorted(before.keys() | now.keys())

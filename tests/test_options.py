@@ -254,7 +254,8 @@ def test_number_of_classes_follows_the_data():
         options.resolve_num_classes(parse('/data', '--num-classes', '1'), ['a', 'b'])
 
 
-@pytest.mark.parametrize(('processes', 'batch_size', 'accum_steps'), [(1, 64, 16), (8, 64, 2), (16, 64, 1), (32, 32, 1)])
+@pytest.mark.parametrize(('processes', 'batch_size', 'accum_steps'),
+                         [(1, 64, 16), (8, 64, 2), (16, 64, 1), (32, 32, 1)])
 def test_a_global_batch_is_shared_by_however_many_processes(processes, batch_size, accum_steps):
     args = options.share_global_batch(parse('/data', '-b', '64', '--global-batch-size', '1024'), processes)
     assert (args.batch_size, args.accum_steps) == (batch_size, accum_steps)

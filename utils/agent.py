@@ -4,8 +4,11 @@ Unlike torch's own it
 - restarts after a crash only, not after an end that was decided on (see utils/errors.py), and says in a line why;
 - passes on every signal that asks to stop, and gives the processes `grace` seconds to save;
 - leaves processes that are to end time to do so, and nothing of them behind;
-- shows the stacks of those that the others have waited for in vain.
+- shows the stacks of those that the others have waited for in vain;
+- has all processes of the job save before it starts them anew with a node that joins;
+- notices within seconds that a node is lost, and ends on all nodes alike (see utils/nodes.py).
 """
+import contextlib
 import os
 import signal
 import sys
@@ -15,6 +18,12 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousGracefulExitError,
+    RendezvousTimeoutError,
+)
 
 from utils.errors import (
     DECISIONS,
@@ -23,13 +32,19 @@ from utils.errors import (
     EXIT_HANG,
     EXIT_INTERRUPTED,
     EXIT_PEER_LOST,
+    leave_at_once,
     report,
 )
+from utils.nodes import Ended, Nodes, OutOfReach
 from utils.signals import ECHO_SECONDS, stoppable
 
 # How long a crash's survivors may take to notice it, or to finish a checkpoint that they write, before they are killed.
 SURVIVAL_SECONDS = 4.0
+INTERRUPTED = {EXIT_INTERRUPTED, EXIT_CTRL_C}
 STACK_SECONDS = 0.5  # for one process to print its stacks
+# Processes whose launcher has lost the others hang, most likely; they may save where these still live.
+LAST_SECONDS = 30.0
+HEARSAY_SECONDS = 3.0  # in which the launcher of a node that has ended for a reason of its own says so
 
 
 class Stopped(SignalException):
@@ -50,11 +65,13 @@ class Agent(LocalElasticAgent):
 
     Args:
         grace: seconds from a signal that asks to stop until the processes that are left are killed.
+        nodes: the other launchers of the job.
     """
 
-    def __init__(self, *args, grace: float, **kwargs):
+    def __init__(self, *args, grace: float, nodes: Nodes, **kwargs):
         super().__init__(*args, **kwargs)
-        self._grace = grace
+        self._grace, self._nodes = grace, nodes
+        nodes.watch(self._rdzv_handler)
         self._watching = False
         self._signal = 0
         self._interrupted_at = None
@@ -73,20 +90,60 @@ class Agent(LocalElasticAgent):
                 self._kill()
                 report('interrupted twice, ended at once; --resume auto goes on from the last checkpoint', EXIT_CTRL_C)
 
+    def _rendezvous(self, worker_group) -> None:
+        """Meets the other launchers; from then on the restarts that are left are those that are left to the job."""
+        limit = worker_group.spec.max_restarts
+        # torch would take the store of the first meeting again, though another node may be the first now.
+        self._rdzv_handler._bootstrap_store_info = None
+        try:
+            restarts = self._nodes.meet(lambda: super(Agent, self)._rendezvous(worker_group))
+        except Stopped as e:
+            self._nodes.end(e.exit_code, str(e))
+            raise
+        except (RendezvousClosedError, RendezvousGracefulExitError):
+            self._nodes.look()
+            raise Ended(*(self._nodes.ended or (0, 'the job has ended without this machine'))) from None
+        except RendezvousTimeoutError:
+            _leave('not enough machines have come in RDZV_TIMEOUT; see to those that are missing, and to all clocks')
+        except (RendezvousConnectionError, OutOfReach):
+            self._leave_out_of_reach()
+        self._remaining_restarts = limit - restarts
+        if restarts > limit:
+            line = f'another process of the job was lost, after {limit} restart(s)'
+            self._nodes.end(EXIT_PEER_LOST, line)
+            _leave(line)
+        if self._nodes.round:
+            _say(f'{len(self._nodes.members)} machine(s), {worker_group.workers[0].world_size} process(es) go on')
+
+    def _leave_out_of_reach(self) -> None:
+        if self._nodes.ended:
+            raise Ended(*self._nodes.ended)
+        _leave(f'the other machines are out of reach for {self._nodes.timeout:g} s (NODE_TIMEOUT), or the launcher at '
+               'RDZV_ENDPOINT has ended')
+
     def _start_workers(self, worker_group):
         self._failures: dict[int, ProcessFailure] = {}
         self._killed = set()
         self._deadline = None
         self._watching = True
-        return super()._start_workers(worker_group)
+        # torch has every launcher count its own restarts; processes that meet must be of the same one.
+        left, self._remaining_restarts = self._remaining_restarts, worker_group.spec.max_restarts - self._nodes.round
+        try:
+            return super()._start_workers(worker_group)
+        finally:
+            self._remaining_restarts = left
 
     def _monitor_workers(self, worker_group) -> RunResult:
         """What torch's agent asks ten times a second. After a failure it returns when all processes have ended."""
         self._pass_on()
+        self._heed_the_others()
         running = self._poll()
-        is_over = bool(self._failures) or (self._deadline is not None and time.monotonic() > self._deadline)
+        is_over = bool(self._failures) or self._is_over_elsewhere() or (
+            self._deadline is not None and time.monotonic() > self._deadline)
         if running and not is_over:
             return RunResult(state=WorkerState.HEALTHY)
+        if self._failures:
+            self._tell_of_failures()
         if is_over:
             self._await_the_others()
             self._show_stacks(worker_group)
@@ -100,10 +157,37 @@ class Agent(LocalElasticAgent):
     def _pass_on(self) -> None:
         """Sends the signal that this process has got to all processes, once."""
         if self._signal and self._deadline is None:
-            self._deadline = time.monotonic() + self._grace
-            for handler in self._handlers().values():
-                if handler.proc.poll() is None:
-                    handler.proc.send_signal(self._signal)
+            self._ask_to_stop(self._signal, self._grace)
+            self._nodes.tell('stop')
+
+    def _heed_the_others(self) -> None:
+        """Has the processes save and end where another node asks for it, wants to join, or none can be reached."""
+        if self._deadline is not None or self._failures:
+            return
+        if self._nodes.is_out_of_reach():
+            self._ask_to_stop(signal.SIGTERM, min(self._grace, LAST_SECONDS))
+        elif self._nodes.has_told('stop') or self._nodes.has_told('join'):
+            self._ask_to_stop(signal.SIGTERM, self._grace)
+        elif self._nodes.waiting and not self._is_over_elsewhere():
+            self._nodes.tell('join')
+            self._ask_to_stop(signal.SIGTERM, self._grace)
+
+    def _ask_to_stop(self, number: int, seconds: float) -> None:
+        self._deadline = time.monotonic() + seconds
+        for handler in self._handlers().values():
+            if handler.proc.poll() is None:
+                handler.proc.send_signal(number)
+
+    def _tell_of_failures(self) -> None:
+        self._nodes.look()
+        if not self._codes() & INTERRUPTED:
+            self._nodes.tell('failed')
+        elif not self._nodes.has_told('join'):  # a process has got a signal, and they all save
+            self._nodes.tell('stop')
+
+    def _is_over_elsewhere(self) -> bool:
+        nodes = self._nodes
+        return nodes.lost or nodes.has_told('failed') or nodes.ended is not None
 
     def _handlers(self) -> dict:
         return self._pcontext.subprocess_handlers if self._pcontext else {}
@@ -128,7 +212,7 @@ class Agent(LocalElasticAgent):
         failed = time.monotonic()
         while self._poll():
             self._pass_on()
-            if self._deadline is None and self._codes() & {EXIT_INTERRUPTED, EXIT_CTRL_C}:
+            if self._deadline is None and self._codes() & INTERRUPTED:
                 self._deadline = failed + self._grace  # one process has got a signal, and they all save
             if time.monotonic() > (self._deadline or failed + SURVIVAL_SECONDS):
                 return
@@ -163,17 +247,66 @@ class Agent(LocalElasticAgent):
     def _judge(self, worker_group) -> RunResult:
         """The failure that the others followed from, as torch's agent wants it; restarts are over if it was decided."""
         local_rank, failure = min(self._failures.items(), key=lambda item: self._blame(*item))
-        rank = worker_group.workers[local_rank].global_rank
-        if failure.exitcode in DECISIONS:
-            self._remaining_restarts = 0
-        elif self._signal and (local_rank in self._killed or failure.exitcode == -self._signal):
-            raise Stopped(self._signal, killed=bool(self._killed))
-        elif self._signal:  # a crash on the way to the end
-            self._remaining_restarts = 0
-        elif self._remaining_restarts > 0:
-            limit = worker_group.spec.max_restarts
-            _say(f'{describe(rank, failure)}; restart {limit - self._remaining_restarts + 1} of {limit}')
-        return RunResult(state=WorkerState.FAILED, failures={rank: failure})
+        rank, code = worker_group.workers[local_rank].global_rank, failure.exitcode
+        was_stopped = bool(self._signal) and (local_rank in self._killed or code == -self._signal)
+        is_consequence = local_rank in self._killed or code in (EXIT_HANG, EXIT_PEER_LOST)
+        nodes, result = self._nodes, RunResult(state=WorkerState.FAILED, failures={rank: failure})
+        nodes.look()
+        if was_stopped and code not in DECISIONS:
+            raise self._stopped()
+        if self._signal or (code in DECISIONS and not self._is_for_a_node_to_join(code)):
+            return self._end(result, describe(rank, failure))
+        if nodes.is_out_of_reach():
+            self._leave_out_of_reach()
+        if self._is_for_a_node_to_join(EXIT_INTERRUPTED) or (len(nodes.members) > 1 and is_consequence):
+            return self._follow_the_others(result, code, describe(rank, failure))
+        if self._remaining_restarts <= 0:
+            return self._end(result, describe(rank, failure))
+        limit = worker_group.spec.max_restarts
+        _say(f'{describe(rank, failure)}; restart {limit - self._remaining_restarts + 1} of {limit}')
+        return result
+
+    def _stopped(self) -> Stopped:
+        stopped = Stopped(self._signal, killed=bool(self._killed))
+        self._nodes.end(stopped.exit_code, str(stopped))
+        return stopped
+
+    def _is_for_a_node_to_join(self, code: int) -> bool:
+        return code == EXIT_INTERRUPTED and self._nodes.has_told('join') and not self._nodes.has_told('stop')
+
+    def _end(self, result: RunResult, line: str) -> RunResult:
+        """Ends the job on all nodes."""
+        self._remaining_restarts = 0
+        [failure] = result.failures.values()
+        self._nodes.end(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode, line)
+        return result
+
+    def _follow_the_others(self, result: RunResult, code: int, line: str) -> RunResult:
+        """After what other nodes have brought about: the end where they end, else another meeting with them."""
+        nodes, is_to_join = self._nodes, self._is_for_a_node_to_join(EXIT_INTERRUPTED)
+        is_final = not (is_to_join or self._worker_group.spec.max_restarts)
+        end = time.monotonic() + HEARSAY_SECONDS
+        while is_final and not nodes.ended and time.monotonic() < end:
+            time.sleep(0.1)
+        if nodes.ended:
+            raise Ended(*nodes.ended)
+        if is_final:
+            return self._end(result, line)
+        if is_to_join:
+            line = 'a machine joins: the state is saved' if code == EXIT_INTERRUPTED else 'a machine joins'
+        elif nodes.lost:
+            line = f'a machine has been silent for {nodes.timeout:g} s (NODE_TIMEOUT)'
+        elif nodes.has_told('failed'):
+            line = 'a process on another machine has failed'
+        _say(f'{line}; meeting the others again')
+        self._remaining_restarts = max(self._remaining_restarts, 1)  # what is counted, the meeting says
+        return result
+
+    def _exit_barrier(self) -> None:
+        if self._nodes.is_out_of_reach():
+            leave_at_once(0)
+        with contextlib.suppress(OutOfReach):
+            self._nodes.wait_for(super()._exit_barrier)
 
     def _blame(self, local_rank: int, failure: ProcessFailure) -> tuple:
         """Least for the failure to be reported: what was decided, then crashes, then what they have led to."""
@@ -202,6 +335,11 @@ def describe(rank: int, failure: ProcessFailure) -> str:
         hint = ', as it is when memory runs out' if number == signal.SIGKILL else ''
         return f'rank {rank} was ended by {signal.Signals(number).name} (signal {number}{hint})'
     return failure.message
+
+
+def _leave(line: str) -> None:
+    """Ends this launcher alone, without another word to the rendezvous, which may be out of reach."""
+    report(f'{line}; --resume auto goes on from the last checkpoint', EXIT_PEER_LOST)
 
 
 def _say(line: str) -> None:

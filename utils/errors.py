@@ -92,7 +92,7 @@ def resume_command(folder) -> str:
     if 'TORCHELASTIC_RUN_ID' in os.environ:
         names = ['SCRIPT'] if os.environ.get('SCRIPT') else []
         if os.environ.get('NNODES', '1') != '1':
-            names += ['NNODES', 'NODE_RANK', 'MASTER_ADDR', 'MASTER_PORT']
+            names += ['NNODES', 'RDZV_ENDPOINT', 'RDZV_ID']
         command = [f'{name}={os.environ[name]}' for name in names if name in os.environ]
         command += [os.environ.get('T2T_COMMAND', './distributed_train.sh'), os.environ['LOCAL_WORLD_SIZE']]
     return shlex.join([*command, *options, '--resume', str(folder)])

@@ -5,13 +5,19 @@ A user's mistake stays one line, as if a single process had made it; after a cra
     python -m utils.launch NUM_PROC SCRIPT OPTIONS…
 
 MAX_RESTARTS says how often they are started again (3 times; by default never where the script cannot go on from a
-checkpoint, or on several machines), GRACE how many seconds they have to save after a signal that asks to stop (120).
-NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT say where this machine stands among several.
+checkpoint), GRACE how many seconds they have to save after a signal that asks to stop (120).
+
+On several machines the same is started on each. NNODES says how many there are, as 4, or the fewest and the most, as
+1:4. They meet at RDZV_ENDPOINT=HOST:PORT (else MASTER_ADDR:MASTER_PORT), an address of one of them, under the name
+RDZV_ID, and wait RDZV_TIMEOUT seconds (600) for one another. A machine of which nothing is heard for NODE_TIMEOUT
+seconds (15) is lost. What Kubeflow sets for torchrun, PET_NNODES and so on, counts where the name without PET_ is not
+set. See docs/many_machines.md.
 """
 import argparse
 import functools
 import logging
 import os
+import re
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -20,8 +26,9 @@ from unittest import mock
 import yaml
 
 from utils.errors import DECISIONS, UserError, report, run_script
-from utils.options import Parser, count, positive
+from utils.options import Parser, count, number, positive, positive_int
 
+DEFAULT_PORT = 29500
 RESUMING = ('train.py', 'transfer.py')
 
 
@@ -36,33 +43,36 @@ def main() -> None:
 
 def launch(num_proc: int, script: str, options: list[str]) -> None:
     """Starts `num_proc` processes here and waits for them; exits as the first that failed, if any did."""
-    # Nodes do not tell one another of their restarts: on several, it is for the scheduler to start the job again.
-    can_restart = Path(script).name in RESUMING and os.environ.get('NNODES', '1') == '1'
-    restarts = _number('MAX_RESTARTS', count, 3 if can_restart else 0)
+    restarts = _number('MAX_RESTARTS', count, 3 if Path(script).name in RESUMING else 0)
     grace = _number('GRACE', positive, 120)
+    if _setting('NNODES') not in ('', '1'):
+        os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # no word of addresses that have no name
     import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     from utils.agent import Agent, Stopped, describe
+    from utils.nodes import Ended
 
     gpus = torch.cuda.device_count()
     if num_proc > gpus and _device(options) != 'cpu':
         raise UserError(f'NUM_PROC {num_proc}: this machine has {gpus} GPU(s); give at most as many, or --device cpu')
     # Each process its share of the cores; torchrun would say one thread, with a warning.
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, len(os.sched_getaffinity(0)) // num_proc)))
+    words, nodes = _find_nodes()
     # Whoever is started again finds the run's folder by the time at which the first were started.
-    os.environ.setdefault('T2T_STARTED', f'{datetime.now():%Y%m%d-%H%M%S}')
+    os.environ['T2T_STARTED'] = nodes.agree('started', os.environ.get('T2T_STARTED', f'{datetime.now():%Y%m%d-%H%M%S}'))
     os.environ['T2T_LAUNCHER'] = str(os.getpid())
+    os.environ.pop('RANK', None)  # of this machine, where a scheduler has set it, and of no process
     # The agent reports a failed worker with a page of logs; what the worker said is enough.
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
     # No signals: torch's handlers would raise wherever the agent is, and lose sight of processes it has just started.
-    words = [*_rendezvous(), f'--nproc-per-node={num_proc}', f'--max-restarts={restarts}', '--signals-to-handle=']
-    agent = functools.partial(Agent, grace=grace)
+    words = [*words, f'--nproc-per-node={num_proc}', f'--max-restarts={restarts}', '--signals-to-handle=']
+    agent = functools.partial(Agent, grace=grace, nodes=nodes)
     try:
         with mock.patch('torch.distributed.launcher.api.LocalElasticAgent', agent):
             run(parse_args([*words, script, *options]))
-    except Stopped as e:
+    except (Stopped, Ended) as e:
         report(str(e), e.exit_code)
     except ChildFailedError as e:
         rank, failure = e.get_first_failure()
@@ -72,30 +82,69 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
         report(line, failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
 
 
+def _setting(name: str) -> str:
+    """The environment variable `name`, or what Kubeflow sets for torchrun under PET_`name`; '' for neither."""
+    return os.environ.get(name) or os.environ.get(f'PET_{name}', '')
+
+
 def _number(name: str, convert, default):
     """The environment variable `name`, or `default`.
 
     Raises:
         UserError: it is not such a number.
     """
-    value = os.environ.get(name, '')
+    value = _setting(name)
     try:
         return convert(value) if value else default
     except argparse.ArgumentTypeError as e:
         raise UserError(f'{name}={value}: {e}') from None
 
 
-def _rendezvous() -> list[str]:
-    """torchrun's options for one node (any free port), or for several, whose first has an address all can reach."""
-    nodes = os.environ.get('NNODES', '1')
-    if nodes == '1':
-        return ['--standalone']
-    missing = [name for name in ('NODE_RANK', 'MASTER_ADDR') if not os.environ.get(name)]
-    if missing:
-        raise UserError(f'NNODES={nodes}, but {" and ".join(missing)} not set; on every node, say its number (from 0) '
-                        'and the address of node 0')
-    return [f'--nnodes={nodes}', f'--node-rank={os.environ["NODE_RANK"]}',
-            f'--master-addr={os.environ["MASTER_ADDR"]}', f'--master-port={os.environ.get("MASTER_PORT", "29500")}']
+def _node_range() -> tuple[int, int]:
+    """NNODES: the fewest and the most nodes.
+
+    Raises:
+        UserError: it is neither a number nor two.
+    """
+    text = _setting('NNODES') or '1'
+    match = re.fullmatch(r'(\d+)(?::(\d+))?', text)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= low <= high:
+        raise UserError(f'NNODES={text}: give the number of machines, as 4, or the fewest and the most, as 1:4')
+    return low, high
+
+
+def _meeting_place() -> tuple[str, int]:
+    """Host and port at which the launchers meet.
+
+    Raises:
+        UserError: nothing says where, or the port is none.
+    """
+    endpoint = _setting('RDZV_ENDPOINT') or _setting('MASTER_ADDR')
+    if not endpoint:
+        raise UserError(f'NNODES={_setting("NNODES")}, but RDZV_ENDPOINT is not set; on every machine, say the same '
+                        f'RDZV_ENDPOINT=HOST:PORT, an address of one of them, as node1:{DEFAULT_PORT}')
+    host, colon, port = endpoint.rpartition(':') if endpoint.count(':') == 1 or ']:' in endpoint else (endpoint, '', '')
+    port = port or _setting('MASTER_PORT') or str(DEFAULT_PORT)
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f'RDZV_ENDPOINT {endpoint}: port {port!r} is none; give HOST:PORT, as node1:{DEFAULT_PORT}')
+    return host.strip('[]'), int(port)
+
+
+def _find_nodes():
+    """torchrun's options for the rendezvous, and the other launchers of the job, where there are any."""
+    low, high = _node_range()
+    silence = _number('NODE_TIMEOUT', number(float, low=2), 15)
+    patience = _number('RDZV_TIMEOUT', positive_int, 600)
+    if high == 1:
+        from utils.nodes import alone
+        return ['--standalone'], alone(silence)
+    host, port = _meeting_place()
+    # For the line that says how to go on.
+    os.environ.update(NNODES=_setting('NNODES'), RDZV_ENDPOINT=f'[{host}]:{port}' if ':' in host else f'{host}:{port}')
+    from utils.nodes import find
+    rendezvous, nodes = find(host, port, name=_setting('RDZV_ID') or 't2t', patience=patience, silence=silence)
+    return [f'--nnodes={low}:{high}', *rendezvous], nodes
 
 
 def _device(words: list[str]) -> str:
