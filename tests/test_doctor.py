@@ -256,7 +256,8 @@ def test_too_small_a_disk(prepared, tmp_path, monkeypatch):
 
 
 def test_disk_that_takes_no_checkpoint(prepared, tmp_path, monkeypatch):
-    def full(*args, **kwargs):
+    def full(content, folder, **kwargs):
+        assert folder.parent == tmp_path  # on the disk that the run is to write to
         raise OSError(28, 'No space left on device')
 
     prepared.args = prepared.args.replacing(output=str(tmp_path))

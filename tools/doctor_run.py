@@ -101,7 +101,7 @@ def _epochs(loader) -> Iterator:
 def loader_rate(batches: Iterator, workers: int, seconds: float, name: str) -> tuple[tuple, float]:
     """The first batch, and images per second after the workers have found their pace, over whole rounds of them."""
     round_size, count = max(1, workers), 0
-    with progress_bar(total=round(seconds), desc=name, unit='s') as bar:
+    with progress_bar(total=seconds, desc=name, bar_format='{desc}: {n:.0f} of {total:.0f} s |{bar}|') as bar:
         first = next(batches)
         for _ in range(round_size - 1):
             next(batches)
@@ -112,8 +112,7 @@ def loader_rate(batches: Iterator, workers: int, seconds: float, name: str) -> t
                 now = time.perf_counter()
                 if now - started > 3 * seconds:  # so slow that a part of a round has to do
                     break
-            bar.n = min(bar.total, round(now - started))
-            bar.refresh()
+            bar.update(min(seconds, now - started) - bar.n)
     return first, count / (now - started)
 
 
@@ -190,13 +189,15 @@ def _time_steps(case, step: TrainingStep, size: int) -> tuple[float, int]:
     on_gpu = device.type == 'cuda'
     _reset_peak(device)
     seconds, started, warm = [], time.perf_counter(), 3 if on_gpu else 1
-    while len(seconds) < warm + (20 if on_gpu else 3):
-        begun = time.perf_counter()
-        step(iter([batch]))
-        step.gradient_norm.item()  # waits for the device
-        seconds.append(time.perf_counter() - begun)
-        if len(seconds) > warm and time.perf_counter() - started > SHORT_STEP:
-            break
+    with progress_bar(total=warm + (20 if on_gpu else 3), desc=f'steps of {size}', unit='step') as bar:
+        while len(seconds) < bar.total:
+            begun = time.perf_counter()
+            step(iter([batch]))
+            step.gradient_norm.item()  # waits for the device
+            seconds.append(time.perf_counter() - begun)
+            bar.update()
+            if len(seconds) > warm and time.perf_counter() - started > SHORT_STEP:
+                break
     return statistics.median(seconds[warm:]), _peak(device)
 
 
