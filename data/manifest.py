@@ -160,7 +160,7 @@ def scan_tar(file: BinaryIO, where: str, *, start: int = 0, end: int | None = No
         data, after = position + BLOCK, position + BLOCK + header.size + -header.size % BLOCK
         if header.kind in b'LxXg':
             if header.size > 1 << 20:
-                raise refusal(where, name, f'{header.size} bytes of names')
+                raise refusal(where, name, f'a name of {header.size:,} bytes')
             if after > end:
                 raise UserError(f'{where} ends early, within the header of a member; {COPY_AGAIN}')
             content = file.read(header.size)
@@ -172,7 +172,7 @@ def scan_tar(file: BinaryIO, where: str, *, start: int = 0, end: int | None = No
             continue
         name = _resolve_name(where, name, long_name, pax.get('path'))
         if int(pax.get('size', header.size)) != header.size:
-            raise refusal(where, name, 'two different sizes')
+            raise refusal(where, name, 'of two different sizes')
         long_name, pax = None, {}
         _check_name(where, name)
         if header.kind in KINDS:
@@ -187,7 +187,7 @@ def scan_tar(file: BinaryIO, where: str, *, start: int = 0, end: int | None = No
             if name in seen:
                 raise refusal(where, name, 'there twice')
             seen.add(name)
-            if name.lower().endswith('.npy') and b"'|O'" in file.read(min(header.size, BLOCK)):
+            if name.lower().endswith('.npy') and b"'|O'" in file.read(min(header.size, 1 << 16)):
                 raise refusal(where, name, 'an array of Python objects, which is a pickle')
             yield Member(name, data, header.size)
         position = after

@@ -67,23 +67,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(store.seconds)
         if store.status or not file.is_file():
             return self._fail(store.status or 404)
-        content = file.read_bytes()
-        if file.name in store.lies:
-            content = content[:700] + bytes([content[700] ^ 1]) + content[701:]
+        size = file.stat().st_size
         asked = re.fullmatch(r'bytes=(\d+)-(\d+)', self.headers.get('Range', ''))
         is_part = asked and store.ranges
-        start, end = (int(asked[1]), min(int(asked[2]) + 1, len(content))) if is_part else (0, len(content))
+        start, end = (int(asked[1]), min(int(asked[2]) + 1, size)) if is_part else (0, size)
+        with open(file, 'rb') as opened:
+            opened.seek(start)
+            content = bytearray(opened.read(end - start))
+        if file.name in store.lies and start <= 700 < end:
+            content[700 - start] ^= 1
         if self.command == 'GET':
             store.requests.append((file.name, start))
         self.send_response(206 if is_part else 200)
         self.send_header('Content-Length', str(end - start))
-        self.send_header('ETag', f'"{len(content)}-{file.stat().st_mtime_ns}"')
+        self.send_header('ETag', f'"{size}-{file.stat().st_mtime_ns}"')
         self.send_header('Last-Modified', 'Sat, 01 Jan 2000 00:00:00 GMT')
         if is_part:
-            self.send_header('Content-Range', f'bytes {start}-{end - 1}/{len(content)}')
+            self.send_header('Content-Range', f'bytes {start}-{end - 1}/{size}')
         self.end_headers()
         if self.command == 'GET':
-            self.wfile.write(content[start:end][:store.drop_after])
+            self.wfile.write(content[:store.drop_after])
             self.close_connection = True
 
     def _fail(self, status: int) -> None:

@@ -1,4 +1,5 @@
 """data/shards.py and data/remote.py: shards give what the folder gave that they were packed from, wherever they are."""
+import fcntl
 import io
 import os
 import pickle
@@ -411,6 +412,23 @@ def test_what_is_fetched_ahead_leaves_room(store, tmp_path, monkeypatch):
         while len(store.fetched()) == before and time.monotonic() < deadline:
             time.sleep(0.02)
         assert len(store.fetched()) == before + 1, 'the next one, when one is done with'
+
+
+def test_a_process_that_is_forked_holds_no_lock_of_its_parent(cache):
+    """Workers are forked while threads fetch; a lock that they kept would make others wait for as long as they live."""
+    cache.make()
+    reader, writer = os.pipe()
+    with cache._locked('a.lock'):
+        if not (child := os.fork()):
+            os.close(writer)
+            os.read(reader, 1)  # until the parent closes its end
+            os._exit(0)
+    try:
+        with open(cache.folder / 'a.lock') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(writer)
+        os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize('status, message', [

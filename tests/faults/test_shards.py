@@ -95,7 +95,7 @@ HOSTILE = {
     'another name by pax': lambda canary: member('b.jpg', b'x', pax={'path': 'c.jpg'}),
     'another size by pax': lambda canary: member('b.jpg', b'x', pax={'size': '400'}),
     'a link by pax': lambda canary: member('b.jpg', b'x', pax={'linkpath': canary}),
-    'a name for all by pax': lambda canary: member('g', b'14 path=/x.jpg\n', kind=tarfile.XGLTYPE),
+    'a name for all by pax': lambda canary: member('g', b'15 path=/x.jpg\n', kind=tarfile.XGLTYPE),
     'a header of pax that is none': lambda canary: member('x', b'999999 path=x\n', kind=tarfile.XHDTYPE),
     'a long name that leads up': lambda canary: member(f'../{LONG}', b'x', form=tarfile.GNU_FORMAT),
     'a name without end': lambda canary: with_size(member('x', kind=tarfile.GNUTYPE_LONGNAME), b'77777777777'),
