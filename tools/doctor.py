@@ -28,7 +28,7 @@ GROUPS = (options.data_options, options.training_data_options, options.model_opt
           options.batch_norm_options, options.ema_options, options.device_options, options.compile_options,
           options.run_options)
 SAMPLES, SECONDS = 1000, 10.0
-QUICK_SAMPLES, QUICK_SECONDS = 200, 2.0
+QUICK_SAMPLES, QUICK_SECONDS = 200, 1.0
 
 
 @dataclass
@@ -109,12 +109,11 @@ def main():
     case = Case(args, world, precision, processes, together=args.processes or gpus or 2,
                 samples=QUICK_SAMPLES if args.quick else SAMPLES, seconds=QUICK_SECONDS if args.quick else SECONDS)
 
-    doctor_data.open_splits(case)
-
     # --- The page, a section at a time --------------------------------------------------------------------------------
     log.info('a run of %s at %s pixels: %s of %s, %s a step', args.model, args.img_size,
              doctor_page.plural(processes, 'process', 'processes'), doctor_page.plural(args.batch_size, 'image'),
              doctor_page.plural(processes * args.batch_size * args.accum_steps, 'image'))
+    doctor_data.open_splits(case)
     sections = {'Data': doctor_data.look_at_data, 'Images': doctor_data.look_at_images,
                 'Images per second': doctor_run.look_at_rates, 'Memory': doctor_run.look_at_memory,
                 'Time and cost': doctor_run.look_at_schedule, 'Disk': doctor_run.look_at_disk,

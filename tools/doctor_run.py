@@ -63,6 +63,7 @@ def _prepare(case) -> None:
     case.input = create_training_input(args, case.train, case.val or spread(case.train, 1), model.pretrained_cfg,
                                        model.num_classes, case.world)
     optimizer = create_optimizer(param_groups(model, args.weight_decay), args)
+    create_schedule(optimizer, args, steps_per_epoch=1)[0].step(0)  # at full rate first steps may be too large
     case.state = create_state(args, model, optimizer, case.precision, case.train.classes, case.world)
     case.gradient_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
