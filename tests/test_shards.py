@@ -418,11 +418,14 @@ def test_a_process_that_is_forked_holds_no_lock_of_its_parent(cache):
     """Workers are forked while threads fetch; a lock that they kept would make others wait for as long as they live."""
     cache.make()
     reader, writer = os.pipe()
+    is_up, say_up = os.pipe()
     with cache._locked('a.lock'):
         if not (child := os.fork()):
+            os.write(say_up, b'x')
             os.close(writer)
             os.read(reader, 1)  # until the parent closes its end
             os._exit(0)
+        os.read(is_up, 1)
     try:
         with open(cache.folder / 'a.lock') as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
