@@ -407,6 +407,14 @@ def test_the_page_has_the_tables_of_the_record():
     assert verdict in printed and verdict in ' '.join(PAGE.read_text().split())
 
 
+def test_tables_of_a_page_are_renewed_by_their_headers():
+    page = 'Text\n\n| a | b |\n| --- | ---: |\n| old | 1 |\n\n| c |\n| --- |\n| kept |\n\n> before\n\nEnd\n'
+    text = '| x |\n| --- |\n\n| a | b |\n| --- | ---: |\n| new | 2 |\n| more | 3 |\n'
+    assert scaling.renew_page(page, text, 'after') == page.replace('| old | 1 |', '| new | 2 |\n| more | 3 |').replace(
+        '> before', '> after')
+    assert '> before' in scaling.renew_page(page, text, None)
+
+
 def test_the_record_is_what_the_command_makes_now():
     """Of two plans, for the numbers of GPUs on the page."""
     record = json.loads((ROOT / 'benchmarks/results/scaling.json').read_text())
