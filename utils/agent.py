@@ -112,7 +112,7 @@ class Agent(LocalElasticAgent):
             line = f'another process of the job was lost, after {limit} restart(s)'
             self._nodes.end(EXIT_PEER_LOST, line)
             _leave(line)
-        if self._nodes.round:
+        if self._nodes.round and self._rdzv_handler.settings.max_nodes > 1:
             _say(f'{len(self._nodes.members)} machine(s), {worker_group.workers[0].world_size} process(es) go on')
 
     def _leave_out_of_reach(self) -> None:

@@ -16,6 +16,7 @@ set. See docs/many_machines.md.
 import argparse
 import functools
 import logging
+import math
 import os
 import re
 import sys
@@ -45,6 +46,7 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
     """Starts `num_proc` processes here and waits for them; exits as the first that failed, if any did."""
     restarts = _number('MAX_RESTARTS', count, 3 if Path(script).name in RESUMING else 0)
     grace = _number('GRACE', positive, 120)
+    _check_global_batch(num_proc, script, _given(options, 'global-batch-size'))
     if _setting('NNODES') not in ('', '1'):
         os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # no word of addresses that have no name
     import torch
@@ -55,7 +57,7 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
     from utils.nodes import Ended
 
     gpus = torch.cuda.device_count()
-    if num_proc > gpus and _device(options) != 'cpu':
+    if num_proc > gpus and _given(options, 'device') not in ('cpu', ''):
         raise UserError(f'NUM_PROC {num_proc}: this machine has {gpus} GPU(s); give at most as many, or --device cpu')
     # Each process its share of the cores; torchrun would say one thread, with a warning.
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, len(os.sched_getaffinity(0)) // num_proc)))
@@ -147,17 +149,35 @@ def _find_nodes():
     return [f'--nnodes={low}:{high}', *rendezvous], nodes
 
 
-def _device(words: list[str]) -> str:
-    """--device of the command line, else of its recipe, else 'auto'. What is wrong with either, the script says."""
+def _check_global_batch(num_proc: int, script: str, size: str | None) -> None:
+    """Raises UserError where machines may come and go, and not every number of them could go on with the same steps."""
+    low, high = _node_range()
+    if low == high or size == '' or Path(script).name not in RESUMING:
+        return
+    numbers = [num_proc * nodes for nodes in range(low, high + 1)]
+    unit, given = math.lcm(*numbers), int(size) if size and size.isdecimal() else 0
+    unable = [n for n in numbers if given % n]
+    if given and not unable:
+        return
+    around = [n for n in (given - given % unit, given + -given % unit) if n] or [unit]
+    wrong = f'{given}, which {unable[0]} processes cannot share' if given else 'not given'
+    raise UserError(f'NNODES={_setting("NNODES")}: machines may come and go, and --global-batch-size is {wrong}; say '
+                    f'{" or ".join(map(str, around))}, a multiple of {unit} that {", ".join(map(str, numbers))} '
+                    'processes can share')
+
+
+def _given(words: list[str], name: str) -> str | None:
+    """An option of the command line, else of its recipe; '' where either is wrong, which is for the script to say."""
     parser = Parser(add_help=False)
     parser.add_argument('-c', '--config')
-    parser.add_argument('--device')
+    parser.add_argument(f'--{name}', dest='value')
     try:
         args, _ = parser.parse_known_args(words)
-        recipe = yaml.safe_load(Path(args.config).read_text()) if args.config and not args.device else {}
-        return args.device or recipe.get('device', 'auto')
+        if args.value is None and args.config:
+            args.value = yaml.safe_load(Path(args.config).read_text()).get(name.replace('-', '_'))
+        return None if args.value is None else str(args.value)
     except (UserError, OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        return 'cpu'
+        return ''
 
 
 if __name__ == '__main__':

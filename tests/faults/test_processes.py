@@ -34,11 +34,11 @@ STOP = STEP + 1  # the ranks agree on it while they take the next one
 class Job:
     """./distributed_train.sh 2 OPTIONS… in a session of its own, all whose processes can be found by a mark.
 
-    `inside` are words before the command, `number` is that of the processes. Leaving the block kills what is left of
-    it. `ended()` waits for it and for the end of all its processes.
+    `command` is another one with the same options, `inside` are words before it. Leaving the block kills what is left
+    of it. `ended()` waits for it and for the end of all its processes.
     """
 
-    def __init__(self, cwd: Path, *options, inside=(), number=2, **environment):
+    def __init__(self, cwd: Path, *options, inside=(), number=2, command=None, **environment):
         self.mark = f'T2T_TEST_JOB={uuid.uuid4()}'.encode()
         name, value = self.mark.decode().split('=')
         env = {**os.environ, 'PYTHON': sys.executable, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', name: value,
@@ -46,8 +46,8 @@ class Job:
         self.err = cwd / f'{value}.err'
         with open(self.err, 'w') as err, open(cwd / f'{value}.out', 'w') as out:
             self.launcher = subprocess.Popen(
-                [*inside, ROOT / 'distributed_train.sh', str(number), *RUN, *options], cwd=cwd, env=env, stdout=out,
-                stderr=err, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_heed_signals)
+                [*inside, *(command or (ROOT / 'distributed_train.sh', str(number))), *RUN, *options], cwd=cwd, env=env,
+                stdout=out, stderr=err, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_heed_signals)
 
     def __enter__(self):
         return self

@@ -1,0 +1,138 @@
+"""utils/launch.py's settings, and the files of launch/: they say what the launcher reads."""
+import re
+import shlex
+import subprocess
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from tests.test_options import parse
+from utils import launch, nodes
+from utils.errors import UserError
+
+KUBERNETES = ROOT / 'launch/kubernetes.yaml'
+SLURM = ROOT / 'launch/slurm.sbatch'
+SETTINGS = ('NNODES', 'RDZV_ENDPOINT', 'RDZV_ID', 'RDZV_TIMEOUT', 'NODE_TIMEOUT', 'MAX_RESTARTS', 'GRACE',
+            'MASTER_ADDR', 'MASTER_PORT')
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch):
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(f'PET_{name}', raising=False)
+
+
+@pytest.mark.parametrize(('text', 'expected'), [('', (1, 1)), ('4', (4, 4)), ('1:4', (1, 4))])
+def test_numbers_of_nodes(monkeypatch, text, expected):
+    monkeypatch.setenv('NNODES', text)
+    assert launch._node_range() == expected
+
+
+@pytest.mark.parametrize('text', ['0', 'many', '4:1', '1:', '-1', '0:2', '1:2:3'])
+def test_wrong_numbers_of_nodes(monkeypatch, text):
+    monkeypatch.setenv('NNODES', text)
+    with pytest.raises(UserError, match=f'NNODES={text}: give the number of machines'):
+        launch._node_range()
+
+
+@pytest.mark.parametrize(('environment', 'expected'), [
+    ({'RDZV_ENDPOINT': 'node1'}, ('node1', 29500)),
+    ({'RDZV_ENDPOINT': 'node1:1234'}, ('node1', 1234)),
+    ({'RDZV_ENDPOINT': '[fd00::1]:1234'}, ('fd00::1', 1234)),
+    ({'RDZV_ENDPOINT': 'fd00::1'}, ('fd00::1', 29500)),
+    ({'MASTER_ADDR': '10.0.0.1', 'MASTER_PORT': '77'}, ('10.0.0.1', 77)),
+    ({'PET_RDZV_ENDPOINT': 't2t-worker-0:23456', 'MASTER_ADDR': 'no'}, ('t2t-worker-0', 23456)),
+    ({'RDZV_ENDPOINT': 'a:1', 'PET_RDZV_ENDPOINT': 'b:2'}, ('a', 1)),
+])
+def test_meeting_places(monkeypatch, environment, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launch._meeting_place() == expected
+
+
+@pytest.mark.parametrize(('endpoint', 'said'), [('', 'RDZV_ENDPOINT is not set'), ('node1:http', "port 'http' is none"),
+                                                ('node1:70000', "port '70000' is none")])
+def test_wrong_meeting_places(monkeypatch, endpoint, said):
+    monkeypatch.setenv('NNODES', '2')
+    monkeypatch.setenv('RDZV_ENDPOINT', endpoint)
+    with pytest.raises(UserError, match=said):
+        launch._meeting_place()
+
+
+def test_machines_may_only_go_and_come_where_all_numbers_of_them_can_share_a_step(monkeypatch):
+    monkeypatch.setenv('NNODES', '1:4')
+    for size, said in (('512', '512, which 24 processes cannot share; say 480 or 576, a multiple of 96'),
+                       (None, 'not given; say 96, a multiple of 96')):
+        with pytest.raises(UserError, match=said):
+            launch._check_global_batch(8, 'train.py', size)
+    launch._check_global_batch(8, 'train.py', '480')
+    launch._check_global_batch(8, 'validate.py', None)  # has no steps
+    monkeypatch.setenv('NNODES', '3')
+    launch._check_global_batch(8, 'train.py', None)
+
+
+def test_the_address_of_this_machine_is_one_that_leads_there():
+    assert nodes._own_address('127.0.0.1', 29500, 1) == '127.0.0.1'
+    assert nodes._interface_of('127.0.0.1') == 'lo'
+    with pytest.raises(UserError, match='RDZV_ENDPOINT no.such.host.invalid:1: .*give an address'):
+        nodes._own_address('no.such.host.invalid', 1, 0)
+
+
+def test_the_slurm_script_says_what_the_launcher_reads():
+    subprocess.run(['bash', '-n', SLURM], check=True)
+    text = SLURM.read_text()
+    exported = set(re.findall(r'^export (\w+)=', text, re.M))
+    assert exported <= set(SETTINGS) and {'NNODES', 'RDZV_ENDPOINT'} <= exported
+    warning = int(re.search(r'--signal=B:USR1@(\d+)', text)[1])
+    assert warning > int(re.search(r'GRACE:-(\d+)', text)[1]) == 120
+    for command in re.findall(r'^# +sbatch (.*)', text, re.M):
+        words = shlex.split(command)
+        words = words[words.index('launch/slurm.sbatch') + 1:]
+        assert (ROOT / parse(*words).as_dict()['data'].removeprefix('wds:')).is_absolute()
+
+
+def test_the_kubernetes_job_says_what_the_operator_and_the_launcher_read(monkeypatch):
+    """The operator finds container and port by their names, and tells each pod where the others are."""
+    job = yaml.safe_load(KUBERNETES.read_text())
+    assert (job['apiVersion'], job['kind']) == ('kubeflow.org/v1', 'PyTorchJob')
+    elastic, [(role, replica)] = job['spec']['elasticPolicy'], job['spec']['pytorchReplicaSpecs'].items()
+    assert role == 'Worker' and elastic['minReplicas'] <= replica['replicas'] <= elastic['maxReplicas']
+    assert replica['restartPolicy'] == 'OnFailure'  # after 75, too
+    pod = replica['template']['spec']
+    [container] = pod['containers']
+    [port] = container['ports']
+    assert (container['name'], port['name']) == ('pytorch', 'pytorchjob-port')
+    environment = {entry['name']: entry['value'] for entry in container['env']}
+    assert set(environment) <= set(SETTINGS)
+    assert pod['terminationGracePeriodSeconds'] > int(environment['GRACE'])
+    [program], [number, *options] = container['command'], container['args']
+    assert (ROOT / program).is_file() and int(number) == container['resources']['limits']['nvidia.com/gpu']
+    args = parse(*options)
+    volumes = {mount['mountPath']: mount['name'] for mount in container['volumeMounts']}
+    assert set(volumes.values()) == {volume['name'] for volume in pod['volumes']}
+    assert args.output in volumes and args.resume == 'auto' and args.experiment
+    [shm] = (volume for volume in pod['volumes'] if volume['name'] == volumes['/dev/shm'])
+    assert shm['emptyDir']['medium'] == 'Memory'
+    # What the operator makes of it, as it does for worker 0.
+    told = {'NNODES': f'{elastic["minReplicas"]}:{elastic["maxReplicas"]}', 'RDZV_ID': elastic['rdzvId'],
+            'RDZV_ENDPOINT': f'{job["metadata"]["name"]}-worker-0:{port["containerPort"]}',
+            'MAX_RESTARTS': str(elastic['maxRestarts'])}
+    for name, value in told.items():
+        monkeypatch.setenv(f'PET_{name}', value)
+        assert launch._setting(name) == value
+    assert launch._node_range() == (elastic['minReplicas'], elastic['maxReplicas'])
+    assert launch._meeting_place() == (f'{job["metadata"]["name"]}-worker-0', port['containerPort'])
+    launch._check_global_batch(int(number), 'train.py', launch._given(options, 'global-batch-size'))
+
+
+def test_the_page_names_every_setting():
+    page = (ROOT / 'docs/many_machines.md').read_text()
+    assert [name for name in SETTINGS if name not in page] == []
+    for path in re.findall(r'\]\((\.\./[^)]+)\)', page):
+        assert (ROOT / 'docs' / path).is_file(), path
+    for command in re.findall(r'^NNODES.*distributed_train.sh ((?:.*\\\n)*.*)$', page, re.M):
+        num_proc, *words = shlex.split(command.replace('\\\n', ' '))
+        args = parse(*words)
+        assert num_proc == '8' and (args.global_batch_size or args.batch_size * 32 == 512)
