@@ -37,8 +37,20 @@ def take_tensors(augment: transforms.Compose) -> None:
             continue
         for operation in operations:
             operation.aug_fn = OPERATIONS.get(operation.aug_fn) or ThroughPil(operation.aug_fn)
-        if isinstance(step, timm_augment.RandAugment):
-            step.ops = np.array(step.ops, dtype=object)  # which it would be made in every call
+        if isinstance(step, timm_augment.RandAugment) and step.choice_weights is None:
+            augment.transforms[number] = RandAugment(step.ops, step.num_layers)
+
+
+class RandAugment:
+    """timm's, which draws by numpy.random.choice, an array of the operations in every call: the same draws, sooner."""
+
+    def __init__(self, ops: Sequence[Callable], num_layers: int):
+        self.ops, self.num_layers = ops, num_layers
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        for number in np.random.randint(0, len(self.ops), self.num_layers):
+            pixels = self.ops[number](pixels)
+        return pixels
 
 
 class ThroughPil:

@@ -90,7 +90,7 @@ def create_train_transform(
                                interpolation=(interpolation, [*FAST_INTERPOLATIONS, 'random'])):
         take_tensors(augment)
         return FastTrainTransform(crop, augment)
-    _allow_zero_bits(augment)
+    allow_zero_bits(augment)
     if crop_mode == 'pad':
         crop = _padded_crop(img_size, interpolation, hflip, vflip)
     if aug_splits:
@@ -151,7 +151,9 @@ class FastTrainTransform:
 
     def __init__(self, crop: transforms.Compose, augment: transforms.Compose):
         self.crop, *flips = crop.transforms
-        self.steps = [*flips, *augment.transforms]
+        # Modules take longer to call than an image to flip.
+        self.flips = [(step.p, -1 if isinstance(step, transforms.RandomHorizontalFlip) else -2) for step in flips]
+        self.augment = augment
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         crop = self.crop
@@ -159,9 +161,10 @@ class FastTrainTransform:
         mode = crop.interpolation
         mode = random.choice(mode) if isinstance(mode, (tuple, list)) else mode
         pixels = _resize(pixels[:, top:top + height, left:left + width], crop.size, mode)
-        for step in self.steps:
-            pixels = step(pixels)
-        return pixels
+        for probability, axis in self.flips:
+            if torch.rand(1).item() < probability:
+                pixels = pixels.flip(axis)
+        return self.augment(pixels)
 
 
 class FastEvalTransform:
@@ -208,7 +211,7 @@ class SplitTransform:
         return torch.stack([self.to_tensor(split) for split in (image, *augmented)])
 
 
-def _allow_zero_bits(augment: transforms.Compose):
+def allow_zero_bits(augment: transforms.Compose):
     """Lets timm's policies posterize to no bits at all, which at the highest magnitude they do.
 
     Pillow gave a black image, as in the published training; from version 13 on it raises ValueError.

@@ -1,0 +1,370 @@
+"""Measures the input pipeline: timm's `create_loader` and ours, side by side, in training and in evaluation.
+
+    python -m benchmarks.loader /data/imagenet/val                     # 1, 2 and as many workers as there are cores
+    python -m benchmarks.loader imagenet_sample.tar --workers 2 --rounds 20
+
+DIR is a folder of class folders, a data set that has such a folder of --split, or a tar of either. --images of it are
+copied to a temporary folder, spread over its classes, and packed by tools/pack.py: as they are, and resized once.
+
+Training is the recipe of ImageNet: decoding, RandomResizedCrop (bilinear or bicubic at random), flip,
+rand-m9-mstd0.5-inc1, Mixup 0.8 and CutMix 1.0, normalisation, RandomErasing 0.25 by pixels. Out of either loader comes
+a batch as the model takes it: float32, with soft targets. timm mixes in its workers and normalises and erases on the
+device; ours does all three there. The device is the CPU here, so that what a GPU would do counts too; it is the time of
+the main process. `decode alone` gives one pixel of each image: no pipeline that decodes here can be faster.
+
+Contenders take turns, in another order in each round, and each turn is a whole epoch of --batches per worker: nothing
+is prepared before it starts, and nothing is left to prepare when it ends. Time on the cores is what the kernel accounts
+to the workers and the main process; images per second and core is the number of images by that time, which depends on
+other work on the machine less than the clock does. Memory is the proportional set size of all processes at its peak,
+of a contender that runs alone. All images are in the page cache.
+
+NAME.json, the record with every turn, and NAME.md, the tables, go to --output. The last line that is printed is
+
+    training, ours / timm: folders 2.10, shards 3.20
+
+the ratios of images per second and core with the most workers that do not exceed the cores, from folders, and from
+shards of images resized once against timm's folders.
+"""
+import contextlib
+import itertools
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from timm.data import FastCollateMixup  # noqa: E402
+from timm.data import ImageDataset as TimmImageDataset  # noqa: E402
+from timm.data import create_loader as create_timm_loader  # noqa: E402
+
+from benchmarks.records import (  # noqa: E402
+    check_record_options,
+    describe_command,
+    describe_machine,
+    describe_options,
+    markdown_table,
+    record_options,
+    write_record,
+)
+from data.base import ImageDataset, Part, spread  # noqa: E402
+from data.batch import BatchPreparer, TrainBatchPreparer  # noqa: E402
+from data.datasets import open_eval  # noqa: E402
+from data.decode import EXTENSIONS  # noqa: E402
+from data.loader import create_loader  # noqa: E402
+from data.samplers import EvalSampler, TrainSampler  # noqa: E402
+from data.transforms import allow_zero_bits, create_eval_transform, create_train_transform  # noqa: E402
+from utils import options  # noqa: E402
+from utils.errors import UserError, run_script  # noqa: E402
+from utils.log import progress_bar  # noqa: E402
+
+NUM_CLASSES = 1000
+CPU = torch.device('cpu')
+RESIZED = 'shards, resized once'
+FOLDERS, SHARDS, DECODE = 'folders', 'shards', 'decode alone'
+
+
+def loader_options(parser) -> None:
+    add = parser.add_argument_group('What is measured').add_argument
+    add('data', metavar='DIR', help='folder of class folders, or of splits of them, or a tar of either')
+    add('--split', default='train', metavar='NAME', help='folder below DIR, where there is one of this name')
+    add('--images', type=options.positive_int, default=1000, metavar='N', help='of DIR; fewer are repeated')
+    add('--workers', nargs='+', type=options.positive_int, metavar='N',
+        help='worker processes, a table for each (default: 1, 2 and as many as there are cores)')
+    add('-b', '--batch-size', type=options.positive_int, default=64, metavar='N', help='images per batch')
+    add('--img-size', type=options.positive_int, default=224, metavar='N', help='input size in pixels')
+    add('--short-side', type=options.positive_int, default=256, metavar='N', help='of the images resized once')
+    add = parser.add_argument_group('How').add_argument
+    add('--rounds', type=options.positive_int, default=9, metavar='N', help='turns of each contender')
+    add('--batches', type=options.positive_int, default=4, metavar='N', help='of each worker in a turn')
+    add('--seed', type=options.seed, default=42, metavar='S', help='of augmentation and of the order of a round')
+    record_options(parser, 'loader')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+def copy_images(source: Path, split: str, count: int, folder: Path) -> None:
+    """Copies up to `count` images of `source`, a folder or a tar, evenly spread over it, as folder/CLASS/NAME."""
+    with contextlib.ExitStack() as stack:
+        if source.is_dir():
+            below = source / split if (source / split).is_dir() else source
+            files = {path.relative_to(below): path.read_bytes for path in below.glob('*/*')}
+        else:
+            try:
+                tar = stack.enter_context(tarfile.open(source))
+            except (OSError, tarfile.TarError) as error:
+                raise UserError(f'{source}: neither a folder nor a tar of images ({error})') from None
+            # The last two parts of a name alone say where a file goes.
+            files = {Path(*Path(member.name).parts[-2:]): lambda member=member: tar.extractfile(member).read()
+                     for member in tar if member.isreg()}
+        names = sorted(name for name in files if name.suffix.lower() in EXTENSIONS and '..' not in name.parts)
+        if not names:
+            raise UserError(f'{source}: no images in class folders, or in those of {split}')
+        for number in range(min(count, len(names))):
+            name = names[number * len(names) // min(count, len(names))]
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(files[name]())
+
+
+def pack(folder: Path, out: Path, *more: str) -> None:
+    """Shards of `folder` in `out`; raises UserError as tools/pack.py does."""
+    done = subprocess.run([sys.executable, ROOT / 'tools/pack.py', folder, out, *more], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(done.stderr.strip().splitlines()[-1])
+
+
+def repeat(dataset: ImageDataset, count: int) -> ImageDataset:
+    """`count` images, evenly spread over those of `dataset`, or all of them as often as it takes."""
+    if count <= len(dataset):
+        return spread(dataset, count)
+    return Part(dataset, np.arange(count) % len(dataset))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contenders
+
+class Timm:
+    """timm's loader of the images in `folder`; `epoch()` iterates over batches as a model takes them."""
+
+    def __init__(self, folder: Path, *, training: bool, count: int, workers: int, args):
+        dataset = TimmImageDataset(str(folder))
+        samples = dataset.reader.samples
+        dataset.reader.samples = [samples[index % len(samples) if count > len(samples) else
+                                          index * len(samples) // count] for index in range(count)]
+        recipe = dict(is_training=False, interpolation='bicubic', crop_pct=0.9)
+        if training:
+            mixing = FastCollateMixup(0.8, 1.0, label_smoothing=0.1, num_classes=NUM_CLASSES)
+            recipe = dict(is_training=True, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, color_jitter=0.4,
+                          auto_augment='rand-m9-mstd0.5-inc1', interpolation='random', re_prob=0.25, re_mode='pixel',
+                          collate_fn=mixing)
+        self._loader = create_timm_loader(dataset, (3, args.img_size, args.img_size), batch_size=args.batch_size,
+                                          num_workers=workers, device=CPU, persistent_workers=True, **recipe)
+        if training:
+            allow_zero_bits(dataset.transform)
+
+    def epoch(self) -> Iterator:
+        return iter(self._loader)
+
+    def close(self) -> None:
+        self._loader = None
+
+
+class Ours:
+    """Our loader of `dataset` with the preparer of its batches; `epoch()` as that of Timm."""
+
+    def __init__(self, dataset: ImageDataset, *, training: bool, count: int, workers: int, args, transform=None):
+        dataset = repeat(dataset, count)
+        if training:
+            transform = transform or create_train_transform(args.img_size)
+            sampler = TrainSampler(count, args.batch_size, seed=args.seed, starts=dataset.starts())
+            self._prepare = TrainBatchPreparer(CPU, batch_size=args.batch_size, num_classes=NUM_CLASSES,
+                                               mixup_alpha=0.8, cutmix_alpha=1.0, erase_prob=0.25)
+        else:
+            transform = transform or create_eval_transform(args.img_size)
+            sampler, self._prepare = EvalSampler(count, args.batch_size), BatchPreparer(CPU)
+        self._loader = create_loader(dataset, transform, sampler, seed=args.seed, workers=workers)
+        self._epochs = itertools.count() if training else None
+
+    def epoch(self) -> Iterator:
+        if self._epochs:
+            self._loader.set_position(next(self._epochs))
+        return (self._prepare(*batch) for batch in self._loader)
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+class OnePixel:
+    """A transform that is none: uint8 [3, H, W] → [3, 1, 1]."""
+    takes_arrays = True
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels[:, :1, :1]
+
+
+@dataclass
+class Contender:
+    """One row of a table; `start()` makes what it measures.
+
+    turns: (seconds, seconds on cores of the workers, of the main process) of each.
+    """
+    label: str
+    start: Callable[[], Timm | Ours]
+    running: Timm | Ours | None = None
+    processes: list[int] = field(default_factory=list)
+    turns: list[tuple[float, float, float]] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+    def open(self) -> None:
+        others = set(multiprocessing.active_children())
+        self.running = self.start()
+        for _ in self.running.epoch():  # workers start with the first
+            pass
+        self.processes = [child.pid for child in set(multiprocessing.active_children()) - others]
+
+    def close(self) -> None:
+        self.running.close()
+        self.running, self.processes = None, []
+
+    def row(self, images: int) -> dict:
+        clock, workers, main = np.array(self.turns).T
+        return {'contender': self.label, 'images_per_second': images / float(np.median(clock)),
+                'images_per_second_and_core': images / float(np.median(workers + main)),
+                'milliseconds_of_workers': 1000 * float(np.median(workers)) / images,
+                'milliseconds_of_main': 1000 * float(np.median(main)) / images, 'peak_bytes': self.peak_bytes,
+                'turns_seconds': clock.tolist(), 'turns_seconds_on_cores': (workers + main).tolist()}
+
+
+def list_contenders(task: str, datasets: dict[str, ImageDataset], folder: Path, **settings) -> list[Contender]:
+    """The rows of the table of `task`, 'training' or 'evaluation'."""
+    training = task == 'training'
+
+    def ours(source: str, **more) -> Callable:
+        return lambda: Ours(datasets[source], **{'training': training, **settings, **more})
+
+    rows = [Contender('timm, folders', lambda: Timm(folder, training=training, **settings))]
+    rows += [Contender(f'ours, {source}', ours(source)) for source in datasets if training or source != RESIZED]
+    if training:
+        rows.append(Contender(DECODE, ours(FOLDERS, training=False, transform=OnePixel())))
+    else:
+        fast = create_eval_transform(settings['args'].img_size, fast=True)
+        rows.append(Contender('ours, folders, --fast-eval', ours(FOLDERS, transform=fast)))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+def seconds_on_cores(processes: Iterable[int]) -> float:
+    """What the kernel has accounted to `processes`, all their threads, in seconds."""
+    total = 0.0
+    for process in processes:
+        for task in Path(f'/proc/{process}/task').iterdir():
+            with contextlib.suppress(OSError):  # a thread that has just ended
+                total += int((task / 'schedstat').read_text().split()[0]) / 1e9
+    return total
+
+
+def proportional_bytes(processes: Iterable[int]) -> int:
+    """The proportional set size of `processes` together."""
+    total = 0
+    for process in processes:
+        for line in Path(f'/proc/{process}/smaps_rollup').read_text().splitlines():
+            if line.startswith('Pss:'):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def take_turn(contender: Contender) -> None:
+    main = [os.getpid()]
+    before = seconds_on_cores(contender.processes), seconds_on_cores(main)
+    started = time.perf_counter()
+    for _ in contender.running.epoch():
+        pass
+    seconds = time.perf_counter() - started
+    contender.turns.append((seconds, seconds_on_cores(contender.processes) - before[0],
+                            seconds_on_cores(main) - before[1]))
+
+
+def measure(contenders: list[Contender], args, title: str) -> None:
+    order = random.Random(args.seed)
+    bar = progress_bar(total=len(contenders) * (1 + args.rounds), desc=title)
+    for contender in contenders:  # alone, for its memory
+        contender.open()
+        contender.peak_bytes = max(proportional_bytes([os.getpid(), *contender.processes])
+                                   for _ in contender.running.epoch())
+        contender.close()
+        bar.update()
+    for contender in contenders:
+        contender.open()
+    for _ in range(args.rounds):
+        for contender in order.sample(contenders, len(contenders)):
+            take_turn(contender)
+            bar.update()
+    for contender in contenders:
+        contender.close()
+    bar.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+def as_table(table: dict) -> str:
+    """A table of the record in Markdown, with its heading."""
+    rows = table['rows']
+    lines = [[row['contender'], f'{row["images_per_second"]:.0f}', f'{row["images_per_second_and_core"]:.0f}',
+              f'{row["milliseconds_of_workers"]:.2f}', f'{row["milliseconds_of_main"]:.2f}',
+              '–' if row['contender'] == DECODE else f'{row["ratio"]:.2f}',
+              f'{row["peak_bytes"] / 2**20:.0f}'] for row in rows]
+    header = ['', 'img/s', 'img/s and core', 'ms of workers', 'ms of main', '× timm', 'MiB']
+    return (f'## {table["task"].capitalize()}, {table["workers"]} worker{"s" * (table["workers"] > 1)}\n\n'
+            + markdown_table(header, lines) + '\n')
+
+
+def as_text(record: dict) -> str:
+    parts = ['# The input pipeline\n', f'`{record["command"]}`\n',
+             f'{record["machine"]["processor"]}, {record["cores"]} cores; {record["images"]} images of '
+             f'{record["mean_size"]} pixels on average, {record["image_bytes"] / record["images"] / 1000:.0f} kB '
+             f'({record["resized_bytes"] / record["images"] / 1000:.0f} kB resized once). Milliseconds are those of a '
+             'core, for an image; "× timm" compares images per second and core.\n',
+             *(as_table(table) for table in record['tables']), conclusion(record)]
+    return '\n'.join(parts) + '\n'
+
+
+def conclusion(record: dict) -> str:
+    """The line at the end, of the most workers that do not exceed the cores."""
+    tables = [table for table in record['tables'] if table['task'] == 'training']
+    fitting = [table for table in tables if table['workers'] <= record['cores']] or tables[:1]
+    ratios = {row['contender']: row['ratio'] for row in max(fitting, key=lambda table: table['workers'])['rows']}
+    return (f'training, ours / timm: folders {ratios[f"ours, {FOLDERS}"]:.2f}, '
+            f'shards {ratios[f"ours, {RESIZED}"]:.2f}')
+
+
+def main() -> None:
+    parser = options.create_parser(__doc__.split('\n\n')[0], (loader_options,))
+    args = options.parse_options(parser)
+    folder = check_record_options(args)
+    source, cores = Path(args.data).expanduser(), len(os.sched_getaffinity(0))
+    if not source.exists():
+        raise UserError(f'{source}: no such folder or tar; give images in class folders')
+    torch.set_num_threads(1)  # of the main process; workers have one
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        copy_images(source, args.split, args.images, scratch / FOLDERS)
+        pack(scratch / FOLDERS, scratch / SHARDS)
+        pack(scratch / FOLDERS, scratch / RESIZED, '--short-side', str(args.short_side))
+        datasets = {name: open_eval('folder', ('wds:' if name != FOLDERS else '') + str(scratch / name))
+                    for name in (FOLDERS, SHARDS, RESIZED)}
+        sizes = np.array([datasets[FOLDERS].image(index).size for index in range(len(datasets[FOLDERS]))])
+        record = {'command': describe_command('loader', args.data), 'options': describe_options(args),
+                  'machine': describe_machine(CPU), 'cores': cores, 'images': len(datasets[FOLDERS]),
+                  'mean_size': '{:.0f} × {:.0f}'.format(*sizes.mean(0)), 'tables': [],
+                  **{f'{key}_bytes': sum(len(datasets[name].stored(index)) for index in range(len(datasets[name])))
+                     for key, name in (('image', FOLDERS), ('resized', RESIZED))}}
+        for workers, task in itertools.product(args.workers or sorted({1, 2, cores}), ('training', 'evaluation')):
+            count = args.batch_size * args.batches * workers
+            contenders = list_contenders(task, datasets, scratch / FOLDERS, count=count, workers=workers, args=args)
+            measure(contenders, args, f'{task}, {workers} workers')
+            rows = [contender.row(count) for contender in contenders]
+            for row in rows:
+                row['ratio'] = row['images_per_second_and_core'] / rows[0]['images_per_second_and_core']
+            record['tables'].append({'task': task, 'workers': workers, 'images_per_turn': count, 'rows': rows})
+            print(as_table(record['tables'][-1]), flush=True)
+        paths = write_record(folder, args.name, record, as_text(record))
+    print(*paths, sep='\n')
+    print(conclusion(record))
+
+
+if __name__ == '__main__':
+    run_script(main)
