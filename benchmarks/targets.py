@@ -62,7 +62,8 @@ class Records:
                 record = json.loads(path.read_text(encoding='utf-8'))
             except (OSError, ValueError) as error:
                 raise UserError(f'--records: {path} is no JSON file ({error}); remove it') from None
-            if isinstance(record, dict) and 'machine' in record:
+            # Those of faults and of saving are not of a device's speed.
+            if isinstance(record, dict) and isinstance(record.get('machine'), dict):
                 self.by_name[path.relative_to(folder).with_suffix('').as_posix()] = record
         self.is_gpu = any('cuda' in record['machine'] for record in self.by_name.values())
         self.judged = [record for record in self.by_name.values() if ('cuda' in record['machine']) == self.is_gpu]
@@ -71,7 +72,7 @@ class Records:
         """The tables of benchmarks/step.py for a model: its rows by contender, without those that failed."""
         return [{row['contender']: row for row in table['rows'] if 'error' not in row}
                 for record in self.judged if device in record['machine']['device'] for table in record.get('tables', ())
-                if (table['model'], table['task']) == (model, task)
+                if (table.get('model'), table.get('task')) == (model, task)
                 and all(table[key] == value for key, value in wanted.items())]
 
     def parts(self, name: str) -> list[dict]:

@@ -267,3 +267,8 @@ def test_a_part_that_fails_costs_only_itself(tmp_path):
     assert result.returncode == 1
     assert '\twith exit code 2\n' in result.stdout and '\twell\n' in result.stdout
     assert (tmp_path / 'results/failing.md').exists()
+
+
+def test_the_records_of_this_repository_can_be_judged(tmp_path):
+    succeeded(run_script('benchmarks/targets.py', '--output', tmp_path))
+    assert '| t2t_vit_14, inference: default at least 1.25 × published |' in (tmp_path / 'targets.md').read_text()
