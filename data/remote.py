@@ -112,6 +112,7 @@ def _filesystem(url: str):
         if scheme in ('http', 'https'):
             import aiohttp
             # Its own limit is five minutes for a whole request; a slow line is none that hangs.
+            options['headers'] = {'Accept-Encoding': 'identity'}  # parts of a compressed answer would be of no use
             options['client_kwargs'] = {'timeout': aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)}
         elif scheme == 's3':
             options['config_kwargs'] = {'connect_timeout': 10, 'read_timeout': 30}
@@ -126,11 +127,14 @@ def _filesystem(url: str):
 
 
 class Patience:
-    """Of one who asks the server of `url` again and again: pauses and warnings after failures, and an end to them."""
+    """Of one who asks the server of `url` again and again: pauses and warnings after failures, and an end to them.
 
-    def __init__(self, url: str, seconds: float, stop: threading.Event | None = None):
+    since: when the wait for an answer began, if others have asked before.
+    """
+
+    def __init__(self, url: str, seconds: float, stop: threading.Event | None = None, since: float | None = None):
         self._url, self._seconds, self._stop = url, seconds, stop or threading.Event()
-        self.answered()
+        self._failures, self._began = 0, since
 
     def answered(self) -> None:
         self._failures, self._began = 0, None
@@ -283,6 +287,7 @@ class Cache:
                 the disk is full.
             Stopped: `stop` has been set.
         """
+        began = time.monotonic()
         with self._locked(f'{file.key}.lock', stop):
             if self.claim(file):
                 return True
@@ -291,7 +296,7 @@ class Cache:
                     return False
             try:
                 for attempt in (1, 2):
-                    if self._download(file, stop):
+                    if self._download(file, Patience(file.url, self.patience, stop, began), stop):
                         return True
                     _warn(f'{file.url}: what has arrived does not fit its checksum'
                           + ('; fetching it again' if attempt == 1 else ''))
@@ -301,10 +306,9 @@ class Cache:
         raise UserError(f'{file.url}: its content is not what its manifest says (SHA-256), twice in a row; '
                         f'{COPY_AGAIN} to the server, or pack it anew')
 
-    def _download(self, file: RemoteFile, stop: threading.Event | None) -> bool:
+    def _download(self, file: RemoteFile, patience: Patience, stop: threading.Event | None) -> bool:
         """Fetches a file in pieces, from where the last attempt came to. Returns whether its content is right."""
         part = self.folder / f'{file.key}.part'
-        patience = Patience(file.url, self.patience, stop)
         piece, most = 1 << 20, MAX_PIECE
         with open(part, 'ab') as target:
             if target.tell() > file.bytes:
@@ -448,11 +452,12 @@ class Ahead:
                 self._stop.wait(0.2)
                 continue
             try:
-                is_here = self._cache.fetch(self._files[number], ahead=True, stop=self._stop)
-            except (Stopped, UserError, OSError):
+                waiting = None if self._cache.fetch(self._files[number], ahead=True, stop=self._stop) else number
+            except Stopped:
                 return
-            waiting = None if is_here else number
-            if not is_here:
+            except (UserError, OSError):
+                waiting = None
+            if waiting is not None:
                 self._stop.wait(1)
 
     def _next(self) -> int | None:

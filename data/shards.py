@@ -32,6 +32,7 @@ from .classes import name_some
 from .decode import EXTENSIONS, ImageError
 from .manifest import (
     BLOCK,
+    FORMAT,
     INDEX,
     MANIFEST,
     MEND,
@@ -195,8 +196,12 @@ def is_pattern(path: str) -> bool:
 
 
 def has_manifest(folder: str) -> bool:
-    """Whether a folder of this machine is a split that tools/pack.py has written."""
-    return os.path.isfile(os.path.join(folder, MANIFEST))
+    """Whether a folder of this machine is a split that tools/pack.py has written: others have manifests, too."""
+    try:
+        with open(os.path.join(folder, MANIFEST), 'rb') as file:
+            return FORMAT.encode() in file.read(4096) or bool(list_tars(folder))
+    except OSError:
+        return False
 
 
 def list_tars(folder: str) -> list[str]:

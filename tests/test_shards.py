@@ -156,6 +156,14 @@ def test_a_shard_that_changes_later_counts_as_bad_images(copied, caplog):
     assert '(2 of 2 tolerated)' in caplog.text
 
 
+def test_a_shard_in_place_of_another_is_noticed(tmp_path):
+    write_shards(tmp_path, [(f'{name}.jpg', name.encode(), 0) for name in 'abcd'], ['ant', 'bee'], samples_per_shard=2)
+    dataset = open_shards(str(tmp_path), Cache(tmp_path / 'cache'))
+    os.replace(tmp_path / 'shard-000001.tar', tmp_path / 'shard-000000.tar')
+    with pytest.raises(ImageError, match="shard-000000.tar::a.jpg: there is 'c.jpg' of 1 bytes in its place"):
+        dataset.stored(0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Paths
 
@@ -200,6 +208,20 @@ def test_mistakes_in_paths_are_explained(images, root, message, monkeypatch, cac
     monkeypatch.setattr(data.remote, 'OPENING_SECONDS', 1)
     with pytest.raises(UserError, match=message):
         open_eval('', root.format(images=images), cache=cache)
+
+
+def test_splits_may_be_patterns(shards, store, cache):
+    splits = {'train_split': 'train/shard-{000000..000005}.tar', 'val_split': 'val/shard-{000000..000003}.tar'}
+    for root in (f'wds:{shards}', f'wds:{store.url}'):
+        assert [len(split) for split in open_train_val('', root, cache=cache, **splits)] == [60, 33]
+        assert len(open_eval('', root, split=splits['val_split'], cache=cache)) == 33
+
+
+def test_a_manifest_of_another_kind_is_none(images, tmp_path):
+    (tmp_path / 'ant').symlink_to(images / 'val/ant')
+    (tmp_path / 'bee').symlink_to(images / 'val/bee')
+    (tmp_path / 'manifest.json').write_text('{"name": "a web page"}')
+    assert len(open_eval('', tmp_path)) == 22
 
 
 def test_a_split_is_no_data_set_to_train_on(shards):
@@ -339,8 +361,10 @@ def test_a_server_that_stays_away_ends_it_in_one_line(store, cache):
     dataset._files.remote[0].patience = 1
     store.leave()
     try:
+        began = time.monotonic()
         with pytest.raises(UserError, match='/train/shard-.*no answer for .* s .*start again'):
             batches(dataset, remote_sampler(dataset, 0), workers=1)
+        assert time.monotonic() - began < 5, 'who fetches ahead and who waits for that are patient at the same time'
     finally:
         store.come_back()
 
