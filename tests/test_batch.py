@@ -8,7 +8,7 @@ import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
-from data.batch import BatchPreparer, TrainBatchPreparer
+from data.batch import BatchPreparer, PairwiseMixup, TrainBatchPreparer
 from utils.errors import UserError
 
 SEED = 3
@@ -155,3 +155,29 @@ def test_mistakes_are_explained_when_the_preparer_is_made(options, named):
 
 def test_an_odd_batch_is_fine_without_mixing():
     TrainBatchPreparer('cpu', batch_size=7, num_classes=5, erase_prob=0.2)
+
+
+@pytest.mark.parametrize('options', [
+    dict(mixup_alpha=0.8, cutmix_alpha=1.0), dict(mixup_alpha=0.8, prob=0.5), dict(cutmix_alpha=1.0, mixup_alpha=0.0),
+    dict(cutmix_minmax=(0.2, 0.8)), dict(mixup_alpha=0.8, cutmix_alpha=1.0, mode='elem'),
+], ids=str)
+def test_pairs_are_mixed_as_by_timm(batch, options):
+    images = batch[0].float()
+    for seed in range(12):
+        results = []
+        for kind in (Mixup, PairwiseMixup):
+            np.random.seed(seed)
+            results.append((*kind(num_classes=5, **options)(images.clone(), batch[1]), np.random.rand()))
+        (expected, expected_targets, draw), (found, targets, found_draw) = results
+        assert torch.equal(found, expected) and torch.equal(targets, expected_targets) and found_draw == draw
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_batches_from_pinned_memory_arrive_whole():
+    """Copies have a stream of their own: the one that computes must wait for them, and free memory must wait for it."""
+    prepare, alone = BatchPreparer('cuda'), BatchPreparer('cpu')
+    batches = [torch.full((64, 3, 64, 64), level, dtype=torch.uint8) for level in range(40)]
+    found = [prepare(batch.pin_memory(), torch.zeros(64, dtype=torch.int64).pin_memory())[0] for batch in batches]
+    for images, batch in zip(found, batches, strict=True):
+        torch.testing.assert_close(images.cpu(), alone(batch, torch.zeros(64))[0])

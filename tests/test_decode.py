@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data import decode
-from data.decode import ImageError, load_rgb
+from data.decode import ImageError, decode_array, decode_rgb, load_rgb
 from utils.errors import UserError
 
 SEED = 20211010
@@ -25,11 +25,13 @@ def pixels():
 
 
 def decoded(path):
-    """The file's pixels, uint8 [H, W, 3]; warnings are errors here."""
+    """The file's pixels, uint8 [H, W, 3], the same as an image and as an array; warnings are errors here."""
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         image = load_rgb(path)
+        array = decode_array(path.read_bytes(), str(path))
     assert image.mode == 'RGB'
+    np.testing.assert_array_equal(array.permute(1, 2, 0).numpy(), np.asarray(image))
     return np.asarray(image)
 
 
@@ -173,8 +175,69 @@ def test_a_bad_file_is_one_line_with_its_path(tmp_path, content, reason):
         warnings.simplefilter('error')
         with pytest.raises(ImageError, match=reason) as caught:
             load_rgb(path)
-    assert isinstance(caught.value, UserError)
+        with pytest.raises(ImageError) as of_array:
+            decode_array(content, str(path))
+    assert isinstance(caught.value, UserError) and str(of_array.value) == str(caught.value)
     assert str(path) in str(caught.value) and '\n' not in str(caught.value)
+
+
+def jpeg_kinds(pixels):
+    """JPEG files of every kind that Pillow writes."""
+    colour, grey = Image.fromarray(pixels), Image.fromarray(pixels).convert('L')
+    for image, options in [
+        *((image, {'subsampling': subsampling, **more}) for image in (colour, grey) for subsampling in (0, 1, 2)
+          for more in ({}, {'progressive': True}, {'restart_marker_blocks': 2}, {'optimize': True})),
+        (colour, {'subsampling': 0, 'keep_rgb': True}),
+    ]:
+        file = io.BytesIO()
+        image.save(file, format='JPEG', quality=85, **options)
+        yield file.getvalue()
+
+
+def pixels_or_error(decode_function, content):
+    """(uint8 [H, W, 3] or None, the message of an ImageError or None)."""
+    try:
+        levels = decode_function(content, 'image.jpg')
+    except ImageError as error:
+        return None, str(error)
+    return levels.permute(1, 2, 0).numpy() if decode_function is decode_array else np.asarray(levels), None
+
+
+def assert_as_pil(content):
+    array, error = pixels_or_error(decode_array, content)
+    expected, expected_error = pixels_or_error(decode_rgb, content)
+    assert error == expected_error
+    if error is None:
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_arrays_of_every_kind_of_jpeg_are_those_of_pil(pixels, monkeypatch):
+    kinds = list(jpeg_kinds(pixels[:23, :29]))
+    for content in kinds:
+        assert_as_pil(content)
+    # And these did not go the long way.
+    monkeypatch.setattr(decode, 'decode_rgb', None)
+    for content in kinds:
+        decode_array(content, 'image.jpg')
+
+
+@pytest.mark.parametrize('damage', ['cut', 'cut, with an end mark', 'bit in the header', 'bit in the data', 'zeros'])
+def test_damage_is_seen_in_arrays_as_by_pil(pixels, damage):
+    generator = np.random.default_rng(SEED)
+    kinds = list(jpeg_kinds(pixels))
+    for number in range(90):
+        content = bytearray(kinds[number % len(kinds)])
+        data = content.find(b'\xff\xda') + 12
+        if damage.startswith('cut'):
+            del content[generator.integers(1 if damage == 'cut' else data, len(content)):]
+            content += b'' if damage == 'cut' else b'\xff\xd9'
+        elif damage.startswith('bit'):
+            part = (2, data) if damage == 'bit in the header' else (data, len(content))
+            content[generator.integers(*part)] ^= 1 << generator.integers(8)
+        else:
+            first = generator.integers(data, len(content) - 12)
+            content[first:first + 10] = bytes(10)
+        assert_as_pil(bytes(content))
 
 
 @pytest.mark.parametrize('make', [lambda path: None, lambda path: path.mkdir()], ids=['missing', 'a folder'])
@@ -193,3 +256,13 @@ def test_the_pixel_cap_is_exact(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, 'MAX_PIXELS', 99)
     with pytest.raises(ImageError, match='more than 99 pixels'):
         load_rgb(path)
+
+
+@pytest.mark.parametrize('name, value, reason', [('MAX_PIXELS', 24 * 32 - 1, 'more than 767 pixels'),
+                                                 ('MAX_RATIO', 1, '1 × 1')])
+def test_the_caps_hold_for_arrays(pixels, monkeypatch, name, value, reason):
+    content = next(jpeg_kinds(pixels))
+    decode_array(content, 'image.jpg')
+    monkeypatch.setattr(decode, name, value)
+    with pytest.raises(ImageError, match=reason):
+        decode_array(content, 'image.jpg')

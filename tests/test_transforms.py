@@ -1,5 +1,6 @@
-"""data/transforms.py: the pixels are timm's, uint8, and mistakes are explained."""
+"""data/transforms.py: the pixels are timm's, uint8, or in the fast forms near them, and mistakes are explained."""
 
+import logging
 import random
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
+from data.decode import as_array
 from data.seeding import seed_generators
-from data.transforms import create_eval_transform, create_train_transform
+from data.transforms import FastEvalTransform, FastTrainTransform, create_eval_transform, create_train_transform
 from utils.errors import UserError
 
 SEED = 7
@@ -42,6 +44,64 @@ def test_training_pixels_are_those_of_timm(image, size, options):
         assert result.shape == (3, *(size if isinstance(size, tuple) else (size, size)))
         assert torch.equal(result, drawn(timms, image, seed))
     assert torch.equal(results[0], results[1]) == ('no_aug' in options)
+
+
+def image_of(size, seed):
+    noise = np.random.default_rng((SEED, seed)).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize('options', [
+    {}, {'interpolation': 'bicubic', 'vflip': 0.5}, {'scale': (0.9, 1.0), 'ratio': (0.2, 0.3)},
+], ids=str)
+def test_the_fast_form_crops_flips_and_resizes_as_timm(options):
+    """A pixel of the crop more or less, the other filter or no flip would be more than the levels allowed."""
+    options = dict(auto_augment=None, color_jitter=0) | options
+    fast, timms = (create_train_transform((36, 48), fast=fast, **options) for fast in (True, False))
+    assert isinstance(fast, FastTrainTransform) and fast.takes_arrays
+    for seed in range(60):
+        image = image_of([(120, 90), (31, 77), (300, 8), (48, 36)][seed % 4], seed)
+        expected = drawn(timms, image, seed), random.random(), torch.rand(1)
+        found = drawn(fast, as_array(image), seed), random.random(), torch.rand(1)
+        assert found[1:] == expected[1:] and found[0].dtype == torch.uint8
+        distance = (found[0].int() - expected[0].int()).abs()
+        assert distance.max() <= 5 and distance.float().mean() < 0.5
+
+
+def test_the_fast_form_of_the_whole_recipe_is_near_that_of_timm():
+    fast, timms = (create_train_transform(64, fast=fast) for fast in (True, False))
+    distances = []
+    for seed in range(120):
+        image = image_of((120, 90), seed % 10)
+        difference = drawn(fast, as_array(image), seed).int() - drawn(timms, image, seed).int()
+        distances.append(difference.abs().float().mean())
+    assert np.mean(distances) < 0.2
+
+
+@pytest.mark.parametrize('options', [
+    {'crop_mode': 'pad'}, {'aug_splits': 2, 'auto_augment': 'augmix-m3'}, {'interpolation': 'lanczos'},
+], ids=str)
+def test_what_has_no_fast_form_is_timms_and_said(caplog, options):
+    with caplog.at_level(logging.INFO):
+        transform = create_train_transform(32, **options)
+    assert not getattr(transform, 'takes_arrays', False)
+    name, = caplog.messages
+    assert next(iter(options)) in name and 'no fast form' in name
+
+
+@pytest.mark.parametrize('size', [40, (40, 24)])
+@pytest.mark.parametrize('options', [{}, {'crop_pct': 1.0, 'interpolation': 'bilinear'}, {'crop_mode': 'squash'}],
+                         ids=str)
+def test_fast_evaluation_is_near_that_of_timm(caplog, size, options):
+    fast, timms = (create_eval_transform(size, fast=fast, **options) for fast in (True, False))
+    has_form = size == 40 or options.get('crop_mode') == 'squash'
+    assert isinstance(fast, FastEvalTransform) == has_form
+    for seed, shape in enumerate([(120, 90), (31, 77), (300, 20), (44, 44), (12, 200)] * has_form):
+        image = image_of(shape, seed)
+        found, expected = fast(as_array(image)), timms(image)
+        assert found.dtype == torch.uint8 and found.shape == expected.shape
+        distance = (found.int() - expected.int()).abs()
+        assert distance.max() <= 5 and distance.float().mean() < 0.5
 
 
 @pytest.mark.parametrize('size, shape', [(40, (40, 40)), ((40, 24), (40, 24))])
