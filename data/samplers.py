@@ -118,9 +118,9 @@ class TrainSampler:
         ends = np.cumsum(counts)
         row = np.repeat(self._starts[shards] - (ends - counts), counts) + np.arange(self.num_samples)
         window = max(1, math.ceil(WINDOW_SHARDS * self.num_samples / len(shards)))
-        windows = np.arange(length) % (length // lanes) // window  # of each lane its own
         lane = np.repeat(np.arange(lanes), length // lanes)
-        order = np.lexsort((torch.rand(length, generator=generator, dtype=torch.float64).numpy(), windows, lane))
+        chance = torch.rand(length, generator=generator, dtype=torch.float64).numpy()
+        order = np.lexsort((chance, np.arange(length) // window, lane))
         return row[:length][order].reshape(lanes, -1, size // lanes).swapaxes(0, 1).ravel()
 
 
