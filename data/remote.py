@@ -288,21 +288,21 @@ class Cache:
             Stopped: `stop` has been set.
         """
         began = time.monotonic()
-        with self._locked(f'{file.key}.lock', stop):
-            if self.claim(file):
-                return True
-            with self._locked('room.lock', stop):
-                if not self._make_room(file.bytes, even_fresh=not ahead):
-                    return False
-            try:
-                for attempt in (1, 2):
-                    if self._download(file, Patience(file.url, self.patience, stop, began), stop):
-                        return True
-                    _warn(f'{file.url}: what has arrived does not fit its checksum'
-                          + ('; fetching it again' if attempt == 1 else ''))
-            except OSError as error:  # not the server's: those have been dealt with
-                raise UserError(f'--shard-cache: {self.folder} cannot be written ({error.strerror or error}); make '
-                                'room, give a smaller --shard-cache-size or another folder') from None
+        try:
+            with self._locked(f'{file.key}.lock', stop):
+                if self.claim(file):
+                    return True
+                with self._locked('room.lock', stop):
+                    if not self._make_room(file.bytes, even_fresh=not ahead):
+                        return False
+                if self._download(file, Patience(file.url, self.patience, stop, began), stop):
+                    return True
+                _warn(f'{file.url}: what has arrived does not fit its checksum; fetching it again')
+                if self._download(file, Patience(file.url, self.patience, stop), stop):
+                    return True
+        except OSError as error:  # not the server's: those have been dealt with
+            raise UserError(f'--shard-cache: {self.folder} cannot be written ({error.strerror or error}); make room, '
+                            'give a smaller --shard-cache-size or another folder') from None
         raise UserError(f'{file.url}: its content is not what its manifest says (SHA-256), twice in a row; '
                         f'{COPY_AGAIN} to the server, or pack it anew')
 
@@ -342,10 +342,20 @@ class Cache:
 
     def _piece(self, file: RemoteFile, start: int, end: int) -> bytes:
         """Bytes start to end of a file. A server that knows no parts sends all: then the part is cut out of that."""
-        content = _filesystem(file.url).cat_file(file.url, start=start, end=end)
+        system = _filesystem(file.url)
+        try:
+            content = system.cat_file(file.url, start=start, end=end)
+        except Exception as error:
+            if 416 not in map(_status, _causes(error)):
+                raise
+            content = b''  # the part begins behind the end of the file
         if len(content) == file.bytes and (start, end) != (0, file.bytes):
             content = content[start:end]
         if len(content) != end - start:
+            size = system.info(file.url).get('size')
+            if size not in (None, file.bytes):
+                raise UserError(f'{file.url} ends early: {size:,} bytes, {file.bytes:,} in its manifest; {COPY_AGAIN} '
+                                'to the server')
             raise OSError(f'{len(content)} bytes instead of {end - start}')
         return content
 

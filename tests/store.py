@@ -70,6 +70,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         size = file.stat().st_size
         asked = re.fullmatch(r'bytes=(\d+)-(\d+)', self.headers.get('Range', ''))
         is_part = asked and store.ranges
+        if is_part and int(asked[1]) >= size:
+            return self._fail(416)
         start, end = (int(asked[1]), min(int(asked[2]) + 1, size)) if is_part else (0, size)
         with open(file, 'rb') as opened:
             opened.seek(start)

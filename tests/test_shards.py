@@ -68,7 +68,8 @@ def store(shards):
 
 
 @pytest.fixture
-def cache(tmp_path) -> Cache:
+def cache(tmp_path, monkeypatch) -> Cache:
+    monkeypatch.setattr(data.remote, '_last_warning', [-np.inf])
     return Cache(tmp_path / 'cache', patience=20)
 
 
@@ -485,6 +486,28 @@ def test_answers_of_a_server_are_explained(store, cache, status, message, monkey
     store.status = status
     with pytest.raises(UserError, match=message):
         open_eval('', f'wds:{store.url}', cache=cache)
+
+
+@pytest.mark.parametrize('length', [100_000, 60_000, 0])
+def test_a_shard_that_ends_early_on_the_server_is_named_at_once(shards, tmp_path, cache, length, monkeypatch):
+    monkeypatch.setattr(data.remote, 'MAX_PIECE', 1 << 16)
+    for file in (shards / 'train').iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    whole = (tmp_path / 'shard-000000.tar').stat().st_size
+    length = min(length, whole - 1)
+    os.truncate(tmp_path / 'shard-000000.tar', length)
+    with Store(tmp_path) as store:
+        dataset = open_shards(store.url, cache)
+        with pytest.raises(UserError, match=f'shard-000000.tar ends early: {length:,} bytes, {whole:,} in'):
+            dataset.stored(0)
+
+
+def test_a_full_disk_is_no_bad_image(store, cache):
+    dataset = open_train_val('', f'wds:{store.url}', cache=cache)[0]
+    cache.folder.rename(cache.folder.with_name('gone'))
+    with pytest.raises(UserError, match='--shard-cache: .* cannot be written') as error:
+        dataset.stored(0)
+    assert not isinstance(error.value, ImageError)
 
 
 def test_a_missing_shard_and_a_missing_library_are_named(store, cache, monkeypatch):
