@@ -115,7 +115,8 @@ def _open_sources(args) -> dict:
     if args.devkit:
         raise UserError(f'--devkit {args.devkit}: it belongs to the archives {" and ".join(ARCHIVES.values())}, and '
                         f'{given} holds neither')
-    sources = {split: folder_source(os.path.join(given, split)) for split in _splits(given, args.split)}
+    sources = {split: folder_source(os.path.join(given, split) if split else given)
+               for split in _splits(given, args.split)}
     if 'train' in sources:
         for split, source in sources.items():
             match_classes(source.dataset, sources['train'].dataset.classes, where=f'{given}/{split}',

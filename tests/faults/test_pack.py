@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from data import packing
+from tests.conftest import end_group
 from tests.test_pack import content, loggers_of_the_tests, pack  # noqa: F401, a fixture
 from tools.pack import main
 from utils.errors import UserError
@@ -107,8 +108,11 @@ def kill_until_done(folder: Path, whole: dict, out: Path, kills: int, seed: int)
         time.sleep(rng.uniform(0, seconds / rng.choice((1, 2, 5))))
         # The whole group at once, or its leader alone: then the others have to find out by themselves.
         (os.killpg if rng.random() < 0.5 else os.kill)(pid, signal.SIGKILL)
-        ended(pid)
-        assert group_is_gone(pid)
+        try:
+            ended(pid)
+            assert group_is_gone(pid)
+        finally:
+            end_group(pid)
         count += 1
         if (out / 'manifest.json').exists():
             left = {name: data for name, data in content(out).items() if not name.startswith('.packing')}
@@ -157,4 +161,17 @@ def test_a_full_disk(folder, whole, tmp_path):
     for path in out.glob('*.tar'):
         assert path.read_bytes() == whole[path.name]
     assert ended(start(folder, out, file_limit=largest)) == 0
+    assert content(out) == whole
+
+
+def test_ctrl_c(folder, whole, tmp_path):
+    out = tmp_path / 'out'
+    pid = start(folder, out)
+    while not list(out.glob('shard-*.tar')):
+        time.sleep(0.01)
+    os.killpg(pid, signal.SIGINT)
+    assert ended(pid) == 130
+    assert Path(f'{out}.said').read_text().endswith('interrupted; the same command goes on\n')
+    assert group_is_gone(pid) and not list(out.glob('.*.tmp')) and not (out / 'manifest.json').exists()
+    assert ended(start(folder, out)) == 0
     assert content(out) == whole
