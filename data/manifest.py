@@ -480,6 +480,8 @@ def _read_shard(entry: dict) -> Shard:
                     (('name', str), ('bytes', int), ('samples', int), ('sha256', str))))
     if min(shard.bytes, shard.samples) < 0:
         raise ValueError(f'{shard.name} has {shard.bytes} bytes and {shard.samples} samples')
+    if not re.fullmatch(r'([0-9a-f]{64})?', shard.sha256):  # which becomes the name of a file
+        raise ValueError(f'{shard.name} has the SHA-256 {shard.sha256[:80]!r}')
     return shard
 
 

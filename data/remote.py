@@ -14,6 +14,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import threading
@@ -262,6 +263,10 @@ class Cache:
     def path(self, file: RemoteFile) -> Path:
         return self.folder / f'{file.key}.tar'
 
+    def part(self, file: RemoteFile) -> Path:
+        """What has arrived of a file so far; its name says how much it will be."""
+        return self.folder / f'{file.key}.{file.bytes}.part'
+
     def open(self, file: RemoteFile) -> BinaryIO:
         """The file, open for reading; fetched first if it is not there. Raises UserError as `fetch`."""
         while True:
@@ -293,8 +298,9 @@ class Cache:
                 if self.claim(file):
                     return True
                 with self._locked('room.lock', stop):
-                    if not self._make_room(file.bytes, even_fresh=not ahead):
+                    if not self._make_room(file, even_fresh=not ahead):
                         return False
+                    self.part(file).touch()  # from here on others count it
                 if self._download(file, Patience(file.url, self.patience, stop, began), stop):
                     return True
                 _warn(f'{file.url}: what has arrived does not fit its checksum; fetching it again')
@@ -308,7 +314,7 @@ class Cache:
 
     def _download(self, file: RemoteFile, patience: Patience, stop: threading.Event | None) -> bool:
         """Fetches a file in pieces, from where the last attempt came to. Returns whether its content is right."""
-        part = self.folder / f'{file.key}.part'
+        part = self.part(file)
         piece, most = 1 << 20, MAX_PIECE
         with open(part, 'ab') as target:
             if target.tell() > file.bytes:
@@ -376,26 +382,29 @@ class Cache:
             finally:
                 _locks.discard(lock)
 
-    def _make_room(self, needed: int, *, even_fresh: bool) -> bool:
-        """Removes the files used longest ago until `needed` bytes fit, or none is left that may go. Whether they fit.
+    def _make_room(self, file: RemoteFile, *, even_fresh: bool) -> bool:
+        """Removes the files used longest ago until `file` fits, or none is left that may go. Returns whether it fits.
 
-        even_fresh: those used a moment ago may go, too, and if that does not help they fit nevertheless.
+        even_fresh: those used a moment ago may go, too, and if that does not help it fits nevertheless.
         """
         entries = []
         for entry in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):
-                if entry.name.endswith(('.tar', '.part')):
-                    entries.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
-        total = sum(size for _, size, _ in entries)
+                # Somebody may have named a folder that holds more than this.
+                ours = re.fullmatch(r'[0-9a-f]{64}\.(tar|(\d+)\.part)', entry.name)
+                if ours and entry.name != self.part(file).name:
+                    status = entry.stat()
+                    entries.append((status.st_mtime, int(ours[2] or status.st_size), entry.path))
+        total = file.bytes + sum(size for _, size, _ in entries)
         for used, size, path in sorted(entries):
             age = time.time() - used
-            if total + needed <= self.max_bytes:
+            if total <= self.max_bytes:
                 break
             if path.endswith('.tar') and (even_fresh or age > STALE_SECONDS) or age > ABANDONED_SECONDS:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
                 total -= size
-        return even_fresh or total + needed <= self.max_bytes
+        return even_fresh or total <= self.max_bytes
 
 
 _locks = set()

@@ -156,6 +156,7 @@ FAULTS = {
     'a shard elsewhere': (first_shard(name='../x.tar'), 'no name of a shard'),
     'a shard by address': (first_shard(name='http://x/y.tar'), 'no name of a shard'),
     'a negative length': (first_shard(bytes=-1), '-1 bytes'),
+    'a checksum that is a path': (first_shard(sha256='../../x'), 'SHA-256'),
     'a length of another type': (first_shard(bytes='1'), 'no int'),
     'a short shard': (first_shard(bytes=1024), 'disagrees with its index'),
     'a class too few': (edited(classes=['ant', 'bee']), 'disagrees with its index'),
