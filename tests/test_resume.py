@@ -5,6 +5,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from engine.run import _report_differences
 from tests.conftest import assert_same, launch, succeeded
 from utils.files import read_checkpoint
 
@@ -103,3 +104,12 @@ def test_resume_auto_continues_in_place_with_one_history(uninterrupted):
     starts = json.loads((whole / 'environment.json').read_text())
     assert [start['global_step'] for start in starts] == [0, content['global_step']]
     assert (whole / 'summary.csv').read_text().count('\n') == 3 and (whole / 'curves.png').stat().st_size > 10_000
+
+
+def test_a_run_that_began_before_images_were_augmented_as_tensors_says_that_they_are_now(caplog):
+    now = {'lr': 0.1, 'global_batch_size': None, 'compile': '', 'fast_transform': True, 'fast_eval': False}
+    _report_differences({'lr': 0.1}, now)
+    assert caplog.messages[0].endswith(': fast_transform False → True')
+    caplog.clear()
+    _report_differences({'lr': 0.1}, now | {'fast_transform': False})
+    assert not caplog.messages
