@@ -456,8 +456,10 @@ class Manifest:
 
     def _check_index(self, path: str) -> None:
         """Every image lies within its shard, behind a header, and has a class."""
-        sizes = np.repeat([shard.bytes for shard in self.shards], [shard.samples for shard in self.shards])
         index = self.index
+        if ((index.names < 32) | (index.names == 127)).any():  # they would reach the console
+            raise UserError(f'{path} has an index with names that hold control characters; {MEND}')
+        sizes = np.repeat([shard.bytes for shard in self.shards], [shard.samples for shard in self.shards])
         wrong = ((index.offset < BLOCK) | (index.offset % BLOCK != 0) | (index.size < 0) | (index.size > MAX_BYTES)
                  | (index.offset > sizes - index.size) | (index.target < 0) | (index.target >= len(self.classes)))
         if wrong.any():

@@ -169,6 +169,8 @@ FAULTS = {
     'an offset before the first header': (other_index(offset=np.zeros(7, np.int64)), 'disagrees with its index'),
     'a negative size': (other_index(size=np.full(7, -1)), 'disagrees with its index'),
     'names that go back': (other_index(name_ends=np.arange(7)[::-1]), 'not 7 samples'),
+    'names that would move the cursor': (
+        other_index(names=np.full(sum(len(name.encode()) for name in NAMES), 27, np.uint8)), 'control characters'),
     'an index of zeros without end': (zip_bomb, 'more than 7 samples need'),
     'a pickled index': (pickled_index, 'damaged'),
 }
