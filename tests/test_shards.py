@@ -3,11 +3,13 @@ import fcntl
 import io
 import os
 import pickle
+import socket
 import sys
 import tarfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -511,6 +513,22 @@ def test_a_full_disk_is_no_bad_image(store, cache):
     with pytest.raises(UserError, match='--shard-cache: .* cannot be written') as error:
         dataset.stored(0)
     assert not isinstance(error.value, ImageError)
+
+
+@pytest.mark.parametrize('cause, message', [
+    (socket.gaierror(socket.EAI_NONAME, 'Name or service not known'), 'there is no such server'),
+    (socket.gaierror(socket.EAI_AGAIN, 'Temporary failure in name resolution'), 'no answer for'),
+    (type('NoCredentialsError', (Exception,), {})('Unable to locate credentials'), 'no credentials were found'),
+    (ConnectionResetError('reset by peer'), 'no answer for'),
+])
+def test_what_will_not_pass_is_told_from_what_may(cache, monkeypatch, cause, message):
+    def fail(url):
+        raise FileNotFoundError(url) from cause  # as fsspec has it of any failure
+
+    monkeypatch.setattr(data.remote, 'OPENING_SECONDS', 0.1)
+    monkeypatch.setattr(data.remote, '_filesystem', lambda url: SimpleNamespace(cat_file=fail))
+    with pytest.raises(UserError, match=f'https://host/x/val/manifest.json: {message}'):
+        open_eval('', 'wds:https://host/x', cache=cache)
 
 
 def test_a_missing_shard_and_a_missing_library_are_named(store, cache, monkeypatch):
