@@ -125,6 +125,7 @@ class Agent(LocalElasticAgent):
         self._failures: dict[int, ProcessFailure] = {}
         self._killed = set()
         self._deadline = None
+        self._is_first_to_tell = False
         self._watching = True
         # torch has every launcher count its own restarts; processes that meet must be of the same one.
         left, self._remaining_restarts = self._remaining_restarts, worker_group.spec.max_restarts - self._nodes.round
@@ -181,6 +182,9 @@ class Agent(LocalElasticAgent):
     def _tell_of_failures(self) -> None:
         self._nodes.look()
         if not self._codes() & INTERRUPTED:
+            self._is_first_to_tell = not self._nodes.has_told('failed')
+            if EXIT_HANG in self._codes():
+                self._nodes.tell('hang')
             self._nodes.tell('failed')
         elif not self._nodes.has_told('join'):  # a process has got a signal, and they all save
             self._nodes.tell('stop')
@@ -223,7 +227,7 @@ class Agent(LocalElasticAgent):
 
     def _show_stacks(self, worker_group) -> None:
         """Has the processes print their stacks that did not come to the others; NCCL aborts those that have waited."""
-        if not self._codes() & {EXIT_HANG, -signal.SIGABRT}:
+        if not self._codes() & {EXIT_HANG, -signal.SIGABRT} and not self._nodes.has_told('hang'):
             return
         for local_rank in self._poll():
             process = self._handlers()[local_rank].proc
@@ -294,10 +298,10 @@ class Agent(LocalElasticAgent):
             return self._end(result, line)
         if is_to_join:
             line = 'a machine joins: the state is saved' if code == EXIT_INTERRUPTED else 'a machine joins'
+        elif nodes.has_told('failed') and not self._is_first_to_tell:
+            line = 'a process on another machine has failed'
         elif nodes.lost:
             line = f'a machine has been silent for {nodes.timeout:g} s (NODE_TIMEOUT)'
-        elif nodes.has_told('failed'):
-            line = 'a process on another machine has failed'
         _say(f'{line}; meeting the others again')
         self._remaining_restarts = max(self._remaining_restarts, 1)  # what is counted, the meeting says
         return result

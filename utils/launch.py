@@ -67,7 +67,7 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
     os.environ['T2T_LAUNCHER'] = str(os.getpid())
     os.environ.pop('RANK', None)  # of this machine, where a scheduler has set it, and of no process
     # The agent reports a failed worker with a page of logs; what the worker said is enough.
-    logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
+    logging.disable()
     # No signals: torch's handlers would raise wherever the agent is, and lose sight of processes it has just started.
     words = [*words, f'--nproc-per-node={num_proc}', f'--max-restarts={restarts}', '--signals-to-handle=']
     agent = functools.partial(Agent, grace=grace, nodes=nodes)

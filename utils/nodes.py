@@ -23,6 +23,7 @@ from utils.errors import UserError
 LOOK_SECONDS = 0.5  # between two looks at what the others have told
 # How long nodes that may be fewer wait for more, from when the fewest have come.
 LAST_CALL_SECONDS = 5
+TOLD = ('stop', 'join', 'failed', 'hang')
 HEARTBEATS = 5  # within NODE_TIMEOUT
 HEARING_SECONDS = 5.0  # for the others to hear how the job has ended, before this launcher and its store are gone
 SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of an interface
@@ -223,7 +224,8 @@ class Nodes:
     # --- What they tell one another -----------------------------------------------------------------------------------
 
     def tell(self, what: str) -> None:
-        """Tells the others of this round: 'stop' or 'join', all processes are to save and end; 'failed', one has."""
+        """Tells the others of this round: 'stop' or 'join', all processes are to save and end; 'failed', one has;
+        'hang', it has waited for another."""
         with contextlib.suppress(OutOfReach, RuntimeError):
             self.wait_for(self._store.set, f'{self.round}/{what}', '1')
 
@@ -294,10 +296,11 @@ class Nodes:
             if not self.ended and self._store.check(['end']):
                 self._hear(self._store.get('end').decode())
             if self.members:
-                told = [what for what in ('stop', 'join', 'failed') if self._store.check([f'{self.round}/{what}'])]
+                told = [what for what in TOLD if self._store.check([f'{self.round}/{what}'])]
                 self.waiting = self._count_waiting()
                 state = self._handler._state_holder.state
-                self.lost = not self.members <= {*map(str, state.participants), str(self._handler._this_node)}
+                present = {*state.participants, *state.wait_list, self._handler._this_node}
+                self.lost = not self.members <= set(map(str, present))
                 self._told = frozenset(told)
 
     def _hear(self, told: str) -> None:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.faults
 PORT = 29500
 # Nothing random but the samples, which belong to the step and not to the rank.
 PLAIN = ('--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2', 'tokens_type=transformer', '-j', '0', '--opt',
-         'momentum', '--drop-path', '0', '--mixup', '0', '--cutmix', '0', '--reprob', '0', '--no-model-ema', '-b', '32',
+         'momentum', '--drop-path', '0', '--mixup', '0', '--cutmix', '0', '--reprob', '0', '--no-model-ema', '-b', '16',
          '--global-batch-size', '32', '--experiment', 'run')
 # To be told of a loss within the seconds of a test.
 QUICK = {'NODE_TIMEOUT': '5', 'GRACE': '20', 'RDZV_TIMEOUT': '60'}
@@ -39,7 +39,6 @@ class Network:
 
     def __init__(self):
         self.name = f't2t{uuid.uuid4().hex[:6]}'
-        self.host = '10.77.0.1'
 
     def __enter__(self):
         try:
@@ -47,8 +46,8 @@ class Network:
                 ip('netns', 'add', self.name + side)
             ip('link', 'add', f'v{self.name}a', 'netns', f'{self.name}a', 'type', 'veth',
                'peer', 'name', f'v{self.name}b', 'netns', f'{self.name}b')
-            for side, number in (('a', 1), ('b', 2)):
-                ip('-n', self.name + side, 'addr', 'add', f'10.77.0.{number}/30', 'dev', f'v{self.name}{side}')
+            for side in 'ab':
+                ip('-n', self.name + side, 'addr', 'add', f'{self.address(side)}/30', 'dev', f'v{self.name}{side}')
                 ip('-n', self.name + side, 'link', 'set', 'lo', 'up')
                 self.plug(side, 'up')
         except BaseException:
@@ -61,13 +60,17 @@ class Network:
             with contextlib.suppress(subprocess.CalledProcessError):
                 ip('netns', 'del', self.name + side)
 
+    @staticmethod
+    def address(side: str) -> str:
+        return {'a': '10.77.0.1', 'b': '10.77.0.2'}[side]
+
     def plug(self, side: str, state: str) -> None:
         ip('-n', self.name + side, 'link', 'set', f'v{self.name}{side}', state)
 
     def node(self, side: str, cwd, *options, **environment) -> Job:
-        """A launcher with one process, on the machine a (which has the address where they meet) or b."""
+        """A launcher with one process, on the machine a, which has the address where they meet, or b."""
         return Job(cwd, *options, inside=('ip', 'netns', 'exec', self.name + side), number=1,
-                   **{'NNODES': '2', 'RDZV_ENDPOINT': f'{self.host}:{PORT}', **QUICK, **environment})
+                   **{'NNODES': '2', 'RDZV_ENDPOINT': f'{self.address("a")}:{PORT}', **QUICK, **environment})
 
 
 @pytest.fixture
@@ -90,9 +93,9 @@ def losses(run) -> torch.Tensor:
 
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
-    """One process that nothing happens to."""
+    """One process that nothing happens to, and that takes the images of a step at once."""
     folder = tmp_path_factory.mktemp('alone')
-    with Job(folder, *PLAIN, '--epochs', '3', number=1) as job:
+    with Job(folder, *PLAIN, '-b', '32', '--epochs', '3', number=1) as job:
         code, said = job.ended()
     assert code == 0, said
     return folder / 'runs/train/run'
@@ -125,38 +128,39 @@ def is_asked_to_stop(pid: int) -> bool:
     return bool(int(pending[1], 16) & 1 << (signal.SIGTERM - 1))
 
 
-@pytest.mark.parametrize('how', ['killed', 'unplugged'])
-def test_a_lost_node_costs_no_step_and_comes_back(network, alone, tmp_path, how):
+@pytest.mark.parametrize(('how', 'side', 'stays'), [('killed', 'a', 'b'), ('unplugged', 'b', 'a')])
+def test_a_lost_node_costs_no_step_and_comes_back(network, alone, tmp_path, how, side, stays):
     """In the midst of an epoch; the other goes on alone with the same steps, and again with it when it is back.
 
-    A machine that is unplugged sends no word of it; its connections would hang for --timeout.
+    A machine that is unplugged sends no word of it; its connections would hang for --timeout. Rank 0 is on machine a,
+    whose address is the lower one.
     """
     options = (*PLAIN, '--epochs', '3', '--checkpoint-steps', '3', '--timeout', '600')
-    env = {'NNODES': '1:2'}
-    # a stops once more, after 17 steps by itself, for b to come back before the end; less are left after that.
-    with (network.node('a', tmp_path, *options, **env, T2T_FAULTS='step@18!=stop') as a,
-          network.node('b', tmp_path, *options, **env, T2T_FAULTS=f'step@{STEP}=stop') as b):
-        b.stopped_process()
+    env = {'NNODES': '1:2', 'RDZV_ENDPOINT': f'{network.address(stays)}:{PORT}'}
+    # The survivor stops once more, after 17 steps alone, for the other to come back; less are left after that.
+    with (network.node(stays, tmp_path, *options, **env, T2T_FAULTS='step@18!=stop') as survivor,
+          network.node(side, tmp_path, *options, **env, T2T_FAULTS=f'step@{STEP}=stop') as victim):
+        victim.stopped_process()
         lost = time.monotonic()
         if how == 'killed':
-            kill(b)
+            kill(victim)
         else:
-            network.plug('b', 'down')
-        stopped = a.stopped_process()
+            network.plug(side, 'down')
+        stopped = survivor.stopped_process()
         seconds = time.monotonic() - lost
-        assert '1 machine(s), 1 process(es) go on' in a.said(), a.said()
+        assert '1 machine(s), 1 process(es) go on' in survivor.said(), survivor.said()
         if how == 'unplugged':
-            code, said = b.ended()
+            code, said = victim.ended()
             assert code == 5 and len(said.splitlines()) == 1 and 'out of reach for 5 s (NODE_TIMEOUT)' in said, said
-            network.plug('b', 'up')
-        with network.node('b', tmp_path, *options, **env) as back:
-            _eventually(lambda: is_asked_to_stop(stopped), message=lambda: a.said() + back.said())
+            network.plug(side, 'up')
+        with network.node(side, tmp_path, *options, **env) as back:
+            _eventually(lambda: is_asked_to_stop(stopped), message=lambda: survivor.said() + back.said())
             os.kill(stopped, signal.SIGCONT)
-            ends = [a.ended(), back.ended()]
+            ends = [survivor.ended(), back.ended()]
     assert [code for code, _ in ends] == [0, 0], ends
-    assert 'a machine joins: the state is saved' in ends[0][1]
-    assert '2 machine(s), 2 process(es) go on' in ends[0][1] and 'restart' not in ends[0][1]
-    assert 'Traceback' not in ends[0][1] + ends[1][1]
+    said = ends[0][1]
+    assert 'a machine joins: the state is saved' in said and '2 machine(s), 2 process(es) go on' in said
+    assert 'restart' not in said and 'Traceback' not in said + ends[1][1]
     run = tmp_path / 'runs/train/run'
     torch.testing.assert_close(losses(run), losses(alone), rtol=1e-4, atol=0)
     assert len(read_checkpoint(run / 'last.pth.tar')['ranks']) == 2
@@ -178,6 +182,31 @@ def test_sigterm_to_one_node_saves_and_ends_both(network, tmp_path):
         assert said.count('interrupted by SIGTERM; the state is saved') == 1 and 'Traceback' not in said, said
     steps = [record['global_step'] for record in records(run) if record['kind'] == 'train']
     assert state_of(run)['global_step'] == steps[-1] == STOP
+
+
+def test_processes_save_everywhere_when_the_launcher_dies_that_holds_the_store(network, tmp_path):
+    options = ('-j', '0', '--experiment', 'run')
+    with (network.node('a', tmp_path, *options) as a,
+          network.node('b', tmp_path, *options, T2T_FAULTS=f'step@{STEP}=stop') as b):
+        stopped = b.stopped_process()
+        os.kill(a.launcher.pid, signal.SIGKILL)
+        a.launcher.wait()
+        time.sleep(1)
+        os.kill(stopped, signal.SIGCONT)
+        ends = [a.ended(), b.ended()]
+    assert [code for code, _ in ends] == [-signal.SIGKILL, 75], ends
+    assert all('interrupted by SIGTERM; the state is saved' in said for _, said in ends), ends
+    assert state_of(tmp_path / 'runs/train/run')['global_step'] == STOP
+
+
+def test_a_process_that_hangs_on_another_node_is_named_there_and_shown_here(network, tmp_path):
+    options = ('-j', '0', '--experiment', 'run', '--epochs', '1', '--timeout', '10')
+    with (network.node('a', tmp_path, *options) as a,
+          network.node('b', tmp_path, *options, T2T_FAULTS=f'step@{STEP}=stop') as b):
+        ends = [a.ended(), b.ended()]
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert 'waited 10 s (--timeout) in vain for rank 1, at step ' in ends[0][1]
+    assert 'did not come; its stack:' in ends[1][1] and 'a process on another machine has failed' in ends[1][1]
 
 
 def test_a_crash_on_one_node_restarts_both(network, tmp_path):
@@ -204,12 +233,12 @@ def test_a_mistake_ends_both_nodes_with_one_line(network, tmp_path):
     assert all('is not the same on every machine' in said for _, said in one)
 
 
-def test_who_comes_too_late_ends_with_the_job(network, tmp_path):
-    """A third machine that no place is left for, and one that finds nobody."""
+def test_nobody_waits_for_ever(network, tmp_path):
+    """One finds nobody at the meeting place, and one nobody else."""
     with network.node('b', tmp_path, RDZV_TIMEOUT='2') as b:
         code, said = b.ended()
     assert code == 2 and len(said.splitlines()) == 1, said
-    assert f'waited 2 s (RDZV_TIMEOUT) in vain for the launcher at {network.host}:{PORT}' in said
+    assert f'waited 2 s (RDZV_TIMEOUT) in vain for the launcher at {network.address("a")}:{PORT}' in said
     with network.node('a', tmp_path, RDZV_TIMEOUT='3') as a:
         code, said = a.ended()
     assert code == 5 and len(said.splitlines()) == 1 and 'not enough machines have come in RDZV_TIMEOUT' in said, said

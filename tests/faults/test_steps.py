@@ -112,7 +112,8 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert 'on 1 process(es) give -b 32 --accum-steps 1' in refused.stderr
     refused = launch(3, *options, '-b', '16', cwd=tmp_path)
     assert '3 processes cannot share 32; start 1, 2, 4, 8, 16, 32 of them' in refused.stderr
-    for name, more in (('one', ('-b', '32')), ('accumulated', ('-b', '16', '--accum-steps', '2'))):
+    for name, more in (('one', ('-b', '32')), ('accumulated', ('-b', '16', '--accum-steps', '2')),
+                       ('shared', ('-b', '16', '--global-batch-size', '32'))):
         succeeded(launch(1, *options, *more, '--experiment', name, cwd=tmp_path))
         torch.testing.assert_close(losses(tmp_path / 'runs/train' / name), losses(tmp_path / 'runs/train/two')[5:],
                                    rtol=1e-4, atol=0)
