@@ -258,12 +258,14 @@ class Agent(LocalElasticAgent):
         nodes.look()
         if was_stopped and code not in DECISIONS:
             raise self._stopped()
-        if self._signal or (code in DECISIONS and not self._is_for_a_node_to_join(code)):
+        is_to_join = nodes.has_told('join') and not nodes.has_told('stop') and (
+            is_consequence or code == EXIT_INTERRUPTED)
+        if self._signal or (code in DECISIONS and not is_to_join):
             return self._end(result, describe(rank, failure))
         if nodes.is_out_of_reach():
             self._leave_out_of_reach()
-        if self._is_for_a_node_to_join(EXIT_INTERRUPTED) or (len(nodes.members) > 1 and is_consequence):
-            return self._follow_the_others(result, code, describe(rank, failure))
+        if is_to_join or (len(nodes.members) > 1 and is_consequence):
+            return self._follow_the_others(result, describe(rank, failure), is_to_join)
         if self._remaining_restarts <= 0:
             return self._end(result, describe(rank, failure))
         limit = worker_group.spec.max_restarts
@@ -275,9 +277,6 @@ class Agent(LocalElasticAgent):
         self._nodes.end(stopped.exit_code, str(stopped))
         return stopped
 
-    def _is_for_a_node_to_join(self, code: int) -> bool:
-        return code == EXIT_INTERRUPTED and self._nodes.has_told('join') and not self._nodes.has_told('stop')
-
     def _end(self, result: RunResult, line: str) -> RunResult:
         """Ends the job on all nodes."""
         self._remaining_restarts = 0
@@ -285,9 +284,9 @@ class Agent(LocalElasticAgent):
         self._nodes.end(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode, line)
         return result
 
-    def _follow_the_others(self, result: RunResult, code: int, line: str) -> RunResult:
+    def _follow_the_others(self, result: RunResult, line: str, is_to_join: bool) -> RunResult:
         """After what other nodes have brought about: the end where they end, else another meeting with them."""
-        nodes, is_to_join = self._nodes, self._is_for_a_node_to_join(EXIT_INTERRUPTED)
+        nodes = self._nodes
         is_final = not (is_to_join or self._worker_group.spec.max_restarts)
         end = time.monotonic() + HEARSAY_SECONDS
         while is_final and not nodes.ended and time.monotonic() < end:
@@ -297,7 +296,7 @@ class Agent(LocalElasticAgent):
         if is_final:
             return self._end(result, line)
         if is_to_join:
-            line = 'a machine joins: the state is saved' if code == EXIT_INTERRUPTED else 'a machine joins'
+            line = 'a machine joins: the state is saved' if self._codes() == {EXIT_INTERRUPTED} else 'a machine joins'
         elif nodes.has_told('failed') and not self._is_first_to_tell:
             line = 'a process on another machine has failed'
         elif nodes.lost:
