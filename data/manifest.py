@@ -111,7 +111,7 @@ def parse_header(block: bytes) -> Header | None:
         if digits[0] & 0x80:  # GNU's way for sizes from 8 GiB
             size = int.from_bytes(digits[1:], 'big') + ((digits[0] & 0x7F) << 88)
         else:
-            size = int(digits.strip(b' \0') or b'0', 8)
+            size = int(b'0' + digits.strip(b' \0'), 8)  # which leaves no place for a sign
     except ValueError:
         return None
     name = block[:100].partition(b'\0')[0]
@@ -394,7 +394,7 @@ class Manifest:
             'packing': self.packing, 'left_out': self.left_out,
             'index': {'name': INDEX, 'bytes': len(index), 'sha256': sha256(index)},
             'shards': [asdict(shard) for shard in self.shards]}
-        write_whole(folder / MANIFEST, (json.dumps(content, indent=1, ensure_ascii=False) + '\n').encode())
+        write_whole(folder / MANIFEST, (json.dumps(content, indent=1) + '\n').encode())
 
     @classmethod
     def read(cls, opener: Callable[[str], bytes], where: str) -> 'Manifest':

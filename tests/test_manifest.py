@@ -196,6 +196,18 @@ def test_a_tar_file_that_ends_early_is_refused_wherever_it_ends(tmp_path):
     assert len(list(scan_tar(io.BytesIO(content + bytes(9 * BLOCK)), 'padded.tar'))) == 4
 
 
+@pytest.mark.parametrize('kind', [tarfile.DIRTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.timeout(10)
+def test_a_member_of_negative_length_is_no_way_back(kind):
+    member = tarfile.TarInfo('a')
+    member.type = kind
+    header = bytearray(member.tobuf())
+    header[124:136], header[148:156] = b'-1000'.ljust(12, b'\0'), b' ' * 8
+    header[148:156] = b'%06o\0 ' % sum(header)
+    with pytest.raises(UserError, match='no tar file'):
+        list(scan_tar(io.BytesIO(bytes(header) + bytes(2 * BLOCK)), 'a.tar'))
+
+
 @pytest.mark.parametrize('content, message', [
     (b'\x1f\x8b' + bytes(600), 'compressed'), (b'<html>' + b'x' * 600, 'no tar file')])
 def test_what_is_no_tar_file_is_told(content, message):

@@ -142,13 +142,16 @@ def test_shard_size(image_folder, tmp_path):
 
 def test_names_that_tar_or_webdataset_would_confuse(tmp_path):
     names = ['ant/a.b.jpg', 'ant/a_b.jpg', 'ant/a.jpg', 'ant/a.JPEG', f'ant/deep/{"n" * 120}.jpg', 'ant/x\\y.jpg',
-             'bee/ä ö.jpg', 'bee/a.jpg', 'bee/\udcff.jpg']
+             'bee/ä ö.jpg', 'bee/a.jpg', 'bee/\udcff.jpg', 'bee\udcff/a.jpg']
     source = write_images(tmp_path / 'images', {'all': 1}, ('some',)) / 'all/some/some_0.jpg'
     for index, name in enumerate(names):
         path = tmp_path / 'data' / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(source.read_bytes() + bytes([index]) * index)  # what follows the end of a JPEG file is ignored
-    pack(tmp_path / 'data', tmp_path / 'out')
+    (tmp_path / 'data/bee\udcff/b.jpg').write_bytes(b'bad')
+    pack(tmp_path / 'data', tmp_path / 'out', '--max-bad-images', 1)
+    manifest = read(tmp_path / 'out')
+    assert manifest.classes == ['ant', 'bee', 'bee\udcff'] and manifest.left_out[0][0] == 'bee\udcff/b.jpg'
     found = samples(tmp_path / 'out')
     assert len(found) == len(names) and len({image for image, _ in found.values()}) == len(names)
     assert {'ant/a', 'ant/a_2', 'ant/a_b', 'ant/a_b_2', 'bee/ä ö', 'bee/a', 'ant/x_y'} <= found.keys()
