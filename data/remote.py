@@ -282,6 +282,8 @@ class Cache:
             os.utime(self.path(file))
         except FileNotFoundError:
             return False
+        except PermissionError:  # another user's, which only they can keep
+            pass
         return True
 
     def fetch(self, file: RemoteFile, *, ahead: bool = False, stop: threading.Event | None = None) -> bool:
@@ -318,7 +320,7 @@ class Cache:
         piece, most = 1 << 20, MAX_PIECE
         with open(part, 'ab') as target:
             if target.tell() > file.bytes:
-                target.truncate(0)
+                target.truncate(target.seek(0))
             while (position := target.tell()) < file.bytes:
                 began = time.monotonic()
                 try:
@@ -347,7 +349,7 @@ class Cache:
         return True
 
     def _piece(self, file: RemoteFile, start: int, end: int) -> bytes:
-        """Bytes start to end of a file. A server that knows no parts sends all: then the part is cut out of that."""
+        """Bytes start to end of a file, or from start on all, which a server that knows no parts sends at a time."""
         system = _filesystem(file.url)
         try:
             content = system.cat_file(file.url, start=start, end=end)
@@ -355,8 +357,8 @@ class Cache:
             if 416 not in map(_status, _causes(error)):
                 raise
             content = b''  # the part begins behind the end of the file
-        if len(content) == file.bytes and (start, end) != (0, file.bytes):
-            content = content[start:end]
+        if len(content) == file.bytes:
+            return content[start:]
         if len(content) != end - start:
             size = system.info(file.url).get('size')
             if size not in (None, file.bytes):

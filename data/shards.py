@@ -223,10 +223,10 @@ def open_shards(path: str, cache: Cache) -> Shards:
     remote = bool(scheme_of(path))
     if remote:
         cache.make()
+    path = path.removeprefix('file://')
     if is_pattern(path):
         return _open_foreign(expand(path), path, cache)
     if not remote:
-        path = path.removeprefix('file://')
         if not has_manifest(path) and (tars := list_tars(path)):
             return _open_foreign(tars, path, cache)
     path = path.rstrip('/') or path
@@ -388,6 +388,8 @@ def _index_tar(file: BinaryIO, where: str) -> list[tuple]:
     found, done, key, group = [], set(), None, {}
     for member in (*scan_tar(file, where), None):
         next_key, ending = key_of(member.name) if member else (None, '')
+        if member and not (ending and os.path.basename(next_key)):  # a hidden file, or without ending, is of no sample
+            continue
         if next_key != key:
             if image := _image_of(group, where):
                 found.append((image, _label_of(group, file, where, image)))
@@ -395,7 +397,7 @@ def _index_tar(file: BinaryIO, where: str) -> list[tuple]:
             if member and next_key in done:
                 raise refusal(where, member.name, 'apart from the others of its key')
             key, group = next_key, {}
-        if ending and os.path.basename(key):  # a hidden file is no sample
+        if member:
             group[ending.lower()] = member
     return found
 
@@ -430,6 +432,6 @@ def _label_of(group: dict, file: BinaryIO, where: str, image) -> int | str:
                         'training and evaluation need one')
     if not label.isdecimal():
         return label
-    if int(label) >= 1 << 20:
+    if len(label) > 100 or int(label) >= 1 << 20:
         raise UserError(f'{where}: {image.name!r} is of class {label[:20]}; numbers of classes begin with 0')
     return int(label)

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -263,9 +264,10 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 def test_labels_of_tar_files_from_elsewhere(tmp_path, cache, labels, classes, targets):
     for number, label in enumerate(labels):
         write_tar(tmp_path / f's-{number}.tar', {
-            'x/0.JPG': b'%d' % number, 'x/0.seg.png': b'', **{f'x/0.{ending}': text for ending, text in label.items()},
-            'x/1.txt': b'no image', '._x.jpg': b'hidden'})
-    for path in (f'{tmp_path}/s-{{0..2}}.tar', str(tmp_path)):
+            'x/._0.JPG': b'hidden', 'x/0.JPG': b'%d' % number, 'x/LICENSE': b'no ending', 'x/0.seg.png': b'',
+            **{f'x/0.{ending}': text for ending, text in label.items()},
+            'x/._1.txt': b'hidden', 'x/1.txt': b'no image', '._x.jpg': b'hidden'})
+    for path in (f'{tmp_path}/s-{{0..2}}.tar', f'file://{tmp_path}/s-{{0..2}}.tar', str(tmp_path)):
         dataset = open_shards(path, cache)
         assert (dataset.classes, dataset.targets.tolist()) == (classes, targets)
         assert [dataset.stored(k) for k in range(3)] == [b'0', b'1', b'2']
@@ -307,6 +309,7 @@ def test_a_thousand_numbers_are_those_of_imagenet(tmp_path, cache):
     ({'a.jpg': b'', 'a.json': b'{'}, "'a.json' is no label"),
     ({'a.jpg': b'', 'a.cls': b'\xff'}, "'a.cls' is no label"),
     ({'a.jpg': b'', 'a.cls': b'12345678'}, 'is of class 12345678'),
+    ({'a.jpg': b'', 'a.cls': b'9' * 5000}, 'is of class 9{20};'),
     ({'a.jpg': b'', 'a.png': b'', 'a.cls': b'0'}, 'two images of one key'),
     ({'a.jpg': b'', 'a.cls': b'0', 'b.jpg': b'', 'b.cls': b'dog'}, "partly names \\('dog'\\)"),
     ({'a.jpg': b'', 'a.cls': b'0', 'b.jpg': b'', 'b.cls': b'1', 'a.txt': b''}, "'a.txt' is apart"),
@@ -408,6 +411,25 @@ def test_a_part_that_is_there_is_not_fetched_again(store, shards, cache):
     cache.part(dataset._files.remote[1][0]).write_bytes(content[:10_000])
     assert dataset.stored(0) == open_train_val('', shards)[0].stored(0)
     assert [start for name, start in store.requests if name.endswith('.tar')] == [10_000]
+
+
+def test_what_comes_whole_is_fetched_once(tmp_path, cache):
+    content = bytes(range(256)) * (3 << 12)
+    (tmp_path / 'a.tar').write_bytes(content)
+    with Store(tmp_path) as store:
+        store.ranges = False
+        cache.make()
+        file = RemoteFile(f'{store.url}/a.tar', len(content))
+        cache.part(file).write_bytes(content + b'more')  # nobody knows whence: it begins again
+        assert cache.open(file).read() == content and len(store.requests) == 1
+
+
+def test_a_file_of_another_user_in_the_cache_can_be_read(cache, monkeypatch):
+    cache.make()
+    file = RemoteFile('http://nowhere/a.tar', 1)
+    cache.path(file).write_bytes(b'a')
+    monkeypatch.setattr(os, 'utime', Mock(side_effect=PermissionError))
+    assert cache.open(file).read() == b'a'
 
 
 def test_a_small_cache_forgets_what_was_used_longest_ago(store, tmp_path, expected):
