@@ -72,6 +72,12 @@ class TrainSampler:
         self._starts = None if starts is None else np.asarray(starts, dtype=np.int64)
         self.set_position(0)
 
+    @property
+    def order(self) -> str:
+        """What the order of the samples depends on, beside the seed, the epoch and the number of samples of a step."""
+        return f'{self.num_samples} images' + (
+            '' if self._starts is None else f' in {len(self._starts) - 1} shards from elsewhere')
+
     def __len__(self) -> int:
         """The number of batches in a whole epoch, wherever in it the next iteration starts."""
         return self._num_batches

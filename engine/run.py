@@ -63,6 +63,7 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
     """
     world = state.world
     loss = create_loss(args, soft_targets=batches.prepare_train.mixing)
+    state.order = batches.train_loader.sampler.order
     steps_per_epoch = len(batches.train_loader) // args.accum_steps
     schedule, num_epochs = create_schedule(state.optimizer, args, steps_per_epoch)
     size = 'x'.join(str(s) for s in dict.fromkeys(batches.img_size))

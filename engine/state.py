@@ -41,6 +41,7 @@ class TrainState:
         best_metric, best_epoch: of the best checkpoint, or None.
         metric: of the last evaluation, or None.
         arch, options, classes: the model's name, the options as a plain dict, the names of the classes.
+        order: what the order of the images depends on beside the options (see TrainSampler); '' if nobody knows.
     """
 
     def __init__(self, *, arch: str, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
@@ -52,6 +53,7 @@ class TrainState:
         self.ema = ema
         self.options = options
         self.classes = classes
+        self.order = ''
         self.world = world
         self.epoch = 0
         self.step = 0
@@ -113,6 +115,7 @@ class TrainState:
             'ranks': ranks,
             'args': self.options,
             'classes': self.classes,
+            'order': self.order,
         }
 
     def _statistics(self) -> list[torch.Tensor]:
@@ -212,6 +215,10 @@ class TrainState:
             raise UserError(f'{source}: stands in the middle of an epoch of {per_step[0]} images a step, this run has '
                             f'{per_step[1]} (processes x --batch-size x --accum-steps); '
                             f'{_fitting(per_step[0], self.world.size)}')
+        if state['step'] and state.get('order') and state['order'] != self.order:  # not of earlier versions
+            raise UserError(f"{source}: stands in the middle of an epoch of {state['order']}, this run has "
+                            f'{self.order}, in another order: some would be repeated, others left out; resume with the '
+                            'data as they were, or from a checkpoint at the end of an epoch')
         for entry in ('state_dict', 'state_dict_ema') if self.ema and state['state_dict_ema'] else ('state_dict',):
             self._check_weights(state[entry], source)
 

@@ -587,11 +587,18 @@ def test_s3(shards, cache, monkeypatch):
 
 
 def test_training_over_http(store, tmp_path):
-    """Through the command line; every shard of both splits is fetched once, whatever processes there are."""
-    out = succeeded(run_script(
-        'train.py', f'wds:{store.url}', '--model', 't2t_vit_7', '--img-size', '32', '--model-kwargs', 'embed_dim=32',
-        'depth=2', 'num_heads=2', '-b', '20', '--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '0', '-j',
-        '1', '--device', 'cpu', '--no-tensorboard', '--experiment', 'run', '--shard-cache', 'shards', cwd=tmp_path))
+    """Through the command line; every shard of both splits is fetched once, whatever processes there are.
+
+    In mid-epoch the run cannot go on with shards of this machine, which are read in another order.
+    """
+    options = ('--model', 't2t_vit_7', '--img-size', '32', '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2',
+               '-b', '20', '--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '0', '-j', '1', '--device',
+               'cpu', '--no-tensorboard', '--experiment', 'run', '--shard-cache', 'shards', '--checkpoint-steps', '2')
+    out = succeeded(run_script('train.py', f'wds:{store.url}', *options, cwd=tmp_path))
     assert f'{store.url}/train: 60 images of 3 classes in 6 shards' in out
     assert len(list((tmp_path / 'shards').glob('*.tar'))) == len(store.fetched()) == 10
     assert (tmp_path / 'output/train/run/last.pth.tar').exists()
+    middle = 'output/train/run/checkpoint-00000002.pth.tar'
+    refused = run_script('train.py', store.folder, *options, '--resume', middle, cwd=tmp_path)
+    assert refused.returncode == 2 and (f'{middle}: stands in the middle of an epoch of 60 images in 6 shards from '
+                                        'elsewhere, this run has 60 images, in another order') in refused.stderr
