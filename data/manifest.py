@@ -385,8 +385,13 @@ class Manifest:
         return np.cumsum([0] + [shard.samples for shard in self.shards], dtype=np.int64)
 
     def write(self, folder: str | os.PathLike) -> None:
-        """Writes index.npz and then manifest.json, each whole or not at all, into the folder of the shards."""
+        """Writes index.npz and then manifest.json, each whole or not at all, into the folder of the shards.
+
+        Raises UserError for what `read` would refuse.
+        """
         folder, index = Path(folder), self.index.to_bytes()
+        self._check(f'{folder}/{MANIFEST}', len(self.index))
+        self._check_index(f'{folder}/{MANIFEST}')
         write_whole(folder / INDEX, index)
         content = {
             'format': FORMAT, 'version': VERSION, 'classes': self.classes, 'samples': len(self.index),

@@ -502,10 +502,13 @@ def unpack(source: Source, out: Path, *, jobs: int) -> int:
     """Writes the images of `source` as files into class folders in `out`; returns how many there are.
 
     They come into a hidden folder beside it, which is renamed when all are there; started again, it goes on.
-    Raises UserError if `out` is there, or if there is not enough room.
+    Raises UserError if `out` is there without all of them, or if there is not enough room.
     """
     if out.exists():
-        raise UserError(f'{out} is there already; name another folder, or remove it')
+        if not all(_is_whole(out / name, size) for name, size in zip(source.names, source.size, strict=True)):
+            raise UserError(f'{out} is there already, without all of the images; name another folder, or remove it')
+        _logger.info('%s: unpacked already', out)
+        return len(source.dataset)
     partial = out.with_name(f'.{out.name}.partial')
     with _full_disk_explained(out):
         for name in source.dataset.classes:
@@ -521,6 +524,10 @@ def unpack(source: Source, out: Path, *, jobs: int) -> int:
     return len(source.dataset)
 
 
+def _is_whole(path: Path, size: int) -> bool:
+    return path.exists() and path.stat().st_size == size
+
+
 class _Unpacker:
     def __init__(self, source: Source, folder: Path):
         self.source, self.folder = source, folder
@@ -530,7 +537,7 @@ class _Unpacker:
             for index in chunk:
                 path = self.folder / self.source.names[index]
                 size = int(self.source.size[index])
-                if not (path.exists() and path.stat().st_size == size):
+                if not _is_whole(path, size):
                     temporary = path.with_name(f'.{path.name}.tmp')
                     try:
                         temporary.write_bytes(self.source.dataset.stored(index))

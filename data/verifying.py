@@ -10,7 +10,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import BinaryIO
 
 from utils.errors import UserError
@@ -195,11 +194,7 @@ def index_folder(folder: str, *, jobs: int, classes: Sequence[str] | None = None
     manifest.shards = [replace(shard, name=os.path.basename(paths[number]), sha256=sums[number])
                        for number, shard in enumerate(manifest.shards)]
     manifest.write(folder)
-    try:
-        return Manifest.read(reader(folder, 0), folder)
-    except UserError:  # such as names of shards that a manifest cannot hold
-        Path(folder, MANIFEST).unlink()
-        raise
+    return manifest
 
 
 def _sum(number: int, path: str, shard: Shard, tick) -> tuple[int, str]:

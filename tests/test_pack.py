@@ -512,8 +512,11 @@ def expected_files(archives: Path) -> dict[str, bytes]:
 
 def test_archives_to_folders(archives, tmp_path):
     pack(archives, tmp_path / 'out', '--to', 'folders', '-j', 2)
+    shutil.rmtree(tmp_path / 'out/val')  # as if it had been interrupted then
+    pack(archives, tmp_path / 'out', '--to', 'folders', '-j', 2)
     assert content(tmp_path / 'out') == expected_files(archives)
-    refused('is there already', archives, tmp_path / 'out', '--to', 'folders')
+    next((tmp_path / 'out/train').rglob('*.JPEG')).unlink()
+    refused('train is there already, without all', archives, tmp_path / 'out', '--to', 'folders')
 
 
 def test_archives_to_folders_go_on(archives, tmp_path):
@@ -544,6 +547,9 @@ def test_archives_that_are_not_right(archives, tmp_path):
     refused('what its images show stands in ILSVRC2012_devkit_t12.tar.gz', alone, tmp_path / 'out')
     refused('does not exist', alone, tmp_path / 'out', '--devkit', tmp_path / 'nothing.tar.gz')
     refused('is damaged, or not ILSVRC2012_devkit_t12', alone, tmp_path / 'out', '--devkit', alone)
+    meta = {f'devkit/{name}': b'' for name in ('data/meta.mat', 'data/ILSVRC2012_validation_ground_truth.txt')}
+    refused('is damaged, or not ILSVRC2012_devkit_t12', alone, tmp_path / 'out', '--devkit',
+            tar_of(tmp_path / 'empty.tar.gz', meta))
     refused('neither .* it begins with', tar_of(tmp_path / 'a.tar', {'a.jpg': b''}), tmp_path / 'out')
     cut = tmp_path / 'cut.tar'
     cut.write_bytes(train.read_bytes()[:-4096 * 4])
@@ -566,6 +572,7 @@ def test_mistakes(image_folder, tmp_path):
     refused('where to\\? give OUT', image_folder)
     refused("data folder '.*nothing' does not exist", tmp_path / 'nothing', tmp_path / 'out')
     refused('--split dev: no such folder', image_folder, tmp_path / 'out', '--split', 'dev')
+    refused('lies in .*, and would be taken for a part of it', image_folder, image_folder)
     refused('--devkit .* belongs to the archives', image_folder, tmp_path / 'out', '--devkit', 'x')
     refused('--to folders is for the archives', image_folder, tmp_path / 'out', '--to', 'folders')
     refused('no manifest.json in it', '--verify', tmp_path)

@@ -102,8 +102,6 @@ def _open_sources(args) -> dict:
     from data.ilsvrc import ARCHIVES, check_md5, open_archive
     from data.packing import archive_source, folder_source
     given = os.path.expanduser(args.source)
-    if os.path.realpath(args.out).startswith(os.path.join(os.path.realpath(given), '')):
-        raise UserError(f'{args.out} lies in {given}, and would be taken for a part of it; name another folder')
     archives = [given] if os.path.isfile(given) else [
         os.path.join(given, name) for split, name in ARCHIVES.items()
         if os.path.isfile(os.path.join(given, name)) and split in (args.split or ARCHIVES)]
@@ -115,6 +113,8 @@ def _open_sources(args) -> dict:
     if args.devkit:
         raise UserError(f'--devkit {args.devkit}: it belongs to the archives {" and ".join(ARCHIVES.values())}, and '
                         f'{given} holds neither')
+    if Path(args.out).resolve().is_relative_to(Path(given).resolve()):
+        raise UserError(f'{args.out} lies in {given}, and would be taken for a part of it; name another folder')
     sources = {split: folder_source(os.path.join(given, split) if split else given)
                for split in _splits(given, args.split)}
     if 'train' in sources:
