@@ -46,6 +46,7 @@ from .manifest import (
     sha256,
     write_whole,
 )
+from .shards import reader
 
 _logger = logging.getLogger(__name__)
 
@@ -420,7 +421,7 @@ def _manifest_of(source: Source, plan: Plan, recipe: Recipe, parts: list[_Part],
 
 def _packed_already(source: Source, out: Path, recipe: Recipe) -> Manifest:
     """The manifest of `out`. Raises UserError if it is of other images or options."""
-    manifest = Manifest.read(lambda name: (out / name).read_bytes(), str(out))
+    manifest = Manifest.read(reader(str(out), 0), str(out))
     before = manifest.packing
     if not before:
         raise UserError(f'{out} holds shards already, of {manifest.source or "unknown source"}; name another folder')

@@ -353,9 +353,12 @@ def index_shards(files: Files) -> Manifest:
     shards, members, labels = [], [], []
     with progress_bar(desc='looking through shards', total=len(files.names), unit='shard') as bar:
         for number, where in enumerate(files.names):
-            with files.open(number) as file:
-                found = _index_tar(file, where)
-                size = file.seek(0, os.SEEK_END)
+            try:
+                with files.open(number) as file:
+                    found = _index_tar(file, where)
+                    size = file.seek(0, os.SEEK_END)
+            except OSError as error:
+                raise UserError(f'{where} cannot be read ({error.strerror or error}); check the file') from None
             shards.append(Shard(_plain_name(number), size, len(found), ''))
             members += [member for member, _ in found]
             labels += [label for _, label in found]

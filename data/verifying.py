@@ -175,7 +175,8 @@ def index_folder(folder: str, *, jobs: int, classes: Sequence[str] | None = None
     """Writes manifest and index of the tar files in `folder`, which are only read.
 
     classes: what the numbers of classes stand for, if they are numbers.
-    Raises UserError for tar files that are refused (`scan_tar`), or if there are none, or a manifest is there.
+    Raises UserError for tar files that are refused (`scan_tar`), or if there are none, or a manifest is there, or none
+    can be written.
     """
     if os.path.exists(os.path.join(folder, MANIFEST)):
         raise UserError(f'{folder} has a {MANIFEST} already; remove it first if it is to be made anew')
@@ -193,7 +194,11 @@ def index_folder(folder: str, *, jobs: int, classes: Sequence[str] | None = None
                              range(len(paths)), jobs=jobs, total=len(manifest.index), desc='checksums'))
     manifest.shards = [replace(shard, name=os.path.basename(paths[number]), sha256=sums[number])
                        for number, shard in enumerate(manifest.shards)]
-    manifest.write(folder)
+    try:
+        manifest.write(folder)
+    except OSError as error:
+        raise UserError(f'{folder} cannot be written ({error.strerror or error}); copy the shards to a folder that '
+                        'can') from None
     return manifest
 
 

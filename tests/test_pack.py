@@ -379,7 +379,7 @@ def test_damaged_shards_are_named(copy):
     assert 'is not in the manifest' in said['shard-000009.tar'][0]
 
 
-def test_a_manifest_that_disagrees(copy):
+def test_a_manifest_that_disagrees(copy, image_folder):
     text = (copy / 'manifest.json').read_text()
     (copy / 'manifest.json').write_text(text.replace('"samples": 36', '"samples": 35'))
     assert 'manifest.json' in faults(copy) and 'disagrees' in faults(copy)
@@ -391,6 +391,8 @@ def test_a_manifest_that_disagrees(copy):
     printed = faults(copy)
     assert '1 images have another class than in the index' in printed
     assert '1 images lie elsewhere than in the index' in printed
+    (copy / 'index.npz').unlink()
+    refused('index.npz cannot be read', image_folder / 'train', copy, '--samples', 7)
 
 
 @pytest.fixture
@@ -453,6 +455,12 @@ def test_index_of_shards_from_elsewhere(packed, tmp_path):
     (folder / 'shard-000003.tar').rename(folder / 'what ever.tar')
     refused("'what ever.tar' is no name of a shard", '--index', folder)
     assert not (folder / 'manifest.json').exists()
+    (folder / 'what ever.tar').unlink()
+    (folder / 'index.npz').unlink()
+    (folder / 'index.npz').mkdir()
+    refused('shards cannot be written', '--index', folder)
+    (folder / 'a.tar').mkdir()
+    refused('a.tar cannot be read .Is a directory', '--index', folder)
     refused('no .tar files in it', '--index', tmp_path)
 
 
