@@ -148,7 +148,7 @@ def scan_tar(file: BinaryIO, where: str, *, start: int = 0, end: int | None = No
     """
     file.seek(0, os.SEEK_END)
     end = file.tell() if end is None else end
-    position, long_name, pax, seen = start, None, {}, set()
+    position, extended, seen = start, {}, set()
     while True:
         file.seek(position)
         block = file.read(min(BLOCK, max(0, end - position)))
@@ -165,15 +165,18 @@ def scan_tar(file: BinaryIO, where: str, *, start: int = 0, end: int | None = No
                 raise UserError(f'{where} ends early, within the header of a member; {COPY_AGAIN}')
             content = file.read(header.size)
             if header.kind == b'L':
-                long_name = os.fsdecode(content.rstrip(b'\0'))
+                more = {'path': os.fsdecode(content.rstrip(b'\0'))}
             else:
-                pax = _read_pax(content, where, name, everywhere=header.kind == b'g')
+                more = _read_pax(content, where, name, everywhere=header.kind == b'g')
+            if twice := extended.keys() & more.keys():  # programs differ in which of them counts
+                raise refusal(where, name, f'a second {min(twice)} for one member')
+            extended |= more
             position = after
             continue
-        name = _resolve_name(where, name, long_name, pax.get('path'))
-        if int(pax.get('size', header.size)) != header.size:
+        name = _resolve_name(where, name, extended.get('path'))
+        if int(extended.get('size', header.size)) != header.size:
             raise refusal(where, name, 'of two different sizes')
-        long_name, pax = None, {}
+        extended = {}
         _check_name(where, name)
         if header.kind in KINDS:
             raise refusal(where, name, KINDS[header.kind])
@@ -246,15 +249,14 @@ def _read_pax(content: bytes, where: str, name: str, *, everywhere: bool) -> dic
     return records
 
 
-def _resolve_name(where: str, name: str, long_name: str | None, pax_name: str | None) -> str:
+def _resolve_name(where: str, name: str, full: str | None) -> str:
     """A member's one name. The one in its header is checked too, for programs that know no other."""
-    if long_name is None and pax_name is None:
+    if full is None:
         return name
     _check_name(where, name)
-    full = pax_name if pax_name is not None else long_name
     # What the header itself has room for it also says: another name there is meant for somebody else.
     fits = len(full) <= 99 and full.isascii()
-    if (long_name is not None and pax_name is not None) or (fits and full.rstrip('/') != name.rstrip('/')):
+    if fits and full.rstrip('/') != name.rstrip('/'):
         raise refusal(where, name, f'also named {full[:100]!r}')
     return full
 

@@ -57,6 +57,11 @@ def with_size(header: bytes, size: bytes) -> bytes:
     return block[:148] + b'%06o\0 ' % total + block[156:]
 
 
+def named_by_pax(name: str) -> bytes:
+    record = f'path={name}\n'
+    return member('x', f'{len(record) + 4:03} {record}'.encode(), kind=tarfile.XHDTYPE)
+
+
 def npy_of_objects(canary: str) -> bytes:
     file = io.BytesIO()
     np.save(file, np.array([Canary(canary)], dtype=object), allow_pickle=True)
@@ -90,12 +95,18 @@ HOSTILE = {
     'a sparse file of pax': lambda canary: member('b.jpg', b'x', pax={'GNU.sparse.size': '1', 'GNU.sparse.name': 'c'}),
     'a size beyond everything': lambda canary: with_size(member('b.jpg'), b'\x80' + (1 << 60).to_bytes(11, 'big')),
     'a negative size': lambda canary: with_size(member('b.jpg'), b'\xff' * 12),
+    'a negative size in octal': lambda canary: with_size(member('b', kind=tarfile.DIRTYPE), b'-1000'),
     'a size that is no number': lambda canary: with_size(member('b.jpg'), b'12x'),
     'a way up by pax': lambda canary: member('b.jpg', b'x', pax={'path': f'../{LONG}'}),
     'another name by pax': lambda canary: member('b.jpg', b'x', pax={'path': 'c.jpg'}),
     'another size by pax': lambda canary: member('b.jpg', b'x', pax={'size': '400'}),
     'a link by pax': lambda canary: member('b.jpg', b'x', pax={'linkpath': canary}),
     'a name for all by pax': lambda canary: member('g', b'15 path=/x.jpg\n', kind=tarfile.XGLTYPE),
+    'a name by pax, then a header for all': lambda canary: (
+        named_by_pax('c.pkl') + member('g', b'9 a=aaaa\n', kind=tarfile.XGLTYPE) + member('a.txt', b'x')),
+    'two names by pax': lambda canary: named_by_pax(f'{LONG}.pkl') + named_by_pax(f'{LONG}.txt') + member(LONG[:100]),
+    'two long names': lambda canary: member(f'{LONG}.pkl', form=tarfile.GNU_FORMAT)[:2 * BLOCK] + member(
+        f'{LONG}.txt', form=tarfile.GNU_FORMAT),
     'a header of pax that is none': lambda canary: member('x', b'999999 path=x\n', kind=tarfile.XHDTYPE),
     'a long name that leads up': lambda canary: member(f'../{LONG}', b'x', form=tarfile.GNU_FORMAT),
     'a name without end': lambda canary: with_size(member('x', kind=tarfile.GNUTYPE_LONGNAME), b'77777777777'),
