@@ -59,6 +59,8 @@ ENOUGH = 100
 SUBSAMPLING = '4:2:0'
 """Half the resolution for colours, as nearly all JPEG files have. On photographs at 256 pixels and quality 95 it takes
 22 % fewer bytes and 30 % less time to decode than 4:4:4, for 38 in place of 41 dB."""
+JPEG_EDGE = 65_500
+"""Pixels; libjpeg writes no longer edges."""
 LOST = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -132,7 +134,8 @@ def prepare(content: bytes, name: str, recipe: Recipe, loss: Loss, *, measure: b
     """The bytes to be packed for an image file's, and whether they are others. Raises ImageError for a bad image.
 
     Files are copied as they are, unless the image's shorter side is above `recipe.short_side`: these are decoded by the
-    rules of data/decode.py, resized once (bicubic, antialiased), and saved as JPEG without anything but pixels.
+    rules of data/decode.py, resized once (bicubic, antialiased), and saved as JPEG without anything but pixels, if it
+    has room for the longer side.
     """
     size = _header_size(content)
     side = recipe.short_side
@@ -140,7 +143,7 @@ def prepare(content: bytes, name: str, recipe: Recipe, loss: Loss, *, measure: b
     if size is not None and not is_resized and not recipe.decode:
         return content, False
     image = decode_rgb(content, name)
-    if not is_resized or min(image.size) <= side:
+    if not is_resized or min(image.size) <= side or side * max(image.size) > JPEG_EDGE * min(image.size):
         return content, False
     width, height = image.size
     shorter = min(width, height)

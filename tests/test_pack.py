@@ -198,6 +198,14 @@ def test_larger_images_are_resized_once_and_others_copied(resized):
     assert {read(out).index.name(sample).rpartition('.')[2] for sample in range(6)} == {'jpg', 'png'}
 
 
+@pytest.mark.parametrize('side, is_resized', [(329, True), (330, False)])
+def test_images_that_would_be_too_long_for_jpeg_are_copied(side, is_resized):
+    buffer = io.BytesIO()
+    Image.new('L', (331 * 199, 331)).save(buffer, 'PNG')
+    content, resized = packing.prepare(buffer.getvalue(), '', packing.Recipe(short_side=side), packing.Loss())
+    assert resized is is_resized is (content != buffer.getvalue())
+
+
 def test_manifest_says_what_resizing_cost(resized):
     folder, out = resized
     said, errors, before, after = read(out).transcoded, [], 0, 0
