@@ -95,6 +95,8 @@ def open_archive(path: str, devkit: str | None = None) -> Archive:
                                 'are read without packing (wds:PATH)')
     except OSError as error:
         raise UserError(f'archive {path}: {error.strerror or error}; check the path') from None
+    if not len(archive):
+        raise UserError(f'{path}: no images in it; download it again')
     if len(archive) != IMAGES[archive.split]:
         _logger.warning('%s: %d images of %d classes; ImageNet has %d of 1000', path, len(archive),
                         len(archive.classes), IMAGES[archive.split])

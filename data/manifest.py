@@ -308,7 +308,7 @@ class Index:
         starts = np.cumsum([0] + [len(part.names) for part in parts])
         ends = [part.name_ends + start for part, start in zip(parts, starts[:-1], strict=True)]
         columns = ([getattr(part, name) for part in parts] for name in ('offset', 'size', 'target'))
-        return cls(*map(_concatenate, columns), _concatenate(ends), _concatenate([part.names for part in parts]))
+        return cls(*map(np.concatenate, columns), np.concatenate(ends), np.concatenate([part.names for part in parts]))
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -347,10 +347,6 @@ class Index:
         if lengths != {samples} or not is_flat or (np.diff(ends) < 0).any():
             raise UserError(f'{where} disagrees with its manifest: not {samples} samples; {MEND}')
         return index
-
-
-def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
 
 
 MEND = 'copy it again, or see what is wrong with python tools/pack.py --verify'

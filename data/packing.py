@@ -288,9 +288,7 @@ def unique_keys(names: Sequence[str]) -> list[str]:
     """The key of each image by its path: as `member_key`, numbered where several would be the same."""
     seen, keys = set(), []
     for name in names:
-        plain = member_key(name)
-        if not plain.isprintable() or '\\' in plain:
-            plain = re.sub(r'[\\\x00-\x1f\x7f]', '_', plain)
+        plain = re.sub(r'[\\\x00-\x1f\x7f]', '_', member_key(name))
         key, number = plain, 1
         while key in seen:
             number += 1

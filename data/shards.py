@@ -62,41 +62,22 @@ MAX_LABEL = 1 << 20
 
 
 class Files(NamedTuple):
-    """The tar files of a split: their names for messages, and a way to open one by its number.
+    """The tar files of a split: their names for messages, and what has to be fetched, and where to.
 
-    remote: what has to be fetched, and where to; None for files of this machine.
+    remote: None for files of this machine, whose names are their paths.
     """
     names: list[str]
-    open: Callable[[int], BinaryIO]
     remote: tuple[Cache, list[RemoteFile]] | None = None
 
-
-def local_files(paths: Sequence[str | os.PathLike]) -> Files:
-    paths = [os.fspath(path) for path in paths]
-    return Files(paths, _Opener(paths))
-
-
-class _Opener:
-    """Opens files by number; unlike a lambda it can be sent to another process."""
-
-    def __init__(self, paths: list[str]):
-        self._paths = paths
-
-    def __call__(self, number: int) -> BinaryIO:
-        return open(self._paths[number], 'rb', buffering=0)
+    def open(self, number: int) -> BinaryIO:
+        if self.remote is None:
+            return open(self.names[number], 'rb', buffering=0)
+        cache, files = self.remote
+        return cache.open(files[number])
 
 
 def remote_files(cache: Cache, files: list[RemoteFile]) -> Files:
-    return Files([file.url for file in files], _RemoteOpener(cache, files), (cache, files))
-
-
-class _RemoteOpener:
-
-    def __init__(self, cache: Cache, files: list[RemoteFile]):
-        self._cache, self._files = cache, files
-
-    def __call__(self, number: int) -> BinaryIO:
-        return self._cache.open(self._files[number])
+    return Files([file.url for file in files], (cache, files))
 
 
 class Shards(ImageDataset):
@@ -238,7 +219,7 @@ def open_shards(path: str, cache: Cache) -> Shards:
         _check_cache(cache, files.remote[1])
     else:
         _check_lengths(addresses, manifest)
-        files = local_files(addresses)
+        files = Files(addresses)
     return _reported(Shards(path, manifest, files))
 
 
@@ -321,7 +302,7 @@ def _open_foreign(paths: list[str], where: str, cache: Cache) -> Shards:
         files = remote_files(cache, remote)
         marks = [f'{file.url}\n{file.bytes}\n{file.tag}' for file in remote]
     else:
-        files = local_files(paths)
+        files = Files(paths)
         marks = [_mark(path) for path in paths]
     kept = cache.folder / 'scans' / hashlib.sha256('\n'.join(marks).encode('utf-8', 'surrogateescape')).hexdigest()
     with contextlib.suppress(UserError):

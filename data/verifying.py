@@ -19,7 +19,7 @@ from .classes import name_some
 from .decode import ImageError, decode_rgb
 from .manifest import MANIFEST, Index, Manifest, Member, Shard, key_of, scan_tar
 from .remote import Cache, Gone, RemoteFile, scheme_of
-from .shards import NUMBERED, index_shards, list_tars, local_files, reader
+from .shards import NUMBERED, Files, index_shards, list_tars, reader
 
 Fault = tuple[str, str]
 """A file of the split, and what is wrong with it."""
@@ -183,7 +183,7 @@ def index_folder(folder: str, *, jobs: int, classes: Sequence[str] | None = None
     paths = list_tars(folder)
     if not paths:
         raise UserError(f'{folder}: no .tar files in it; give the folder of the shards themselves')
-    manifest = index_shards(local_files(paths))
+    manifest = index_shards(Files(paths))
     if classes is not None:
         if manifest.source != NUMBERED or len(classes) < len(manifest.classes):
             has = f'numbers up to {len(manifest.classes) - 1}' if manifest.source == NUMBERED else 'names'

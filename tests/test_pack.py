@@ -576,6 +576,8 @@ def test_archives_that_are_not_right(archives, tmp_path):
         link = tarfile.TarInfo('n01440764_1.JPEG')
         link.type, link.linkname = tarfile.SYMTYPE, '/etc/passwd'
         file.addfile(link)
+    empty = tar_of(tmp_path / 'empty.tar', {'n01440764.tar': bytes(1024)})
+    refused('no images in it', empty, tmp_path / 'out')
     hostile = tar_of(tmp_path / 'hostile.tar', {'n01440764.tar': (tmp_path / 'inner.tar').read_bytes()})
     refused("n01440764.tar: member 'n01440764_1.JPEG' is a link", hostile, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
