@@ -1,4 +1,4 @@
-"""Files that are somewhere else, by http(s), S3 or whatever fsspec knows: fetched whole into a folder of this machine.
+"""Files that are somewhere else, by http(s), S3 or another of SCHEMES: fetched whole into a folder of this machine.
 
     cache = Cache()
     file = cache.open(RemoteFile('https://host/imagenet/train/shard-000000.tar', bytes, sha256))
@@ -119,8 +119,8 @@ def _filesystem(url: str):
             options['config_kwargs'] = {'connect_timeout': 10, 'read_timeout': 30}
         return fsspec.filesystem(scheme, **options)
     except ImportError:
-        raise UserError(f'{url}: to read this, {NEEDS.get(scheme, "fsspec")} is missing; '
-                        'pip install -r requirements-shards.txt') from None
+        package = '-r requirements-shards.txt' if NEEDS[scheme] in ('aiohttp', 's3fs') else NEEDS[scheme]
+        raise UserError(f'{url}: to read this, {NEEDS[scheme]} is missing; pip install {package}') from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -561,6 +561,9 @@ def test_a_missing_shard_and_a_missing_library_are_named(store, cache, monkeypat
     monkeypatch.setitem(sys.modules, 'aiohttp', None)
     with pytest.raises(UserError, match='aiohttp is missing; pip install -r requirements-shards.txt'):
         open_shards(f'{store.url}/val', cache)
+    monkeypatch.setitem(sys.modules, 'gcsfs', None)
+    with pytest.raises(UserError, match='gcsfs is missing; pip install gcsfs'):
+        open_shards('gs://bucket/val', cache)
 
 
 def test_tar_files_without_a_manifest_from_elsewhere(store, shards, cache):
