@@ -287,7 +287,9 @@ def expand(pattern: str) -> list[str]:
         choices = [f'{number:0{width}d}' for number in range(first, last + 1)]
     else:
         choices = match[1].split(',')
-    return [path for choice in choices for path in expand(pattern[:match.start()] + choice + pattern[match.end():])]
+    # The inner ones come first, so that of '{a,{b,c}}' there is an a for each of b and c.
+    return list(dict.fromkeys(
+        path for choice in choices for path in expand(pattern[:match.start()] + choice + pattern[match.end():])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

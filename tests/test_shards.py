@@ -240,6 +240,7 @@ def test_a_split_is_no_data_set_to_train_on(shards):
 def test_braces():
     assert expand('a-{08..11}.tar') == ['a-08.tar', 'a-09.tar', 'a-10.tar', 'a-11.tar']
     assert expand('{x,y}{0..1}') == ['x0', 'x1', 'y0', 'y1']
+    assert sorted(expand('a-{{00..01},{10..12}}.tar')) == [f'a-{k}.tar' for k in ('00', '01', '10', '11', '12')]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
