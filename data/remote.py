@@ -114,7 +114,8 @@ def _filesystem(url: str):
             import aiohttp
             # Its own limit is five minutes for a whole request; a slow line is none that hangs.
             options['headers'] = {'Accept-Encoding': 'identity'}  # parts of a compressed answer would be of no use
-            options['client_kwargs'] = {'timeout': aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)}
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)
+            options['client_kwargs'] = {'timeout': timeout, 'trust_env': True}  # proxies, as every other program has it
         elif scheme == 's3':
             options['config_kwargs'] = {'connect_timeout': 10, 'read_timeout': 30}
         return fsspec.filesystem(scheme, **options)

@@ -8,11 +8,14 @@ Its kinds of trouble: `drop_after`; `seconds` that every answer takes; `lies`, n
 `status`, which is all it answers; `ranges`, whether it knows parts of a file; `leave()` and `come_back()`.
 """
 import http.server
+import os
 import re
 import threading
 import time
 import urllib.parse
 from pathlib import Path
+
+os.environ.setdefault('no_proxy', '127.0.0.1')
 
 
 class Store:

@@ -554,6 +554,12 @@ def test_what_will_not_pass_is_told_from_what_may(cache, monkeypatch, cause, mes
         open_eval('', 'wds:https://host/x', cache=cache)
 
 
+def test_a_proxy_of_the_environment_is_used(store, cache, monkeypatch):
+    monkeypatch.setenv('http_proxy', store.url)
+    monkeypatch.setenv('no_proxy', '')
+    assert len(open_shards('http://behind.invalid/val', cache)) == 33
+
+
 def test_a_missing_shard_and_a_missing_library_are_named(store, cache, monkeypatch):
     dataset = open_shards(f'{store.url}/val', cache)
     dataset._files.remote[1][0] = RemoteFile(f'{store.url}/val/gone.tar', 1, 'x')
