@@ -60,7 +60,7 @@ from benchmarks.records import (  # noqa: E402
 from data.base import ImageDataset, Part, spread  # noqa: E402
 from data.batch import BatchPreparer, TrainBatchPreparer  # noqa: E402
 from data.datasets import open_eval  # noqa: E402
-from data.decode import EXTENSIONS  # noqa: E402
+from data.decode import EXTENSIONS, EncodedImage  # noqa: E402
 from data.loader import create_loader  # noqa: E402
 from data.samplers import EvalSampler, TrainSampler  # noqa: E402
 from data.transforms import allow_zero_bits, create_eval_transform, create_train_transform  # noqa: E402
@@ -186,11 +186,11 @@ class Ours:
 
 
 class OnePixel:
-    """A transform that is none: uint8 [3, H, W] → [3, 1, 1]."""
-    takes_arrays = True
+    """A transform that is none: an image → one pixel of it, uint8 [3, 1, 1]."""
+    takes_encoded = True
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels[:, :1, :1]
+    def __call__(self, image: EncodedImage) -> torch.Tensor:
+        return image.pixels()[:, :1, :1]
 
 
 @dataclass

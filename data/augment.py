@@ -114,7 +114,7 @@ def brightness(pixels: torch.Tensor, factor: float, **_) -> torch.Tensor:
 
 
 def contrast(pixels: torch.Tensor, factor: float, **_) -> torch.Tensor:
-    mean = int(_grey(pixels).sum().item() / pixels[0].numel() + 0.5)
+    mean = int(_grey(pixels.float()).double().mean().item() + 0.5)
     return _look_up(pixels, _blended_levels(mean, factor))
 
 
@@ -140,7 +140,8 @@ def _look_up(pixels: torch.Tensor, *tables: np.ndarray) -> torch.Tensor:
 # Colour and sharpness
 
 def color(pixels: torch.Tensor, factor: float, **_) -> torch.Tensor:
-    return _blend(_grey(pixels).float(), pixels, factor)
+    levels = pixels.float()
+    return _blend(_grey(levels), levels, factor)
 
 
 def sharpness(pixels: torch.Tensor, factor: float, **_) -> torch.Tensor:
@@ -152,18 +153,21 @@ def sharpness(pixels: torch.Tensor, factor: float, **_) -> torch.Tensor:
     sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * levels[:, 1:-1, 1:-1]
     smooth = pixels.float()
     smooth[:, 1:-1, 1:-1] = (sums.float() / 13).round_()
-    return _blend(smooth, pixels, factor)
+    return _blend(smooth, pixels.float(), factor)
 
 
-def _grey(pixels: torch.Tensor) -> torch.Tensor:
-    """PIL's luma, int32 [H, W]: ITU-R 601-2 in 16 bits, rounded."""
-    red, green, blue = pixels.int()
-    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+LUMA = torch.tensor([19595.0, 38470.0, 7471.0])
+"""PIL's weights of red, green and blue, ITU-R 601-2 in 16 bits."""
 
 
-def _blend(degenerate: torch.Tensor, pixels: torch.Tensor, factor: float) -> torch.Tensor:
-    """PIL's Image.blend: `degenerate` (float32) at factor 0, `pixels` at 1, beyond it above."""
-    return _cut_off(torch.add(degenerate, pixels.float() - degenerate, alpha=factor))
+def _grey(levels: torch.Tensor) -> torch.Tensor:
+    """PIL's luma of float32 levels [3, H, W], rounded: float32 [H, W]. All sums are below 2^24, and so exact."""
+    return (LUMA @ levels.flatten(1)).add_(0x8000).mul_(2**-16).floor_().view(levels.shape[1:])
+
+
+def _blend(degenerate: torch.Tensor, levels: torch.Tensor, factor: float) -> torch.Tensor:
+    """PIL's Image.blend of float32 levels: `degenerate` at factor 0, `levels` at 1, beyond it above."""
+    return _cut_off(torch.add(degenerate, levels - degenerate, alpha=factor))
 
 
 def _cut_off(levels: torch.Tensor) -> torch.Tensor:
@@ -209,15 +213,18 @@ def _shift_lines(pixels: torch.Tensor, axis: int, shifts: np.ndarray, resample, 
     """
     length, width = pixels.shape[axis], pixels.shape[2]
     whole = np.floor(shifts)
-    steps = np.arange(-1, length + 2, dtype=np.int16)
-    positions = (whole.astype(np.int16)[:, None] + steps).clip(0, length - 1).astype(np.intp)  # [lines, length + 3]
+    steps = np.arange(-1, length + 2)
+    positions = (whole.astype(np.intp)[:, None] + steps).clip(0, length - 1)  # [lines, length + 3]
     lines = np.arange(len(shifts))[:, None]
     index = positions + lines * width if axis == 2 else np.ascontiguousarray((positions * width + lines).T)
     taps = torch.from_numpy(np.take(pixels.reshape(3, -1).numpy(), index, axis=1)).float()
-    weights = torch.from_numpy(_tap_weights(shifts - whole, _draw(resample)).astype(np.float32)).unsqueeze(axis)
+    weights = {tap: torch.from_numpy(weight.astype(np.float32)).unsqueeze(axis - 1)
+               for tap, weight in _tap_weights(shifts - whole, _draw(resample)).items()}
     moved = _weigh(taps, axis, length, weights)
-    centres = np.arange(0.5, length) + shifts[:, None]
-    outside = (centres < 0) | (centres >= length)  # [lines, length]
+    # Of each line the positions whose centres come from inside are those from `first` up to `end`.
+    first, end = (np.ceil(edge - shifts - 0.5).clip(0, length).astype(np.int16)[:, None] for edge in (0, length))
+    steps = np.arange(length, dtype=np.int16)
+    outside = (steps < first) | (steps >= end)  # [lines, length]
     for plane, level in zip(moved.numpy(), fillcolor, strict=True):
         np.copyto(plane, level, where=outside if axis == 2 else outside.T)
     return moved
@@ -226,7 +233,7 @@ def _shift_lines(pixels: torch.Tensor, axis: int, shifts: np.ndarray, resample, 
 def _shift_all(pixels: torch.Tensor, axis: int, shift: float, resample, fillcolor: Sequence[int]) -> torch.Tensor:
     """As `_shift_lines` with one shift for all lines, of which only what remains is computed."""
     length, whole = pixels.shape[axis], math.floor(shift)
-    weights = _tap_weights(shift - whole, _draw(resample)).tolist()
+    weights = _tap_weights(shift - whole, _draw(resample))
     moved = torch.tensor(fillcolor, dtype=torch.uint8)[:, None, None].repeat(1, *pixels.shape[1:])
     # Of the positions whose centres come from inside, the first and the one after the last.
     first, end = (min(max(math.ceil(edge - shift - 0.5), 0), length) for edge in (0, length))
@@ -244,28 +251,30 @@ def _draw(resample):
     return random.choice(resample) if isinstance(resample, (tuple, list)) else resample
 
 
-def _weigh(taps: torch.Tensor, axis: int, length: int, weights: Sequence) -> torch.Tensor:
-    """Sum of four neighbours along `axis`, which is longer than `length` by three, as levels."""
-    moved = taps.narrow(axis, 1, length) * weights[1]
-    for tap in (0, 2, 3):
+def _weigh(taps: torch.Tensor, axis: int, length: int, weights: dict[int, torch.Tensor | float]) -> torch.Tensor:
+    """Sum of neighbours along `axis`, which is longer than `length` by three, as levels."""
+    moved = None
+    for tap, weight in weights.items():
         part = taps.narrow(axis, tap, length)
-        if torch.is_tensor(weights):
-            moved.addcmul_(part, weights[tap])
+        if moved is None:
+            moved = part * weight
+        elif torch.is_tensor(weight):
+            moved.addcmul_(part, weight)
         else:
-            moved.add_(part, alpha=weights[tap])
+            moved.add_(part, alpha=weight)
     return _cut_off(moved)
 
 
-def _tap_weights(fraction: np.ndarray | float, resample: Image.Resampling) -> np.ndarray:
-    """Of the pixels at -1, 0, 1 and 2 from where `fraction` counts from [...] → [4, ...].
+def _tap_weights(fraction: np.ndarray | float, resample: Image.Resampling) -> dict[int, np.ndarray | float]:
+    """Of the pixels at -1, 0, 1 and 2 from where `fraction` counts from, as numbers 0 to 3, those that have a weight.
 
     The cubic ones are those of PIL's geometry, with a = -1 (its resizing has -0.5).
     """
     d = fraction
     if resample == Image.Resampling.BILINEAR:
-        return np.stack([0 * d, 1 - d, d, 0 * d])
+        return {1: 1 - d, 2: d}
     assert resample == Image.Resampling.BICUBIC, f'{resample} has no tensor form'
-    return np.stack([-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2])
+    return {1: 1 - 2 * d**2 + d**3, 2: d + d**2 - d**3, 0: -d + 2 * d**2 - d**3, 3: d**3 - d**2}
 
 
 OPERATIONS = {

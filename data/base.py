@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
-import torch
 from PIL import Image
 
-from .decode import as_array, decode_array, decode_rgb
+from .decode import EncodedImage, decode_rgb
 
 
 class ImageDataset:
-    """Base of all datasets: `len()`, `classes`, `targets`, `image(index)`, `array(index)`, `stored(index)` and
+    """Base of all datasets: `len()`, `classes`, `targets`, `image(index)`, `encoded(index)`, `stored(index)` and
     `path(index)`.
 
     A subclass implements `stored(index)`, which returns the content of an image file as bytes or, where there are no
@@ -36,10 +35,9 @@ class ImageDataset:
         stored = self.stored(index)
         return decode_rgb(stored, self.path(index)) if isinstance(stored, bytes) else stored
 
-    def array(self, index: int) -> torch.Tensor:
-        """The pixels of `image(index)` as uint8 [3, H, W], in any layout. Raises ImageError for a bad file."""
-        stored = self.stored(index)
-        return decode_array(stored, self.path(index)) if isinstance(stored, bytes) else as_array(stored)
+    def encoded(self, index: int) -> EncodedImage:
+        """Sample `index`, of which the receiver decodes what it needs. Raises ImageError for a bad file."""
+        return EncodedImage(self.stored(index), self.path(index))
 
     def stored(self, index: int) -> bytes | Image.Image:
         """Sample `index` as it is stored. Raises ImageError for a file that cannot be read."""

@@ -4,8 +4,9 @@ The pixels are those of PIL's `convert('RGB')`, as in the published code: alpha 
 blended, EXIF orientation is ignored, an animation gives its first frame. The one exception is 16-bit
 greyscale, which `convert` saturates to white: here it is scaled.
 
-`decode_rgb` gives a PIL image, `decode_array` the same pixels as a tensor, sooner: JPEG files, which nearly all images
-are, go to torchvision's decoder, and what that does not take goes the way of all others.
+`decode_rgb` gives a PIL image. `EncodedImage` gives the same pixels as a tensor, sooner, to whom a part of the rows is
+enough: JPEG files, which nearly all images are, go to simplejpeg's decoder, which has the same libjpeg-turbo in it, and
+what that does not take, or all files where it is not installed, goes the way of all others.
 """
 
 import io
@@ -15,9 +16,13 @@ import warnings
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from utils.errors import UserError
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')
 """PIL's names of the formats that are read; JPEG comes first because it is tried first."""
@@ -48,7 +53,7 @@ def load_rgb(path: str | os.PathLike) -> Image.Image:
 def read_file(path: str | os.PathLike) -> bytes:
     """The content of the image file `path`. Raises ImageError if it cannot be read, or has more than `MAX_BYTES`."""
     try:
-        with open(path, 'rb') as file:
+        with open(path, 'rb', buffering=0) as file:
             # Of what is no file the size is 0; a buffer of the largest size for each file would take its time.
             data = file.read(min(os.fstat(file.fileno()).st_size or MAX_BYTES, MAX_BYTES) + 1)
     except OSError as error:
@@ -81,10 +86,34 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
         raise ImageError(f'image {name}: {_reason(data, error)}') from None
 
 
-def decode_array(data: bytes, name: str) -> torch.Tensor:
-    """The pixels of `decode_rgb` as uint8 [3, H, W], a view of [H, W, 3] in memory. Raises ImageError as that does."""
-    pixels = _decode_jpeg(data)
-    return as_array(decode_rgb(data, name)) if pixels is None else pixels
+class EncodedImage:
+    """An image of known size that is decoded as far as it is needed: `height`, `width` and `pixels`.
+
+    stored: the content of an image file, or a PIL image of mode RGB. name: says in messages which image it is.
+    Making it and taking its pixels raise ImageError as `decode_rgb` does, but not for damage below the rows in use.
+    """
+
+    def __init__(self, stored: bytes | Image.Image, name: str):
+        self._jpeg, self._name, self._whole = None, name, None
+        if isinstance(stored, bytes):
+            if size := _jpeg_size(stored):
+                self.height, self.width = size
+                self._jpeg = stored
+                return
+            stored = decode_rgb(stored, name)
+        self._whole = as_array(stored)
+        self.height, self.width = self._whole.shape[1:]
+
+    def pixels(self, rows: int | None = None) -> torch.Tensor:
+        """uint8 [3, H, W], a view of [H, W, 3] in memory, of which the first `rows` rows count (None: all)."""
+        if self._whole is not None:
+            return self._whole
+        try:
+            jpeg = self._jpeg if rows is None else _with_rows(self._jpeg, rows)
+            # Not strict: as PIL does, it makes what it can of damaged data, and says nothing of data left over.
+            return torch.from_numpy(simplejpeg.decode_jpeg(jpeg, 'RGB', strict=False)).permute(2, 0, 1)
+        except Exception:  # decode_rgb says what is wrong, or takes what only PIL does
+            return as_array(decode_rgb(self._jpeg, self._name))
 
 
 def as_array(image: Image.Image) -> torch.Tensor:
@@ -92,21 +121,39 @@ def as_array(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _decode_jpeg(data: bytes) -> torch.Tensor | None:
-    """A whole JPEG file of one or three components, within the limits of `decode_rgb`; None for all that is not."""
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a whole JPEG file of one or three components, within the limits of `decode_rgb`; None for all
+    that is not."""
     # Without its end mark a file may be cut in the last row, of which the decoders do not say the same.
-    if not data.startswith(b'\xff\xd8') or not data.endswith(b'\xff\xd9'):
+    if simplejpeg is None or not data.startswith(b'\xff\xd8') or not data.endswith(b'\xff\xd9'):
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # those of PIL, and torch's that bytes must not be written to
-            with Image.open(io.BytesIO(data), formats=('JPEG',)) as image:
-                if (image.mode not in ('RGB', 'L') or image.width * image.height > MAX_PIXELS
-                        or max(image.size) > MAX_RATIO * min(image.size)):
-                    return None
-            return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except Exception:  # decode_rgb says what is wrong, or takes what only PIL does
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except Exception:  # of a sampling that it does not know, KeyError
         return None
+    within_limits = height * width <= MAX_PIXELS and max(height, width) <= MAX_RATIO * min(height, width)
+    return (height, width) if colors in ('YCbCr', 'RGB', 'Gray') and within_limits else None
+
+
+def _with_rows(jpeg: bytes, rows: int) -> bytes | bytearray:
+    """The JPEG file with a height in its header that ends its decoding soon behind `rows`; as it is, if that cannot be.
+
+    Rows are decoded from the top in groups of 8 or more. The colours of a row depend on those of the next one, so two
+    more are taken along. The data of one scan holds all components, or a lower height would be none of the others.
+    """
+    at, frame = 2, None
+    while jpeg[at] == 0xff and jpeg[at + 1] != 0xda:  # markers up to that of the scan, with a length that counts itself
+        if jpeg[at + 1] in (0xc0, 0xc1):  # the frame of sequential Huffman coding
+            frame = at
+        at += 2 + int.from_bytes(jpeg[at + 2:at + 4])
+    if frame is None or jpeg[at] != 0xff or jpeg[at + 4] != jpeg[frame + 9]:
+        return jpeg
+    components = range(jpeg[frame + 9])
+    group = 8 * max(jpeg[frame + 11 + 3 * number] & 15 for number in components)
+    shorter = -(-(rows + 2) // group) * group
+    if shorter >= int.from_bytes(jpeg[frame + 5:frame + 7]):
+        return jpeg
+    return b''.join((jpeg[:frame + 5], shorter.to_bytes(2), jpeg[frame + 7:]))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

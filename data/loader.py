@@ -12,8 +12,6 @@ evaluation it is left out. So what takes its place depends on the dataset alone:
 or ranks, and not on where a run was interrupted.
 """
 
-import contextlib
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -23,13 +21,15 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from utils.errors import UserError
+from utils.runtime import keep_freed_memory
 
 from .base import ImageDataset
 from .decode import ImageError
+from .memory import BatchMemory
 from .samplers import EvalSampler, TrainSampler
 from .seeding import preserved_generators, seed_generators
 
@@ -52,7 +52,7 @@ def create_loader(
     """A Loader of the batches that `sampler` names, decoded and transformed in `workers` processes.
 
     dataset: an ImageDataset. transform: image → uint8 tensor of one fixed shape. The image is
-        `dataset.array(index)` where the transform has `takes_arrays`, else the PIL image `dataset.image(index)`.
+        `dataset.encoded(index)` where the transform has `takes_encoded`, else the PIL image `dataset.image(index)`.
     sampler: a TrainSampler, which makes this a training loader, or an EvalSampler.
     seed: of the samples' randomness in training; evaluation has none.
     workers: 0 for doing the work in this process. prefetch: batches that each worker prepares ahead.
@@ -63,7 +63,8 @@ def create_loader(
     """
     if workers < 0 or max_bad_images < 0:
         raise UserError(f'workers {workers}, max_bad_images {max_bad_images}; neither can be below 0')
-    batches = BatchSource(dataset, transform, training=isinstance(sampler, TrainSampler), seed=seed,
+    memory = BatchMemory(workers, prefetch + 2)  # one is used, and one on its way
+    batches = BatchSource(dataset, transform, memory=memory, training=isinstance(sampler, TrainSampler), seed=seed,
                           max_bad_images=max_bad_images)
     options = dict(num_workers=workers, pin_memory=pin_memory)
     if workers:
@@ -73,7 +74,7 @@ def create_loader(
     # With a generator of its own an iterator takes nothing from the global one; what it draws has no effect.
     dataloader = DataLoader(batches, batch_sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator(),
                             **options)
-    return Loader(dataloader, dataset, sampler, max_bad_images)
+    return Loader(dataloader, dataset, sampler, memory, max_bad_images)
 
 
 class Loader:
@@ -86,8 +87,9 @@ class Loader:
     """
 
     def __init__(self, dataloader: DataLoader, dataset: ImageDataset, sampler: TrainSampler | EvalSampler,
-                 max_bad_images: int):
+                 memory: BatchMemory, max_bad_images: int):
         self._dataloader = dataloader
+        self._memory = memory
         self._dataset = dataset
         self.sampler = sampler
         self.max_bad_images = max_bad_images
@@ -106,13 +108,16 @@ class Loader:
         try:
             batches = self._batches()  # before what it starts: processes are not to be forked beside other threads
             with self._dataset.ahead(self.sampler.remaining()) as used:
-                for images, targets, bad, bad_count, problem in batches:
+                for images, block, targets, bad, bad_count, problem in batches:
                     self._note_bad_images(bad)
                     self._bad_count += bad_count
                     if problem is not None:
                         raise UserError(problem)
                     if len(targets):
+                        self._memory.give_back(images, block)
                         yield images, targets
+                    del images
+                    self._memory.reclaim()
                     used(self.sampler.batch_size)
         except RuntimeError as error:
             if explanation := explain_worker_death(error):
@@ -120,6 +125,7 @@ class Loader:
             raise
 
     def _batches(self) -> Iterator[tuple]:
+        self._memory.restart()
         batches = iter(self._dataloader)
         _explain_worker_deaths()
         return batches
@@ -188,10 +194,10 @@ def _explain_worker_deaths():
 class BatchSource:
     """What a worker process holds: turns the keys of a batch, a list of (epoch, index), into the batch.
 
-    `__getitems__` gives (images, targets, bad, bad_count, problem): bad is {path: message} of the images that
-    cannot be decoded, bad_count the number of samples replaced or left out, problem the message of a UserError
-    that prevents the batch, else None. The error is handed over as a value because PyTorch would put the
-    worker's traceback into its message.
+    `__getitems__` gives (images, block, targets, bad, bad_count, problem): block is the number of images' block in
+    `memory`, bad is {path: message} of the images that cannot be decoded, bad_count the number of samples replaced or
+    left out, problem the message of a UserError that prevents the batch, else None. The error is handed over as a value
+    because PyTorch would put the worker's traceback into its message.
     """
 
     def __init__(
@@ -202,10 +208,12 @@ class BatchSource:
         training: bool,
         seed: int,
         max_bad_images: int,
+        memory: BatchMemory,
     ):
         self._dataset = dataset
         self._transform = transform
-        self._load = dataset.array if getattr(transform, 'takes_arrays', False) else dataset.image
+        self._memory = memory
+        self._load = dataset.encoded if getattr(transform, 'takes_encoded', False) else dataset.image
         self._training = training
         self._seed = seed
         self._max_bad_images = max_bad_images
@@ -218,14 +226,29 @@ class BatchSource:
         try:
             if self._training:
                 with preserved_generators():  # without worker processes these are the training loop's own
-                    images, targets = _gather(len(keys), (self._training_sample(*key, bad) for key in keys))
+                    batch = self._gather(len(keys), (self._training_sample(*key, bad) for key in keys))
             else:
-                images, targets = _gather(len(keys), (self._sample(index, bad) for _, index in keys))
+                batch = self._gather(len(keys), (self._sample(index, bad) for _, index in keys))
         except UserError as error:
-            return None, None, bad, 0, str(error)
+            return None, None, None, bad, 0, str(error)
         # Of every sample its own image was tried first.
         bad_count = sum(self._dataset.path(index) in bad for _, index in keys) if bad else 0
-        return images, torch.tensor(targets), bad, bad_count, None
+        return *batch, bad, bad_count, None
+
+    def _gather(self, count: int, samples: Iterable[tuple[torch.Tensor, int] | None]
+                ) -> tuple[torch.Tensor | None, int | None, torch.Tensor]:
+        """The images of up to `count` samples as rows of one tensor, where that lies, and their targets; None among
+        `samples` is left out.
+
+        Each is written where the main process will read it, as soon as it is made: there is no second copy of a batch.
+        """
+        images, block, targets = None, None, []
+        for image, target in filter(None, samples):
+            if images is None:
+                images, block = self._memory.take((count, *image.shape), image.dtype)
+            images[len(targets)] = image
+            targets.append(target)
+        return images if images is None else images[:len(targets)], block, torch.tensor(targets)
 
     def _training_sample(self, epoch: int, index: int, bad: dict[str, str]) -> tuple[torch.Tensor, int]:
         """The transformed image and the target of (epoch, index), or of the first good image after it."""
@@ -241,36 +264,13 @@ class BatchSource:
         Raises ImageError if the bad images of this batch alone are too many.
         """
         try:
-            image = self._load(index)
+            image = self._transform(self._load(index))
         except ImageError as error:
             bad[self._dataset.path(index)] = str(error)
             if len(bad) > self._max_bad_images:
                 raise
             return None
-        return self._transform(image), int(self._dataset.targets[index])
-
-
-def _gather(count: int, samples: Iterable[tuple[torch.Tensor, int] | None]) -> tuple[torch.Tensor | None, list[int]]:
-    """The images of up to `count` samples as rows of one tensor, and their targets; None among `samples` is left out.
-
-    Each is written where the main process will read it, as soon as it is made: there is no second copy of a batch.
-    """
-    images, targets = None, []
-    for image, target in filter(None, samples):
-        if images is None:
-            images = _empty(count, image)
-        images[len(targets)] = image
-        targets.append(target)
-    return images if images is None else images[:len(targets)], targets
-
-
-def _empty(count: int, image: torch.Tensor) -> torch.Tensor:
-    """Memory for `count` images such as `image`; in a worker process it is shared, as torch's default_collate does."""
-    shape = count, *image.shape
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=image.dtype)
-    storage = torch.UntypedStorage._new_shared(count * image.numel() * image.itemsize)
-    return torch.empty(0, dtype=image.dtype).set_(storage, 0, shape)
+        return image, int(self._dataset.targets[index])
 
 
 def _as_it_is(batch: tuple) -> tuple:
@@ -278,16 +278,8 @@ def _as_it_is(batch: tuple) -> tuple:
 
 
 def _prepare_worker(worker_id: int):
-    _keep_freed_memory()
+    keep_freed_memory()
     _shield_worker()
-
-
-def _keep_freed_memory():
-    """Has the memory of one image serve the next; to return it and ask for it anew takes its time (glibc alone)."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-            mallopt(option, 1 << 30)
 
 
 def _shield_worker():

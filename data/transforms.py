@@ -1,8 +1,8 @@
 """From an image to a uint8 tensor [C, H, W]: timm's transforms, with the published recipe as defaults.
 
 The fast forms draw what timm's draw, from the same generators in the same order, and do to a tensor what timm's do to a
-PIL image; `takes_arrays` of a transform says that it wants `ImageDataset.array`, uint8 [3, H, W]. Their pixels differ
-from timm's by a level here and there. What they cannot do is done by timm's own.
+PIL image; `takes_encoded` of a transform says that it wants `ImageDataset.encoded`, of which it decodes what it needs.
+Their pixels differ from timm's by a level here and there. What they cannot do is done by timm's own.
 
 Normalisation and random erasing are not here but in `batch`, on the device: uint8 is a quarter of the bytes
 to hand over. All randomness comes from the global generators of `random`, numpy and torch, which `loader`
@@ -25,6 +25,7 @@ from torchvision import transforms
 from utils.errors import UserError
 
 from .augment import take_tensors
+from .decode import EncodedImage
 
 _logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def create_train_transform(
     no_aug: bool = False,
     aug_splits: int = 0,
     fast: bool = True,
-) -> Callable[[Image.Image | torch.Tensor], torch.Tensor]:
+) -> Callable[[Image.Image | EncodedImage], torch.Tensor]:
     """The training transform: image → uint8 [C, H, W], or [S, C, H, W] with S = `aug_splits` ≥ 2.
 
     img_size: pixels, an int or (height, width).
@@ -60,7 +61,7 @@ def create_train_transform(
     mean: of the normalisation to come, 0…1: RandAugment fills uncovered corners with it.
     no_aug: only resize and centre crop.
     aug_splits: S versions of one crop, the first without augmentation (AugMix); 0 for off.
-    fast: a FastTrainTransform, which takes uint8 [3, H, W], wherever there is one for the other arguments; else, and
+    fast: a FastTrainTransform, which takes an EncodedImage, wherever there is one for the other arguments; else, and
         without it, timm's, which takes a PIL image of mode RGB.
     Raises UserError for a value that means nothing.
     """
@@ -106,14 +107,14 @@ def create_eval_transform(
     crop_mode: str = 'center',
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     fast: bool = False,
-) -> Callable[[Image.Image | torch.Tensor], torch.Tensor]:
+) -> Callable[[Image.Image | EncodedImage], torch.Tensor]:
     """The evaluation transform of timm: PIL RGB image → uint8 [C, H, W], deterministic.
 
     It resizes so that `img_size` (int, or (height, width)) is the fraction `crop_pct` of the result, then
     cuts out the centre.
 
     crop_mode: 'center' fits the shorter edge, 'squash' both edges, 'border' the longer one, padded by `mean`.
-    fast: a FastEvalTransform, which takes uint8 [3, H, W], wherever there is one for the other arguments.
+    fast: a FastEvalTransform, which takes an EncodedImage, wherever there is one for the other arguments.
     Raises UserError for a value that means nothing.
     """
     _check_size(img_size)
@@ -142,12 +143,12 @@ def _has_fast_form(task: str, **conditions: tuple[object, Sequence]) -> bool:
 
 
 class FastTrainTransform:
-    """Crop, resize, flip and augmentation of a tensor: uint8 [3, H, W] → uint8 [3, h, w].
+    """Crop, resize, flip and augmentation: an EncodedImage → uint8 [3, h, w].
 
     crop: timm's transforms of the first stage, the random crop and flips, which take tensors themselves.
     augment: timm's of the second, after `take_tensors`.
     """
-    takes_arrays = True
+    takes_encoded = True
 
     def __init__(self, crop: transforms.Compose, augment: transforms.Compose):
         self.crop, *flips = crop.transforms
@@ -155,12 +156,15 @@ class FastTrainTransform:
         self.flips = [(step.p, -1 if isinstance(step, transforms.RandomHorizontalFlip) else -2) for step in flips]
         self.augment = augment
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+    def __call__(self, image: EncodedImage) -> torch.Tensor:
         crop = self.crop
-        top, left, height, width = crop.get_params(pixels, crop.scale, crop.ratio)
+        # timm asks for no more than the size.
+        size = torch.empty((3, image.height, image.width), device='meta')
+        top, left, height, width = crop.get_params(size, crop.scale, crop.ratio)
         mode = crop.interpolation
         mode = random.choice(mode) if isinstance(mode, (tuple, list)) else mode
-        pixels = _resize(pixels[:, top:top + height, left:left + width], crop.size, mode)
+        pixels = image.pixels(top + height)[:, top:top + height, left:left + width]
+        pixels = _resize(pixels, crop.size, mode)
         for probability, axis in self.flips:
             if torch.rand(1).item() < probability:
                 pixels = pixels.flip(axis)
@@ -168,23 +172,23 @@ class FastTrainTransform:
 
 
 class FastEvalTransform:
-    """Resizing and centre crop of a tensor: uint8 [3, H, W] → uint8 [3, h, w].
+    """Resizing and centre crop: an EncodedImage → uint8 [3, h, w].
 
     resize: torchvision's; its `size` is of the shorter edge, or of both.
     crop: torchvision's, which takes tensors itself.
     """
-    takes_arrays = True
+    takes_encoded = True
 
     def __init__(self, resize: transforms.Resize, crop: transforms.CenterCrop):
         self.resize, self.crop = resize, crop
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        _, height, width = pixels.shape
+    def __call__(self, image: EncodedImage) -> torch.Tensor:
+        height, width = image.height, image.width
         size = self.resize.size
         if isinstance(size, int):  # torchvision cuts fractions off
             longer = int(size * max(height, width) / min(height, width))
             size = (size, longer) if height <= width else (longer, size)
-        return self.crop(_resize(pixels, size, self.resize.interpolation))
+        return self.crop(_resize(image.pixels(), size, self.resize.interpolation))
 
 
 FAST_INTERPOLATIONS = ('bicubic', 'bilinear')

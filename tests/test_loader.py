@@ -19,6 +19,7 @@ from timm.data import create_loader as create_timm_loader
 from data.batch import BatchPreparer
 from data.datasets import open_eval
 from data.loader import BatchSource, create_loader, explain_worker_death
+from data.memory import BatchMemory
 from data.samplers import EvalSampler, TrainSampler
 from data.seeding import derive_seed
 from data.transforms import create_eval_transform, create_train_transform
@@ -107,7 +108,8 @@ def test_the_augmentation_of_a_sample_is_new_in_every_epoch_and_with_every_seed(
     keys = [(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 2)]
     versions = []
     for seed, epoch in keys:
-        source = BatchSource(dataset, train_transform, training=True, seed=seed, max_bad_images=0)
+        source = BatchSource(dataset, train_transform, training=True, seed=seed, max_bad_images=0,
+                             memory=BatchMemory(0, 1))
         versions.append(source.__getitems__([(epoch, 5)])[0])
     assert len({version.numpy().tobytes() for version in versions}) == len(keys)
 
@@ -163,7 +165,8 @@ def test_evaluation_batches_are_those_of_timm(loader_of, folder, size, workers):
 
 
 def test_what_workers_get_can_be_sent_to_a_fresh_process(folder, train_transform):
-    source = BatchSource(open_eval('folder', folder), train_transform, training=True, seed=1, max_bad_images=0)
+    source = BatchSource(open_eval('folder', folder), train_transform, training=True, seed=1, max_bad_images=0,
+                             memory=BatchMemory(0, 1))
     copy = pickle.loads(pickle.dumps(source))
     keys = [(0, 3), (0, 30)]
     assert torch.equal(copy.__getitems__(keys)[0], source.__getitems__(keys)[0])
@@ -277,3 +280,26 @@ def test_closing_a_loader_ends_its_worker(loader_with_worker):
     loader, worker = loader_with_worker
     loader.close()
     assert not worker.is_alive() and worker.exitcode == 0
+
+
+def memory_of(images):
+    """What tells the shared memory of a batch from all other."""
+    return os.fstat(images.untyped_storage()._share_fd_cpu_()[0]).st_ino
+
+
+def test_memory_of_batches_is_used_again_once_nobody_holds_them(loader_of, folder, train_transform):
+    loader = loader_of(folder, TrainSampler(36, 2, seed=SEED), train_transform, workers=1)
+    expected = epoch_of(loader_of(folder, TrainSampler(36, 2, seed=SEED), train_transform), 0)[0]
+    for _ in range(2):
+        loader.set_position(0)
+        kept = [(memory_of(images), images[1:]) for images, _ in loader]  # a part of a batch holds it
+        assert len({number for number, _ in kept}) == len(kept)
+        assert torch.equal(torch.cat([images for _, images in kept]), expected[1::2])
+        del kept
+
+        loader.set_position(0)
+        next(iter(loader))  # left early, with batches under way
+        loader.set_position(0)
+        passing = [(memory_of(images), images[1:].clone()) for images, _ in loader]
+        assert len({number for number, _ in passing}) <= 4 < len(passing)
+        assert torch.equal(torch.cat([images for _, images in passing]), expected[1::2])

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from data.decode import as_array
+from data.decode import EncodedImage
 from data.seeding import seed_generators
 from data.transforms import FastEvalTransform, FastTrainTransform, create_eval_transform, create_train_transform
 from utils.errors import UserError
@@ -58,11 +58,11 @@ def test_the_fast_form_crops_flips_and_resizes_as_timm(options):
     """A pixel of the crop more or less, the other filter or no flip would be more than the levels allowed."""
     options = dict(auto_augment=None, color_jitter=0) | options
     fast, timms = (create_train_transform((36, 48), fast=fast, **options) for fast in (True, False))
-    assert isinstance(fast, FastTrainTransform) and fast.takes_arrays
+    assert isinstance(fast, FastTrainTransform) and fast.takes_encoded
     for seed in range(60):
         image = image_of([(120, 90), (31, 77), (300, 8), (48, 36)][seed % 4], seed)
         expected = drawn(timms, image, seed), random.random(), torch.rand(1)
-        found = drawn(fast, as_array(image), seed), random.random(), torch.rand(1)
+        found = drawn(fast, EncodedImage(image, 'image'), seed), random.random(), torch.rand(1)
         assert found[1:] == expected[1:] and found[0].dtype == torch.uint8
         distance = (found[0].int() - expected[0].int()).abs()
         assert distance.max() <= 5 and distance.float().mean() < 0.5
@@ -73,7 +73,7 @@ def test_the_fast_form_of_the_whole_recipe_is_near_that_of_timm():
     distances = []
     for seed in range(120):
         image = image_of((120, 90), seed % 10)
-        difference = drawn(fast, as_array(image), seed).int() - drawn(timms, image, seed).int()
+        difference = drawn(fast, EncodedImage(image, 'image'), seed).int() - drawn(timms, image, seed).int()
         distances.append(difference.abs().float().mean())
     assert np.mean(distances) < 0.2
 
@@ -84,7 +84,7 @@ def test_the_fast_form_of_the_whole_recipe_is_near_that_of_timm():
 def test_what_has_no_fast_form_is_timms_and_said(caplog, options):
     with caplog.at_level(logging.INFO):
         transform = create_train_transform(32, **options)
-    assert not getattr(transform, 'takes_arrays', False)
+    assert not getattr(transform, 'takes_encoded', False)
     name, = caplog.messages
     assert next(iter(options)) in name and 'no fast form' in name
 
@@ -98,7 +98,7 @@ def test_fast_evaluation_is_near_that_of_timm(caplog, size, options):
     assert isinstance(fast, FastEvalTransform) == has_form
     for seed, shape in enumerate([(120, 90), (31, 77), (300, 20), (44, 44), (12, 200)] * has_form):
         image = image_of(shape, seed)
-        found, expected = fast(as_array(image)), timms(image)
+        found, expected = fast(EncodedImage(image, 'image')), timms(image)
         assert found.dtype == torch.uint8 and found.shape == expected.shape
         distance = (found.int() - expected.int()).abs()
         assert distance.max() <= 5 and distance.float().mean() < 0.5
