@@ -16,7 +16,7 @@ Contenders take turns, in another order in each round, and each turn is a whole 
 is prepared before it starts, and nothing is left to prepare when it ends. Time on the cores is what the kernel accounts
 to the workers and the main process; images per second and core is the number of images by that time, which depends on
 other work on the machine less than the clock does. Memory is the proportional set size of all processes at its peak,
-of a contender that runs alone. All images are in the page cache.
+of a contender that has a process of its own, as each has. All images are in the page cache.
 
 NAME.json, the record with every turn, and NAME.md, the tables, go to --output. The last line that is printed is
 
@@ -37,6 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,27 +196,35 @@ class OnePixel:
 
 @dataclass
 class Contender:
-    """One row of a table; `start()` makes what it measures.
+    """One row of a table; `start()` makes what it measures, in a process of its own, with that program's memory.
 
     turns: (seconds, seconds on cores of the workers, of the main process) of each.
     """
     label: str
     start: Callable[[], Timm | Ours]
-    running: Timm | Ours | None = None
-    processes: list[int] = field(default_factory=list)
+    process: multiprocessing.Process | None = None
+    connection: Connection | None = None
     turns: list[tuple[float, float, float]] = field(default_factory=list)
     peak_bytes: int | None = None
 
     def open(self) -> None:
-        others = set(multiprocessing.active_children())
-        self.running = self.start()
-        for _ in self.running.epoch():  # workers start with the first
-            pass
-        self.processes = [child.pid for child in set(multiprocessing.active_children()) - others]
+        self.connection, theirs = multiprocessing.Pipe()
+        # Forked, for closures cannot be sent; nothing else runs in this process.
+        self.process = multiprocessing.get_context('fork').Process(target=serve, args=(self.start, theirs))
+        self.process.start()
+        theirs.close()
+
+    def ask(self, task: Callable):
+        """What `task`, a function of this module, returns in the contender's process."""
+        self.connection.send(task.__name__)
+        try:
+            return self.connection.recv()
+        except EOFError:
+            raise UserError(f'{self.label}: its process has ended; what it said is above') from None
 
     def close(self) -> None:
-        self.running.close()
-        self.running, self.processes = None, []
+        self.connection.send(None)
+        self.process.join()
 
     def row(self, images: int) -> dict:
         clock, workers, main = np.array(self.turns).T
@@ -266,31 +275,41 @@ def proportional_bytes(processes: Iterable[int]) -> int:
     return total
 
 
-def take_turn(contender: Contender) -> None:
+def take_turn(running: Timm | Ours, workers: list[int]) -> tuple[float, float, float]:
     main = [os.getpid()]
-    before = seconds_on_cores(contender.processes), seconds_on_cores(main)
+    before = seconds_on_cores(workers), seconds_on_cores(main)
     started = time.perf_counter()
-    for _ in contender.running.epoch():
+    for _ in running.epoch():
         pass
     seconds = time.perf_counter() - started
-    contender.turns.append((seconds, seconds_on_cores(contender.processes) - before[0],
-                            seconds_on_cores(main) - before[1]))
+    return seconds, seconds_on_cores(workers) - before[0], seconds_on_cores(main) - before[1]
+
+
+def peak_memory(running: Timm | Ours, workers: list[int]) -> int:
+    return max(proportional_bytes([os.getpid(), *workers]) for _ in running.epoch())
+
+
+def serve(start: Callable[[], Timm | Ours], connection: Connection) -> None:
+    """In a contender's process: does what it is asked for."""
+    running = start()
+    for _ in running.epoch():  # workers start with the first
+        pass
+    workers = [child.pid for child in multiprocessing.active_children()]
+    while task := connection.recv():
+        connection.send({'take_turn': take_turn, 'peak_memory': peak_memory}[task](running, workers))
+    running.close()
 
 
 def measure(contenders: list[Contender], args, title: str) -> None:
     order = random.Random(args.seed)
     bar = progress_bar(total=len(contenders) * (1 + args.rounds), desc=title)
-    for contender in contenders:  # alone, for its memory
-        contender.open()
-        contender.peak_bytes = max(proportional_bytes([os.getpid(), *contender.processes])
-                                   for _ in contender.running.epoch())
-        contender.close()
-        bar.update()
     for contender in contenders:
         contender.open()
+        contender.peak_bytes = contender.ask(peak_memory)
+        bar.update()
     for _ in range(args.rounds):
         for contender in order.sample(contenders, len(contenders)):
-            take_turn(contender)
+            contender.turns.append(contender.ask(take_turn))
             bar.update()
     for contender in contenders:
         contender.close()

@@ -211,7 +211,8 @@ def judge(records: Records) -> list[Figure]:
                 against_yardstick(records, 't2t_vit_t_14', 'train', 3, batch_size=256, img_size=224),
                 *against_peer(records, 'train'), *against_peer(records, 'inference'), memory(records),
                 float16(records.folder), *scaling(records), *fidelity(records)]
-    variants = sorted({table['model'] for record in records.judged for table in record.get('tables', ())})
+    variants = sorted({table['model'] for record in records.judged for table in record.get('tables', ())
+                       if 'model' in table})
     return [against_yardstick(records, 't2t_vit_14', 'inference', 1.25, paths=('default',)),
             *(against_yardstick(records, model, task, 1, paths=('default',)) for model in variants
               for task in ('train', 'inference')), *scaling(records), *fidelity(records)]

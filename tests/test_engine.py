@@ -326,8 +326,8 @@ class Vectors:
     def __len__(self):
         return len(self.targets)
 
-    def load(self, index):
-        return self.images[index], int(self.targets[index])
+    def image(self, index):
+        return self.images[index]
 
 
 def evaluate_share(count: int, rank: int, size: int, errors=None):

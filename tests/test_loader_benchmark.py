@@ -71,16 +71,17 @@ def test_contenders_give_the_same_kind_of_batches(folder, task):
     contenders = benchmark.list_contenders(task, datasets, folder, count=8, workers=1, args=ARGS)
     shapes = {}
     for contender in contenders:
-        contender.open()
-        batches = list(contender.running.epoch())
+        batches = list((running := contender.start()).epoch())
         assert [images.dtype for images, _ in batches] == [torch.float32] * 2
         shapes[contender.label] = batches[0][0].shape, batches[0][1].shape
-        benchmark.take_turn(contender)
-        assert contender.processes and benchmark.proportional_bytes(contender.processes) > 1e6
+        running.close()
+        contender.open()
+        contender.turns.append(contender.ask(benchmark.take_turn))
         assert min(contender.turns[0]) > 0
-        contender.peak_bytes = 1
-        assert contender.row(8)['images_per_second_and_core'] > 1
+        contender.peak_bytes = contender.ask(benchmark.peak_memory)
+        assert contender.peak_bytes > 1e6 and contender.row(8)['images_per_second_and_core'] > 1
         contender.close()
+        assert contender.process.exitcode == 0
     targets = (4, benchmark.NUM_CLASSES) if task == 'training' else (4,)
     assert shapes.pop(benchmark.DECODE, ((4, 3, 1, 1), (4,))) == ((4, 3, 1, 1), (4,))
     assert set(shapes.values()) == {((4, 3, 32, 32), targets)}

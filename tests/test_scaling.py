@@ -379,6 +379,7 @@ def test_a_line_never_falls_below_zero():
     assert scaling_check.fit_line([1, 2], [4, 1])[1] == 0
 
 
+@pytest.mark.slow
 def test_two_processes_are_measured(tmp_path):
     out = succeeded(run_script('benchmarks/scaling_check.py', '--img-size', 32, '--batch-sizes', 1, 2, '--rounds', 2,
                                '--steps', 1, '--output', tmp_path, cwd=tmp_path))

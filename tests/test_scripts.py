@@ -456,6 +456,7 @@ def test_launcher_quotes_options_through_and_passes_exit_codes(tmp_path):
     assert result.returncode == 7, result
 
 
+@pytest.mark.slow
 def test_two_nodes_on_one_machine_make_one_run(tmp_path, image_folder):
     """Two launchers, each a node of one process, meet at an address and train together."""
     import socket
