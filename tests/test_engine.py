@@ -4,12 +4,14 @@ import math
 import os
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from data.base import ImageDataset
 from data.batch import BatchPreparer
 from data.loader import create_loader
 from data.samplers import EvalSampler
@@ -314,17 +316,14 @@ def test_precision():
 # --- Evaluation ------------------------------------------------------------------------------------------------------
 
 
-class Vectors:
+class Vectors(ImageDataset):
     """Images whose pixels are their number: what a fixed linear model makes of them can be computed apart."""
 
     def __init__(self, count: int):
         self.images = torch.randint(
             0, 256, (count, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(count)
         )
-        self.targets = torch.arange(count) % 7
-
-    def __len__(self):
-        return len(self.targets)
+        super().__init__('abcdefg', np.arange(count) % 7)
 
     def image(self, index):
         return self.images[index]
@@ -342,7 +341,7 @@ def evaluate_share(count: int, rank: int, size: int, errors=None):
 
 def expected(count: int, model) -> tuple[float, float, float]:
     vectors = Vectors(count)
-    images, targets = BatchPreparer(CPU)(vectors.images, vectors.targets)
+    images, targets = BatchPreparer(CPU)(vectors.images, torch.from_numpy(vectors.targets))
     logits = model(images).detach()
     top5 = logits.topk(5).indices
     return (
@@ -380,7 +379,7 @@ def test_the_most_confident_errors_against_a_direct_computation(count):
     without, _ = evaluate_share(count, 0, 1)
     assert (result.loss, result.top1, result.top5) == (without.loss, without.top1, without.top5)
     vectors = Vectors(count)
-    images, targets = BatchPreparer(CPU)(vectors.images, vectors.targets)
+    images, targets = BatchPreparer(CPU)(vectors.images, torch.from_numpy(vectors.targets))
     probabilities, guesses = model(images).detach().softmax(1).max(1)
     wrong = [int(i) for i in probabilities.argsort(descending=True) if guesses[i] != targets[i]][:6]
     assert wrong, 'the model must make errors'
