@@ -5,9 +5,9 @@
 
 timm's own objects draw everything: which operations, whether they are applied, how strong, with what interpolation.
 Only the functions that change pixels are replaced, so equal seeds make equal decisions. What is a table of 256 levels
-here is one in PIL too and gives the same bytes, and so do colour and sharpness; shearing and moving compute in float32
-what PIL computes in float64, and differ by one level in a few pixels of a thousand. Operations that would gain little
-(rotation, Gaussian blur, AugMix) are handed to PIL.
+here is one in PIL too and gives the same bytes, and so do colour and sharpness; shearing, moving and turning compute in
+float32 what PIL computes in float64, and differ by one level in a few pixels of a thousand. Operations that would gain
+little (bicubic rotation, Gaussian blur, AugMix) are handed to PIL.
 """
 
 import math
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import auto_augment as timm_augment
-from torch.nn.functional import pad
+from torch.nn.functional import grid_sample, pad
 from torchvision import transforms
 
 from .decode import as_array
@@ -129,11 +129,14 @@ def _blended_levels(level: int, factor: float) -> np.ndarray:
 def _look_up(pixels: torch.Tensor, *tables: np.ndarray) -> torch.Tensor:
     """Each level by that of its table: one for all channels, or one for each."""
     tables = [table.astype(np.uint8).tobytes() for table in tables]
-    planes = pixels.numpy()
-    # No indexing in numpy or torch is as fast as bytes.translate.
-    parts = [part.tobytes().translate(table) for part, table in zip(planes if len(tables) > 1 else [planes], tables,
-                                                                    strict=True)]
-    return torch.frombuffer(bytearray().join(parts), dtype=torch.uint8).view(pixels.shape)
+    planes = pixels.contiguous().numpy()
+    # No indexing in numpy or torch is as fast as translate.
+    if len(tables) == 1:
+        levels = bytearray(planes).translate(tables[0])
+    else:
+        parts = zip(planes, tables, strict=True)
+        levels = bytearray().join(bytearray(plane).translate(table) for plane, table in parts)
+    return torch.frombuffer(levels, dtype=torch.uint8).view(pixels.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,6 +205,26 @@ def translate_x_by_part(pixels: torch.Tensor, part: float, **options) -> torch.T
 
 def translate_y_by_part(pixels: torch.Tensor, part: float, **options) -> torch.Tensor:
     return translate_y(pixels, part * pixels.shape[1], **options)
+
+
+def rotate(pixels: torch.Tensor, degrees: float, *, resample, fillcolor: Sequence[int]) -> torch.Tensor:
+    """Counterclockwise about the centre; corners that come from outside get `fillcolor`."""
+    if (resample := _draw(resample)) != Image.Resampling.BILINEAR:  # torch's cubic is another, and hardly sooner
+        return ROTATE_THROUGH_PIL(pixels, degrees, resample=resample, fillcolor=fillcolor)
+    height, width = pixels.shape[1:]
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    x, y = torch.arange(0.5 - width / 2, width / 2), torch.arange(0.5 - height / 2, height / 2)[:, None]
+    # Where a pixel comes from, from -1 at one edge to 1 at the other.
+    x, y = (cos * x - sin * y) * (2 / width), (sin * x + cos * y) * (2 / height)
+    moved = _cut_off(grid_sample(pixels.float()[None], torch.stack((x, y), -1)[None], padding_mode='border',
+                                 align_corners=False)[0])
+    outside = ((x.abs() > 1) | (y.abs() > 1)).numpy()
+    for plane, level in zip(moved.numpy(), fillcolor, strict=True):
+        np.copyto(plane, level, where=outside)
+    return moved
+
+
+ROTATE_THROUGH_PIL = ThroughPil(timm_augment.rotate)
 
 
 def _shift_lines(pixels: torch.Tensor, axis: int, shifts: np.ndarray, resample, fillcolor: Sequence[int]
@@ -285,6 +308,7 @@ OPERATIONS = {
     timm_augment.equalize: equalize,
     timm_augment.invert: invert,
     timm_augment.posterize: posterize,
+    timm_augment.rotate: rotate,
     timm_augment.sharpness: sharpness,
     timm_augment.shear_x: shear_x,
     timm_augment.shear_y: shear_y,

@@ -12,6 +12,7 @@ evaluation it is left out. So what takes its place depends on the dataset alone:
 or ranks, and not on where a run was interrupted.
 """
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -278,6 +279,7 @@ def _as_it_is(batch: tuple) -> tuple:
 
 
 def _prepare_worker(worker_id: int):
+    gc.freeze()  # what is there stays: to look through it takes time, and copies the pages that are shared
     keep_freed_memory()
     _shield_worker()
 

@@ -8,10 +8,17 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from data.decode import EncodedImage
 from data.seeding import seed_generators
-from data.transforms import FastEvalTransform, FastTrainTransform, create_eval_transform, create_train_transform
+from data.transforms import (
+    FastEvalTransform,
+    FastTrainTransform,
+    create_eval_transform,
+    create_train_transform,
+    draw_crop,
+)
 from utils.errors import UserError
 
 SEED = 7
@@ -66,6 +73,18 @@ def test_the_fast_form_crops_flips_and_resizes_as_timm(options):
         assert found[1:] == expected[1:] and found[0].dtype == torch.uint8
         distance = (found[0].int() - expected[0].int()).abs()
         assert distance.max() <= 5 and distance.float().mean() < 0.5
+
+
+@pytest.mark.parametrize(('scale', 'ratio'), [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.9, 1.0), (0.2, 0.3))])
+def test_crops_are_drawn_as_by_timm(scale, ratio):
+    sizes = [(120, 90), (31, 77), (300, 8), (8, 300), (48, 36), (1, 1), (224, 224)]
+    for seed in range(300):
+        width, height = sizes[seed % len(sizes)]
+        random.seed(seed)
+        expected = RandomResizedCropAndInterpolation.get_params(Image.new('L', (width, height)), scale, ratio)
+        after = random.random()
+        random.seed(seed)
+        assert draw_crop(height, width, scale, ratio) == expected and random.random() == after
 
 
 def test_the_fast_form_of_the_whole_recipe_is_near_that_of_timm():
