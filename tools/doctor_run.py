@@ -525,7 +525,7 @@ def add_up(count: int, megabytes: float, kind: str) -> tuple[dict | None, str]:
                    '--json', str(result)]
         # Of a job that this process may itself be in, the others must know nothing.
         clean = {name: value for name, value in os.environ.items()
-                 if not name.startswith(('TORCHELASTIC', 'MASTER_', 'NNODES', 'NODE_RANK', 'T2T_'))
+                 if not name.startswith(('TORCHELASTIC', 'MASTER_', 'NNODES', 'RDZV_', 'PET_', 'T2T_'))
                  and name not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE')}
         process = subprocess.Popen(command, cwd=ROOT, env={**clean, 'GRACE': '2', 'MAX_RESTARTS': '0'}, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
