@@ -182,6 +182,7 @@ def test_the_ranks_count_together_what_one_rank_counts(bad_folder):
         assert seen == (63 if training else 15 + NUM_ODD)
 
 
+@pytest.mark.faults
 def test_train_and_validate_count_bad_images_and_say_so(bad_folder, tmp_path):
     options = (bad_folder, *SMALL, *SHORT, '-j', '1')
     for allowed, split in (((), 'train'), (('--max-bad-images', '99'), 'val')):

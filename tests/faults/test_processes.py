@@ -144,6 +144,7 @@ def uninterrupted(tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.faults
 def test_a_killed_process_costs_no_byte_and_few_seconds(uninterrupted, tmp_path, record_property):
     """The job goes on from its last checkpoint by itself, and ends as if nothing had been."""
     with Job(tmp_path, '-j', '1', '--experiment', 'run', T2T_FAULTS=f'step@{STEP}#1=stop') as job:
