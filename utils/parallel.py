@@ -36,13 +36,14 @@ def in_processes(work: Callable, items: Sequence, *, jobs: int, total: int, done
     counts = context.RawArray('q', 2 * jobs)
     processes = {}
     try:
-        for number in range(jobs):
-            reader, writer = context.Pipe(duplex=False)
-            process = context.Process(target=_run, args=(work, items[number::jobs], counts, number, writer,
-                                                         os.getpid()))
-            process.start()
-            writer.close()  # so that the pipe ends with its process
-            processes[reader] = process
+        with _ctrl_c_waits():
+            for number in range(jobs):
+                reader, writer = context.Pipe(duplex=False)
+                process = context.Process(target=_run, args=(work, items[number::jobs], counts, number, writer,
+                                                             os.getpid()))
+                process.start()
+                writer.close()  # so that the pipe ends with its process
+                processes[reader] = process
         started = time.monotonic()
         with progress_bar(total=total, initial=done, unit=unit, desc=desc) as bar:
             while processes:
@@ -56,6 +57,16 @@ def in_processes(work: Callable, items: Sequence, *, jobs: int, total: int, done
             process.kill()
         for process in processes.values():
             process.join()
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C takes effect at the end: what Python calls at a fork, as logging has it do, would swallow it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _received(reader, processes: dict) -> Iterator:

@@ -167,11 +167,12 @@ def test_a_full_disk(folder, whole, tmp_path):
 def test_ctrl_c(folder, whole, tmp_path):
     out = tmp_path / 'out'
     pid = start(folder, out)
-    while not list(out.glob('shard-*.tar')):
-        time.sleep(0.01)
+    while not [*out.glob('.shard-*.tmp'), *out.glob('shard-*.tar')]:  # the first is being written
+        time.sleep(0.001)
     os.killpg(pid, signal.SIGINT)
-    assert ended(pid) == 130
-    assert Path(f'{out}.said').read_text().endswith('interrupted; the same command goes on\n')
+    code, said = ended(pid), Path(f'{out}.said').read_text()
+    assert code == 130, said
+    assert said.endswith('interrupted; the same command goes on\n')
     assert group_is_gone(pid) and not list(out.glob('.*.tmp')) and not (out / 'manifest.json').exists()
     assert ended(start(folder, out)) == 0
     assert content(out) == whole
