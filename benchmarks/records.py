@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from utils.errors import UserError
-from utils.log import check_folder, make_folder, write_whole
+from utils.log import check_folder, make_folder
 from utils.results import finite
 from utils.runtime import Precision, describe_environment
+from utils.writing import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 PRECISIONS = {'fp32': 'auto', 'bf16': 'bfloat16', 'fp16': 'float16'}

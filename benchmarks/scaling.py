@@ -38,8 +38,9 @@ from benchmarks.targets import ABSOLUTE
 from models import create_model
 from utils import options
 from utils.errors import UserError, run_script
-from utils.log import progress_bar, write_whole
+from utils.log import progress_bar
 from utils.pictures import BLUE, GREEN, ORANGE, new_figure
+from utils.writing import write_whole
 
 # Part of a step that the tokens-to-token module takes, in the published eager code; its backward pass comes last.
 TOKEN_SHARES = {'t2t_vit_7': 0.48, 't2t_vit_14': 0.22, 't2t_vit_19': 0.16, 't2t_vit_24': 0.10, 't2t_vit_t_14': 0.51}

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -11,7 +12,7 @@ from PIL import Image
 from .decode import EncodedImage, decode_rgb
 
 
-class ImageDataset:
+class ImageDataset(ABC):
     """Base of all datasets: `len()`, `classes`, `targets`, `image(index)`, `encoded(index)`, `stored(index)` and
     `path(index)`.
 
@@ -39,12 +40,13 @@ class ImageDataset:
         """Sample `index`, of which the receiver decodes what it needs. Raises ImageError for a bad file."""
         return EncodedImage(self.stored(index), self.path(index))
 
+    @abstractmethod
     def stored(self, index: int) -> bytes | Image.Image:
         """Sample `index` as it is stored. Raises ImageError for a file that cannot be read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def path(self, index: int) -> str:
-        raise NotImplementedError
+        """Where sample `index` is, for messages."""
 
     def starts(self) -> np.ndarray | None:
         """Where samples must be fetched in shards, the number of each shard's first sample, and of all samples; int64

@@ -96,7 +96,7 @@ class EncodedImage:
     def __init__(self, stored: bytes | Image.Image, name: str):
         self._jpeg, self._name, self._whole = None, name, None
         if isinstance(stored, bytes):
-            if size := _jpeg_size(stored):
+            if size := jpeg_size(stored):
                 self.height, self.width = size
                 self._jpeg = stored
                 return
@@ -121,7 +121,7 @@ def as_array(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Height and width of a whole JPEG file of one or three components, within the limits of `decode_rgb`; None for all
     that is not."""
     # Without its end mark a file may be cut in the last row, of which the decoders do not say the same.

@@ -22,7 +22,7 @@ from utils.log import progress_bar
 from .base import ImageDataset, PathList
 from .classes import name_some
 from .decode import EXTENSIONS, ImageError
-from .manifest import Member, refusal, scan_tar
+from .tar import Member, refusal, scan_tar
 
 _logger = logging.getLogger(__name__)
 

@@ -29,24 +29,16 @@ from PIL import Image
 from utils.errors import UserError
 from utils.log import progress_bar
 from utils.parallel import in_processes
+from utils.writing import write_whole
 
 from .base import ImageDataset, PathList
 from .classes import name_some
-from .decode import FORMATS, MAX_PIXELS, MAX_RATIO, ImageError, decode_rgb
+from .decode import ImageError, decode_rgb, jpeg_size
 from .folders import ImageFolder
 from .ilsvrc import Archive
-from .manifest import (
-    BLOCK,
-    MANIFEST,
-    Index,
-    Manifest,
-    Shard,
-    ShardWriter,
-    member_key,
-    sha256,
-    write_whole,
-)
+from .manifest import MANIFEST, Index, Manifest, Shard, ShardWriter, member_key, sha256
 from .shards import reader
+from .tar import BLOCK
 
 _logger = logging.getLogger(__name__)
 
@@ -137,7 +129,7 @@ def prepare(content: bytes, name: str, recipe: Recipe, loss: Loss, *, measure: b
     rules of data/decode.py, resized once (bicubic, antialiased), and saved as JPEG without anything but pixels, if it
     has room for the longer side.
     """
-    size = _header_size(content)
+    size = jpeg_size(content)  # None where only decoding can tell whether it is good
     side = recipe.short_side
     is_resized = side is not None and (size is None or min(size) > side)
     if size is not None and not is_resized and not recipe.decode:
@@ -157,19 +149,6 @@ def prepare(content: bytes, name: str, recipe: Recipe, loss: Loss, *, measure: b
         difference = np.asarray(image, np.float32) - np.asarray(decode_rgb(saved, name), np.float32)
         loss.add(Loss(measured=1, psnr_sum=10 * math.log10(255 ** 2 / max(1e-3, float(np.square(difference).mean())))))
     return saved, True
-
-
-def _header_size(content: bytes) -> tuple[int, int] | None:
-    """(width, height) of a JPEG that begins and ends as one; None where only decoding can tell whether it is good."""
-    if not (content.startswith(b'\xff\xd8') and content.endswith(b'\xff\xd9')):
-        return None
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS[:1]) as image:
-            width, height = image.size
-    except Exception:  # damaged files make PIL's readers raise nearly anything
-        return None
-    good = width * height <= MAX_PIXELS and max(width, height) <= MAX_RATIO * min(width, height)
-    return (width, height) if good else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,8 +26,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from utils.errors import UserError
+from utils.writing import write_whole
 
-from .manifest import COPY_AGAIN, write_whole
+from .tar import COPY_AGAIN
 
 _logger = logging.getLogger(__name__)
 

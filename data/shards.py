@@ -30,21 +30,9 @@ from utils.log import progress_bar
 from .base import ImageDataset
 from .classes import name_some
 from .decode import EXTENSIONS, ImageError
-from .manifest import (
-    BLOCK,
-    FORMAT,
-    INDEX,
-    MANIFEST,
-    MEND,
-    Index,
-    Manifest,
-    Shard,
-    key_of,
-    parse_header,
-    refusal,
-    scan_tar,
-)
+from .manifest import FORMAT, INDEX, MANIFEST, MEND, Index, Manifest, Shard, key_of
 from .remote import Ahead, Cache, RemoteFile, describe_remote, read_remote, scheme_of
+from .tar import BLOCK, parse_header, refusal, scan_tar
 
 _logger = logging.getLogger(__name__)
 

@@ -17,9 +17,10 @@ from utils.parallel import in_processes
 
 from .classes import name_some
 from .decode import ImageError, decode_rgb
-from .manifest import MANIFEST, Index, Manifest, Member, Shard, key_of, scan_tar
+from .manifest import MANIFEST, Index, Manifest, Shard, key_of
 from .remote import Cache, Gone, RemoteFile, scheme_of
 from .shards import NUMBERED, Files, index_shards, list_tars, reader
+from .tar import Member, scan_tar
 
 Fault = tuple[str, str]
 """A file of the split, and what is wrong with it."""

@@ -30,6 +30,7 @@ from utils.errors import UserError
 from utils.faults import fault_point
 from utils.files import read_checkpoint, seal, verify
 from utils.log import make_folder
+from utils.writing import sync_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -152,15 +153,6 @@ def _count_bytes(value) -> int:
     return sum(map(_count_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def _sync_folder(folder: Path) -> None:
-    """A rename survives a power cut only once its folder is on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _point(link: Path, target: Path) -> None:
     """Makes `link` another name of the file `target`, atomically; a copy where the file system has no hard links."""
     temporary = _temporary(link)
@@ -196,11 +188,11 @@ def save_checkpoint(content: dict, folder: Path, *, global_step: int, keep: int,
             fault_point('save.linked_best')
         os.replace(temporary, path)
     fault_point('save.renamed')
-    _sync_folder(folder)
+    sync_folder(folder)
     fault_point('save.shown')
     set_aside_later(folder, global_step)
     _point(folder / LAST, path)
-    _sync_folder(folder)
+    sync_folder(folder)
     fault_point('save.linked_last')
     for old in _newest_first(folder)[max(keep, KEEP_AT_LEAST):]:
         fault_point('save.removing')
@@ -475,7 +467,7 @@ class CheckpointWriter:
         last = self.folder / LAST
         if resumed.name != LAST and not (last.is_file() and last.samefile(resumed)):
             _point(last, resumed)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
 
     def save(self, content: dict, global_step: int, *, is_best: bool = False, must_succeed: bool = False) -> None:
         """Takes a copy of `content` in memory, after which it may change, and writes that copy in the background.

@@ -1,10 +1,12 @@
-"""An object store on loopback: a folder by HTTP with ranges, and as much of S3 as reading takes; it fails on demand.
+"""Shards for tests, and an object store on loopback: a folder by HTTP with ranges, and as much of S3 as reading takes.
+
+    write_shards(folder, samples, ['ant', 'bee'], samples_per_shard=4)
 
     with Store(folder) as store:
         store.drop_after = 100_000      # bytes of a content after which a connection drops
         open_eval('', f'wds:{store.url}')
 
-Its kinds of trouble: `drop_after`; `seconds` that every answer takes; `lies`, names whose content has a wrong byte;
+The store fails on demand: `drop_after`; `seconds` that each answer takes; `lies`, names whose content has a wrong byte;
 `status`, which is all it answers; `ranges`, whether it knows parts of a file; `leave()` and `come_back()`.
 """
 import http.server
@@ -13,7 +15,10 @@ import re
 import threading
 import time
 import urllib.parse
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from data.manifest import Index, Manifest, ShardWriter
 
 os.environ.setdefault('no_proxy', '127.0.0.1')
 
@@ -102,3 +107,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == 'GET':
             self.wfile.write(body)
+
+
+def write_shards(folder: str | os.PathLike, samples: Iterable[tuple[str, bytes, int]], classes: Sequence[str], *,
+                 samples_per_shard: int, source: str = '') -> Manifest:
+    """Writes a whole split from (name, content, target) in the order of its shards, in one process."""
+    samples, shards, parts = list(samples), [], []
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for first in range(0, len(samples), samples_per_shard):
+        with ShardWriter(folder, len(shards)) as writer:
+            for sample in samples[first:first + samples_per_shard]:
+                writer.add(*sample)
+        shards.append(writer.shard)
+        parts.append(writer.index)
+    manifest = Manifest(list(classes), shards, Index.joined(parts), source)
+    manifest.write(folder)
+    return manifest

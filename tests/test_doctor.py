@@ -205,6 +205,9 @@ class Fetched(ImageDataset):
     def starts(self):
         return np.arange(0, 101, 10)
 
+    def stored(self, index):
+        raise AssertionError('nothing is to be read')
+
     def path(self, index):
         return str(index)
 

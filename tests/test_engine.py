@@ -325,8 +325,11 @@ class Vectors(ImageDataset):
         )
         super().__init__('abcdefg', np.arange(count) % 7)
 
-    def image(self, index):
+    def stored(self, index):
         return self.images[index]
+
+    def path(self, index):
+        return f'vectors[{index}]'
 
 
 def evaluate_share(count: int, rank: int, size: int, errors=None):

@@ -8,18 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.manifest import (
-    BLOCK,
-    INDEX,
-    MANIFEST,
-    Manifest,
-    ShardWriter,
-    key_of,
-    member_key,
-    scan_tar,
-    sha256,
-    write_shards,
-)
+from data.manifest import INDEX, MANIFEST, Manifest, ShardWriter, key_of, member_key, sha256
+from data.tar import BLOCK, scan_tar
+from tests.store import write_shards
 from utils.errors import UserError
 
 NAMES = ['ant/a.jpg', 'ant/b_1.JPEG', f'{"bee" * 30}/{"c" * 60}.png', f'{"d" * 160}.jpg', 'é/ü.jpg', 'v1.5/e.jpg',

@@ -22,13 +22,13 @@ from data.datasets import open_eval, open_train_val
 from data.decode import ImageError
 from data.folders import ImageFolder
 from data.loader import create_loader
-from data.manifest import INDEX, member_key, write_shards
+from data.manifest import INDEX, member_key
 from data.remote import Cache, RemoteFile
 from data.samplers import EvalSampler, TrainSampler
 from data.shards import expand, open_shards
 from data.transforms import create_eval_transform, create_train_transform
 from tests.conftest import run_script, succeeded, write_images
-from tests.store import Store
+from tests.store import Store, write_shards
 from utils.errors import UserError
 
 PER_SHARD = 10

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.faults import fault_point
+from utils.writing import write_whole
 
 _logger = logging.getLogger(__name__)
 
@@ -314,17 +315,6 @@ class RunLog:
             if what in self._failing:
                 self._failing.discard(what)
                 _logger.info('%s is written again', self.folder / what)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that, if there is no room for it, the one before stays."""
-    temporary = path.with_name(f'.{path.name}.tmp')
-    try:
-        with open(temporary, 'w', encoding='utf-8', newline='') as file:
-            file.write(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _quiet_for_tensorboard(args) -> None:

@@ -53,11 +53,12 @@ def start(folder: Path, out: Path, *, file_limit: int | None = None) -> int:
     """Packs in a process group of its own, whose leader says in `out`.said how it ended; returns its number."""
     pid = os.fork()
     if pid:
+        os.setpgid(pid, pid)  # here as well as there: whoever comes first, the group is there when this returns
         return pid
     code = 1
     with open(f'{out}.said', 'w') as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            os.setsid()
+            os.setpgid(0, 0)
             if file_limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
             main([str(folder), str(out), *OPTIONS])

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from data.folders import ImageFolder
-from data.manifest import BLOCK, tar_header, write_shards
 from data.remote import Cache
 from data.shards import open_shards
+from data.tar import BLOCK, tar_header
 from tests.conftest import run_script, write_images
 from tests.faults.test_processes import STEP, Job, assert_ends_as
-from tests.store import Store
+from tests.store import Store, write_shards
 from utils.errors import UserError
 
 pytestmark = pytest.mark.faults
