@@ -209,9 +209,11 @@ def test_a_kill_at_every_point_of_the_save_of_the_best(nursery, tmp_path):
 
 
 @pytest.mark.faults
-def test_two_hundred_kills(nursery, tmp_path):
+def test_two_hundred_kills(nursery, tmp_path, record_property):
     print('seed 2')
-    kill_many(nursery, tmp_path, draw_kills(2, 200))
+    plans = draw_kills(2, 200)
+    kill_many(nursery, tmp_path, plans)
+    record_property('kills', len(plans))
 
 
 def test_what_a_killed_save_leaves_is_removed_at_the_next_start(nursery, tmp_path):
@@ -293,13 +295,14 @@ def damages(size: int, seed: int) -> list:
     return [('flip' if i % 2 else 'cut', offset, rng.randrange(8)) for i, offset in enumerate(anywhere + ends)]
 
 
-def test_two_hundred_damaged_files_are_detected_on_resume(real, tmp_path, caplog):
+def test_two_hundred_damaged_files_are_detected_on_resume(real, tmp_path, caplog, record_property):
     older, newest = (tmp_path / f'checkpoint-0000000{step}.pth.tar' for step in (1, 2))
     shutil.copyfile(real / older.name, older)
     whole = (real / newest.name).read_bytes()
     content = read_checkpoint(real / newest.name)
     print('seed 3')
-    for what, offset, bit in damages(len(whole), seed=3):
+    ways = damages(len(whole), seed=3)
+    for what, offset, bit in ways:
         data = bytearray(whole[:offset] if what == 'cut' else whole)
         if what == 'flip':
             data[offset] ^= 1 << bit
@@ -317,6 +320,7 @@ def test_two_hundred_damaged_files_are_detected_on_resume(real, tmp_path, caplog
             assert_same(read_checkpoint(newest), content)
         except UserError:
             pass
+    record_property('damaged files', len(ways))
 
 
 def test_every_flip_of_the_last_bytes_is_detected(tmp_path):

@@ -250,7 +250,7 @@ leave()
 
 
 @pytest.mark.faults
-def test_evaluation_is_exact_on_real_processes_for_1_to_33_images(tmp_path):
+def test_evaluation_is_exact_on_real_processes_for_1_to_33_images(tmp_path, record_property):
     """Each N on one process and on two: the same sums, and the number of images as it is."""
     numbers = range(1, 34)
     (tmp_path / 'script.py').write_text(EVALUATION)
@@ -268,6 +268,8 @@ def test_evaluation_is_exact_on_real_processes_for_1_to_33_images(tmp_path):
         assert alone['count'] == together['count'] == number
         assert (alone['top1'], alone['top5']) == (together['top1'], together['top5'])
         assert alone['loss'] == pytest.approx(together['loss'], rel=1e-6)
+    record_property('images', f'{numbers[0]} … {numbers[-1]}')
+    record_property('processes', ' and '.join(map(str, results)))
 
 
 def test_the_samples_of_evaluation_are_those_of_the_dataset():

@@ -296,7 +296,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize('count', [50, pytest.param(3000, marks=pytest.mark.faults)])
-def test_damaged_recipes_are_read_or_refused(count, tmp_path):
+def test_damaged_recipes_are_read_or_refused(count, tmp_path, record_property):
     """Whatever became of a recipe: options, or one line."""
     print('seed', SEED)
     rng, recipe = random.Random(SEED), tmp_path / 'recipe.yaml'
@@ -310,6 +310,7 @@ def test_damaged_recipes_are_read_or_refused(count, tmp_path):
             assert '\n' not in str(error), recipe.read_bytes()
             refused += 1
     assert refused > count / 5
+    record_property('damaged recipes', count)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -355,18 +356,20 @@ def test_there_are_thirty_pickles():
 
 @pytest.mark.parametrize('name, container', [('a.pth', 'zip'), ('a.pth.tar', 'legacy'), ('a.pdparams', 'paddle')])
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
-def test_no_pickle_is_executed(name, container, canary, tmp_path):
-    for attack, content in hostile_pickles(canary).items():
+def test_no_pickle_is_executed(name, container, canary, tmp_path, record_property):
+    pickles = hostile_pickles(canary)
+    for attack, content in pickles.items():
         write_checkpoint(tmp_path / name, content, container)
         with pytest.raises(UserError, match=name) as caught:
             read_checkpoint(tmp_path / name)
         assert '\n' not in str(caught.value), attack
         assert not canary.exists(), attack
+    record_property('pickles', len(pickles))
 
 
 @pytest.mark.parametrize('name, container', [('a.pth', 'zip'), ('a.pth.tar', 'legacy'), ('a.pdparams', 'paddle')])
 @pytest.mark.parametrize('count', [100, pytest.param(5000, marks=pytest.mark.faults)])
-def test_damaged_pickles_are_read_or_refused(name, container, count, canary, tmp_path):
+def test_damaged_pickles_are_read_or_refused(name, container, count, canary, tmp_path, record_property):
     """Hostile and sound ones, bytes of them changed: a dict, or one line, and nothing executed."""
     print('seed', SEED)
     rng = random.Random(SEED)
@@ -382,3 +385,4 @@ def test_damaged_pickles_are_read_or_refused(name, container, count, canary, tmp
         except UserError as error:
             assert '\n' not in str(error), content
         assert not canary.exists(), content
+    record_property('damaged pickles', count)

@@ -199,7 +199,8 @@ SAVED = [('launcher', 'SIGTERM', 75), ('launcher', 'SIGUSR1', 75), ('launcher', 
 
 @pytest.mark.faults
 @pytest.mark.parametrize(('whom', 'name', 'exit_code'), SAVED)
-def test_a_signal_loses_no_step(uninterrupted, tmp_path, whom, name, exit_code):
+def test_a_signal_loses_no_step(uninterrupted, tmp_path, whom, name, exit_code, record_property):
+    record_property('signal', name)
     code, said = interrupt(tmp_path, getattr(signal, name), whom=whom)
     run = tmp_path / 'runs/train/run'
     assert code == exit_code, said
@@ -212,7 +213,8 @@ def test_a_signal_loses_no_step(uninterrupted, tmp_path, whom, name, exit_code):
 
 @pytest.mark.faults
 @pytest.mark.parametrize('name', ['SIGKILL', 'SIGABRT', 'SIGSEGV'])
-def test_processes_save_and_end_with_a_launcher_that_dies(uninterrupted, tmp_path, name):
+def test_processes_save_and_end_with_a_launcher_that_dies(uninterrupted, tmp_path, name, record_property):
+    record_property('signal', name)
     code, said = interrupt(tmp_path, getattr(signal, name), whom='launcher')
     run = tmp_path / 'runs/train/run'
     assert code == -getattr(signal, name), said
@@ -224,7 +226,8 @@ def test_processes_save_and_end_with_a_launcher_that_dies(uninterrupted, tmp_pat
 
 @pytest.mark.faults
 @pytest.mark.parametrize('name', ['SIGABRT', 'SIGSEGV'])
-def test_a_crash_of_a_process_is_a_restart(uninterrupted, tmp_path, name):
+def test_a_crash_of_a_process_is_a_restart(uninterrupted, tmp_path, name, record_property):
+    record_property('signal', name)
     code, said = interrupt(tmp_path, getattr(signal, name), whom='rank 1')
     assert code == 0, said
     assert f'rank 1 was ended by {name}' in said and 'restart 1 of 3' in said
@@ -233,7 +236,8 @@ def test_a_crash_of_a_process_is_a_restart(uninterrupted, tmp_path, name):
 
 @pytest.mark.faults
 @pytest.mark.parametrize('whom', ['launcher', 'rank 1'])
-def test_a_pause_changes_nothing(uninterrupted, tmp_path, whom):
+def test_a_pause_changes_nothing(uninterrupted, tmp_path, whom, record_property):
+    record_property('signal', 'SIGSTOP')
     code, said = interrupt(tmp_path, signal.SIGSTOP, whom=whom)
     assert code == 0 and 'restart' not in said, said
     assert_ends_as(uninterrupted, tmp_path / 'runs/train/run')
