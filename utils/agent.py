@@ -98,7 +98,8 @@ class Agent(LocalElasticAgent):
         try:
             restarts = self._nodes.meet(lambda: super(Agent, self)._rendezvous(worker_group))
         except Stopped as e:
-            self._nodes.end(e.exit_code, str(e))
+            if not self._nodes.is_spare():
+                self._nodes.end(e.exit_code, str(e))
             raise
         except (RendezvousClosedError, RendezvousGracefulExitError):
             self._nodes.look()

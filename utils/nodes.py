@@ -204,22 +204,20 @@ class Nodes:
         # Where all are here again it was a crash that has ended the round before, and not the loss of a node.
         is_restart = bool(before) and before <= self.members and not self.wait_for(
             lambda: self._store.check([f'{number}/join']))
-        return self.wait_for(self._count_restart if is_restart else self._count_restarts, number)
+        if is_restart:
+            self.wait_for(self._count_restart, number)
+        return self.wait_for(self._store.add, 'restarts', 0)
 
     def _begin_round(self, members: frozenset) -> None:
         with self._lock:
             self.round, self.members = self._handler._state_holder.state.round, members
             self._told, self.waiting, self.lost = frozenset(), 0, False
 
-    def _count_restart(self, number: int) -> int:
+    def _count_restart(self, number: int) -> None:
         """Of all nodes one counts."""
         me = f'{socket.gethostname()} {os.getpid()}'
         if self._store.compare_set(f'{number}/counted', '', me) == me.encode():
             self._store.add('restarts', 1)
-        return self._store.add('restarts', 0)
-
-    def _count_restarts(self, number: int) -> int:
-        return self._store.add('restarts', 0)
 
     # --- What they tell one another -----------------------------------------------------------------------------------
 
@@ -247,6 +245,11 @@ class Nodes:
             end, others = time.monotonic() + HEARING_SECONDS, len(self.members) + self.waiting
             while self.wait_for(self._store.add, 'heard', 0) < others and time.monotonic() < end:
                 time.sleep(0.1)
+
+    def is_spare(self) -> bool:
+        """Whether the others are at work without this node, which waits for a place."""
+        state = self._handler._state_holder.state
+        return state.complete and self._handler._this_node not in state.participants
 
     def is_out_of_reach(self) -> bool:
         """True where nothing was heard for the timeout, the pauses of this process apart; to be asked often."""

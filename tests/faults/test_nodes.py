@@ -184,6 +184,22 @@ def test_sigterm_to_one_node_saves_and_ends_both(network, tmp_path):
     assert state_of(run)['global_step'] == steps[-1] == STOP
 
 
+def test_a_machine_that_waits_for_a_place_leaves_without_the_others(network, tmp_path):
+    options = (*PLAIN, '--epochs', '1')
+    env = {'NNODES': '1:2', 'RDZV_ENDPOINT': f'{network.address("a")}:{PORT}', 'T2T_FAULTS': f'step@{STEP}!=stop'}
+    with network.node('a', tmp_path, *options, **env) as a, network.node('b', tmp_path, *options, **env) as b:
+        stopped = [a.stopped_process(), b.stopped_process()]
+        with network.node('b', tmp_path, *options, **env) as spare:
+            time.sleep(10)  # for it to see that there is no place
+            os.kill(spare.launcher.pid, signal.SIGTERM)
+            code, said = spare.ended()
+        assert code == 75 and 'before there was anything to save' in said, said
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        ends = [a.ended(), b.ended()]
+    assert ends == [(0, ''), (0, '')]
+
+
 def test_processes_save_everywhere_when_the_launcher_dies_that_holds_the_store(network, tmp_path):
     options = ('-j', '0', '--experiment', 'run')
     with (network.node('a', tmp_path, *options) as a,
