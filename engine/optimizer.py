@@ -1,13 +1,11 @@
 """Parameter groups, the optimizer and the learning rate of every epoch; timm builds both, this says from what."""
-import difflib
-
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
 
 # One kernel for all parameters, the same as the others' to rounding, that can be told on the device to change nothing.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
@@ -47,8 +45,7 @@ def create_optimizer(groups: list[dict], args) -> torch.optim.Optimizer:
     """
     names = list_optimizers()
     if args.opt.lower() not in names:
-        close = difflib.get_close_matches(args.opt.lower(), names, n=1)
-        raise UserError(f'--opt {args.opt}: no such optimizer' + (f'; did you mean {close[0]}?' if close else ''))
+        raise UserError(f'--opt {args.opt}: no such optimizer{did_you_mean(args.opt.lower(), names)}')
     if args.opt_betas and len(args.opt_betas) < 2:
         raise UserError(f'--opt-betas {args.opt_betas[0]}: give all of them, such as 0.9 0.999')
     extra = {'eps': args.opt_eps, 'betas': args.opt_betas and tuple(args.opt_betas)}

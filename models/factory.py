@@ -19,6 +19,7 @@ from models.weights import count_classes, load_weights, state_dict_of
 from utils import options
 from utils.errors import UserError
 from utils.files import read_checkpoint
+from utils.recipes import check_values, read_recipe
 
 _logger = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ def create_from_config(path: str | os.PathLike, **overrides: Any) -> nn.Module:
     """
     groups = (options.model_options, options.augmentation_options, options.batch_norm_options)
     parser = options.create_parser('', groups)
-    recipe = options.read_recipe(Path(path), parser, complete=False)
+    recipe = read_recipe(Path(path), parser, complete=False)
     if 'model' not in recipe:
         raise UserError(f'{path} names no model; add a line such as "model: t2t_vit_14"')
     defaults = vars(parser.parse_args([]))
@@ -202,7 +203,7 @@ def create_from_config(path: str | os.PathLike, **overrides: Any) -> nn.Module:
         raise UserError(f'{min(unknown)!r} is no option of a model; the options are those of train.py --help')
     overrides = {name: 'x'.join(map(str, value)) if isinstance(value, tuple) else value
                  for name, value in overrides.items()}
-    overrides = options.check_values(overrides, parser, source='create_from_config')
+    overrides = check_values(overrides, parser, source='create_from_config')
     args = options.Options(**{**defaults, **recipe, **overrides}).freeze()
     return create_model_from_options(args, num_classes=args.num_classes)
 
@@ -240,7 +241,7 @@ def open_trained_model(args) -> TrainedModel:
                 for name, value in recorded_options(checkpoint).items()
                 if name in RECORDED and value and not getattr(args, name)}
     parser = options.create_parser('', (options.model_options, options.input_options))
-    recorded = options.check_values(recorded, parser, source=f'{source}, options of its training')
+    recorded = check_values(recorded, parser, source=f'{source}, options of its training')
     if args.model and resolve_name(args.model) != (recorded_arch(checkpoint) or '').lower():
         recorded = {name: recorded[name] for name in recorded.keys() - {'model_kwargs', 'gp'}}  # another model's
 

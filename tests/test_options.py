@@ -209,6 +209,7 @@ def test_every_recipe_is_read_and_opens_with_its_command(path):
         ('- lr', r'a recipe is lines of'),
         ('apex_amp: true', r'apex_amp is gone: mixed precision is --amp'),
         ('tta: 3', r'tta is gone'),
+        ('eval-checkpoint: x', r'eval-checkpoint is gone: .*validate.py'),
         ('help: true', r"'help' is no option"),
         ('config: other.yaml', r"'config' is no option"),
         ('lr: null', r'lr: None is not a number'),

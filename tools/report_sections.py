@@ -34,6 +34,7 @@ from utils.errors import UserError
 from utils.log import ARGS, METRICS, format_seconds, read_environment, read_metrics
 from utils.page import Html, Section, facts, image, note, picture, table
 from utils.pictures import image_sheet, new_figure
+from utils.recipes import read_recipe
 
 CHECKPOINTS = ('model_best.pth.tar', 'last.pth.tar')
 SHOWN = 8  # images that are right, and as many that are wrong
@@ -74,7 +75,7 @@ def open_run(folder: Path) -> Run:
     if not any((folder / name).exists() for name in (ARGS, METRICS, *CHECKPOINTS)):
         raise UserError(f'{folder} is not the folder of a run: none of {ARGS}, {METRICS} or {CHECKPOINTS[0]} is in it')
     records = read_metrics(folder)
-    settings = options.read_recipe(folder / ARGS, training_parser(), complete=False) if (folder / ARGS).exists() else {}
+    settings = read_recipe(folder / ARGS, training_parser(), complete=False) if (folder / ARGS).exists() else {}
     return Run(folder, settings, [record for record in records if record['kind'] == 'epoch'],
                [record for record in records if record['kind'] == 'train'], read_environment(folder))
 

@@ -12,6 +12,7 @@ Exit codes, of the scripts and of distributed_train.sh alike:
     130  the same, by Ctrl-C
   128+n  killed by signal n
 """
+import difflib
 import json
 import os
 import select
@@ -20,6 +21,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 from utils import signals
@@ -76,6 +78,12 @@ class InterruptedRun(UserError):
         super().__init__(f'interrupted by {signal.Signals(number).name}; the state is saved, at epoch {epoch}, step '
                          f'{step}. To go on: {resume_command(folder)}')
         self.exit_code = EXIT_CTRL_C if number == signal.SIGINT else EXIT_INTERRUPTED
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a message on a wrong name: '; did you mean …?' with the nearest of `names`, or '' if none is near."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f'; did you mean {near[0]}?' if near else ''
 
 
 def resume_command(folder) -> str:

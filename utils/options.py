@@ -10,15 +10,13 @@ Whatever is wrong raises UserError before anything heavy is imported: this modul
 """
 import argparse
 import ast
-import difflib
 import math
 import re
 import sys
 from pathlib import Path
 
-import yaml
-
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
+from utils.recipes import read_recipe
 
 
 class Options(argparse.Namespace):
@@ -146,10 +144,17 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is a UserError of one line that names the nearest right option."""
+    """argparse, but an error is a UserError of one line that names the nearest right option.
 
-    def __init__(self, *args, formatter_class=_Help, **kwargs):
+    `gone`: the options that are refused, and for each the line that says what to do instead.
+    """
+
+    def __init__(self, *args, formatter_class=_Help, gone: dict[str, str] | None = None, **kwargs):
         super().__init__(*args, allow_abbrev=False, formatter_class=formatter_class, **kwargs)
+        self.gone = gone or {}
+        for name, instead in self.gone.items():
+            self.add_argument(name, action=Refuse, nargs='?', const=instead, default=argparse.SUPPRESS,
+                              help=argparse.SUPPRESS)
 
     def error(self, message):
         unknown = re.match(r'unrecognized arguments: (.*)', message)
@@ -157,7 +162,8 @@ class Parser(argparse.ArgumentParser):
             words = unknown[1].split()
             given = next((w for w in words if w.startswith('-')), words[0]).split('=')[0]
             if given.startswith('-'):
-                message = f'{given}: no such option{_nearest(given, self._option_string_actions)}'
+                known = self._option_string_actions.keys() - self.gone
+                message = f'{given}: no such option{did_you_mean(given, known)}'
             else:
                 message = f'{given!r}: no option takes this value; quote a value that holds spaces'
         raise UserError(f'{message} (all options: {self.prog} --help)')
@@ -173,11 +179,6 @@ def _hyphens(argument: str) -> str:
         return argument
     name, equals, value = argument.partition('=')
     return name.replace('_', '-') + equals + value
-
-
-def _nearest(name: str, names) -> str:
-    close = difflib.get_close_matches(name, [n for n in names if n not in REFUSED], n=1, cutoff=0.6)
-    return f'; did you mean {close[0]}?' if close else ''
 
 
 class Refuse(argparse.Action):
@@ -206,15 +207,12 @@ def create_parser(description: str, groups, defaults: dict | None = None, gone: 
 
     `gone` is, beside REFUSED, what this script does not take and the line that says what to do instead.
     """
-    parser = Parser(description=description)
+    parser = Parser(description=description, gone=REFUSED | (gone or {}))
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML recipe of defaults: its keys are option names')
     for group in groups:
         group(parser)
     # torch.distributed.launch adds --local-rank to the command line; torchrun's environment says the same.
     parser.add_argument('--local-rank', type=count, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    for name, instead in (REFUSED | (gone or {})).items():
-        parser.add_argument(name, action=Refuse, nargs='?', const=instead, default=argparse.SUPPRESS,
-                            help=argparse.SUPPRESS)
     parser.set_defaults(**(defaults or {}))
     return parser
 
@@ -265,119 +263,6 @@ def share_global_batch(args: Options, processes: int) -> Options:
     share = total // processes
     accum_steps = next(n for n in range(-(-share // args.batch_size), share + 1) if share % n == 0)
     return args.replacing(batch_size=share // accum_steps, accum_steps=accum_steps)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Recipes
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML with numbers as people write them (5e-4 is a string to PyYAML) and no key twice."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            problem = None
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == 'tag:yaml.org,2002:merge':
-                problem = 'a key is the name of an option'
-            elif key_node.value.replace('-', '_') in seen:
-                problem = f'the key {key_node.value!r} is there twice'
-            if problem:
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key_node.value.replace('-', '_'))
-        return super().construct_mapping(node, deep)
-
-    def construct_number(self, node):
-        """As Python reads it: 010 is ten, and 1:30 no number (to YAML they are eight, and ninety)."""
-        for kind in (int, float):
-            try:
-                return kind(node.value)
-            except ValueError:
-                continue
-        return super().construct_yaml_float(node) if node.value.lstrip('+-').lower() in ('.inf', '.nan') else node.value
-
-
-_RecipeLoader.add_constructor('tag:yaml.org,2002:int', _RecipeLoader.construct_number)
-_RecipeLoader.add_constructor('tag:yaml.org,2002:float', _RecipeLoader.construct_number)
-_RecipeLoader.add_implicit_resolver(
-    'tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$'), list('-+.0123456789'))
-
-
-def read_recipe(path: Path, parser: Parser, *, complete: bool = True) -> dict:
-    """Reads a YAML recipe and checks every key and value against the parser's options.
-
-    With `complete` a key that no option has is an error; without, such keys are left out, for a reader that wants a
-    part of the recipe. Raises UserError that names the file, the key and the nearest right name, or the value and what
-    was expected.
-    """
-    try:
-        values = yaml.load(path.read_text(encoding='utf-8'), _RecipeLoader)
-    except OSError as e:
-        raise UserError(f'-c {path}: {e.strerror}: give a recipe such as configs/t2t_vit_14.yaml') from None
-    except Exception as e:  # PyYAML raises more than its own errors: ValueError, RecursionError, …
-        mark = getattr(e, 'problem_mark', None)
-        where = f', line {mark.line + 1}' if mark else ''
-        problem = getattr(e, 'problem', None) or f'{type(e).__name__}: {e}'.splitlines()[0]
-        raise UserError(f'{path}{where}: not a recipe: {problem}') from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f'{path}: a recipe is lines of "option: value", not a {type(values).__name__}')
-    return check_values(values, parser, source=path, complete=complete)
-
-
-def check_values(values: dict, parser: Parser, *, source, complete: bool = True) -> dict:
-    """The values of a recipe as the parser would have read them; `source` and `complete` as for `read_recipe`."""
-    path = source
-    actions = {a.dest: a for a in parser._actions
-               if a.help is not argparse.SUPPRESS and a.dest not in ('help', 'config')}
-    recipe = {}
-    for key, value in values.items():
-        name = str(key).replace('-', '_')
-        if f'--{name}'.replace('_', '-') in REFUSED:
-            raise UserError(f'{path}: {key} is gone: ' + REFUSED[f'--{name}'.replace('_', '-')])
-        if name not in actions and not complete:
-            continue
-        if name not in actions:
-            close = difflib.get_close_matches(name, actions, n=1, cutoff=0.6)
-            raise UserError(f'{path}: {key!r} is no option' + (f'; did you mean {close[0]}?' if close else ''))
-        recipe[name] = _checked(path, key, value, actions[name])
-    return recipe
-
-
-def _checked(path: Path, key: str, value, action: argparse.Action):
-    """The recipe's value as the option would have parsed it from the command line."""
-    if value is None and action.default is None:
-        return None
-    if isinstance(action, argparse.BooleanOptionalAction):
-        if not isinstance(value, bool):
-            raise UserError(f'{path}: {key}: {value!r} is neither true nor false')
-        return value
-    if action.nargs in ('+', 2):
-        if not isinstance(value, list) or (action.nargs == 2 and len(value) != 2) or not value:
-            wanted = {2: 'two numbers'}.get(action.nargs, 'values, as [a, b]')
-            raise UserError(f'{path}: {key}: {value!r} is no list of {wanted}')
-        return [_scalar(path, key, v, action) for v in value]
-    return _scalar(path, key, value, action)
-
-
-def _scalar(path: Path, key: str, value, action: argparse.Action):
-    kind = getattr(action.type, 'kind', str)
-    kinds = kind if isinstance(kind, tuple) else (int, float) if kind is float else (kind,)
-    # bool is an int to Python, but `epochs: true` is a mistake.
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        wanted = {int: 'an integer', float: 'a number', str: 'a string (quote it)', bool: 'true or false'}
-        expected = ' or '.join(wanted[k] for k in kinds if (k, kind) != (int, float))
-        raise UserError(f'{path}: {key}: {repr(value)[:80]} is not {expected}')
-    if action.type is not None:
-        try:
-            value = action.type(str(value))
-        except argparse.ArgumentTypeError as e:
-            raise UserError(f'{path}: {key}: {e}') from None
-    if action.choices is not None and value not in action.choices:
-        close = difflib.get_close_matches(str(value), [str(c) for c in action.choices], n=1)
-        raise UserError(f'{path}: {key}: {value!r} is not one of {", ".join(map(str, action.choices))}'
-                        + (f'; did you mean {close[0]}?' if close else ''))
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
