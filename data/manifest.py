@@ -31,6 +31,15 @@ from .tar import BLOCK, MAX_NAME, Member, check_name, padded, tar_header
 FORMAT, VERSION = 't2t-shards', 1
 MANIFEST, INDEX = 'manifest.json', 'index.npz'
 
+CONTROL = re.compile(r'[\x00-\x1f\x7f]')
+"""What names of classes may not hold."""
+
+COLUMNS = {'offset': '<i8', 'size': '<i8', 'target': '<i4', 'name_ends': '<i8', 'names': '|u1'}
+"""What index.npz holds, see `Index`."""
+
+MAX_COMPRESSION = 100
+"""An index that unpacks to more times its length is refused: offsets, which differ, leave no room for that."""
+
 
 def shard_name(number: int) -> str:
     return f'shard-{number:06d}.tar'
@@ -102,20 +111,31 @@ class Index:
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 # Looked at before it is unpacked: a few kilobytes of zip can hold all the zeros of a full memory.
                 found = {entry.filename.removesuffix('.npy'): entry.file_size for entry in archive.infolist()}
-            if found.keys() != limits.keys():
-                raise ValueError(f'it holds {", ".join(sorted(found)) or "nothing"}')
-            if any(found[name] > samples * limit + 4096 for name, limit in limits.items()):
-                raise ValueError(f'it holds more than {samples} samples need')
-            with np.load(io.BytesIO(content), allow_pickle=False) as file:
-                index = cls(*(file[name] for name in limits))
-        except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+                if found.keys() != limits.keys():
+                    raise ValueError(f'it holds {", ".join(sorted(found)) or "nothing"}')
+                if (any(found[name] > samples * limit + 4096 for name, limit in limits.items())
+                        or sum(found.values()) > MAX_COMPRESSION * len(content)):
+                    raise ValueError(f'it holds more than {samples} samples need')
+                index = cls(*(_read_column(archive.read(f'{name}.npy'), kind) for name, kind in COLUMNS.items()))
+        except Exception as error:  # damaged files make their readers raise nearly anything
             raise UserError(f'{where} is damaged, or no index of shards ({error}); {MEND}') from None
         lengths = {len(index.offset), len(index.size), len(index.target), len(index.name_ends)}
         ends = np.concatenate([[0], index.name_ends, [len(index.names)]])
-        is_flat = all(column.ndim == 1 for column in vars(index).values())
-        if lengths != {samples} or not is_flat or (np.diff(ends) < 0).any():
+        if lengths != {samples} or (ends[1:] < ends[:-1]).any():
             raise UserError(f'{where} disagrees with its manifest: not {samples} samples; {MEND}')
         return index
+
+
+def _read_column(content: bytes, kind: str) -> np.ndarray:
+    """The flat array in a .npy file, which has to be of `kind`: numpy would allocate whatever its header asks for, and
+    converting makes other numbers of NaN and of what is too large."""
+    file = io.BytesIO(content)
+    np.lib.format.read_magic(file)
+    shape, _, found = np.lib.format.read_array_header_1_0(file)
+    column = np.frombuffer(content, kind, offset=file.tell())
+    if found != kind or shape != column.shape:
+        raise ValueError(f'{found} {shape} in place of {kind} {column.shape}')
+    return column
 
 
 MEND = 'copy it again, or see what is wrong with python tools/pack.py --verify'
@@ -183,11 +203,12 @@ class Manifest:
             if content['version'] != VERSION:
                 raise UserError(f'{path}: version {content["version"]!r} of the format; this program knows {VERSION}')
             entry = content['index']
-            manifest = cls([_typed(name, str) for name in content['classes']],
+            manifest = cls([_typed(name, str) for name in _typed(content['classes'], list)],
                            [_read_shard(shard) for shard in content['shards']], Index([], [], [], [], []),
-                           _typed(content.get('source', ''), str), content.get('transcoded'),
-                           list(content.get('left_out', [])), content.get('packing'))
+                           _typed(content.get('source', ''), str), _typed(content.get('transcoded') or {}, dict) or None,
+                           _typed(content.get('left_out', []), list), _typed(content.get('packing') or {}, dict) or None)
             samples, index_bytes = _typed(content['samples'], int), _typed(entry['bytes'], int)
+            index_sha256 = _typed(entry['sha256'], str)
             if entry['name'] != INDEX:
                 raise ValueError(f'its index is {entry["name"]!r}')
         except UserError:
@@ -197,7 +218,7 @@ class Manifest:
             raise UserError(f'{path} is damaged, or no manifest of shards ({reason}); {MEND}') from None
         manifest._check(path, samples)
         index = opener(INDEX)
-        if len(index) != index_bytes or sha256(index) != entry['sha256']:
+        if len(index) != index_bytes or sha256(index) != index_sha256:
             raise UserError(f'{where}/{INDEX} is not the one that {MANIFEST} was written with: {len(index):,} bytes '
                             f'against {index_bytes:,}, or another checksum; {MEND}')
         manifest.index = Index.from_bytes(index, samples, f'{where}/{INDEX}')
@@ -208,7 +229,7 @@ class Manifest:
     def read_classes(opener: Callable[[str], bytes], where: str) -> list[str]:
         """The classes alone, without the index. Raises as `read`."""
         try:
-            return [_typed(name, str) for name in json.loads(opener(MANIFEST))['classes']]
+            return [_typed(name, str) for name in _typed(json.loads(opener(MANIFEST))['classes'], list)]
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -219,6 +240,8 @@ class Manifest:
         for name in names:
             if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar', name):
                 raise UserError(f'{path}: {name!r} is no name of a shard: a file name that ends in .tar; {MEND}')
+        if any(map(CONTROL.search, self.classes)):  # they would reach the console
+            raise UserError(f'{path} has classes whose names hold control characters; {MEND}')
         if len(set(names)) < len(names) or len(set(self.classes)) < len(self.classes):
             raise UserError(f'{path} names a shard or a class twice; {MEND}')
         if (total := sum(shard.samples for shard in self.shards)) != samples:
@@ -227,12 +250,15 @@ class Manifest:
             raise UserError(f'{path}: no samples in it; pack the images again')
 
     def _check_index(self, path: str) -> None:
-        """Every image lies within its shard, behind a header, and has a class."""
+        """Every image lies within its shard, behind a header, which is behind the image before, and has a class."""
         index = self.index
         if ((index.names < 32) | (index.names == 127)).any():  # they would reach the console
             raise UserError(f'{path} has an index with names that hold control characters; {MEND}')
         sizes = np.repeat([shard.bytes for shard in self.shards], [shard.samples for shard in self.shards])
-        wrong = ((index.offset < BLOCK) | (index.offset % BLOCK != 0) | (index.size < 0) | (index.size > MAX_BYTES)
+        before = np.concatenate([[0], (index.offset + index.size)[:-1]])
+        before[self.starts[self.starts < len(index)]] = 0  # each shard begins anew
+        wrong = ((index.offset < before + BLOCK) | (index.offset % BLOCK != 0) | (index.size < 0)
+                 | (index.size > MAX_BYTES)
                  | (index.offset > sizes - index.size) | (index.target < 0) | (index.target >= len(self.classes)))
         if wrong.any():
             number = int(wrong.argmax())

@@ -36,7 +36,7 @@ from .classes import name_some
 from .decode import ImageError, decode_rgb, jpeg_size
 from .folders import ImageFolder
 from .ilsvrc import Archive
-from .manifest import MANIFEST, Index, Manifest, Shard, ShardWriter, member_key, sha256
+from .manifest import CONTROL, MANIFEST, Index, Manifest, Shard, ShardWriter, member_key, sha256
 from .shards import reader
 from .tar import BLOCK
 
@@ -83,8 +83,10 @@ class Source:
 
 
 def folder_source(folder: str) -> Source:
-    """The images of class folders. Raises UserError as `ImageFolder`, and for an image that is gone again."""
+    """The images of class folders. Raises UserError as `ImageFolder`, and for names that no manifest takes."""
     dataset = ImageFolder(folder)
+    if unprintable := [name for name in dataset.classes if CONTROL.search(name)]:
+        raise UserError(f'{folder}: {name_some(unprintable)}: control characters in the name of a class; rename it')
     skipped = len(os.path.join(folder, ''))
     stats = np.zeros((len(dataset), 2), np.int64)
     with progress_bar(total=len(dataset), unit='file', desc='sizes') as bar:
@@ -404,7 +406,7 @@ def _packed_already(source: Source, out: Path, recipe: Recipe) -> Manifest:
     manifest = Manifest.read(reader(str(out), 0), str(out))
     before = manifest.packing
     if not before:
-        raise UserError(f'{out} holds shards already, of {manifest.source or "unknown source"}; name another folder')
+        raise UserError(f'{out} holds shards already, of {manifest.source or "unknown source"!r}; name another folder')
     check_options(before, recipe, out)
     plan = Plan(source, recipe, source.size, np.arange(len(source.dataset)), 1)
     if plan.fingerprint() != before:

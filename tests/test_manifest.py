@@ -132,6 +132,30 @@ def zip_bomb(folder: Path) -> None:
     admit_index(folder)
 
 
+def huge_array(folder: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {'descr': '<i8', 'fortran_order': False, 'shape': (1 << 50,)})
+    with np.load(folder / INDEX) as file, zipfile.ZipFile(folder / INDEX, 'w') as archive:
+        for name in file:
+            archive.writestr(f'{name}.npy', header.getvalue())
+    admit_index(folder)
+
+
+def damaged_inside(folder: Path) -> None:
+    content = bytearray((folder / INDEX).read_bytes())
+    content[60:70] = b'\xff' * 10
+    (folder / INDEX).write_bytes(content)
+    admit_index(folder)
+
+
+def twice(folder: Path) -> None:
+    with np.load(folder / INDEX) as file:
+        columns = {name: file[name] for name in ('offset', 'size')}
+    for column in columns.values():
+        column[1] = column[0]
+    other_index(**columns)(folder)
+
+
 def pickled_index(folder: Path) -> None:
     np.savez(folder / INDEX, offset=np.array([{}] * 7), size=[1] * 7, target=[0] * 7, name_ends=[1] * 7, names=[1])
     admit_index(folder)
@@ -152,6 +176,10 @@ FAULTS = {
     'a short shard': (first_shard(bytes=1024), 'disagrees with its index'),
     'a class too few': (edited(classes=['ant', 'bee']), 'disagrees with its index'),
     'a class twice': (edited(classes=['ant', 'bee', 'bee']), 'twice'),
+    'classes that are no list': (edited(classes='abc'), 'no list'),
+    'classes that would move the cursor': (edited(classes=['ant', 'b\x1b[2J', 'cat']), 'control characters'),
+    'no checksum of the index': (edited(index={'name': INDEX, 'bytes': 1}), "no 'sha256'"),
+    'a note of another type': (edited(packing='x'), 'no dict'),
     'another index': (lambda folder: (folder / INDEX).write_bytes(b'x'), 'not the one that'),
     'an index that is none': (lambda folder: ((folder / INDEX).write_bytes(b'x'), admit_index(folder)), 'damaged'),
     'an index without a column': (other_index(size=None), 'it holds'),
@@ -159,6 +187,15 @@ FAULTS = {
     'an offset outside': (other_index(offset=np.full(7, 1 << 40)), 'disagrees with its index'),
     'an offset before the first header': (other_index(offset=np.zeros(7, np.int64)), 'disagrees with its index'),
     'a negative size': (other_index(size=np.full(7, -1)), 'disagrees with its index'),
+    'offsets that are no whole numbers': (other_index(offset=np.full(7, 1024.5)), 'damaged'),
+    'sizes that are no numbers': (other_index(size=np.full(7, np.nan)), 'damaged'),
+    'targets that wrap around': (other_index(target=np.full(7, 1 << 32)), 'damaged'),
+    'a column of one number': (other_index(size=np.array(3)), 'damaged'),
+    'an array larger than any memory': (huge_array, 'damaged'),
+    'an index that is damaged where it is compressed': (damaged_inside, 'damaged'),
+    'an image twice': (twice, 'disagrees with its index'),
+    'names that wrap around': (
+        other_index(name_ends=np.array([0, 0, 0, 0, (1 << 63) - 1, -1 << 63, -1])), 'not 7 samples'),
     'names that go back': (other_index(name_ends=np.arange(7)[::-1]), 'not 7 samples'),
     'names that would move the cursor': (
         other_index(names=np.full(sum(len(name.encode()) for name in NAMES), 27, np.uint8)), 'control characters'),
