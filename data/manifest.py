@@ -132,7 +132,7 @@ def _read_column(content: bytes, kind: str) -> np.ndarray:
     file = io.BytesIO(content)
     np.lib.format.read_magic(file)
     shape, _, found = np.lib.format.read_array_header_1_0(file)
-    column = np.frombuffer(content, kind, offset=file.tell())
+    column = np.frombuffer(content, kind, offset=file.tell()).copy()
     if found != kind or shape != column.shape:
         raise ValueError(f'{found} {shape} in place of {kind} {column.shape}')
     return column
@@ -205,8 +205,10 @@ class Manifest:
             entry = content['index']
             manifest = cls([_typed(name, str) for name in _typed(content['classes'], list)],
                            [_read_shard(shard) for shard in content['shards']], Index([], [], [], [], []),
-                           _typed(content.get('source', ''), str), _typed(content.get('transcoded') or {}, dict) or None,
-                           _typed(content.get('left_out', []), list), _typed(content.get('packing') or {}, dict) or None)
+                           _typed(content.get('source', ''), str),
+                           _typed(content.get('transcoded') or {}, dict) or None,
+                           _typed(content.get('left_out', []), list),
+                           _typed(content.get('packing') or {}, dict) or None)
             samples, index_bytes = _typed(content['samples'], int), _typed(entry['bytes'], int)
             index_sha256 = _typed(entry['sha256'], str)
             if entry['name'] != INDEX:
