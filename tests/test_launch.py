@@ -61,16 +61,20 @@ def test_wrong_meeting_places(monkeypatch, endpoint, said):
         launch._meeting_place()
 
 
-def test_machines_may_only_go_and_come_where_all_numbers_of_them_can_share_a_step(monkeypatch):
+def test_machines_may_only_go_and_come_where_all_numbers_of_them_can_share_a_step(monkeypatch, tmp_path):
     monkeypatch.setenv('NNODES', '1:4')
-    for size, said in (('512', '512, which 24 processes cannot share; say 480 or 576, a multiple of 96'),
-                       (None, 'not given; say 96, a multiple of 96')):
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text('lr: 5e-4\nglobal-batch-size: 512\n')
+    wrong = '512, which 24 processes cannot share; say 480 or 576, a multiple of 96'
+    for options, said in ((['--global_batch_size=512'], wrong), (['-c', str(recipe)], wrong),
+                          ([], 'not given; say 96, a multiple of 96')):
         with pytest.raises(UserError, match=said):
-            launch._check_global_batch(8, 'train.py', size)
-    launch._check_global_batch(8, 'train.py', '480')
-    launch._check_global_batch(8, 'validate.py', None)  # has no steps
+            launch._check_global_batch(8, 'train.py', options)
+    launch._check_global_batch(8, 'train.py', ['/data', '-c', str(recipe), '--global-batch-size', '480'])
+    launch._check_global_batch(8, 'train.py', ['--global-batch-size', 'many'])  # which train.py says
+    launch._check_global_batch(8, 'validate.py', [])  # has no steps
     monkeypatch.setenv('NNODES', '3')
-    launch._check_global_batch(8, 'train.py', None)
+    launch._check_global_batch(8, 'train.py', [])
 
 
 def test_the_address_of_this_machine_is_one_that_leads_there():
@@ -124,7 +128,7 @@ def test_the_kubernetes_job_says_what_the_operator_and_the_launcher_read(monkeyp
         assert launch._setting(name) == value
     assert launch._node_range() == (elastic['minReplicas'], elastic['maxReplicas'])
     assert launch._meeting_place() == (f'{job["metadata"]["name"]}-worker-0', port['containerPort'])
-    launch._check_global_batch(int(number), 'train.py', launch._given(options, 'global-batch-size'))
+    launch._check_global_batch(int(number), 'train.py', options)
 
 
 def test_the_page_names_every_setting():

@@ -24,16 +24,16 @@ from datetime import datetime
 from pathlib import Path
 from unittest import mock
 
-import yaml
-
 from utils.errors import DECISIONS, UserError, report, run_script
-from utils.options import Parser, count, number, positive, positive_int
+from utils.options import Parser, count, multiples_around, number, positive, positive_int, take_recipe
 
 DEFAULT_PORT = 29500
 RESUMING = ('train.py', 'transfer.py')
 
 
 def main() -> None:
+    if len(sys.argv) < 3:
+        raise UserError('NUM_PROC and SCRIPT are missing: python -m utils.launch NUM_PROC SCRIPT OPTIONS…')
     num_proc, script, *options = sys.argv[1:]
     if not num_proc.isdecimal() or int(num_proc) < 1:
         raise UserError(f'NUM_PROC {num_proc!r}: give the number of processes first: ./distributed_train.sh 8 /data …')
@@ -46,7 +46,7 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
     """Starts `num_proc` processes here and waits for them; exits as the first that failed, if any did."""
     restarts = _number('MAX_RESTARTS', count, 3 if Path(script).name in RESUMING else 0)
     grace = _number('GRACE', positive, 120)
-    _check_global_batch(num_proc, script, _given(options, 'global-batch-size'))
+    _check_global_batch(num_proc, script, options)
     if _setting('NNODES') not in ('', '1'):
         os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # no word of addresses that have no name
     import torch
@@ -55,12 +55,13 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
 
     from utils.agent import Agent, Stopped, describe
     from utils.nodes import Ended
+    from utils.parallel import available_cores
 
     gpus = torch.cuda.device_count()
     if num_proc > gpus and _given(options, 'device') not in ('cpu', ''):
         raise UserError(f'NUM_PROC {num_proc}: this machine has {gpus} GPU(s); give at most as many, or --device cpu')
     # Each process its share of the cores; torchrun would say one thread, with a warning.
-    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, len(os.sched_getaffinity(0)) // num_proc)))
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, available_cores() // num_proc)))
     words, nodes = _find_nodes()
     # Whoever is started again finds the run's folder by the time at which the first were started.
     os.environ['T2T_STARTED'] = nodes.agree('started', os.environ.get('T2T_STARTED', f'{datetime.now():%Y%m%d-%H%M%S}'))
@@ -149,34 +150,32 @@ def _find_nodes():
     return [f'--nnodes={low}:{high}', *rendezvous], nodes
 
 
-def _check_global_batch(num_proc: int, script: str, size: str | None) -> None:
+def _check_global_batch(num_proc: int, script: str, options: list[str]) -> None:
     """Raises UserError where machines may come and go, and not every number of them could go on with the same steps."""
     low, high = _node_range()
-    if low == high or size == '' or Path(script).name not in RESUMING:
+    if low == high or Path(script).name not in RESUMING:
         return
+    size = _given(options, 'global-batch-size', positive_int)
     numbers = [num_proc * nodes for nodes in range(low, high + 1)]
-    unit, given = math.lcm(*numbers), int(size) if size and size.isdecimal() else 0
-    unable = [n for n in numbers if given % n]
-    if given and not unable:
+    unable = [n for n in numbers if size and size % n]
+    if size == '' or size and not unable:
         return
-    around = [n for n in (given - given % unit, given + -given % unit) if n] or [unit]
-    wrong = f'{given}, which {unable[0]} processes cannot share' if given else 'not given'
+    unit = math.lcm(*numbers)
+    wrong = f'{size}, which {unable[0]} processes cannot share' if size else 'not given'
     raise UserError(f'NNODES={_setting("NNODES")}: machines may come and go, and --global-batch-size is {wrong}; say '
-                    f'{" or ".join(map(str, around))}, a multiple of {unit} that {", ".join(map(str, numbers))} '
+                    f'{multiples_around(size or 0, unit)}, a multiple of {unit} that {", ".join(map(str, numbers))} '
                     'processes can share')
 
 
-def _given(words: list[str], name: str) -> str | None:
+def _given(words: list[str], name: str, kind=str):
     """An option of the command line, else of its recipe; '' where either is wrong, which is for the script to say."""
     parser = Parser(add_help=False)
-    parser.add_argument('-c', '--config')
-    parser.add_argument(f'--{name}', dest='value')
+    parser.add_argument(f'--{name}', dest=name.replace('-', '_'), type=kind)
     try:
-        args, _ = parser.parse_known_args(words)
-        if args.value is None and args.config:
-            args.value = yaml.safe_load(Path(args.config).read_text()).get(name.replace('-', '_'))
-        return None if args.value is None else str(args.value)
-    except (UserError, OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        take_recipe(parser, words, complete=False)
+        [value] = vars(parser.parse_known_args(words)[0]).values()
+        return value
+    except UserError:
         return ''
 
 

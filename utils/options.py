@@ -219,14 +219,19 @@ def create_parser(description: str, groups, defaults: dict | None = None, gone: 
 
 def parse_options(parser: Parser, argv=None) -> Options:
     """Parses the command line over the recipe it names; read-only from then on."""
+    take_recipe(parser, argv)
+    args = parser.parse_intermixed_args(argv, Options())  # images may stand behind options
+    vars(args).pop('local_rank', None)
+    return args.freeze()
+
+
+def take_recipe(parser: Parser, argv=None, *, complete: bool = True) -> None:
+    """Makes the recipe that the command line names, if it does, the parser's defaults; `complete` as of read_recipe."""
     find_config = Parser(add_help=False)
     find_config.add_argument('-c', '--config')
     config = find_config.parse_known_args(argv)[0].config
     if config:
-        parser.set_defaults(**read_recipe(Path(config), parser))
-    args = parser.parse_intermixed_args(argv, Options())  # images may stand behind options
-    vars(args).pop('local_rank', None)
-    return args.freeze()
+        parser.set_defaults(**read_recipe(Path(config), parser, complete=complete))
 
 
 def resolve_num_classes(args, classes) -> int:
@@ -257,12 +262,17 @@ def share_global_batch(args: Options, processes: int) -> Options:
                         'itself; leave one of them out')
     if total % processes:
         fitting = ', '.join(str(n) for n in range(1, total + 1) if total % n == 0)
-        around = [n for n in (total - total % processes, total + -total % processes) if n]
         raise UserError(f'--global-batch-size {total}: {processes} processes cannot share it; give '
-                        f'{" or ".join(map(str, around))}, or start {fitting} of them')
+                        f'{multiples_around(total, processes)}, or start {fitting} of them')
     share = total // processes
     accum_steps = next(n for n in range(-(-share // args.batch_size), share + 1) if share % n == 0)
     return args.replacing(batch_size=share // accum_steps, accum_steps=accum_steps)
+
+
+def multiples_around(number: int, unit: int) -> str:
+    """The multiples of `unit` next to `number`, which is none of them, as '8 or 16'; 0 is not one."""
+    below = number - number % unit
+    return ' or '.join(str(multiple) for multiple in (below, below + unit) if multiple)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
