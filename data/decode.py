@@ -40,6 +40,12 @@ MAX_BYTES = 1 << 28
 MAX_RATIO = 200
 """Longer images, by edge to edge, are refused: resized by their shorter edge they would fill the memory."""
 
+SEGMENTS = frozenset((*range(0xc0, 0xd0), 0xdb, 0xdd, *range(0xe0, 0xf0), 0xfe))
+"""JPEG's markers of frames, tables, applications and comments: what may come before the first scan."""
+
+LEFT_OVER = 'extraneous bytes before marker'
+"""What libjpeg says of data that it did not need."""
+
 
 class ImageError(UserError):
     """An image file that cannot be decoded. The message names the file and says why."""
@@ -90,7 +96,7 @@ class EncodedImage:
     """An image of known size that is decoded as far as it is needed: `height`, `width` and `pixels`.
 
     stored: the content of an image file, or a PIL image of mode RGB. name: says in messages which image it is.
-    Making it and taking its pixels raise ImageError as `decode_rgb` does, but not for damage below the rows in use.
+    Making it and taking its pixels raise ImageError as `decode_rgb` does, but not for all damage below the rows in use.
     """
 
     def __init__(self, stored: bytes | Image.Image, name: str):
@@ -109,10 +115,16 @@ class EncodedImage:
         if self._whole is not None:
             return self._whole
         try:
-            jpeg = self._jpeg if rows is None else _with_rows(self._jpeg, rows)
-            # Not strict: as PIL does, it makes what it can of damaged data, and says nothing of data left over.
-            return torch.from_numpy(simplejpeg.decode_jpeg(jpeg, 'RGB', strict=False)).permute(2, 0, 1)
-        except Exception:  # decode_rgb says what is wrong, or takes what only PIL does
+            jpeg, height = (self._jpeg, self.height) if rows is None else _with_rows(self._jpeg, self.height, rows)
+            levels = np.empty((height, self.width, 3), dtype=np.uint8)
+            try:
+                simplejpeg.decode_jpeg(jpeg, 'RGB', buffer=levels)
+            except ValueError as error:
+                # The data of the rows below is no damage. After any other, `levels` may hold what was in memory before.
+                if height == self.height or LEFT_OVER not in str(error):
+                    raise
+            return torch.from_numpy(levels).permute(2, 0, 1)
+        except Exception:  # decode_rgb makes of damaged data what it can, or says what is wrong
             return as_array(decode_rgb(self._jpeg, self._name))
 
 
@@ -135,25 +147,26 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return (height, width) if colors in ('YCbCr', 'RGB', 'Gray') and within_limits else None
 
 
-def _with_rows(jpeg: bytes, rows: int) -> bytes | bytearray:
-    """The JPEG file with a height in its header that ends its decoding soon behind `rows`; as it is, if that cannot be.
+def _with_rows(jpeg: bytes, height: int, rows: int) -> tuple[bytes, int]:
+    """The JPEG file of `height` with one in its header that ends its decoding soon behind `rows`, and that height; both
+    as they are, if that cannot be.
 
     Rows are decoded from the top in groups of 8 or more. The colours of a row depend on those of the next one, so two
     more are taken along. The data of one scan holds all components, or a lower height would be none of the others.
     """
     at, frame = 2, None
-    while jpeg[at] == 0xff and jpeg[at + 1] != 0xda:  # markers up to that of the scan, with a length that counts itself
+    while jpeg[at] == 0xff and jpeg[at + 1] in SEGMENTS:  # each with a length that counts itself
         if jpeg[at + 1] in (0xc0, 0xc1):  # the frame of sequential Huffman coding
             frame = at
         at += 2 + int.from_bytes(jpeg[at + 2:at + 4])
-    if frame is None or jpeg[at] != 0xff or jpeg[at + 4] != jpeg[frame + 9]:
-        return jpeg
+    if frame is None or jpeg[at:at + 2] != b'\xff\xda' or jpeg[at + 4] != jpeg[frame + 9]:
+        return jpeg, height
     components = range(jpeg[frame + 9])
     group = 8 * max(jpeg[frame + 11 + 3 * number] & 15 for number in components)
     shorter = -(-(rows + 2) // group) * group
-    if shorter >= int.from_bytes(jpeg[frame + 5:frame + 7]):
-        return jpeg
-    return b''.join((jpeg[:frame + 5], shorter.to_bytes(2), jpeg[frame + 7:]))
+    if shorter >= height:
+        return jpeg, height
+    return b''.join((jpeg[:frame + 5], shorter.to_bytes(2), jpeg[frame + 7:])), shorter
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

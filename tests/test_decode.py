@@ -252,6 +252,24 @@ def test_damage_is_seen_in_arrays_as_by_pil(pixels, damage):
         assert_as_pil(bytes(content))
 
 
+def test_where_the_data_breaks_off_nothing_is_made_up(pixels):
+    """The rest of the pixels would be what was in memory before."""
+    for content in jpeg_kinds(pixels):
+        middle = (content.rfind(b'\xff\xda') + len(content)) // 2
+        broken = content[:middle] + b'\xff\xc4\0\3\0' + content[middle:]  # Huffman tables that are none
+        for rows in (None, 3):
+            with pytest.raises(ImageError, match='broken data'):
+                decode_array(broken, 'image.jpg', rows)
+
+
+@pytest.mark.parametrize('marker', [b'\xff\xdb', b'\xff\xc0', b'\xff\xc4', b'\xff\xda'], ids=bytes.hex)
+def test_odd_headers_are_read_as_by_pil(pixels, marker):
+    exif = b'\xff\xe1' + (2 + len(jpeg_bytes())).to_bytes(2) + jpeg_bytes()  # with a frame and a scan of its own
+    for content in jpeg_kinds(np.tile(pixels, (3, 1, 1))):
+        for odd in (b'\xff\xff\xff' + marker[1:], b'\xff\0', b'\x00\x01' + marker, exif + marker):
+            assert_as_pil(content.replace(marker, odd, 1))
+
+
 def test_without_its_decoder_files_are_decoded_as_others_are(pixels, monkeypatch):
     content = next(jpeg_kinds(pixels))
     expected = decode_array(content, 'image.jpg')
