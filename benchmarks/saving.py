@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from engine.checkpoint import CheckpointWriter  # noqa: E402
+from engine.writer import CheckpointWriter  # noqa: E402
 from models import create_model  # noqa: E402
 
 ALLOWED = 0.01  # of the training time

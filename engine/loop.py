@@ -10,10 +10,10 @@ from timm.utils import distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.checkpoint import CheckpointWriter
 from engine.evaluate import ConfidentErrors, evaluate
 from engine.state import TrainState
 from engine.step import ADVICE, TrainingStep
+from engine.writer import CheckpointWriter
 from utils import signals
 from utils.distributed import Agreement, World, from_main, overwrite_from_main, sum_over_ranks
 from utils.errors import InterruptedRun, NotFiniteError, UserError

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.checkpoint import CheckpointWriter, RunLock, resolve_run
+from engine.checkpoint import RunLock, resolve_run
 from engine.compile import compile_model
 from engine.ema import ModelEma
 from engine.loop import Trainer, wrap_model
 from engine.loss import create_loss
 from engine.optimizer import create_schedule
 from engine.state import TrainState
+from engine.writer import CheckpointWriter
 from utils import signals
 from utils.distributed import World, from_main, gather, hang_explained, overwrite_from_main, was_restarted
 from utils.errors import UserError

@@ -26,7 +26,6 @@ from engine.checkpoint import (
     BEST,
     LAST,
     SAVE_POINTS,
-    CheckpointWriter,
     RunLock,
     check_resume,
     find_checkpoint,
@@ -34,6 +33,7 @@ from engine.checkpoint import (
     save_checkpoint,
 )
 from engine.state import TrainState
+from engine.writer import CheckpointWriter, _Snapshot
 from models import create_model
 from tests.conftest import ROOT, assert_same, write_checkpoint
 from utils import faults
@@ -528,7 +528,7 @@ def test_a_save_never_mixes_two_steps(tmp_path, monkeypatch):
 
 
 def test_the_copy_in_memory_is_the_same_memory_and_the_same_content(tmp_path):
-    snapshot = checkpoint_files._Snapshot()
+    snapshot = _Snapshot()
     tensor = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
     model = torch.nn.BatchNorm2d(3)
     content = {'a': tensor, 'tied': tensor, 'part': tensor[:2], 'empty': torch.ones(0, 3), 'model': model.state_dict(),
