@@ -17,6 +17,7 @@ import os
 import re
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,6 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from utils.errors import UserError
-from utils.writing import write_whole
 
 from .tar import COPY_AGAIN
 
@@ -243,8 +243,10 @@ class Cache:
 
     def __init__(self, folder: str | os.PathLike | None = None, *, max_bytes: float = 100e9, patience: float = 300,
                  sharers: int = 1):
-        users = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
-        self.folder = Path(folder or users / 't2t-vit/shards').expanduser()
+        users = os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
+        if users.startswith('~'):  # the user of a container may have no home
+            users = tempfile.gettempdir()
+        self.folder = Path(os.path.expanduser(folder or os.path.join(users, 't2t-vit/shards')))
         self.max_bytes, self.patience = max_bytes, patience
         self.ahead_bytes = max_bytes / 2 / sharers
 
@@ -256,8 +258,8 @@ class Cache:
         """Raises UserError where the folder cannot be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.folder / f'.try-{os.getpid()}', b'')
-            (self.folder / f'.try-{os.getpid()}').unlink()
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
         except OSError as error:
             raise UserError(f'--shard-cache: {self.folder} cannot be written ({error.strerror}); name another '
                             'folder') from None
@@ -284,7 +286,7 @@ class Cache:
             os.utime(self.path(file))
         except FileNotFoundError:
             return False
-        except PermissionError:  # another user's, which only they can keep
+        except OSError:  # another user's, which only they can keep; or the disk has become read-only
             pass
         return True
 
@@ -346,6 +348,9 @@ class Cache:
             if not is_right:
                 part.unlink()
                 return False
+        elif file.tag and describe_remote(file.url, self.patience).tag != file.tag:
+            part.unlink()
+            raise UserError(f'{file.url} has been replaced on the server since it was looked at first; start again')
         os.replace(part, self.path(file))
         self.claim(file)
         return True
@@ -364,8 +369,10 @@ class Cache:
         if len(content) != end - start:
             size = system.info(file.url).get('size')
             if size not in (None, file.bytes):
-                raise UserError(f'{file.url} ends early: {size:,} bytes, {file.bytes:,} in its manifest; {COPY_AGAIN} '
-                                'to the server')
+                what = 'ends early' if size < file.bytes else 'is too long'
+                known = 'in its manifest' if file.sha256 else 'when it was looked at first'
+                raise UserError(f'{file.url} {what}: {size:,} bytes, {file.bytes:,} {known}; {COPY_AGAIN} to the '
+                                'server')
             raise OSError(f'{len(content)} bytes instead of {end - start}')
         return content
 

@@ -250,9 +250,9 @@ def _check_cache(cache: Cache, files: Sequence[RemoteFile]) -> None:
         raise UserError(f'--shard-cache-size {cache.max_bytes / 1e9:g}: a shard takes {largest / 1e9:.3g} GB; '
                         'give room for 64 of them at least, or for all')
     if min(total, 64 * largest) > cache.max_bytes:
-        _logger.warning('--shard-cache-size %g: all shards take %.3g GB, 64 of them, as an epoch has in use at a time, '
-                        '%.3g; some will be fetched more than once', cache.max_bytes / 1e9, total / 1e9,
-                        64 * largest / 1e9)
+        in_use = f', 64 of them, as an epoch has in use at a time, {64 * largest / 1e9:.3g}' if len(files) > 64 else ''
+        _logger.warning('--shard-cache-size %g: all shards take %.3g GB%s; some will be fetched more than once',
+                        cache.max_bytes / 1e9, total / 1e9, in_use)
 
 
 def _reported(dataset: Shards) -> Shards:

@@ -1,4 +1,5 @@
 """data/shards.py and data/remote.py: shards give what the folder gave that they were packed from, wherever they are."""
+import errno
 import fcntl
 import io
 import os
@@ -23,7 +24,7 @@ from data.decode import ImageError
 from data.folders import ImageFolder
 from data.loader import create_loader
 from data.manifest import INDEX, member_key
-from data.remote import Cache, RemoteFile
+from data.remote import Cache, RemoteFile, describe_remote
 from data.samplers import EvalSampler, TrainSampler
 from data.shards import expand, open_shards
 from data.transforms import create_eval_transform, create_train_transform
@@ -433,6 +434,21 @@ def test_a_file_of_another_user_in_the_cache_can_be_read(cache, monkeypatch):
     assert cache.open(file).read() == b'a'
 
 
+def test_a_cache_that_has_become_read_only_can_be_read(cache, monkeypatch):
+    cache.make()
+    file = RemoteFile('http://nowhere/a.tar', 1)
+    cache.path(file).write_bytes(b'a')
+    monkeypatch.setattr(os, 'utime', Mock(side_effect=OSError(errno.EROFS, 'Read-only file system')))
+    assert cache.open(file).read() == b'a'
+
+
+def test_a_user_without_a_home_reads_folders(images, monkeypatch):
+    """As in a container: HOME is not set, and the user is in no list."""
+    monkeypatch.setattr(os.path, 'expanduser', lambda path: path)
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    assert len(open_eval('', images)) == 33 and Cache().folder.is_absolute()
+
+
 def test_a_small_cache_forgets_what_was_used_longest_ago(store, tmp_path, expected):
     size = 1e6 // 4
     cache = Cache(tmp_path, max_bytes=size)
@@ -580,6 +596,21 @@ def test_tar_files_without_a_manifest_from_elsewhere(store, shards, cache):
     store.requests.clear()
     assert len(open_shards(f'{store.url}/val/shard-{{000000..000003}}.tar', cache)) == 33
     assert store.fetched() == []
+
+
+@pytest.mark.parametrize('length, message', [(0, 'has been replaced on the server'), (512, 'is too long: ')])
+def test_a_tar_file_that_is_replaced_while_it_is_fetched_is_named(tmp_path, cache, length, message):
+    content = bytes(1 << 18)
+    (tmp_path / 'a.tar').write_bytes(content)
+    cache.make()
+    with Store(tmp_path) as store:
+        file = describe_remote(f'{store.url}/a.tar', 1)
+        cache.part(file).write_bytes(content[:1000])
+        (tmp_path / 'a.tar').write_bytes(b'x' * (len(content) + length))
+        store.ranges = not length
+        with pytest.raises(UserError, match=f'a.tar {message}'):
+            cache.open(file)
+    assert not list(cache.folder.glob('*.tar'))
 
 
 def test_s3(shards, cache, monkeypatch):
