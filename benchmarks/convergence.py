@@ -30,14 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from benchmarks.measure import training_options
 from benchmarks.published import PUBLISHED, PublishedStep, published_model, published_optimizer
 from benchmarks.records import (
     PRECISIONS,
+    check_precisions,
     check_record_options,
-    describe_command,
-    describe_machine,
-    describe_options,
     markdown_table,
+    new_record,
+    origin,
     precision_of,
     record_options,
     write_record,
@@ -56,14 +57,11 @@ from engine.step import TrainingStep
 from models import create_model
 from utils import options
 from utils.distributed import World
-from utils.errors import UserError, run_script
-from utils.log import format_seconds, progress_bar
+from utils.errors import run_script
+from utils.log import progress_bar
 from utils.pictures import BLUE, GREEN, ORANGE, new_figure
 from utils.runtime import seed_everything, start
 
-# The options of train.py that make a step; of those that this script lacks, the defaults.
-STEP = (options.model_options, options.optimizer_options, options.schedule_options, options.augmentation_options,
-        options.batch_norm_options, options.ema_options, options.device_options)
 SMOOTHED, LAST = 20, 50  # steps
 CHANCE = 2  # times its expected value is what a distance of means may have
 COLOURS = {'published': BLUE, 'default': ORANGE, 'compiled': GREEN}
@@ -133,8 +131,7 @@ def create_batches(dataset: ImageFolder, args, seed: int) -> Loader:
 def train(paths: list[str], args, world: World) -> dict[str, list[list[float]]]:
     """The losses of all runs, [seed][step] by path; a bar shows the time left."""
     dataset, prepare = ImageFolder(args.data), BatchPreparer(world.device)
-    step_args = options.parse_options(options.create_parser('', STEP), [
-        '--batch-size', str(args.batch_size), '--lr', str(args.lr), '--device', args.device])
+    step_args = training_options('--batch-size', str(args.batch_size), '--lr', str(args.lr), '--device', args.device)
     losses = {path: [] for path in paths}
     with progress_bar(total=args.seeds * args.steps * len(paths), unit='step') as bar:
         for index in range(args.seeds):
@@ -228,9 +225,8 @@ def as_table(comparison: dict) -> str:
 
 def as_text(record: dict) -> str:
     """The whole record in Markdown."""
-    machine = ', '.join(f'{name} {value}' for name, value in record['machine'].items() if value is not None)
     settings = record['options']
-    return (f'# Convergence\n\nWritten by `{record["command"]}` in {format_seconds(record["seconds"])}; {machine}.\n\n'
+    return (f'# Convergence\n\n{origin(record)}\n\n'
             f'{settings["model"]}, {settings["img_size"]} pixels, batch {settings["batch_size"]}, '
             f'{settings["precision"]}: {settings["steps"]} steps from one initialisation with each of '
             f'{settings["seeds"]} seeds; ± is a standard error over them. Distances are those of the curves smoothed '
@@ -273,15 +269,12 @@ def main() -> None:
         'Compare the losses of our step with the yardstick’s.', (convergence_options, options.compile_options)))
     folder = check_record_options(args)
     logging.disable(logging.INFO)  # the bar and the table are enough
-    world, _ = start(options.parse_options(options.create_parser('', (options.device_options,)),
-                                           ['--device', args.device, '--seed', str(args.seed)]), alone=True)
-    if world.device.type == 'cpu' and args.precision == 'fp16':
-        raise UserError('--precision fp16: a CPU computes in fp32 or bf16; give one of these')
+    world, _ = start(training_options('--device', args.device, '--seed', str(args.seed)), alone=True)
+    check_precisions([args.precision], world.device)
     started = time.perf_counter()
     losses = train(['published', 'default', *['compiled'] * bool(args.compile)], args, world)
-    record = {'command': describe_command('convergence', args.data),
-              'seconds': time.perf_counter() - started, 'machine': describe_machine(world.device),
-              'options': describe_options(args), 'comparison': compare(losses), 'losses': losses}
+    record = {**new_record('convergence', args, world.device, args.data), 'seconds': time.perf_counter() - started,
+              'comparison': compare(losses), 'losses': losses}
     print(as_table(record['comparison']))
     paths = write_record(folder, args.name, record, as_text(record))
     picture = folder / f'{args.name}.png'

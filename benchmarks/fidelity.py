@@ -38,14 +38,15 @@ import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from benchmarks.measure import training_options
 from benchmarks.published import PUBLISHED, golden_state, published_model
 from benchmarks.records import (
     PRECISIONS,
+    check_precisions,
     check_record_options,
-    describe_command,
-    describe_machine,
-    describe_options,
     markdown_table,
+    new_record,
+    origin,
     precision_of,
     record_options,
     write_record,
@@ -57,7 +58,7 @@ from data.transforms import create_eval_transform
 from engine.compile import compile_model
 from models import create_model
 from utils import options
-from utils.errors import UserError, run_script
+from utils.errors import run_script
 from utils.log import progress_bar
 from utils.runtime import Precision, seed_everything, start
 
@@ -245,9 +246,8 @@ def as_table(rows: list[dict]) -> str:
 
 def as_text(record: dict) -> str:
     """The whole record in Markdown."""
-    machine = ', '.join(f'{name} {value}' for name, value in record['machine'].items() if value is not None)
     photographs = '' if record['options']['data'] else ' There are no photographs: no --data was given.'
-    head = (f'# Errors against float64\n\nWritten by `{record["command"]}`; {machine}.\n\n'
+    head = (f'# Errors against float64\n\n{origin(record)}\n\n'
             'Relative L2 distances of outputs and gradients from those of the published formulation in float64. Of '
             "`published` the error itself, of our paths how many times the published one's it is." + photographs
             + f'\n\n## The largest ratios\n\n{as_summary(record["rows"])}\n')
@@ -260,12 +260,9 @@ def main() -> None:
     args = options.parse_options(parser)
     folder = check_record_options(args)
     logging.disable(logging.INFO)  # the bar and the tables are enough
-    world, _ = start(options.parse_options(options.create_parser('', (options.device_options,)),
-                                           ['--device', args.device, '--seed', str(args.seed)]), alone=True)
-    if world.device.type == 'cpu' and 'fp16' in args.precision:
-        raise UserError('--precision fp16: a CPU computes in fp32 or bf16; leave it out')
-    precisions = {name: precision_of(name, world.device)
-                  for name in args.precision}
+    world, _ = start(training_options('--device', args.device, '--seed', str(args.seed)), alone=True)
+    check_precisions(args.precision, world.device)
+    precisions = {name: precision_of(name, world.device) for name in args.precision}
     images = {kind: batch.to(world.device) for kind, batch in make_images(args).items()}
     rows = []
     cases = list(itertools.product(args.models, args.weights))
@@ -281,9 +278,7 @@ def main() -> None:
     # Stable, so that within a table the order stays.
     rows.sort(key=lambda row: (args.models.index(row['model']), args.precision.index(row['precision'])))
     add_ratios(rows)
-    record = {'command': describe_command('fidelity', args.data),
-              'machine': describe_machine(world.device),
-              'options': describe_options(args), 'rows': rows}
+    record = {**new_record('fidelity', args, world.device, args.data), 'rows': rows}
     print(as_summary(rows))
     print(*write_record(folder, args.name, record, as_text(record)), sep='\n')
 

@@ -103,6 +103,11 @@ class Contender:
                 'steps_per_window': self.steps_per_window, 'windows_milliseconds': self.milliseconds}
 
 
+def training_options(*words: str):
+    """The options of train.py, those that `words` say and the defaults."""
+    return options.parse_options(options.create_parser('', TRAINING), list(words))
+
+
 def list_contenders(model: str, args) -> list[Contender]:
     """The rows of a model's table, in order."""
     rows = [Contender(name, model, args.img_size, is_published=name == 'published', is_compiled=name == 'compiled')

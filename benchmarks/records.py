@@ -3,13 +3,14 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from utils.errors import UserError
-from utils.log import check_folder, make_folder
+from utils.log import check_folder, format_seconds, make_folder
 from utils.results import finite
 from utils.runtime import Precision, describe_environment
 from utils.writing import write_whole
@@ -37,6 +38,25 @@ def check_record_options(args) -> Path:
 def precision_of(name: str, device: torch.device) -> Precision:
     """The precision of PRECISIONS that a table calls `name`, with a scaler of its own."""
     return Precision(device, enabled=name != 'fp32', dtype_name=PRECISIONS[name])
+
+
+def check_precisions(names: Iterable[str], device: torch.device) -> None:
+    """Raises UserError where one of `names`, of PRECISIONS, is none that the device computes in."""
+    if 'fp16' in names and device.type == 'cpu':
+        raise UserError('--precision fp16: a CPU computes in fp32 or bf16; leave it out')
+
+
+def new_record(module: str, args, device: torch.device, data: str | None = None) -> dict:
+    """What every record begins with: the command, the machine and the options; `data` is the folder of images."""
+    return {'command': describe_command(module, data), 'machine': describe_machine(device),
+            'options': describe_options(args)}
+
+
+def origin(record: dict) -> str:
+    """Where a record comes from, in a sentence; in how many seconds, where it says that too."""
+    machine = ', '.join(f'{name} {value}' for name, value in record['machine'].items() if value is not None)
+    seconds = f' in {format_seconds(record["seconds"])}' if 'seconds' in record else ''
+    return f'Written by `{record["command"]}`{seconds}; {machine}.'
 
 
 def describe_machine(device: torch.device) -> dict:
@@ -78,6 +98,18 @@ def _portable(word: str, data: str | None) -> str:
     elif Path(path).is_absolute():
         path = str(Path(path).relative_to(ROOT)) if Path(path).is_relative_to(ROOT) else 'DIR'
     return option + equals + path
+
+
+def read_record(path: Path):
+    """What a JSON file in the folder --records holds, a record or not.
+
+    Raises:
+        UserError: it is no JSON file.
+    """
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise UserError(f'--records: {path} is no JSON file ({error}); remove it') from None
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -43,7 +43,6 @@ from benchmarks import published
 from benchmarks.measure import (
     CONTENDERS,
     TASKS,
-    TRAINING,
     Contender,
     Running,
     list_contenders,
@@ -52,15 +51,16 @@ from benchmarks.measure import (
     start_inference,
     start_training,
     synchronize,
+    training_options,
 )
 from benchmarks.records import (
     PRECISIONS,
     ROOT,
+    check_precisions,
     check_record_options,
-    describe_command,
-    describe_machine,
-    describe_options,
     markdown_table,
+    new_record,
+    origin,
     precision_of,
     record_options,
     write_record,
@@ -416,10 +416,9 @@ def ranks_text(found: list[dict]) -> list[str]:
 
 def as_text(record: dict) -> str:
     """The whole record in Markdown."""
-    machine = ', '.join(f'{name} {value}' for name, value in record['machine'].items() if value is not None)
     texts = ['# Cost as images, batches and ranks grow',
-             f'Written by `{record["command"]}`; {machine}. In {record["options"]["precision"]}; medians over rounds '
-             'in which the contenders take turns.']
+             f'{origin(record)} In {record["options"]["precision"]}; medians over rounds in which the contenders take '
+             'turns.']
     for part in ('size', 'batch'):
         texts += model_tables(record[part], part) if part in record else []
     texts += token_tables(record['tokens'], record['exponents']) if 'tokens' in record else []
@@ -483,19 +482,15 @@ def main() -> None:
         except ValueError as error:
             raise UserError(f'--img-sizes: {error}') from None
     folder = check_record_options(args)
-    training_args = options.parse_options(options.create_parser('', TRAINING), [
-        '--device', args.device, '--seed', str(args.seed)])
+    training_args = training_options('--device', args.device, '--seed', str(args.seed))
     logging.disable(logging.INFO)  # the bar and the tables are enough
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:  # started by `launch_ranks`
         act_as_rank(args, training_args)
         return
     world, _ = start(training_args, alone=True)
-    if world.device.type == 'cpu' and args.precision == 'fp16':
-        raise UserError('--precision fp16: a CPU computes in fp32 or bf16')
+    check_precisions([args.precision], world.device)
 
-    record = {'command': describe_command('scale'),
-              'machine': describe_machine(world.device), 'options': describe_options(args)}
-    done = {}
+    record, done = new_record('scale', args, world.device), {}
     work = {'size': lambda: measure_models(args, training_args, world, 'size', done),
             'batch': lambda: measure_models(args, training_args, world, 'batch', done),
             'tokens': lambda: measure_tokens(args, training_args, world),

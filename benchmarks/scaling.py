@@ -11,7 +11,6 @@ assumed, or given (by its option). Records take the place of targets as they com
 NAME.json, the record, NAME.md, the tables, and NAME.png, the picture, go to --output; --page docs/scaling.md renews
 the tables of that page.
 """
-import json
 import math
 import re
 import sys
@@ -27,10 +26,9 @@ from benchmarks.cluster import Cluster, Link, Work, plan
 from benchmarks.records import (
     ROOT,
     check_record_options,
-    describe_command,
-    describe_machine,
-    describe_options,
     markdown_table,
+    new_record,
+    read_record,
     record_options,
     write_record,
 )
@@ -160,15 +158,8 @@ def read_records(folder: Path) -> dict[str, dict]:
     Raises:
         UserError: one cannot be read.
     """
-    records = {}
-    for path in sorted(folder.glob('*.json')):
-        try:
-            record = json.loads(path.read_text(encoding='utf-8'))
-        except (OSError, ValueError) as error:
-            raise UserError(f'--records: {path} is no record ({error}); remove it') from None
-        if isinstance(record, dict):
-            records[path.stem] = record
-    return records
+    found = {path.stem: read_record(path) for path in sorted(folder.glob('*.json'))}
+    return {name: record for name, record in found.items() if isinstance(record, dict)}
 
 
 def find_figures(args, records: dict[str, dict]) -> dict[str, Figure]:
@@ -474,8 +465,8 @@ def main() -> None:
         raise UserError(f'--page {page}: no such file; name docs/scaling.md')
     known = read_records(records)
     figures = find_figures(args, known)
-    record = {'command': describe_command('scaling'), 'machine': describe_machine(torch.device('cpu')),
-              'options': describe_options(args), 'figures': [asdict(figure) for figure in figures.values()],
+    record = {**new_record('scaling', args, torch.device('cpu')),
+              'figures': [asdict(figure) for figure in figures.values()],
               'plans': make_plans(args, figures), 'changes': make_changes(args, figures), 'storage': storage(figures),
               'check': known.get('scaling_check', {}).get('verdict')}
     text, picture = as_text(record, figures), folder / f'{args.name}.png'

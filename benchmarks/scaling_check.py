@@ -31,13 +31,12 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.cluster import Cluster, Link, Work, step_parts
-from benchmarks.measure import TRAINING, Contender
+from benchmarks.measure import Contender, training_options
 from benchmarks.records import (
     check_record_options,
-    describe_command,
-    describe_machine,
-    describe_options,
     markdown_table,
+    new_record,
+    origin,
     precision_of,
     record_options,
     write_record,
@@ -197,7 +196,6 @@ def verdict(found: dict, args) -> str:
 def as_text(record: dict) -> str:
     """The whole record in Markdown."""
     found = record['found']
-    machine = ', '.join(f'{name} {value}' for name, value in record['machine'].items() if value is not None)
     steps = [[str(row['batch_size']), f'{row["alone"]:.1f}', f'{row["error_one_from_alone"]:+.1f} %',
               f'{row["apart"]:.1f}', f'{row["DDP"]:.1f}', f'{row["from_alone"]:.1f}',
               f'{row["error_from_alone"]:+.1f} %', f'{row["from_apart"]:.1f}', f'{row["error_from_apart"]:+.1f} %']
@@ -207,8 +205,8 @@ def as_text(record: dict) -> str:
                 for point in record['measured']['messages']]
     return '\n\n'.join([
         '# The model of many GPUs, held against two processes',
-        f'Written by `{record["command"]}`; {machine}. In fp32, {record["measured"]["threads"]} thread(s) for each '
-        'process; medians, over rounds in which all take turns.', record['verdict'],
+        f'{origin(record)} In fp32, {record["measured"]["threads"]} thread(s) for each process; medians, over rounds '
+        'in which all take turns.', record['verdict'],
         '## Steps, in milliseconds',
         markdown_table(['batch', 'alone', 'its prediction', 'apart', 'together', 'predicted from alone', 'error',
                         'predicted from apart', 'error'], steps),
@@ -222,8 +220,7 @@ def main() -> None:
     if len(set(args.batch_sizes)) < 2:
         raise UserError(f'--batch-sizes {args.batch_sizes[0]}: a line needs two points; give another batch size too')
     folder = check_record_options(args)
-    training_args = options.parse_options(options.create_parser('', TRAINING), [
-        '--device', args.device, '--seed', str(args.seed)])
+    training_args = training_options('--device', args.device, '--seed', str(args.seed))
     logging.disable(logging.INFO)
     if args.parts:
         act_as_rank(args, training_args)
@@ -232,8 +229,7 @@ def main() -> None:
     if 'error' in measured:
         raise UserError(f'two processes could not be measured: {measured["error"]}')
     found = predict(measured, args)
-    record = {'command': describe_command('scaling_check'), 'machine': describe_machine(torch.device('cpu')),
-              'options': describe_options(args), 'measured': measured, 'found': found,
+    record = {**new_record('scaling_check', args, torch.device('cpu')), 'measured': measured, 'found': found,
               'verdict': verdict(found, args)}
     text = as_text(record)
     print(text, *write_record(folder, args.name, record, text), sep='\n')

@@ -31,25 +31,25 @@ from benchmarks.measure import (
     CONTENDERS,
     LEAST_ROUNDS,
     TASKS,
-    TRAINING,
     list_contenders,
     measure,
     start_inference,
     start_training,
+    training_options,
 )
 from benchmarks.records import (
     PRECISIONS,
+    check_precisions,
     check_record_options,
-    describe_command,
-    describe_machine,
-    describe_options,
     markdown_table,
+    new_record,
+    origin,
     record_options,
     write_record,
 )
 from models import resolve_name
 from utils import options
-from utils.errors import UserError, run_script
+from utils.errors import run_script
 from utils.runtime import start
 
 PEERS = ('deit_small_patch16_224', 'vit_little_patch16_reg4_gap_256', 'vit_little_patch16_reg4_gap_256@256',
@@ -135,11 +135,10 @@ def _longest(table: dict) -> list[str]:
 
 def as_text(record: dict, device: torch.device) -> str:
     """The whole record in Markdown."""
-    machine = ', '.join(f'{name} {value}' for name, value in record['machine'].items() if value is not None)
     measured = ('Kernels are those that ran on the device, with copies and fills; launches are those from the host.'
                 if device.type == 'cuda' else
                 'Operators are the innermost ones that compute something, and compiled kernels.')
-    head = (f'# Steps, side by side\n\nWritten by `{record["command"]}`; {machine}.\n\n'
+    head = (f'# Steps, side by side\n\n{origin(record)}\n\n'
             f'Medians over rounds in which the contenders take turns. {measured} Peak memory is what a contender '
             'holds, and the most that a step allocates beside it.\n')
     return '\n'.join([head, *(as_table(table, device) for table in record['tables'])])
@@ -152,21 +151,17 @@ def main() -> None:
     for name in [*args.models, *(name.partition('@')[0] for name in args.peers)]:
         resolve_name(name)
     folder = check_record_options(args)
-    training_args = options.parse_options(options.create_parser('', TRAINING), [
-        '--batch-size', str(args.batch_size), '--device', args.device, '--seed', str(args.seed),
-        *['--channels-last'] * args.channels_last])
+    training_args = training_options('--batch-size', str(args.batch_size), '--device', args.device,
+                                     '--seed', str(args.seed), *['--channels-last'] * args.channels_last)
     logging.disable(logging.INFO)  # the bar and the tables are enough
     world, _ = start(training_args, alone=True)
-    if world.device.type == 'cpu':
-        if 'fp16' in args.precision:
-            raise UserError('--precision fp16: a CPU computes in fp32 or bf16; leave it out')
-        if 'compiled' in args.contenders:
-            # The profiler does not see compiled kernels without it. It costs them a check of whether there is one.
-            from torch._inductor import config
-            config.cpp.enable_kernel_profile = True
+    check_precisions(args.precision, world.device)
+    if world.device.type == 'cpu' and 'compiled' in args.contenders:
+        # The profiler does not see compiled kernels without it. It costs them a check of whether there is one.
+        from torch._inductor import config
+        config.cpp.enable_kernel_profile = True
 
-    record = {'command': describe_command('step'),
-              'machine': describe_machine(world.device), 'options': describe_options(args), 'tables': []}
+    record = {**new_record('step', args, world.device), 'tables': []}
     tasks = list(TASKS) if args.task == 'both' else [args.task]
     for model, precision, task in itertools.product(args.models, args.precision, tasks):
         torch.compiler.reset()

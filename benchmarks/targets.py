@@ -9,7 +9,6 @@ of all records; NAME.json has the records by name. Where there are records of a 
 target for another machine, as those for a GPU are on a CPU, has no line; of one that was not measured the line says so.
 Where a table has what is compiled, tables without it do not count.
 """
-import json
 import logging
 import sys
 from collections import Counter
@@ -18,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.records import ROOT, check_record_options, markdown_table, record_options, write_record
+from benchmarks.records import ROOT, check_record_options, markdown_table, read_record, record_options, write_record
 from utils import options
 from utils.errors import UserError, run_script
 from utils.log import read_environment, read_metrics
@@ -58,10 +57,7 @@ class Records:
     def __init__(self, folder: Path):
         self.by_name, self.folder = {}, folder
         for path in sorted(folder.rglob('*.json'), key=lambda path: path.stat().st_mtime):
-            try:
-                record = json.loads(path.read_text(encoding='utf-8'))
-            except (OSError, ValueError) as error:
-                raise UserError(f'--records: {path} is no JSON file ({error}); remove it') from None
+            record = read_record(path)
             # Those of faults and of saving are not of a device's speed.
             if isinstance(record, dict) and isinstance(record.get('machine'), dict):
                 self.by_name[path.relative_to(folder).with_suffix('').as_posix()] = record

@@ -30,13 +30,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.measure import NOT_COMPUTING, TRAINING, Contender, make_batch, start_training
+from benchmarks.measure import NOT_COMPUTING, Contender, make_batch, start_training, training_options
 from benchmarks.records import (
     check_record_options,
-    describe_command,
-    describe_machine,
-    describe_options,
     markdown_table,
+    new_record,
     precision_of,
     record_options,
     write_record,
@@ -171,8 +169,7 @@ def main():
     for model in args.models:
         resolve_name(model)
     folder = check_record_options(args)
-    training_args = options.parse_options(options.create_parser('', TRAINING), ['--device', 'cpu']).replacing(
-        seed=args.seed, img_size=args.img_size)
+    training_args = training_options('--device', 'cpu').replacing(seed=args.seed, img_size=args.img_size)
     world, _ = start(training_args, alone=True)
     layers.HAS_MATRIX_UNITS = True  # attention as a GPU has it
     names = ['published', 'default'] + ['compiled'] * args.compiled
@@ -192,8 +189,7 @@ def main():
                      'floor_milliseconds': 1000 * seconds, 'floor_images_per_second': args.batch_size / seconds,
                      'counted': {str(size): count.tolist() for size, count in zip(BATCHES, counts, strict=True)}})
     bar.close()
-    record = {'command': describe_command('traffic'), 'machine': describe_machine(world.device),
-              'options': describe_options(args), 'rows': rows}
+    record = {**new_record('traffic', args, world.device), 'rows': rows}
     text = as_text(record)
     print(text)
     write_record(folder, args.name, record, text)
