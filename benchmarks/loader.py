@@ -58,13 +58,14 @@ from benchmarks.records import (  # noqa: E402
     record_options,
     write_record,
 )
+from data.augment import allow_zero_bits  # noqa: E402
 from data.base import ImageDataset, Part, spread  # noqa: E402
 from data.batch import BatchPreparer, TrainBatchPreparer  # noqa: E402
 from data.datasets import open_eval  # noqa: E402
 from data.decode import EXTENSIONS, EncodedImage  # noqa: E402
 from data.loader import create_loader  # noqa: E402
 from data.samplers import EvalSampler, TrainSampler  # noqa: E402
-from data.transforms import allow_zero_bits, create_eval_transform, create_train_transform  # noqa: E402
+from data.transforms import create_eval_transform, create_train_transform  # noqa: E402
 from utils import options  # noqa: E402
 from utils.errors import UserError, run_script  # noqa: E402
 from utils.log import progress_bar  # noqa: E402

@@ -31,7 +31,7 @@ ROUNDING = 1 / 1024
 def take_tensors(augment: transforms.Compose) -> None:
     """Changes timm's augmentation, in place, to take and give uint8 tensors [3, H, W]."""
     for number, step in enumerate(augment.transforms):
-        operations = [*getattr(step, 'ops', ()), *chain(*getattr(step, 'policy', ()))]
+        operations = _operations(step)
         if not operations or isinstance(step, timm_augment.AugMixAugment):
             augment.transforms[number] = ThroughPil(step)
             continue
@@ -39,6 +39,26 @@ def take_tensors(augment: transforms.Compose) -> None:
             operation.aug_fn = OPERATIONS.get(operation.aug_fn) or ThroughPil(operation.aug_fn)
         if isinstance(step, timm_augment.RandAugment) and step.choice_weights is None:
             augment.transforms[number] = RandAugment(step.ops, step.num_layers)
+
+
+def allow_zero_bits(augment: transforms.Compose) -> None:
+    """Lets timm's policies posterize to no bits at all, which at the highest magnitude they do.
+
+    Pillow gave a black image, as in the published training; from version 13 on it raises ValueError.
+    """
+    for step in augment.transforms:
+        for operation in _operations(step):
+            if operation.aug_fn is timm_augment.posterize:
+                operation.aug_fn = posterize_through_pil
+
+
+def posterize_through_pil(image: Image.Image, bits: int, **options) -> Image.Image:
+    return timm_augment.posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def _operations(step: Callable) -> list[timm_augment.AugmentOp]:
+    """What a step of timm's augmentation draws from."""
+    return [*getattr(step, 'ops', ()), *chain(*getattr(step, 'policy', ()))]
 
 
 class RandAugment:
@@ -308,6 +328,7 @@ OPERATIONS = {
     timm_augment.equalize: equalize,
     timm_augment.invert: invert,
     timm_augment.posterize: posterize,
+    posterize_through_pil: posterize,
     timm_augment.rotate: rotate,
     timm_augment.sharpness: sharpness,
     timm_augment.shear_x: shear_x,

@@ -13,19 +13,17 @@ import logging
 import math
 import random
 from collections.abc import Callable, Sequence
-from itertools import chain
 
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, create_transform
-from timm.data.auto_augment import posterize
 from timm.data.transforms import ResizeKeepRatio, str_to_interp_mode
 from torch.nn.functional import interpolate
 from torchvision import transforms
 
 from utils.errors import UserError
 
-from .augment import take_tensors
+from .augment import allow_zero_bits, take_tensors
 from .decode import EncodedImage
 
 _logger = logging.getLogger(__name__)
@@ -88,11 +86,11 @@ def create_train_transform(
     except (AssertionError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f'--aa {auto_augment!r} is no policy of timm ({error}); '
                         "use for instance 'rand-m9-mstd0.5-inc1'") from None
+    allow_zero_bits(augment)
     if fast and _has_fast_form('training', crop_mode=(crop_mode, ['rrc']), aug_splits=(aug_splits, [0]),
                                interpolation=(interpolation, [*FAST_INTERPOLATIONS, 'random'])):
         take_tensors(augment)
         return FastTrainTransform(crop, augment)
-    allow_zero_bits(augment)
     if crop_mode == 'pad':
         crop = _padded_crop(img_size, interpolation, hflip, vflip)
     if aug_splits:
@@ -226,21 +224,6 @@ class SplitTransform:
         image = self.crop(image)
         augmented = [self.augment(image) for _ in range(self.num_splits - 1)]
         return torch.stack([self.to_tensor(split) for split in (image, *augmented)])
-
-
-def allow_zero_bits(augment: transforms.Compose):
-    """Lets timm's policies posterize to no bits at all, which at the highest magnitude they do.
-
-    Pillow gave a black image, as in the published training; from version 13 on it raises ValueError.
-    """
-    for step in augment.transforms:
-        for operation in [*getattr(step, 'ops', ()), *chain(*getattr(step, 'policy', ()))]:
-            if operation.aug_fn is posterize:
-                operation.aug_fn = _posterize
-
-
-def _posterize(image: Image.Image, bits: int, **options) -> Image.Image:
-    return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def _padded_crop(

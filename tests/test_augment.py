@@ -11,10 +11,9 @@ from PIL import Image
 from timm.data import auto_augment as timm_augment
 from timm.data import create_transform
 
-from data.augment import OPERATIONS, as_image, rotate, take_tensors
+from data.augment import OPERATIONS, allow_zero_bits, as_image, rotate, take_tensors
 from data.decode import EXTENSIONS, as_array, decode_rgb
 from data.seeding import seed_generators
-from data.transforms import allow_zero_bits
 
 SEED = 23
 PHOTOGRAPHS = Path(__file__).resolve().parents[2] / 'shared/data'
@@ -90,7 +89,8 @@ def policies(policy: str, **options):
     """The augmentation of `policy` for PIL images and for tensors."""
     both = [create_transform(224, is_training=True, use_prefetcher=True, separate=True, auto_augment=policy,
                              **options)[1] for _ in range(2)]
-    allow_zero_bits(both[0])
+    for augment in both:
+        allow_zero_bits(augment)
     take_tensors(both[1])
     return both
 
@@ -103,7 +103,7 @@ def draws() -> tuple:
 @pytest.mark.parametrize('policy, options', [
     ('rand-m9-mstd0.5-inc1', {}), ('rand-m10-n4-p1.0-mstd0-inc1', {}),
     ('rand-m4-n3-mstd1', dict(interpolation='bilinear')), ('rand-m9-tweights', {}),
-    ('original', {}), ('v0-mstd0.5', {}), ('3a', {}), ('augmix-m5-w2', {}), (None, {}),
+    ('original', {}), ('v0-mstd0.5', {}), ('3a', {}), ('augmix-m5-w2', {}), ('augmix-m10-mstd0.5', {}), (None, {}),
 ], ids=str)
 def test_equal_seeds_make_equal_decisions(images, policy, options):
     timms, ours = policies(policy, color_jitter=0.4, **options)
