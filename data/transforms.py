@@ -208,6 +208,8 @@ FAST_INTERPOLATIONS = ('bicubic', 'bilinear')
 
 def _resize(pixels: torch.Tensor, size: Sequence[int], mode: transforms.InterpolationMode) -> torch.Tensor:
     """uint8 [3, H, W] → [3, h, w], antialiased."""
+    if not pixels.numel():  # the crop of an image of a few pixels can round to none, of which PIL makes black
+        return pixels.new_zeros(3, *size)
     return interpolate(pixels[None], size=tuple(size), mode=mode.value, antialias=True)[0]
 
 
