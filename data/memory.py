@@ -62,9 +62,9 @@ class BatchMemory:
     def restart(self) -> None:
         """Before an epoch: batches of the one before that nobody will get give back their blocks."""
         self.reclaim()
-        self._taken.zero_()
-        for number in self._in_use:
-            self._taken[number] = 1
+        for number in range(len(self._taken)):
+            if number not in self._in_use:  # which workers that are still at the last epoch must not find free
+                self._taken[number] = 0
 
 
 def _shared(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

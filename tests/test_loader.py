@@ -303,3 +303,25 @@ def test_memory_of_batches_is_used_again_once_nobody_holds_them(loader_of, folde
         passing = [(memory_of(images), images[1:].clone()) for images, _ in loader]
         assert len({number for number, _ in passing}) <= 4 < len(passing)
         assert torch.equal(torch.cat([images for _, images in passing]), expected[1::2])
+
+
+def test_what_is_in_use_is_never_free_not_for_a_moment():
+    """A worker with tasks of an epoch that was left early looks for free blocks while the next one begins."""
+    memory = BatchMemory(1, 2)
+    memory._taken.fill_(1)  # as a worker has
+    images = torch.zeros(4, dtype=torch.uint8).share_memory_()
+    memory.give_back(images, 1)
+    looks = multiprocessing.get_context('fork').Process(target=look_until_free, args=(memory._taken[1:].numpy(),))
+    looks.start()
+    while looks.is_alive():
+        memory.restart()
+        assert memory._taken.tolist() == [0, 1]
+    assert looks.exitcode == 0
+
+
+def look_until_free(taken):
+    until = time.monotonic() + 0.3
+    while time.monotonic() < until:
+        if not taken.all():
+            os._exit(1)
+    os._exit(0)
