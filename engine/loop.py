@@ -15,7 +15,7 @@ from engine.state import TrainState
 from engine.step import ADVICE, TrainingStep
 from engine.writer import CheckpointWriter
 from utils import signals
-from utils.distributed import Agreement, World, from_main, overwrite_from_main, sum_over_ranks
+from utils.distributed import Agreement, World, mistakes_from_main, overwrite_from_main, sum_over_ranks
 from utils.errors import InterruptedRun, NotFiniteError, UserError
 from utils.faults import fault_point
 from utils.log import IMAGES_SHOWN, RunLog, format_seconds, progress_bar
@@ -242,16 +242,11 @@ class Trainer:
         self._step.settle()
         self._check_weights()
         content = self.state.state_dict()  # every rank has a part in it
-        mistake = None
-        if self.writer:
-            self.log.sync()  # a line is on the disk before the checkpoint that it led to
-            try:
-                self.writer.save(content, self.state.global_step, is_best=is_best, must_succeed=must_succeed)
-            except UserError as error:
-                mistake = str(error)
         # No rank may say that the state is saved where rank 0 could not.
-        if must_succeed and (mistake := from_main(mistake)):
-            raise UserError(mistake)
+        with mistakes_from_main() if must_succeed else contextlib.nullcontext():
+            if self.writer:
+                self.log.sync()  # a line is on the disk before the checkpoint that it led to
+                self.writer.save(content, self.state.global_step, is_best=is_best, must_succeed=must_succeed)
 
     def _check_weights(self) -> None:
         """Raises NotFiniteError on all ranks where a weight of one is not finite: such a state is never saved."""

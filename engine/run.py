@@ -18,7 +18,15 @@ from engine.optimizer import create_schedule
 from engine.state import TrainState
 from engine.writer import CheckpointWriter
 from utils import signals
-from utils.distributed import World, from_main, gather, hang_explained, overwrite_from_main, was_restarted
+from utils.distributed import (
+    World,
+    from_main,
+    gather,
+    hang_explained,
+    mistakes_from_main,
+    overwrite_from_main,
+    was_restarted,
+)
 from utils.errors import UserError
 from utils.files import read_checkpoint
 from utils.log import RunLog
@@ -68,9 +76,11 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
     steps_per_epoch = len(batches.train_loader) // args.accum_steps
     schedule, num_epochs = create_schedule(state.optimizer, args, steps_per_epoch)
     size = 'x'.join(str(s) for s in dict.fromkeys(batches.img_size))
-    folder, checkpoint = _on_main(
-        world, resolve_run, output=args.output, kind=kind, experiment=args.experiment, resume=args.resume,
-        name=f'{state.arch}-{size}', restarted=was_restarted())
+    with mistakes_from_main():
+        found = resolve_run(
+            output=args.output, kind=kind, experiment=args.experiment, resume=args.resume,
+            name=f'{state.arch}-{size}', restarted=was_restarted()) if world.is_main else None
+    folder, checkpoint = from_main(found)
     if checkpoint:
         content = read_checkpoint(checkpoint, verified=True)
         # What was asked for once is not to be done again where the launcher starts the processes anew.
@@ -86,7 +96,9 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
     trainer = Trainer(state, wrap_model(state.model, world), batches, loss=loss, schedule=schedule,
                       num_epochs=num_epochs, precision=precision, args=args, folder=folder)
     # From here on the folder is this run's, and a signal has the state saved first.
-    lock = _on_main(world, RunLock, folder, patience=_lock_patience(args) if was_restarted() else 0)
+    with mistakes_from_main():
+        patience = _lock_patience(args) if was_restarted() else 0
+        lock = RunLock(folder, patience=patience) if world.is_main else None
     _check_all_see(folder, world)
     writer = CheckpointWriter(folder, keep=args.checkpoint_hist, resumed=checkpoint) if world.is_main else None
     signals.install()
@@ -109,24 +121,6 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
     return state
 
 
-def _on_main(world: World, function, *args, **kwargs):
-    """What rank 0 gets from `function`, on every rank; a lock, which no other rank can have, on rank 0 alone.
-
-    Raises:
-        UserError: on every rank, as `function` does on rank 0.
-    """
-    result, mistake = None, None
-    if world.is_main:
-        try:
-            result = function(*args, **kwargs)
-        except UserError as error:
-            mistake = str(error)
-    shared, mistake = from_main((None if isinstance(result, RunLock) else result, mistake))
-    if mistake:
-        raise UserError(mistake)
-    return result if world.is_main else shared
-
-
 def _lock_patience(args) -> float:
     """Seconds for what is left of a machine that was lost to let go of the run's folder; the other ranks wait, too."""
     return min(LOCK_PATIENCE, args.timeout / 2)
@@ -141,27 +135,24 @@ def _check_all_see(folder: Path, world: World) -> None:
     if len(hosts) - hosts.count(None) < 2:
         return
     token = folder / SHARED
-    mistake = None
-    if world.is_main:
+    with mistakes_from_main():
         try:
-            token.touch()
+            if world.is_main:
+                token.touch()
         except OSError as e:
-            mistake = f'{token} cannot be written ({e.strerror})'
-    mistake = from_main(mistake)
+            raise UserError(f'{token} cannot be written ({e.strerror})') from None
     end = time.monotonic() + SIGHT_SECONDS
-    while not mistake and not token.exists() and time.monotonic() < end:
+    while not token.exists() and time.monotonic() < end:
         time.sleep(0.1)
         with contextlib.suppress(OSError):
             os.listdir(folder)  # has a network file system look again
-    seen = gather(bool(mistake) or token.exists())
+    seen = gather(token.exists())
     if world.is_main:
         token.unlink(missing_ok=True)
     blind = [str(host) for host, sees in zip(hosts, seen, strict=True) if host is not None and not sees]
     if blind:
-        mistake = (f"the run's folder {folder} is not the same on every machine ({', '.join(blind)} does not see what "
-                   'rank 0 writes there); give an --output that all machines share')
-    if mistake:
-        raise UserError(mistake)
+        raise UserError(f"the run's folder {folder} is not the same on every machine ({', '.join(blind)} does not see "
+                        'what rank 0 writes there); give an --output that all machines share')
 
 
 def _environment(world: World, precision: Precision) -> dict:

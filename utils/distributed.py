@@ -262,6 +262,18 @@ def from_main(value):
     return box[0]
 
 
+@contextlib.contextmanager
+def mistakes_from_main():
+    """Raises the UserError of this block on rank 0, such as that of a file which it alone writes, on every rank."""
+    mistake = None
+    try:
+        yield
+    except UserError as error:
+        mistake = str(error)
+    if mistake := from_main(mistake) or mistake:
+        raise UserError(mistake)
+
+
 def overwrite_from_main(tensors) -> None:
     """Writes rank 0's values into these tensors of every rank."""
     if is_distributed():
