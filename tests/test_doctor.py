@@ -212,6 +212,19 @@ class Fetched(ImageDataset):
         return str(index)
 
 
+def test_a_data_set_is_not_sent_to_those_who_read_it(image_folder, monkeypatch):
+    """Of ImageNet that took longer than to decode a thousand images."""
+    def refuse(self):
+        raise AssertionError('this takes seconds')
+
+    case = case_of(image_folder)
+    doctor_data.open_splits(case)
+    monkeypatch.setattr(ImageDataset, '__reduce__', refuse)
+    counted = types.SimpleNamespace(update=lambda: None)
+    paths = [{seen.path for seen in doctor_data.read_sample(case.train, 20, workers, counted)} for workers in (0, 2)]
+    assert paths[0] == paths[1] and len(paths[0]) == 20
+
+
 def test_few_shards_are_fetched_for_a_sample():
     sample = doctor_data.sample_of(Fetched(), 20)
     assert len(sample) == 20

@@ -282,7 +282,7 @@ def look_closely(stored: bytes | Image.Image, path: str) -> Seen:
     try:
         decode_rgb(stored, path)
     except ImageError as error:
-        return seen._replace(problem=str(error).removeprefix(f'image {path}: '))
+        return seen._replace(problem=_reason(error, path))
     return seen
 
 
@@ -290,37 +290,46 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-class _Reader:
-    """What a worker process holds: looks closely at image `index` of a data set."""
+def _reason(error: ImageError, path: str) -> str:
+    """What is wrong, without the path and the remedy, which are said for all."""
+    return str(error).removeprefix(f'image {path}: ').partition('; ')[0]
 
-    def __init__(self, dataset: ImageDataset):
-        self._dataset = dataset
 
-    def __call__(self, index: int) -> Seen:
-        path = self._dataset.path(index)
-        try:
-            return look_closely(self._dataset.stored(index), path)
-        except ImageError as error:
-            return Seen(path, 0, b'', 'unknown', '', None, (), str(error).removeprefix(f'image {path}: '))
+_sample: ImageDataset | None = None  # of this process; to a worker it comes with the fork, for to send it takes long
+
+
+def _hold(sample: ImageDataset) -> None:
+    global _sample
+    _sample = sample
+
+
+def _look_closely_at(index: int) -> Seen:
+    path = _sample.path(index)
+    try:
+        return look_closely(_sample.stored(index), path)
+    except ImageError as error:
+        return Seen(path, 0, b'', 'unknown', '', None, (), _reason(error, path))
 
 
 def read_sample(dataset: ImageDataset, count: int, workers: int, bar) -> list[Seen]:
     """Up to `count` images, evenly spread over the set, as far as SECONDS_READING suffice."""
     sample = sample_of(dataset, count)
-    reader, deadline, found = _Reader(sample), time.monotonic() + SECONDS_READING, []
-    if not workers:
-        results = map(reader, range(len(sample)))
-        return [_counted(bar, seen) for seen in results if time.monotonic() < deadline]
+    deadline, found = time.monotonic() + SECONDS_READING, []
     # Every k-th, so that what was seen when the time is over is spread over the set as well.
     order = [index for first in range(16) for index in range(first, len(sample), 16)]
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('fork'))
-    try:
-        for seen in pool.map(reader, order, chunksize=8):
-            found.append(_counted(bar, seen))
+    with contextlib.ExitStack() as stack:
+        if workers:
+            pool = ProcessPoolExecutor(workers, multiprocessing.get_context('fork'), _hold, (sample,))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            results = pool.map(_look_closely_at, order, chunksize=8)
+        else:
+            _hold(sample)
+            results = map(_look_closely_at, order)
+        for seen in results:
+            found.append(seen)
+            bar.update()
             if time.monotonic() > deadline:
                 break
-    finally:
-        pool.shutdown(cancel_futures=True)
     return found
 
 
@@ -333,11 +342,6 @@ def sample_of(dataset: ImageDataset, count: int) -> ImageDataset:
     chosen = [spans[k * len(spans) // SHARDS_FETCHED] for k in range(SHARDS_FETCHED)] if (
         len(spans) > SHARDS_FETCHED) else spans
     return spread(Part(dataset, [index for span in chosen for index in range(*span)]), count)
-
-
-def _counted(bar, seen: Seen) -> Seen:
-    bar.update()
-    return seen
 
 
 def look_at_images(case):
