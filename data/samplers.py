@@ -5,6 +5,7 @@ The epoch travels with the index because worker processes outlive epochs, and a 
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -124,9 +125,10 @@ class TrainSampler:
         ends = np.cumsum(counts)
         row = np.repeat(self._starts[shards] - (ends - counts), counts) + np.arange(self.num_samples)
         window = max(1, math.ceil(WINDOW_SHARDS * self.num_samples / len(shards)))
-        lane = np.repeat(np.arange(lanes), length // lanes)
+        edges = np.union1d(range(0, length, window), range(0, length + 1, length // lanes)).tolist()
         chance = torch.rand(length, generator=generator, dtype=torch.float64).numpy()
-        order = np.lexsort((chance, np.arange(length) // window, lane))
+        # One by one, for to sort millions takes many times as long; stable, for all machines must sort alike.
+        order = np.concatenate([first + chance[first:end].argsort(kind='stable') for first, end in pairwise(edges)])
         return row[:length][order].reshape(lanes, -1, size // lanes).swapaxes(0, 1).ravel()
 
 
