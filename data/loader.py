@@ -83,6 +83,7 @@ class Loader:
 
     Iterating raises UserError for one bad image too many, and if a worker process died.
 
+    blocks: of shared memory, each for a batch, that its worker processes come to have, and keep.
     bad_images: dict of the bad images met so far, {path: why it cannot be decoded}.
     take_bad_count(): how many samples they were.
     """
@@ -91,6 +92,7 @@ class Loader:
                  memory: BatchMemory, max_bad_images: int):
         self._dataloader = dataloader
         self._memory = memory
+        self.blocks = len(memory)
         self._dataset = dataset
         self.sampler = sampler
         self.max_bad_images = max_bad_images

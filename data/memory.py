@@ -21,6 +21,10 @@ class BatchMemory:
         self._blocks = {}  # in a worker: number → tensor
         self._in_use = {}  # in the main process: number → weak reference to what a batch lies in
 
+    def __len__(self) -> int:
+        """The number of all workers' blocks."""
+        return len(self._taken)
+
     # --- In a worker --------------------------------------------------------------------------------------------------
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, int | None]:

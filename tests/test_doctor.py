@@ -105,6 +105,8 @@ def test_all_that_a_run_needs_is_measured(ill):
     marks = {title: finding['mark'] for title, finding in ill.found.items()}
     for title in ('Loader', 'Step', 'Memory', 'Whole schedule', 'Checkpoints', 'File system', 'Processes'):
         assert marks[title] == OK, ill.found[title]
+    images = 8 * 3 * 32 * 32  # those of a batch, in uint8; four for each loader's worker
+    assert ill.found['Waiting batches']['numbers']['bytes'] == 2 * 4 * images
     step, schedule = ill.found['Step']['numbers'], ill.found['Whole schedule']['numbers']
     assert step['images_per_second'] == pytest.approx(8 / step['seconds'])
     assert ill.found['Who waits']['numbers']['needed'] == step['images_per_second']
@@ -325,7 +327,8 @@ def test_memory_that_does_not_suffice(prepared, monkeypatch):
     memory, batches = doctor_run.look_at_memory(prepared)
     assert memory.mark == STOP and memory.numbers['largest_batch'] == 6  # 8 would take 10 GiB, and 6 take 8
     assert '-b 6 --global-batch-size 8:' in memory.remedy
-    assert batches.mark == OK
+    # One worker: two batches that wait, one on its way and one in use, of uint8 pixels.
+    assert batches.mark == OK and batches.numbers['bytes'] == 4 * prepared.batch[0].nbytes == 4 * 8 * 3 * 32 * 32
     monkeypatch.setattr(doctor_run.shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=100))
     assert doctor_run._shared_memory(prepared).mark == STOP
 

@@ -54,6 +54,7 @@ class Case:
     input: Any = None
     state: Any = None
     batch: Any = None
+    eval_batch: Any = None
     gradient_bytes: int = 0
     loader_rate: float = 0.0
     eval_loader_rate: float = 0.0

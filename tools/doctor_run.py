@@ -33,7 +33,6 @@ from utils.errors import UserError
 from utils.log import progress_bar
 
 ROOT = Path(__file__).resolve().parents[1]
-PREFETCH = 2  # batches that each loader process has ready, as data.loader has them
 ENOUGH = 1.1  # times what the model takes, so that a slow disk for a moment is no matter
 SHORT_STEP = 4.0  # seconds: on a CPU, batches that take longer are reckoned from smaller ones
 MOST_MEMORY = 0.9  # of a device: the rest is for fragments, and for what others have there
@@ -74,7 +73,7 @@ def _measure_loaders(case):
     case.input.train_loader.close()
     if case.val is not None and len(case.val):
         loader = itertools.chain.from_iterable(itertools.repeat(case.input.val_loader))
-        _, case.eval_loader_rate = loader_rate(loader, workers, case.seconds / 3, 'evaluation loader')
+        case.eval_batch, case.eval_loader_rate = loader_rate(loader, workers, case.seconds / 3, 'evaluation loader')
     case.input.val_loader.close()
     # All processes of this machine share its cores; without workers each loads by itself.
     loading = max(1, workers)
@@ -344,18 +343,19 @@ def _largest_batch(peaks: dict[int, int], total: float) -> int | None:
 
 
 def _shared_memory(case) -> Finding:
-    """Whether /dev/shm has room for the batches that wait in it."""
-    workers, processes = case.args.workers, case.processes
-    batch = sum(part.nbytes for part in case.batch)
-    need = processes * workers * PREFETCH * batch
+    """Whether /dev/shm has room for the batches that both loaders' workers make ahead."""
+    loaders = ((case.input.train_loader, case.batch), (case.input.val_loader, case.eval_batch))
+    sizes = [batch[0].nbytes for loader, batch in loaders if batch for _ in range(case.processes * loader.blocks)]
+    need, figure = sum(sizes), f'Up to {plural(len(sizes), "batch", "batches")} wait in shared memory'
+    if not need:
+        return Finding(OK, 'Waiting batches', 'None: without --workers they are made one by one')
     try:
         free = shutil.disk_usage('/dev/shm').free
     except OSError:
-        return Finding(OK, 'Waiting batches', f'{_gib(need)}')
-    figure = (f'{_gib(need)} for {plural(processes * workers * PREFETCH, "batch", "batches")} that wait in /dev/shm, '
-              f'which has {_gib(free)} free')
+        return Finding(OK, 'Waiting batches', f'{figure}: {_gib(need)}', numbers={'bytes': need})
+    figure += f', for training and evaluation: {_gib(need)} of /dev/shm, which has {_gib(free)} free'
     numbers = {'bytes': need, 'free': free}
-    if workers and need > free:
+    if need > free:
         remedy = 'Give /dev/shm more room (docker run --shm-size=16g, or --ipc=host), or use fewer --workers.'
         return Finding(STOP, 'Waiting batches', figure, remedy, numbers=numbers)
     return Finding(OK, 'Waiting batches', figure, numbers=numbers)
