@@ -40,35 +40,33 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from timm.data import FastCollateMixup  # noqa: E402
-from timm.data import ImageDataset as TimmImageDataset  # noqa: E402
-from timm.data import create_loader as create_timm_loader  # noqa: E402
+import numpy as np
+import torch
+from timm.data import FastCollateMixup
+from timm.data import ImageDataset as TimmImageDataset
+from timm.data import create_loader as create_timm_loader
 
-from benchmarks.records import (  # noqa: E402
+from benchmarks.records import (
+    ROOT,
     check_record_options,
-    describe_command,
-    describe_machine,
-    describe_options,
     markdown_table,
+    new_record,
     record_options,
     write_record,
 )
-from data.augment import allow_zero_bits  # noqa: E402
-from data.base import ImageDataset, Part, spread  # noqa: E402
-from data.batch import BatchPreparer, TrainBatchPreparer  # noqa: E402
-from data.datasets import open_eval  # noqa: E402
-from data.decode import EXTENSIONS, EncodedImage  # noqa: E402
-from data.loader import create_loader  # noqa: E402
-from data.samplers import EvalSampler, TrainSampler  # noqa: E402
-from data.transforms import create_eval_transform, create_train_transform  # noqa: E402
-from utils import options  # noqa: E402
-from utils.errors import UserError, run_script  # noqa: E402
-from utils.log import progress_bar  # noqa: E402
+from data.augment import allow_zero_bits
+from data.base import ImageDataset, Part, spread
+from data.batch import BatchPreparer, TrainBatchPreparer
+from data.datasets import open_eval
+from data.decode import EXTENSIONS, EncodedImage
+from data.loader import create_loader
+from data.samplers import EvalSampler, TrainSampler
+from data.transforms import create_eval_transform, create_train_transform
+from utils import options
+from utils.errors import UserError, run_script
+from utils.log import progress_bar
 
 NUM_CLASSES = 1000
 CPU = torch.device('cpu')
@@ -367,8 +365,7 @@ def main() -> None:
         datasets = {name: open_eval('folder', ('wds:' if name != FOLDERS else '') + str(scratch / name))
                     for name in (FOLDERS, SHARDS, RESIZED)}
         sizes = np.array([datasets[FOLDERS].image(index).size for index in range(len(datasets[FOLDERS]))])
-        record = {'command': describe_command('loader', args.data), 'options': describe_options(args),
-                  'machine': describe_machine(CPU), 'cores': cores, 'images': len(datasets[FOLDERS]),
+        record = {**new_record('loader', args, CPU, args.data), 'cores': cores, 'images': len(datasets[FOLDERS]),
                   'mean_size': '{:.0f} × {:.0f}'.format(*sizes.mean(0)), 'tables': [],
                   **{f'{key}_bytes': sum(len(datasets[name].stored(index)) for index in range(len(datasets[name])))
                      for key, name in (('image', FOLDERS), ('resized', RESIZED))}}
