@@ -24,6 +24,7 @@ LOOK_SECONDS = 0.5  # between two looks at what the others have told
 # How long nodes that may be fewer wait for more, from when the fewest have come.
 LAST_CALL_SECONDS = 5
 TOLD = ('stop', 'join', 'failed', 'hang')
+LONG_SECONDS = 10.0  # to wait without a word
 HEARTBEATS = 5  # within NODE_TIMEOUT
 HEARING_SECONDS = 5.0  # for the others to hear how the job has ended, before this launcher and its store are gone
 SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of an interface
@@ -45,18 +46,33 @@ def find(host: str, port: int, *, name: str, patience: int, silence: float) -> t
     Raises:
         UserError: `host` cannot be reached.
     """
-    address = _own_address(host, port, patience)
+    with _said_if_long(f'waiting for the name {host} (RDZV_ENDPOINT) to be known'):
+        address = _own_address(host, port, patience)
     # gloo would take the interface that belongs to the name of this machine. NCCL chooses well, and may use several.
     if 'GLOO_SOCKET_IFNAME' not in os.environ and (interface := _interface_of(address)):
         os.environ['GLOO_SOCKET_IFNAME'] = interface
     hosted = _host_store(host, port)
-    nodes = Nodes(dist.PrefixStore(f'nodes/{name}', _connect(host, port, patience)), hosted, timeout=silence)
+    with _said_if_long(f'waiting for the launcher at {host}:{port}'):
+        store = _connect(host, port, patience)
+    nodes = Nodes(dist.PrefixStore(f'nodes/{name}', store), hosted, timeout=silence)
     beat = max(1, int(silence / HEARTBEATS))
     settings = dict(is_host=0, join_timeout=patience, last_call_timeout=LAST_CALL_SECONDS, keep_alive_interval=beat,
                     keep_alive_max_attempt=math.ceil(silence / beat))
     at = f'[{host}]' if ':' in host else host
     return ['--rdzv-backend=c10d', f'--rdzv-endpoint={at}:{port}', f'--rdzv-id={name}', f'--local-addr={address}',
             '--rdzv-conf=' + ','.join(f'{key}={value}' for key, value in settings.items())], nodes
+
+
+@contextlib.contextmanager
+def _said_if_long(line: str):
+    """Says what this block waits for, once, if it is long."""
+    timer = threading.Timer(LONG_SECONDS, print, (line,), {'file': sys.stderr, 'flush': True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _own_address(host: str, port: int, seconds: float) -> str:
@@ -127,7 +143,7 @@ def _connect(host: str, port: int, seconds: float) -> dist.Store:
     Raises:
         UserError: it is not there for `seconds`.
     """
-    end, said = time.monotonic() + seconds, time.monotonic()
+    end = time.monotonic() + seconds
     while True:
         try:
             socket.create_connection((host, port), timeout=2).close()
@@ -136,9 +152,6 @@ def _connect(host: str, port: int, seconds: float) -> dist.Store:
             if time.monotonic() > end:
                 raise UserError(f'waited {seconds:g} s (RDZV_TIMEOUT) in vain for the launcher at {host}:{port} '
                                 f'({str(e).splitlines()[0]}); start it there too, and see to the port') from None
-        if time.monotonic() > said + 10:
-            print(f'waiting for the launcher at {host}:{port}', file=sys.stderr, flush=True)
-            said = float('inf')
         time.sleep(0.5)
 
 
@@ -199,7 +212,8 @@ class Nodes:
         """
         before, number = self.members, self.round
         self.wait_for(self._begin_round, frozenset())  # from here on the thread leaves the handler alone
-        self.wait_for(rendezvous)
+        with _said_if_long('waiting for other machines, or for a place among them'):
+            self.wait_for(rendezvous)
         self.wait_for(self._begin_round, frozenset(map(str, self._handler._state_holder.state.participants)))
         # Where all are here again it was a crash that has ended the round before, and not the loss of a node.
         is_restart = bool(before) and before <= self.members and not self.wait_for(

@@ -190,7 +190,7 @@ def test_a_machine_that_waits_for_a_place_leaves_without_the_others(network, tmp
     with network.node('a', tmp_path, *options, **env) as a, network.node('b', tmp_path, *options, **env) as b:
         stopped = [a.stopped_process(), b.stopped_process()]
         with network.node('b', tmp_path, *options, **env) as spare:
-            time.sleep(10)  # for it to see that there is no place
+            _eventually(lambda: 'waiting for other machines, or for a place' in spare.said(), message=spare.said)
             os.kill(spare.launcher.pid, signal.SIGTERM)
             code, said = spare.ended()
         assert code == 75 and 'before there was anything to save' in said, said
