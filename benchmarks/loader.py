@@ -215,14 +215,15 @@ class Contender:
 
     def ask(self, task: Callable):
         """What `task`, a function of this module, returns in the contender's process."""
-        self.connection.send(task.__name__)
         try:
+            self.connection.send(task.__name__)
             return self.connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise UserError(f'{self.label}: its process has ended; what it said is above') from None
 
     def close(self) -> None:
-        self.connection.send(None)
+        with contextlib.suppress(BrokenPipeError):  # it has failed
+            self.connection.send(None)
         self.process.join()
 
     def row(self, images: int) -> dict:
@@ -301,18 +302,17 @@ def serve(start: Callable[[], Timm | Ours], connection: Connection) -> None:
 
 def measure(contenders: list[Contender], args, title: str) -> None:
     order = random.Random(args.seed)
-    bar = progress_bar(total=len(contenders) * (1 + args.rounds), desc=title)
-    for contender in contenders:
-        contender.open()
-        contender.peak_bytes = contender.ask(peak_memory)
-        bar.update()
-    for _ in range(args.rounds):
-        for contender in order.sample(contenders, len(contenders)):
-            contender.turns.append(contender.ask(take_turn))
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress_bar(total=len(contenders) * (1 + args.rounds), desc=title))
+        for contender in contenders:
+            contender.open()
+            stack.callback(contender.close)
+            contender.peak_bytes = contender.ask(peak_memory)
             bar.update()
-    for contender in contenders:
-        contender.close()
-    bar.close()
+        for _ in range(args.rounds):
+            for contender in order.sample(contenders, len(contenders)):
+                contender.turns.append(contender.ask(take_turn))
+                bar.update()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -88,6 +88,16 @@ def test_contenders_give_the_same_kind_of_batches(folder, task):
     assert set(shapes) >= {'timm, folders', 'ours, folders'}
 
 
+def test_one_contender_that_fails_ends_them_all(folder):
+    datasets = {benchmark.FOLDERS: open_eval('folder', str(folder))}
+    running, *_ = benchmark.list_contenders('training', datasets, folder, count=8, workers=1, args=ARGS)
+    failing = benchmark.Contender('the second', lambda: 1 / 0)
+    with pytest.raises(UserError, match='the second: its process has ended'):
+        benchmark.measure([running, failing], SimpleNamespace(rounds=1, seed=1), 'training')
+    # One that still waits for its next task would be waited for at the end of the program.
+    assert running.process.exitcode == 0 and failing.process.exitcode == 1
+
+
 @pytest.mark.slow
 def test_the_command_ends_with_the_ratios(folder, tmp_path):
     small = ('--workers', '1', '-b', '4', '--img-size', '32', '--rounds', '1', '--batches', '1', '--short-side', '40')
