@@ -29,25 +29,25 @@ from utils.errors import UserError
 from utils.runtime import keep_freed_memory
 
 from .base import ImageDataset
-from .decode import ImageError
+from .decode import EncodedImage, ImageError
 from .memory import BatchMemory
 from .samplers import EvalSampler, TrainSampler
 from .seeding import preserved_generators, seed_generators
 
 _logger = logging.getLogger(__name__)
 
+PREFETCH = 2
+"""Batches that each worker prepares ahead."""
+
 
 def create_loader(
     dataset: ImageDataset,
-    transform: Callable[[Image.Image | torch.Tensor], torch.Tensor],
+    transform: Callable[[Image.Image | EncodedImage], torch.Tensor],
     sampler: TrainSampler | EvalSampler,
     *,
     seed: int = 42,
     workers: int = 4,
-    prefetch: int = 2,
     pin_memory: bool = False,
-    persistent: bool = True,
-    context: str | None = None,
     max_bad_images: int = 0,
 ) -> 'Loader':
     """A Loader of the batches that `sampler` names, decoded and transformed in `workers` processes.
@@ -56,22 +56,19 @@ def create_loader(
         `dataset.encoded(index)` where the transform has `takes_encoded`, else the PIL image `dataset.image(index)`.
     sampler: a TrainSampler, which makes this a training loader, or an EvalSampler.
     seed: of the samples' randomness in training; evaluation has none.
-    workers: 0 for doing the work in this process. prefetch: batches that each worker prepares ahead.
+    workers: 0 for doing the work in this process; they stay from epoch to epoch.
     pin_memory: for copies to a GPU that the program need not wait for.
-    persistent: keep the workers from epoch to epoch.
-    context: how processes start ('fork', 'spawn', 'forkserver'), None for the platform's way.
     max_bad_images: how many different images may fail to decode, per rank and life of the process.
     """
     if workers < 0 or max_bad_images < 0:
         raise UserError(f'workers {workers}, max_bad_images {max_bad_images}; neither can be below 0')
-    memory = BatchMemory(workers, prefetch + 2)  # one is used, and one on its way
+    memory = BatchMemory(workers, PREFETCH + 2)  # one is used, and one on its way
     batches = BatchSource(dataset, transform, memory=memory, training=isinstance(sampler, TrainSampler), seed=seed,
                           max_bad_images=max_bad_images)
     options = dict(num_workers=workers, pin_memory=pin_memory)
     if workers:
         # Workers compute with one thread each: PyTorch sets that itself.
-        options.update(persistent_workers=persistent, prefetch_factor=prefetch,
-                       multiprocessing_context=context, worker_init_fn=_prepare_worker)
+        options.update(persistent_workers=True, prefetch_factor=PREFETCH, worker_init_fn=_prepare_worker)
     # With a generator of its own an iterator takes nothing from the global one; what it draws has no effect.
     dataloader = DataLoader(batches, batch_sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator(),
                             **options)
@@ -206,7 +203,7 @@ class BatchSource:
     def __init__(
         self,
         dataset: ImageDataset,
-        transform: Callable[[Image.Image | torch.Tensor], torch.Tensor],
+        transform: Callable[[Image.Image | EncodedImage], torch.Tensor],
         *,
         training: bool,
         seed: int,
