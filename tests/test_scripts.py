@@ -19,22 +19,8 @@ from utils.errors import UserError
 from utils.files import read_checkpoint
 
 SMALL = ('--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu', '-j', '0')
-TRAIN = (
-    *SMALL,
-    '-b',
-    '6',
-    '--epochs',
-    '2',
-    '--warmup-epochs',
-    '0',
-    '--cooldown-epochs',
-    '0',
-    '--lr',
-    '1e-3',
-    '--experiment',
-    'run',
-    '--no-tensorboard',
-)
+TRAIN = (*SMALL, '-b', '6', '--epochs', '2', '--warmup-epochs', '0', '--cooldown-epochs', '0', '--lr', '1e-3',
+         '--experiment', 'run', '--no-tensorboard')
 RUN = Path('output/train/run')
 
 
@@ -114,18 +100,8 @@ def test_validate_finds_model_and_size_in_the_checkpoint(trained, image_folder, 
     torch.save({'state_dict_ema': state}, runs['release'])
     results = {}
     for name, path in runs.items():
-        succeeded(
-            run_script(
-                'validate.py',
-                image_folder,
-                *SMALL[4:],
-                '--eval-checkpoint',
-                path,
-                '--results-file',
-                name,
-                cwd=tmp_path,
-            )
-        )
+        succeeded(run_script('validate.py', image_folder, *SMALL[4:], '--eval-checkpoint', path, '--results-file', name,
+                             cwd=tmp_path))
         results[name] = json.loads((tmp_path / f'{name}.json').read_text())
         assert (results[name]['model'], results[name]['img_size']) == ('t2t_vit_7', [32, 32])
     assert results['ours']['loss'] == results['release']['loss']
@@ -135,18 +111,8 @@ def test_validate_an_official_release_by_its_old_name(image_folder, tmp_path):
     torch.manual_seed(1)
     model = create_model('t2t_vit_7', num_classes=3, img_size=32)
     torch.save({'state_dict_ema': model.state_dict()}, tmp_path / 'release.pth.tar')
-    out = succeeded(
-        run_script(
-            'validate.py',
-            image_folder / 'val',
-            '--model',
-            'T2t_vit_7',
-            *SMALL[2:],
-            '--eval_checkpoint',
-            tmp_path / 'release.pth.tar',
-            cwd=tmp_path,
-        )
-    )
+    out = succeeded(run_script('validate.py', image_folder / 'val', '--model', 'T2t_vit_7', *SMALL[2:],
+                               '--eval_checkpoint', tmp_path / 'release.pth.tar', cwd=tmp_path))
     assert 'Top-1 accuracy of the model is:' in out
     assert len(list((tmp_path / 'output/validate').glob('*-t2t_vit_7-32.json'))) == 1
 
@@ -154,56 +120,19 @@ def test_validate_an_official_release_by_its_old_name(image_folder, tmp_path):
 @pytest.mark.parametrize('name', ['resnet18', 'deit_tiny_patch16_224'])
 def test_any_timm_model_trains_and_validates(image_folder, tmp_path, name):
     options = ('--model', name, *SMALL[2:], '-b', '6')
-    out = succeeded(
-        run_script(
-            'train.py',
-            image_folder,
-            *options,
-            '--epochs',
-            '1',
-            '--cooldown-epochs',
-            '0',
-            '--no-model-ema',
-            '--warmup-epochs',
-            '0',
-            '--experiment',
-            'run',
-            cwd=tmp_path,
-        )
-    )
+    out = succeeded(run_script('train.py', image_folder, *options, '--epochs', '1', '--cooldown-epochs', '0',
+                               '--no-model-ema', '--warmup-epochs', '0', '--experiment', 'run', cwd=tmp_path))
     assert 'Epoch 0: Acc@1' in out
-    succeeded(
-        run_script(
-            'validate.py', image_folder, *options, '--eval-checkpoint', tmp_path / RUN / 'last.pth.tar', cwd=tmp_path
-        )
-    )
+    succeeded(run_script('validate.py', image_folder, *options, '--eval-checkpoint', tmp_path / RUN / 'last.pth.tar',
+                         cwd=tmp_path))
 
 
 def test_transfer_replaces_the_head_and_leaves_nothing_out(trained, tmp_path):
     target = write_images(tmp_path / 'target', {'train': 6, 'val': 2}, classes=('dog', 'eel'), seed=1)
     source = trained / RUN / 'last.pth.tar'
-    out = succeeded(
-        run_script_cold(
-            'transfer.py',
-            target,
-            *SMALL,
-            '--lr',
-            '0.05',
-            '--b',
-            '4',
-            '--num-classes',
-            '2',
-            '--epochs',
-            '2',
-            '--transfer-learning',
-            'True',
-            '--transfer-model',
-            source,
-            '--experiment',
-            'run',
-            cwd=tmp_path,
-        )
-    )
+    out = succeeded(run_script_cold('transfer.py', target, *SMALL, '--lr', '0.05', '--b', '4', '--num-classes', '2',
+                                    '--epochs', '2', '--transfer-learning', 'True', '--transfer-model', source,
+                                    '--experiment', 'run', cwd=tmp_path))
     assert 'classifier not loaded: the weights have 3 classes, the model has 2 classes' in out
     before = read_checkpoint(source)['state_dict_ema']
     content = read_checkpoint(tmp_path / 'output/transfer/run/last.pth.tar')
@@ -214,48 +143,15 @@ def test_transfer_replaces_the_head_and_leaves_nothing_out(trained, tmp_path):
     assert not unmoved, f'not optimised: {unmoved}'
     assert all((before[n] - after[n]).abs().max() < 0.05 for n in trainable if not n.startswith('head'))
 
-    out = succeeded(
-        run_script(
-            'transfer.py',
-            target,
-            *SMALL,
-            '--b',
-            '4',
-            '--epochs',
-            '1',
-            '--transfer-learning',
-            'False',
-            '--experiment',
-            'scratch',
-            cwd=tmp_path,
-        )
-    )
+    out = succeeded(run_script('transfer.py', target, *SMALL, '--b', '4', '--epochs', '1', '--transfer-learning',
+                               'False', '--experiment', 'scratch', cwd=tmp_path))
     assert 'random weights' in out and 'loaded from' not in out
 
 
 def test_gradient_accumulation_equals_the_larger_batch(image_folder, tmp_path):
     """Without randomness, one step of 12 and one of 2 × 6 lead to the same weights up to rounding."""
-    plain = (
-        '--no-aug',
-        '--mixup',
-        '0',
-        '--cutmix',
-        '0',
-        '--drop-path',
-        '0',
-        '--opt',
-        'sgd',
-        '--no-model-ema',
-        '--epochs',
-        '1',
-        '--warmup-epochs',
-        '0',
-        '--cooldown-epochs',
-        '0',
-        '--lr',
-        '0.01',
-        '--no-tensorboard',
-    )
+    plain = ('--no-aug', '--mixup', '0', '--cutmix', '0', '--drop-path', '0', '--opt', 'sgd', '--no-model-ema',
+             '--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '0', '--lr', '0.01', '--no-tensorboard')
     # The Performer's dropouts are part of the model; Transformer tokens have none.
     kwargs = ('tokens_type=transformer', 'embed_dim=32', 'depth=2', 'num_heads=2')
     model = (*SMALL, '--model-kwargs', *kwargs)
@@ -276,28 +172,9 @@ def test_weights_that_are_not_finite_are_never_saved(image_folder, tmp_path):
 
 
 def test_augmix_splits_train(image_folder, tmp_path):
-    out = succeeded(
-        run_script(
-            'train.py',
-            image_folder,
-            *TRAIN,
-            '--epochs',
-            '1',
-            '--aug-splits',
-            '3',
-            '--jsd',
-            '--aa',
-            'augmix-m3',
-            '--resplit',
-            '--mixup',
-            '0',
-            '--cutmix',
-            '0',
-            '--sched',
-            'step',
-            cwd=tmp_path,
-        )
-    )
+    out = succeeded(run_script('train.py', image_folder, *TRAIN, '--epochs', '1', '--aug-splits', '3', '--jsd', '--aa',
+                               'augmix-m3', '--resplit', '--mixup', '0', '--cutmix', '0', '--sched', 'step',
+                               cwd=tmp_path))
     assert 'Epoch 0: Acc@1' in out
 
 
@@ -317,11 +194,8 @@ def mistakes(tmp: Path, images: Path, checkpoint: Path) -> dict:
         'option': ('train.py', (*good, '--lrr', '1'), '--lrr: no such option; did you mean --lr?'),
         'value': ('train.py', (*good, '--lr', 'x'), "--lr: 'x' is not a number"),
         'no data': ('train.py', TRAIN, 'no data: give the folder'),
-        'model': (
-            'train.py',
-            (images, '--model', 't2t_vit_15', '--device', 'cpu'),
-            "'t2t_vit_15' does not exist; use t2t_vit_1",
-        ),
+        'model': ('train.py', (images, '--model', 't2t_vit_15', '--device', 'cpu'),
+                  "'t2t_vit_15' does not exist; use t2t_vit_1"),
         'dataset': ('train.py', (*good, '--dataset', 'cifar11'), "invalid choice: 'cifar11'"),
         'device': ('train.py', (*good, '--device', 'gpu'), '--device gpu: no such device'),
         'folder': ('train.py', (tmp / 'nowhere', *TRAIN), 'nowhere'),
@@ -337,31 +211,19 @@ def mistakes(tmp: Path, images: Path, checkpoint: Path) -> dict:
         'recipe': ('train.py', (*good, '-c', 'no.yaml'), '-c no.yaml'),
         'resume': ('train.py', (*good, '--resume', 'no.pth.tar'), '--resume no.pth.tar: no such checkpoint'),
         'resume text': ('train.py', (*good, '--resume', tmp / 'text.pth.tar'), 'text.pth.tar'),
-        'resume other': (
-            'train.py',
-            (images, *TRAIN, '--model', 't2t_vit_10', '--resume', checkpoint),
-            'say --model t2t_vit_7',
-        ),
-        'resume size': (
-            'train.py',
-            (*good, '--num-classes', '5', '--resume', checkpoint),
-            'head.weight (3, 256) in the file',
-        ),
+        'resume other': ('train.py', (images, *TRAIN, '--model', 't2t_vit_10', '--resume', checkpoint),
+                         'say --model t2t_vit_7'),
+        'resume size': ('train.py', (*good, '--num-classes', '5', '--resume', checkpoint),
+                        'head.weight (3, 256) in the file'),
         'resume done': ('train.py', (*good, '--resume', checkpoint), 'nothing is left to train'),
         'overwrite': ('train.py', (*good, '--output', checkpoint.parents[2]), '--experiment run: that run exists'),
         'resume opt': ('train.py', (*good, '--opt', 'sgd', '--resume', checkpoint), 'its optimizer is adamw'),
-        'resume data': (
-            'train.py',
-            (tmp / 'other', *TRAIN, '--resume', checkpoint),
-            'trained on 3 classes (ant, bee, cat), this data set has 3 classes (dog, eel, fox)',
-        ),
+        'resume data': ('train.py', (tmp / 'other', *TRAIN, '--resume', checkpoint),
+                        'trained on 3 classes (ant, bee, cat), this data set has 3 classes (dog, eel, fox)'),
         'output': ('train.py', (*good, '--output', tmp / 'text.pth.tar'), '--output: '),
         'initial': ('train.py', (*good, '--initial-checkpoint', 'no.pth'), 'no.pth does not exist'),
-        'initial is not eval': (
-            'validate.py',
-            (images, *SMALL, '--initial-checkpoint', checkpoint),
-            'which weights? give --checkpoint',
-        ),
+        'initial is not eval': ('validate.py', (images, *SMALL, '--initial-checkpoint', checkpoint),
+                                'which weights? give --checkpoint'),
         'what model': (
             'validate.py',
             (images, *SMALL[4:], '--eval-checkpoint', tmp / 'unknown.pth'),
@@ -370,17 +232,11 @@ def mistakes(tmp: Path, images: Path, checkpoint: Path) -> dict:
         ),
         'model kwargs': ('train.py', (*good, '--model-kwargs', 'dept=3'), 'takes no argument dept'),
         'what to validate': ('validate.py', (images, *SMALL), 'which weights?'),
-        'other model': (
-            'validate.py',
-            (images, *SMALL[2:], '--model', 't2t_vit_10', '--eval-checkpoint', checkpoint),
-            't2t_vit_7',
-        ),
+        'other model': ('validate.py', (images, *SMALL[2:], '--model', 't2t_vit_10', '--eval-checkpoint', checkpoint),
+                        't2t_vit_7'),
         'other data': ('validate.py', ('--dataset', 'digits', *SMALL, '--eval-checkpoint', checkpoint), 'class'),
-        'class map': (
-            'validate.py',
-            (images, *SMALL, '--eval-checkpoint', checkpoint, '--class-map', 'no.txt'),
-            'no.txt',
-        ),
+        'class map': ('validate.py', (images, *SMALL, '--eval-checkpoint', checkpoint, '--class-map', 'no.txt'),
+                      'no.txt'),
         'transfer from what': ('transfer.py', (images, *SMALL, '--transfer-learning', 'True'), 'from what?'),
         'transfer off': ('transfer.py', (images, *SMALL, '--transfer-model', checkpoint), 'transfer learning is off'),
         'truth': ('transfer.py', (images, *SMALL, '--transfer-learning', 'maybe'), "'maybe' is neither True nor False"),
@@ -425,12 +281,10 @@ def test_a_mistake_ends_a_script_with_exit_code_2(trained, image_folder, tmp_pat
 
 
 def test_launcher_says_a_mistake_once_with_exit_code_2(tmp_path, image_folder):
-    one_line = {
-        'model': launch(2, image_folder, *TRAIN[2:], '--model', 'nothing_like_it', cwd=tmp_path),
-        'number': launch('eight', image_folder, cwd=tmp_path),
-        'script': launch(1, cwd=tmp_path, SCRIPT='trian.py'),
-        'nodes': launch(1, *TRAIN, cwd=tmp_path, NNODES='2'),
-    }
+    one_line = {'model': launch(2, image_folder, *TRAIN[2:], '--model', 'nothing_like_it', cwd=tmp_path),
+                'number': launch('eight', image_folder, cwd=tmp_path),
+                'script': launch(1, cwd=tmp_path, SCRIPT='trian.py'),
+                'nodes': launch(1, *TRAIN, cwd=tmp_path, NNODES='2')}
     if torch.cuda.device_count() < 64:
         one_line['GPUs'] = launch(64, image_folder, '--model', 't2t_vit_7', cwd=tmp_path)
     for name, result in one_line.items():
@@ -468,15 +322,8 @@ def test_two_nodes_on_one_machine_make_one_run(tmp_path, image_folder):
     options = [str(o) for o in (image_folder, *TRAIN, '--epochs', '1', '--no-tensorboard')]
     env = {**os.environ, 'PYTHON': sys.executable, 'NNODES': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
     nodes = [
-        subprocess.Popen(
-            [ROOT / 'distributed_train.sh', '1', *options],
-            cwd=tmp_path,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=env,
-            start_new_session=True,
-        )
+        subprocess.Popen([ROOT / 'distributed_train.sh', '1', *options], cwd=tmp_path, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, start_new_session=True)
         for _ in range(2)
     ]
     try:
