@@ -111,6 +111,7 @@ def test_all_that_a_run_needs_is_measured(ill):
     assert step['images_per_second'] == pytest.approx(8 / step['seconds'])
     assert ill.found['Who waits']['numbers']['needed'] == step['images_per_second']
     assert schedule['epochs'] == 13 and schedule['steps_per_epoch'] == 38 // 8
+    assert '13 epochs of 4 steps (3 of --epochs, then 10 to cool down)' in ' '.join(ill.page.split())
     # A GPU for an hour costs as much as there are seconds in it.
     assert schedule['money'] == pytest.approx(schedule['seconds']) and f'{schedule["money"]:,.2f}' in ill.page
 
@@ -194,6 +195,7 @@ def test_what_is_tolerated_is_no_stop():
     assert marks == {0: STOP, 1: LOOK}
     sampled = doctor_data._bad_images('val', seen, 1000, 1)
     assert sampled.mark == LOOK and sampled.details == ['3.jpg: cut']
+    assert doctor_data._bad_images('val', seen, 12, 1).numbers['bad_at_most'] == 3  # no more than are left
     # 39 % of 1000: what 10 images, of which one is bad, do not rule out.
     assert sampled.numbers['bad_at_most'] == 395 and '--max-bad-val-images 395' in sampled.remedy
 

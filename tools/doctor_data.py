@@ -40,6 +40,7 @@ SECONDS_READING = 30  # at most, for the sample, and as long for comparing train
 ORIENTATION = 0x0112  # EXIF's number for it
 DEEP, COLOURS, TRANSPARENT, ANIMATED, TURNED = '16 bits', 'Other colours', 'Transparent', 'Animated', 'Turned by EXIF'
 NOTES = {'CMYK': COLOURS, 'LAB': COLOURS, 'YCbCr': COLOURS, 'RGBA': TRANSPARENT, 'LA': TRANSPARENT, 'PA': TRANSPARENT}
+MODES = {'L': 'grey', '1': 'black-and-white', 'P': 'palette', 'I;16': '16-bit grey'}  # those whose names say nothing
 UNUSUAL = {  # what is done with such images, and what a user may want to do instead
     DEEP: ('read, with brightness scaled to 8 bits', 'Convert them to 8 bits yourself where it matters how.'),
     COLOURS: ('CMYK or the like, made RGB without a colour profile', 'Convert them yourself where colours matter.'),
@@ -154,7 +155,8 @@ def look_at_data(case):
 
 def _balance(classes: Sequence[str], counts: np.ndarray) -> Finding:
     low, high, median = int(counts.min()), int(counts.max()), float(np.median(counts))
-    figure = f'{low:,} to {high:,} images to train on, median {median:,.0f}'
+    figure = (f'{plural(low, "image")} of each to train on' if low == high else
+              f'{low:,} to {high:,} images to train on, median {median:,.0f}')
     few = [name for name, count in zip(classes, counts, strict=True) if 0 < count < FEW * median]
     numbers = {'least': low, 'median': median, 'most': high, 'few': len(few)}
     if few:
@@ -360,23 +362,29 @@ def look_at_images(case):
     together = [image for found in seen.values() for image in found]
     good = [image for image in together if not image.problem]
     kinds = Counter(f'{image.kind} {image.mode}' for image in good)
-    yield Finding(OK, 'Kinds', ', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common()) or 'none',
-                  numbers=dict(kinds))
+    yield Finding(OK, 'Kinds', ', '.join(f'{count:,} {_in_words(kind)}' for kind, count in kinds.most_common()) or
+                  'None could be decoded', numbers=dict(kinds))
     yield from _unusual(good)
     if good:
         yield _sizes(good, args.img_size)
     yield from _duplicates(case, seen)
 
 
+def _in_words(kind: str) -> str:
+    """'JPEG L' → 'grey JPEG'."""
+    file, _, mode = kind.partition(' ')
+    return f'{MODES.get(mode, mode)} {file}'
+
+
 def _bad_images(split: str, seen: Sequence[Seen], total: int, tolerated: int) -> Finding:
     bad = [image for image in seen if image.problem]
     option = '--max-bad-images' if split == 'train' else '--max-bad-val-images'
-    is_all = len(seen) == total
-    expected = len(bad) if is_all else math.ceil(total * upper_bound(len(bad), len(seen)))
+    unseen = total - len(seen)
+    expected = min(len(bad) + unseen, math.ceil(total * upper_bound(len(bad), len(seen))))
     figure = f'{len(bad):,} of {len(seen):,} images of {split} cannot be decoded' if bad else (
         f'{plural(len(seen), "image")} of {split} decoded, all good')
-    if not is_all:
-        figure += f'; of all {total:,}, by 95 % odds, at most {expected:,}'
+    if unseen:
+        figure += f'; of all {total:,}, with 95 % certainty, no more than {expected:,} are bad'
     numbers = {'looked_at': len(seen), 'bad': len(bad), 'bad_at_most': expected, 'tolerated': tolerated}
     details = name_up_to([f'{image.path}: {image.problem}' for image in bad])
     if not bad:
@@ -415,7 +423,7 @@ def _sizes(good: Sequence[Seen], img_size: int | tuple[int, int]) -> Finding:
     median = tuple(round(statistics.median(edges)) for edges in zip(*sizes, strict=True))
     text = '{} × {}'
     figure = (f'Median {text.format(*median)} pixels, from {text.format(*sizes[0])} to {text.format(*sizes[-1])}; '
-              f'{smaller / len(sizes):.0%} are smaller than --img-size {wanted}')
+              f'{smaller:,} of {len(sizes):,} are smaller than --img-size {wanted}')
     numbers = {'median': median, 'smallest': sizes[0], 'largest': sizes[-1], 'smaller': smaller}
     return Finding(OK, 'Sizes', figure, numbers=numbers)
 

@@ -85,7 +85,7 @@ def _measure_loaders(case):
     numbers = {'images_per_second': case.loader_rate, 'evaluation_images_per_second': case.eval_loader_rate,
                'per_core': case.rate_per_core, 'workers': workers, 'cores': cores}
     if workers * case.processes > 2 * cores:
-        figure += f'; in {plural(case.processes, "process", "processes")} they would be more than two on a core'
+        figure += f'; {plural(case.processes, "process", "processes")} of as many would have more than two on a core'
         remedy = f'Say -j {max(1, cores // case.processes)}: it takes less memory, and is as fast.'
         yield Finding(LOOK, 'Loader', figure, remedy, numbers=numbers)
     else:
@@ -390,11 +390,15 @@ def look_at_schedule(case):
     # It is written while training goes on: only what lasts longer than an epoch holds it up.
     seconds = epochs * (training + evaluating + max(0.0, saving - training))
     hours = seconds / 3600
-    unit = 'GPU' if case.world.device.type == 'cuda' else 'process'
-    figure = (f'{plural(epochs, "epoch")} of {plural(steps, "step")}: {duration(seconds)}, '
-              f'{hours * case.processes:,.1f} {unit}-hours')
+    figure = f'{plural(epochs, "epoch")} of {plural(steps, "step")}'
+    if args.cooldown_epochs and epochs > args.epochs:
+        figure += f' ({epochs - args.cooldown_epochs:,} of --epochs, then {args.cooldown_epochs:,} to cool down)'
+    figure += f': {duration(seconds)}'
     money = args.price and hours * case.processes * args.price
-    figure += f', {money:,.2f} of money' if money else '; --price says what they cost'
+    if case.world.device.type == 'cuda':
+        figure += f', {hours * case.processes:,.1f} GPU-hours' + '; --price says what they cost' * (not money)
+    if money:
+        figure += f'; at --price {args.price:g} that costs {money:,.2f}'
     parts = (f'an epoch is {duration(training)} of training and {duration(evaluating)} of evaluation; a checkpoint is '
              f'written in {saving:.1f} s, while training goes on')
     numbers = {'epochs': epochs, 'steps_per_epoch': steps, 'seconds': seconds, 'hours': hours * case.processes,
@@ -508,7 +512,9 @@ def look_at_processes(case):
     figure = (f'{count} processes add up {megabytes:,.1f} MB in {1000 * seconds:,.1f} ms '
               f'({found["bytes_per_second"] / 1e9:.2f} GB/s); the sum is right')
     if share:
-        figure += f'; {share:.0%} of a step, most of it while the gradient is computed'
+        figure += f'; {100 * share:.0f} % of a step'
+        # On a CPU it takes the cores that compute.
+        figure += ', most of it while the gradient is computed' * (device.type == 'cuda')
     if share > 0.5 and case.processes > 1:
         yield Finding(LOOK, 'Round trip', figure, 'Larger -b or --accum-steps make it rarer; a faster link between the '
                       'processes makes it shorter.', numbers=found)
@@ -589,7 +595,7 @@ def _lengths(case):
             decay = FORGOTTEN ** (1 / (0.2 * case.total_steps))
             text = f'{decay:.{1 - math.floor(math.log10(1 - decay))}f}'  # two digits of what it lacks to one
             figure = (f'--model-ema-decay {args.model_ema_decay:g} over {plural(case.total_steps, "step")}: at the end '
-                      f'{initial:.0%} of the average is still what it began with')
+                      f'{100 * initial:.0f} % of the average is still what it began with')
             remedy = f'Say --model-ema-decay {text}, which forgets it in a fifth of the run; or --no-model-ema.'
             yield Finding(LOOK, 'Averaged weights', figure, remedy,
                           numbers={'initial': initial, 'steps': case.total_steps})
