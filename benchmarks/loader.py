@@ -67,6 +67,7 @@ from data.transforms import create_eval_transform, create_train_transform
 from utils import options
 from utils.errors import UserError, run_script
 from utils.log import progress_bar
+from utils.runtime import keep_freed_memory
 
 NUM_CLASSES = 1000
 CPU = torch.device('cpu')
@@ -164,6 +165,7 @@ class Ours:
     """Our loader of `dataset` with the preparer of its batches; `epoch()` as that of Timm."""
 
     def __init__(self, dataset: ImageDataset, *, training: bool, count: int, workers: int, args, transform=None):
+        keep_freed_memory()  # as every script of ours does where it starts
         dataset = repeat(dataset, count)
         if training:
             transform = transform or create_train_transform(args.img_size)

@@ -13,7 +13,6 @@ from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
 
 from utils.errors import UserError
-from utils.runtime import keep_freed_memory
 
 from .transforms import per_channel
 
@@ -38,8 +37,6 @@ class BatchPreparer:
         self._std = self._as_levels('std', std)
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._copies = torch.cuda.Stream(self.device) if self.device.type == 'cuda' else None
-        if self.device.type == 'cpu':
-            keep_freed_memory()
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """images: uint8 [B, C, H, W]; targets: int64 [B]. Returns both on the device, images as float32."""

@@ -118,6 +118,8 @@ def start(args, *, alone: bool = False) -> tuple[World, Precision]:
     set_determinism(args.deterministic)
     # What is to be float32 is float32, in convolutions too; only beside bfloat16 or float16 is TF32 no loss.
     torch.backends.cudnn.allow_tf32 = args.amp
+    if world.device.type == 'cpu':
+        keep_freed_memory()
     seed_everything(args.seed, world.rank)
     precision = Precision(world.device, enabled=args.amp, dtype_name=args.amp_dtype)
     _logger.info('%d process(es), %s, %s', world.size, world.device, precision)
