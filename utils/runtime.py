@@ -134,5 +134,6 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-            mallopt(option, 1 << 30)
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD of malloc.h
+        # M_MMAP_THRESHOLD: older versions refuse more, and have ceased to raise it by themselves.
+        mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)
