@@ -21,8 +21,7 @@ class Predictions(NamedTuple):
 
 
 @torch.no_grad()
-def predict(model, loader, prepare, *, precision, k: int = 5, log_interval: int = 50,
-            name: str = 'Predict') -> Predictions:
+def predict(model, loader, prepare, *, precision, k: int = 5, log_interval: int = 50) -> Predictions:
     """The k most probable classes of every image that `loader` gives, on this process alone.
 
     Args:
@@ -34,7 +33,7 @@ def predict(model, loader, prepare, *, precision, k: int = 5, log_interval: int 
     was_training = model.training
     model.eval()
     found = []
-    bar = progress_bar(total=len(loader), desc=name)
+    bar = progress_bar(total=len(loader), desc='Predict')
     for batch, (images, indices) in enumerate(loader, start=1):
         images, indices = prepare(images, indices)
         with precision.autocast():
@@ -43,7 +42,7 @@ def predict(model, loader, prepare, *, precision, k: int = 5, log_interval: int 
         found.append((indices.cpu().numpy(), classes.cpu().numpy(), probabilities.cpu().numpy()))
         bar.update()
         if batch % log_interval == 0:
-            _logger.info('%s: [%4d/%d]', name, batch, len(loader))
+            _logger.info('Predict: [%4d/%d]', batch, len(loader))
     bar.close()
     model.train(was_training)
     if not found:

@@ -186,7 +186,6 @@ class TrainState:
         if self.world.is_main:
             _logger.warning('the checkpoint is of %d processes, this run has %d: it goes on at the same point, '
                         'but not with the same random numbers', len(ranks), self.world.size)
-        if self.world.is_main:
             for name in SUMS:
                 getattr(self, name).copy_(sum(rank[name] for rank in ranks))
 

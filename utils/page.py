@@ -109,10 +109,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence], marked: Iterable[int] =
                 + '\n'.join(lines) + '\n</tbody></table></div>')
 
 
-def picture(figure: Figure, description: str, *, wide: bool = False, dpi: int = 100) -> Html:
+def picture(figure: Figure, description: str, *, wide: bool = False) -> Html:
     """A figure as a PNG inside the page, described for those who do not see it; `wide` ones scroll on phones."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=dpi)
+    figure.savefig(buffer, format='png', dpi=100)
     return image(buffer.getvalue(), description, wide=wide)
 
 

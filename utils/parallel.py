@@ -1,6 +1,6 @@
 """Work on numbered items in processes of this machine, with one bar.
 
-    for result in in_processes(work, range(100), jobs=4, total=25_000, unit='image'):
+    for result in in_processes(work, range(100), jobs=4, total=25_000):
         …
 
 where work(item, tick) does one item and calls tick(count, bytes) as it goes.
@@ -23,12 +23,12 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def in_processes(work: Callable, items: Sequence, *, jobs: int, total: int, done: int = 0, unit: str = 'image',
+def in_processes(work: Callable, items: Sequence, *, jobs: int, total: int, done: int = 0,
                  desc: str | None = None) -> Iterator:
     """Yields work(item, tick) of every item, in the order in which they get ready.
 
-    jobs: processes; they are forked, so that `work` may hold a dataset of any size. total, done: what the bar counts,
-    and what of it was there before. Which process does which item depends on `jobs` alone.
+    jobs: processes; they are forked, so that `work` may hold a dataset of any size. total, done: the images that
+    the bar counts, and those of them that were done before. Which process does which item depends on `jobs` alone.
     Raises the UserError of an item at once, and UserError if a process is killed; no process is left in any case.
     """
     context = multiprocessing.get_context('fork')
@@ -45,7 +45,7 @@ def in_processes(work: Callable, items: Sequence, *, jobs: int, total: int, done
                 writer.close()  # so that the pipe ends with its process
                 processes[reader] = process
         started = time.monotonic()
-        with progress_bar(total=total, initial=done, unit=unit, desc=desc) as bar:
+        with progress_bar(total=total, initial=done, unit='image', desc=desc) as bar:
             while processes:
                 ready = wait(processes, timeout=0.2)
                 bar.set_postfix_str(f'{sum(counts[1::2]) / 1e6 / (time.monotonic() - started + 1e-9):.0f} MB/s', False)
