@@ -1,5 +1,4 @@
 """From options to what the engine takes: datasets, then the loaders and preparers of training and evaluation."""
-import os
 from collections import Counter
 from typing import NamedTuple
 
@@ -60,7 +59,7 @@ def open_training_data(args, world: World):
     with one_per_machine_first(world):
         return open_train_val(args.dataset, root, train_split=args.train_split, val_split=args.val_split,
                               download=download and world.local_rank == 0, only_classes=args.only_classes,
-                              num_classes=args.num_classes or 1000, image_size=args.img_size, cache=_cache(args))
+                              num_classes=args.num_classes or 1000, image_size=args.img_size, cache=_cache(args, world))
 
 
 def open_evaluation_data(args, classes: list[str] | None, num_classes: int | None, world: World):
@@ -80,7 +79,7 @@ def open_evaluation_data(args, classes: list[str] | None, num_classes: int | Non
         # A part of the classes is still evaluated right where the map is known to be that of the model.
         return open_eval(args.dataset, root, split=args.val_split, classes=classes, only_classes=args.only_classes,
                          download=download and world.local_rank == 0, allow_missing_classes=True,
-                         num_classes=num_classes or 1000, image_size=args.img_size, cache=_cache(args))
+                         num_classes=num_classes or 1000, image_size=args.img_size, cache=_cache(args, world))
 
     with one_per_machine_first(world):
         dataset = open_with(classes)
@@ -151,10 +150,10 @@ def _source(args) -> tuple[str | None, bool]:
     return args.data, bool(args.download)
 
 
-def _cache(args) -> Cache:
+def _cache(args, world: World) -> Cache:
     """Where shards from elsewhere go; the processes of a machine share it."""
     return Cache(args.shard_cache, max_bytes=args.shard_cache_size * 1e9, patience=args.shard_timeout,
-                 sharers=int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+                 sharers=world.local_size)
 
 
 class TrainingInput(NamedTuple):

@@ -31,11 +31,13 @@ TIMED_OUT = ('timed out', 'timeout', 'Timed out')
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers: `rank` of `size`, `local_rank` on this machine, and the device it computes on."""
+    """This process among its peers: `rank` of `size`, `local_rank` of `local_size` on this machine, and the device it
+    computes on."""
     rank: int
     local_rank: int
     size: int
     device: torch.device
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -67,7 +69,7 @@ def join(device_name: str, timeout: timedelta = timedelta(minutes=30)) -> World:
         except RuntimeError as e:
             raise PeerLostError(f'the processes of the job have not found one another ({_first_line(e)})') from e
         _progress.start(store, rank, size, timeout)
-    return World(rank, local_rank, size, device)
+    return World(rank, local_rank, size, device, local_size)
 
 
 def _meet(rank: int, size: int) -> dist.Store:
