@@ -14,7 +14,7 @@ from PIL import Image
 from data.base import ImageDataset
 from data.pipeline import open_training_data
 from tests.conftest import run_script, succeeded, write_images
-from tools import doctor, doctor_data, doctor_page, doctor_run
+from tools import doctor, doctor_data, doctor_page, doctor_run, doctor_speed
 from tools.doctor_page import LOOK, OK, STOP, Finding
 from utils import options
 from utils.distributed import World
@@ -252,10 +252,10 @@ def prepared(image_folder):
     """A run with its model and batches, whose optimizer has taken a step."""
     case = case_of(image_folder)
     case.train, case.val = open_training_data(case.args, case.world)
-    doctor_run._prepare(case)
+    doctor_speed._prepare(case)
     batches = iter(case.input.train_loader)
     case.batch = next(batches)
-    doctor_run._training_step(case)(iter([case.batch]))
+    doctor_speed._training_step(case)(iter([case.batch]))
     case.input.train_loader.close()
     return case
 
@@ -290,24 +290,24 @@ def test_disk_that_takes_no_checkpoint(prepared, tmp_path, monkeypatch):
 
 
 def test_who_starves(monkeypatch):
-    monkeypatch.setattr(doctor_run.os, 'sched_getaffinity', lambda pid: range(16))
+    monkeypatch.setattr(doctor_speed.os, 'sched_getaffinity', lambda pid: range(16))
     case = case_of(device='cuda', processes=8)
     case.train = range(1_280_000)
     case.step_rate, case.rate_per_core, case.supply = 1000.0, 200.0, 3200.0
-    finding = doctor_run._who_starves(case)
+    finding = doctor_speed._who_starves(case)
     assert finding.mark == LOOK and case.starving.startswith('The model') and case.total_rate == 3200
     assert finding.numbers['epoch_seconds'] == 400
     assert '44 cores, with -j 6 for each process' in finding.remedy  # 8 × 1000 × 1.1 / 200
     case.supply, case.rate_per_core = 9000.0, 562.5
-    assert doctor_run._who_starves(case).mark == OK
+    assert doctor_speed._who_starves(case).mark == OK
     assert case.starving.startswith('Nothing') and case.total_rate == 8000
 
 
 def test_lines_through_two_batches():
-    assert doctor_run._at(64, {16: 2.0, 32: 3.0}) == 5.0
-    assert doctor_run._at(32, {16: 2.0, 32: 3.0}) == 3.0
-    assert doctor_run._largest_batch({32: 4 << 30, 64: 6 << 30}, 80 << 30) == 1120  # 2 GiB, and 1/16 of one each
-    assert doctor_run._largest_batch({64: 6 << 30}, 80 << 30) is None
+    assert doctor_speed._at(64, {16: 2.0, 32: 3.0}) == 5.0
+    assert doctor_speed._at(32, {16: 2.0, 32: 3.0}) == 3.0
+    assert doctor_speed._largest_batch({32: 4 << 30, 64: 6 << 30}, 80 << 30) == 1120  # 2 GiB, and 1/16 of one each
+    assert doctor_speed._largest_batch({64: 6 << 30}, 80 << 30) is None
 
 
 def test_batch_is_halved_until_it_fits(monkeypatch):
@@ -318,21 +318,21 @@ def test_batch_is_halved_until_it_fits(monkeypatch):
 
     case = case_of()
     case.state = types.SimpleNamespace(optimizer=torch.optim.SGD([torch.zeros(1)]))
-    monkeypatch.setattr(doctor_run, '_time_steps', time_steps)
-    doctor_run._measure_on_gpu(case, None, 64)
+    monkeypatch.setattr(doctor_speed, '_time_steps', time_steps)
+    doctor_speed._measure_on_gpu(case, None, 64)
     assert case.too_large == 32 and case.steps == {16: (0.16, 16 << 30), 8: (0.08, 8 << 30)}
 
 
 def test_memory_that_does_not_suffice(prepared, monkeypatch):
     monkeypatch.setattr(prepared, 'steps', {4: (0.1, 6 << 30), 2: (0.1, 4 << 30)})
-    monkeypatch.setattr(doctor_run, '_device_memory', lambda device: 9 << 30)
-    memory, batches = doctor_run.look_at_memory(prepared)
+    monkeypatch.setattr(doctor_speed, '_device_memory', lambda device: 9 << 30)
+    memory, batches = doctor_speed.look_at_memory(prepared)
     assert memory.mark == STOP and memory.numbers['largest_batch'] == 6  # 8 would take 10 GiB, and 6 take 8
     assert '-b 6 --global-batch-size 8:' in memory.remedy
     # One worker: two batches that wait, one on its way and one in use, of uint8 pixels.
     assert batches.mark == OK and batches.numbers['bytes'] == 4 * prepared.batch[0].nbytes == 4 * 8 * 3 * 32 * 32
-    monkeypatch.setattr(doctor_run.shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=100))
-    assert doctor_run._shared_memory(prepared).mark == STOP
+    monkeypatch.setattr(doctor_speed.shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=100))
+    assert doctor_speed._shared_memory(prepared).mark == STOP
 
 
 def test_processes_that_do_not_come_are_ended(monkeypatch, tmp_path):
@@ -358,7 +358,7 @@ def test_recipe(monkeypatch):
     def look(*words, device='cpu', steps=0, images=1_281_167):
         case = case_of(*words, device=device, processes=8)
         case.train, case.total_steps = range(images), steps
-        monkeypatch.setattr(doctor_run, '_device_name', lambda device: 'a GPU')
+        monkeypatch.setattr(doctor_run, 'device_name', lambda device: 'a GPU')
         if case.args.amp:
             case.precision = types.SimpleNamespace(dtype=getattr(torch, case.args.amp_dtype))
         return {finding.title: finding.remedy for finding in doctor_run.look_at_recipe(case)}
@@ -389,7 +389,7 @@ def test_check_that_fails_is_a_finding():
 
     assert doctor_page.examine('Time', mistaken, None) == [
         Finding(STOP, 'Time', '--what is wrong', 'Say what is right.')]
-    found, = doctor_page.examine('Memory', doctor_run.look_at_memory, case_of())
+    found, = doctor_page.examine('Memory', doctor_speed.look_at_memory, case_of())
     assert found.mark == LOOK and 'no training step' in found.figure
     found, = doctor_page.examine('Time', lambda case: [1 // 0], None)
     assert found.mark == LOOK and 'ZeroDivisionError' in found.figure
@@ -398,8 +398,8 @@ def test_check_that_fails_is_a_finding():
 def test_without_faults_the_summary_says_so():
     assert doctor_page.summary([Finding(OK, 'a', 'b')], 'x') == {
         'Will it run?': 'Yes, by all that was looked at.', 'What starves?': 'x', 'Mend first': 'Nothing.'}
-    assert doctor_run.duration(90) == '90 seconds' and doctor_run.duration(5025) == '1.4 hours'
-    assert doctor_run.duration(310 * 86400) == '310.0 days'
+    assert doctor_page.duration(90) == '90 seconds' and doctor_page.duration(5025) == '1.4 hours'
+    assert doctor_page.duration(310 * 86400) == '310.0 days'
 
 
 def test_mistake_in_the_options(tmp_path):

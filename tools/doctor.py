@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import options  # noqa: E402
-from utils.errors import run_script  # noqa: E402
+from utils import options
+from utils.errors import run_script
 
 log = logging.getLogger('__main__')
 
@@ -90,7 +89,7 @@ def main():
     from data.pipeline import check_training_input
     from engine.checks import check_run_options
     from models import resolve_name
-    from tools import doctor_data, doctor_page, doctor_run
+    from tools import doctor_data, doctor_page, doctor_run, doctor_speed
     from utils.log import progress_bar
     from utils.results import results_stem, write_results
     from utils.runtime import describe_environment, start
@@ -116,7 +115,7 @@ def main():
              doctor_page.plural(processes * args.batch_size * args.accum_steps, 'image'))
     doctor_data.open_splits(case)
     sections = {'Data': doctor_data.look_at_data, 'Images': doctor_data.look_at_images,
-                'Images per second': doctor_run.look_at_rates, 'Memory': doctor_run.look_at_memory,
+                'Images per second': doctor_speed.look_at_rates, 'Memory': doctor_speed.look_at_memory,
                 'Time and cost': doctor_run.look_at_schedule, 'Disk': doctor_run.look_at_disk,
                 'Processes': doctor_run.look_at_processes, 'Recipe': doctor_run.look_at_recipe}
     found = {}

@@ -60,6 +60,19 @@ def plural(count: int, singular: str, several: str | None = None) -> str:
     return f'{count:,} {singular if count == 1 else several or singular + "s"}'
 
 
+def duration(seconds: float) -> str:
+    """5025 → '1.4 hours', in the unit in which it is easily said."""
+    for unit, length in (('days', 86400), ('hours', 3600), ('minutes', 60)):
+        if seconds >= 2 * length or (unit == 'hours' and seconds >= length):
+            return f'{seconds / length:,.1f} {unit}'
+    return f'{seconds:.1f} seconds' if seconds < 10 else f'{seconds:.0f} seconds'
+
+
+def gib(count: float) -> str:
+    """1.5 * 2**30 → '1.5 GiB'."""
+    return f'{count / 2**30:.1f} GiB' if count >= 2**30 else f'{count / 2**20:.1f} MiB'
+
+
 def section_text(number: int, title: str, findings: Iterable[Finding]) -> str:
     """A section of the page."""
     lines = ['', f'{number}  {title}']

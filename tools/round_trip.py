@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import options  # noqa: E402
-from utils.errors import UserError, run_script  # noqa: E402
+from utils import options
+from utils.errors import UserError, run_script
 
 REPEATS = 5
 
