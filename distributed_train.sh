@@ -11,7 +11,7 @@
 # On several machines, say the same on each (docs/many_machines.md, launch/):
 #
 #     NNODES=4 RDZV_ENDPOINT=node1:29500 ./distributed_train.sh 8 /data/imagenet -c configs/t2t_vit_14.yaml
-#     NNODES=1:4 RDZV_ENDPOINT=… ./distributed_train.sh 8 … --global-batch-size 4096    machines may go and come
+#     NNODES=1:4 RDZV_ENDPOINT=… ./distributed_train.sh 8 … --global-batch-size 576    machines may go and come
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ $# -lt 1 ]; then

@@ -6,10 +6,12 @@ import subprocess
 import pytest
 import yaml
 
+from data.pipeline import check_training_input
 from tests.conftest import ROOT
 from tests.test_options import parse
 from utils import launch, nodes
 from utils.errors import UserError
+from utils.options import share_global_batch
 
 KUBERNETES = ROOT / 'launch/kubernetes.yaml'
 SLURM = ROOT / 'launch/slurm.sbatch'
@@ -65,12 +67,13 @@ def test_machines_may_only_go_and_come_where_all_numbers_of_them_can_share_a_ste
     monkeypatch.setenv('NNODES', '1:4')
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text('lr: 5e-4\nglobal-batch-size: 512\n')
-    wrong = '512, which 24 processes cannot share; say 480 or 576, a multiple of 96'
+    wrong = '512, which 24 processes cannot share in even parts; say 384 or 576, a multiple of 192'
+    odd = '480, which 32 processes cannot share in even parts'  # Mixup would refuse 15 images
     for options, said in ((['--global_batch_size=512'], wrong), (['-c', str(recipe)], wrong),
-                          ([], 'not given; say 96, a multiple of 96')):
+                          (['--global-batch-size', '480'], odd), ([], 'not given; say 192, a multiple of 192')):
         with pytest.raises(UserError, match=said):
             launch._check_global_batch(8, 'train.py', options)
-    launch._check_global_batch(8, 'train.py', ['/data', '-c', str(recipe), '--global-batch-size', '480'])
+    launch._check_global_batch(8, 'train.py', ['/data', '-c', str(recipe), '--global-batch-size', '576'])
     launch._check_global_batch(8, 'train.py', ['--global-batch-size', 'many'])  # which train.py says
     launch._check_global_batch(8, 'validate.py', [])  # has no steps
     monkeypatch.setenv('NNODES', '3')
@@ -129,6 +132,8 @@ def test_the_kubernetes_job_says_what_the_operator_and_the_launcher_read(monkeyp
     assert launch._node_range() == (elastic['minReplicas'], elastic['maxReplicas'])
     assert launch._meeting_place() == (f'{job["metadata"]["name"]}-worker-0', port['containerPort'])
     launch._check_global_batch(int(number), 'train.py', options)
+    for pods in range(elastic['minReplicas'], elastic['maxReplicas'] + 1):
+        check_training_input(share_global_batch(args, pods * int(number)))
 
 
 def test_the_page_names_every_setting():

@@ -267,6 +267,9 @@ def test_a_global_batch_that_cannot_be_shared_is_an_error_with_numbers_that_fit(
     # The most that fit below -b 64 and divide 96.
     args = options.share_global_batch(parse('/data', '-b', '64', '--global-batch-size', '96'), 1)
     assert (args.batch_size, args.accum_steps) == (48, 2)
+    # Two batches of 15 would be fewer; Mixup pairs images.
+    args = options.share_global_batch(parse('/data', '-b', '16', '--global-batch-size', '30'), 1)
+    assert (args.batch_size, args.accum_steps) == (10, 3)
     with pytest.raises(UserError, match='size 1024: 24 processes cannot share it; give 1008 or 1032, or start 1, 2, 4'):
         options.share_global_batch(parse('/data', '--global-batch-size', '1024'), 24)
     with pytest.raises(UserError, match='size 4: 8 processes cannot share it; give 8, or start 1, 2, 4 of them'):

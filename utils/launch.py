@@ -157,14 +157,14 @@ def _check_global_batch(num_proc: int, script: str, options: list[str]) -> None:
         return
     size = _given(options, 'global-batch-size', positive_int)
     numbers = [num_proc * nodes for nodes in range(low, high + 1)]
-    unable = [n for n in numbers if size and size % n]
+    unable = [n for n in numbers if size and size % (2 * n)]
     if size == '' or size and not unable:
         return
-    unit = math.lcm(*numbers)
-    wrong = f'{size}, which {unable[0]} processes cannot share' if size else 'not given'
+    unit = 2 * math.lcm(*numbers)
+    wrong = f'{size}, which {unable[0]} processes cannot share in even parts' if size else 'not given'
     raise UserError(f'NNODES={_setting("NNODES")}: machines may come and go, and --global-batch-size is {wrong}; say '
                     f'{multiples_around(size or 0, unit)}, a multiple of {unit} that {", ".join(map(str, numbers))} '
-                    'processes can share')
+                    'processes can share in even parts, as Mixup pairs images')
 
 
 def _given(words: list[str], name: str, kind=str):

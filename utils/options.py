@@ -249,7 +249,8 @@ def resolve_num_classes(args, classes) -> int:
 def share_global_batch(args: Options, processes: int) -> Options:
     """The options with --batch-size and --accum-steps as --global-batch-size asks for on so many processes, if it does.
 
-    Of the ways to make a step of exactly as many images, that of the fewest batches. Without it, `args`.
+    Of the ways to make a step of exactly as many images, that of the fewest batches, and of even ones where there are
+    any: Mixup pairs images. Without it, `args`.
 
     Raises:
         UserError: the processes cannot share it, or --accum-steps is given as well.
@@ -265,7 +266,8 @@ def share_global_batch(args: Options, processes: int) -> Options:
         raise UserError(f'--global-batch-size {total}: {processes} processes cannot share it; give '
                         f'{multiples_around(total, processes)}, or start {fitting} of them')
     share = total // processes
-    accum_steps = next(n for n in range(-(-share // args.batch_size), share + 1) if share % n == 0)
+    numbers = [n for n in range(-(-share // args.batch_size), share + 1) if share % n == 0]
+    accum_steps = next((n for n in numbers if share // n % 2 == 0), numbers[0])
     return args.replacing(batch_size=share // accum_steps, accum_steps=accum_steps)
 
 
