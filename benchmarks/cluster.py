@@ -277,10 +277,10 @@ def saving_seconds(cluster: Cluster, interval: float) -> float:
 
 
 def best_interval(cluster: Cluster, gpus: int) -> float:
-    """Seconds of training between checkpoints that lose least: J. W. Young, 1974."""
+    """Seconds of training between checkpoints that lose least: J. W. Young, 1974; no shorter than one is written in."""
     if math.isinf(cluster.failure_gpu_seconds):
         return math.inf
-    return math.sqrt(2 * cluster.save_seconds * cluster.failure_gpu_seconds / gpus)
+    return max(cluster.write_seconds, math.sqrt(2 * cluster.save_seconds * cluster.failure_gpu_seconds / gpus))
 
 
 def simulate_failures(cluster: Cluster, gpus: int, interval: float, *, segments: int = 10_000, seed: int = 0) -> float:

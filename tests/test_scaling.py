@@ -189,6 +189,9 @@ def test_the_best_interval_is_best():
     best = max(goodput(cluster, 64, interval) for interval in intervals)
     assert goodput(cluster, 64, best_interval(cluster, 64)) == pytest.approx(best, rel=1e-5)
     assert best_interval(cluster, 64) == pytest.approx(math.sqrt(2 * 2 * 50_000))
+    # One that holds up nothing is not saved anew before it is written: each would wait for the one before.
+    eager, work = replace(cluster, save_seconds=0, write_seconds=5), replace(WORK, images=1e8)
+    assert training_parts(eager, work, 64, step=0.01)['checkpoints'] == 0
 
 
 def test_buckets_are_those_of_ddp():
