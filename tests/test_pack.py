@@ -285,6 +285,7 @@ def test_refuses_a_folder_with_something_else_in_it(packed, image_folder, tmp_pa
     (tmp_path / 'notes.txt').write_text('mine')
     refused("holds 'notes.txt'", image_folder / 'train', tmp_path)
     refused('lies in', image_folder, image_folder / 'shards')
+    refused('holds shards already; to check them: --verify', packed, tmp_path / 'again')
     (tmp_path / 'file').write_text('')
     refused('file cannot be written', image_folder / 'train', tmp_path / 'file')
 
@@ -561,6 +562,7 @@ def test_archives_that_are_not_right(archives, tmp_path):
     train, val = (archives / ilsvrc.ARCHIVES[split] for split in ('train', 'val'))
     refused("MD5 is [0-9a-f]{32}, that of ILSVRC2012_img_train.tar is 1d675b47d978889d74fa0da5fadfb00e", train,
             tmp_path / 'out', '--verify')
+    refused('--split val: .* the archive of train alone', train, tmp_path / 'out', '--split', 'val')
     alone = Path(shutil.copy(val, tmp_path / 'renamed.tar'))
     refused('what its images show stands in ILSVRC2012_devkit_t12.tar.gz', alone, tmp_path / 'out')
     refused('does not exist', alone, tmp_path / 'out', '--devkit', tmp_path / 'nothing.tar.gz')
@@ -596,4 +598,13 @@ def test_mistakes(image_folder, tmp_path):
     refused('--devkit .* belongs to the archives', image_folder, tmp_path / 'out', '--devkit', 'x')
     refused('--to folders is for the archives', image_folder, tmp_path / 'out', '--to', 'folders')
     refused('no manifest.json in it', '--verify', tmp_path)
+    refused('s3://bucket/x: shards are written to a folder of this machine', image_folder, 's3://bucket/x')
+    refused('OUT: /dev/null/out cannot be written', image_folder, '/dev/null/out')
+    for option, *others in (('--quality', 50), ('--shard-timeout', 9), ('--to', 'folders', '--seed', 3),
+                            ('--to', 'folders', '--decode')):
+        refused('it means nothing to .*; leave it out', image_folder, tmp_path / 'out', option, *others)
+    refused('--short-side 9: it means nothing to --verify without OUT', '--verify', image_folder, '--short-side', 9)
+    refused('--split .* means nothing to --index', '--index', image_folder, '--split', 'val')
+    refused('OUT .* means nothing to --index', '--index', image_folder, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
     refused('--quality: 101 is too large', image_folder, tmp_path / 'out', '--quality', 101)

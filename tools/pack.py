@@ -58,6 +58,33 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
+PACKING = ('short_side', 'quality', 'shard_size', 'samples', 'seed', 'max_bad_images')
+UNUSED = {'--index': (*PACKING, 'out', 'split', 'to', 'devkit'), '--verify without OUT': (*PACKING, 'to', 'devkit'),
+          '--to folders': (*PACKING, 'decode')}
+"""By what there is to do, the options that mean nothing to it."""
+
+
+def check_options(args, parser: argparse.ArgumentParser) -> None:
+    """Raises UserError for options that would change nothing."""
+    if args.out is None and not (args.verify or args.index):
+        raise UserError('where to? give OUT, the folder for the shards (or --verify, for a folder that has them)')
+    if args.class_map and not args.index:
+        raise UserError('--class-map belongs to --index: class folders have names')
+    task = ('--index' if args.index else '--verify without OUT' if args.out is None
+            else '--to folders' if args.to == 'folders' else 'packing')
+    unused = [(name, task) for name in UNUSED.get(task, ())]
+    if args.short_side is None:
+        unused.append(('quality', 'packing without --short-side'))
+    if not args.verify:
+        unused.append(('shard_timeout', 'a command without --verify'))
+    if args.index and not args.verify:
+        unused.append(('decode', '--index without --verify'))
+    for name, what in unused:
+        if getattr(args, name) != parser.get_default(name):
+            option = 'OUT' if name == 'out' else f'--{name.replace("_", "-")}'
+            raise UserError(f'{option} {getattr(args, name)}: it means nothing to {what}; leave it out')
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Packing
 
@@ -65,6 +92,7 @@ def create_parser() -> argparse.ArgumentParser:
 def pack_all(args) -> list[str]:
     """Packs, or unpacks, every split; returns their folders."""
     from data.packing import Recipe, pack, unpack
+    args.out = _check_out(args.out)
     sources = _open_sources(args)
     if args.to == 'folders' and not all(hasattr(source.dataset, 'archive') for source in sources.values()):
         raise UserError(f'{args.source}: --to folders is for the archives of ImageNet; these are folders already')
@@ -79,8 +107,8 @@ def pack_all(args) -> list[str]:
         recipe = Recipe(args.short_side if is_resized else None, args.quality, round(args.shard_size * 1e6),
                         args.samples, args.seed, args.decode)
         manifest = pack(source, out, recipe, jobs=args.jobs, max_bad_images=args.max_bad_images)
-        _say(out, f'{len(manifest.index):,} images of {len(manifest.classes)} classes in {len(manifest.shards):,} '
-             'shards', int(source.size.sum()), sum(shard.bytes for shard in manifest.shards), started)
+        _say(out, f'{len(manifest.index):,} images of {len(manifest.classes)} classes in {_shards(manifest)}',
+             int(source.size.sum()), sum(shard.bytes for shard in manifest.shards), started)
         if manifest.left_out:
             print(f'  {len(manifest.left_out)} bad images are left out; the manifest names them')
         if (loss := manifest.transcoded) and loss['images']:
@@ -96,17 +124,38 @@ def _say(out: Path, what: str, read: int, written: int, started: float) -> None:
           flush=True)
 
 
+def _shards(manifest) -> str:
+    return f'{len(manifest.shards):,} shard' + 's' * (len(manifest.shards) != 1)
+
+
+def _check_out(out: str) -> str:
+    """The path of OUT. Raises UserError, before anything is read, if it is elsewhere or cannot be written."""
+    from data.remote import scheme_of
+    from data.shards import PREFIX
+    from utils.log import check_folder
+    path = out.removeprefix(PREFIX)
+    if scheme_of(path):
+        raise UserError(f'{out}: shards are written to a folder of this machine; give one, and copy it there')
+    path = os.path.expanduser(path.removeprefix('file://'))
+    check_folder(Path(path), 'OUT')
+    return path
+
+
 def _open_sources(args) -> dict:
     """The sources by the names of their splits; '' for one that is a split itself."""
     from data.classes import match_classes
     from data.ilsvrc import ARCHIVES, check_md5, open_archive
     from data.packing import archive_source, folder_source
-    given = os.path.expanduser(args.source)
+    from data.shards import PREFIX, has_manifest
+    given = os.path.expanduser(args.source.removeprefix(PREFIX))
     archives = [given] if os.path.isfile(given) else [
         os.path.join(given, name) for split, name in ARCHIVES.items()
         if os.path.isfile(os.path.join(given, name)) and split in (args.split or ARCHIVES)]
     if archives:
         opened = [open_archive(path, args.devkit) for path in archives]
+        found = [archive.split for archive in opened]
+        if missing := [name for name in args.split or () if name not in found]:
+            raise UserError(f'--split {missing[0]}: {given} is, or holds, the archive of {" and ".join(found)} alone')
         for archive in opened if args.verify else ():
             check_md5(archive.archive, archive.split)
         return {archive.split: archive_source(archive) for archive in opened}
@@ -115,8 +164,11 @@ def _open_sources(args) -> dict:
                         f'{given} holds neither')
     if Path(args.out).resolve().is_relative_to(Path(given).resolve()):
         raise UserError(f'{args.out} lies in {given}, and would be taken for a part of it; name another folder')
-    sources = {split: folder_source(os.path.join(given, split) if split else given)
-               for split in _splits(given, args.split)}
+    folders = {split: os.path.join(given, split) if split else given for split in _splits(given, args.split)}
+    for folder in folders.values():
+        if has_manifest(folder):
+            raise UserError(f'{folder} holds shards already; to check them: --verify {folder}')
+    sources = {split: folder_source(folder) for split, folder in folders.items()}
     if 'train' in sources:
         for split, source in sources.items():
             match_classes(source.dataset, sources['train'].dataset.classes, where=f'{given}/{split}',
@@ -157,7 +209,7 @@ def verify_all(splits: list[str], args) -> bool:
             counts = np.bincount(manifest.index.target, minlength=len(manifest.classes))
             size = sum(shard.bytes for shard in manifest.shards)
             what = (f'{len(manifest.index):,} images of {len(manifest.classes)} classes, {counts.min()} to '
-                    f'{counts.max()} of each, in {len(manifest.shards):,} shards of {size / 1e6:,.1f} MB: {what}')
+                    f'{counts.max()} of each, in {_shards(manifest)} of {size / 1e6:,.1f} MB: {what}')
         print(f'{split}: {what}')
         width = max((len(file) for file, _ in faults), default=0)
         for file, fault in faults:
@@ -192,27 +244,25 @@ def index(args) -> list[str]:
     from data.verifying import index_folder
     folder = check_folder(os.path.expanduser(args.source))
     manifest = index_folder(folder, jobs=args.jobs, classes=args.class_map and read_class_map(args.class_map))
-    print(f'{folder}: {len(manifest.index):,} images of {len(manifest.classes)} classes in {len(manifest.shards):,} '
-          'shards')
+    print(f'{folder}: {len(manifest.index):,} images of {len(manifest.classes)} classes in {_shards(manifest)}')
     return [folder]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = create_parser().parse_args(arguments)
-    from utils.log import setup_logging
-    from utils.parallel import available_cores
-    setup_logging(is_main=True)
-    args.jobs = args.jobs or available_cores()
-    if args.out is None and not (args.verify or args.index):
-        raise UserError('where to? give OUT, the folder for the shards (or --verify, for a folder that has them)')
-    if args.class_map and not args.index:
-        raise UserError('--class-map belongs to --index: class folders have names')
+    parser = create_parser()
+    args = parser.parse_args(arguments)
+    check_options(args, parser)
     try:
+        from utils.log import setup_logging
+        from utils.parallel import available_cores
+        setup_logging(is_main=True)
+        args.jobs = args.jobs or available_cores()
         splits = index(args) if args.index else pack_all(args) if args.out is not None else _packed_splits(args)
         if args.verify and not verify_all(splits, args):
             sys.exit(EXIT_FAULTS)
     except KeyboardInterrupt:
-        report('pack.py: interrupted; the same command goes on', EXIT_CTRL_C)
+        goes_on = '; the same command goes on' if args.out is not None else ''
+        report(f'pack.py: interrupted{goes_on}', EXIT_CTRL_C)
 
 
 if __name__ == '__main__':
