@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from data import packing
 from tests.conftest import end_group
@@ -59,6 +61,8 @@ def start(folder: Path, out: Path, *, file_limit: int | None = None) -> int:
     with open(f'{out}.said', 'w') as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
             os.setpgid(0, 0)
+            # The bars' lock is shared with this process, and with all later ones: a kill may leave it held for ever.
+            tqdm.set_lock(threading.RLock())
             if file_limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
             main([str(folder), str(out), *OPTIONS])
