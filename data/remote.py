@@ -389,6 +389,9 @@ class Cache:
                     except BlockingIOError:
                         if stop.wait(0.1):
                             raise Stopped from None
+                    except OSError as error:  # some file systems of clusters have none
+                        raise UserError(f'--shard-cache: {self.folder} is where files cannot be locked '
+                                        f'({error.strerror}); name a folder on a disk of this machine') from None
                 yield
             finally:
                 _locks.discard(lock)

@@ -442,6 +442,13 @@ def test_a_cache_that_has_become_read_only_can_be_read(cache, monkeypatch):
     assert cache.open(file).read() == b'a'
 
 
+def test_a_cache_without_locks_is_refused(store, cache, monkeypatch):
+    dataset = open_train_val('', f'wds:{store.url}', cache=cache)[0]
+    monkeypatch.setattr(fcntl, 'flock', Mock(side_effect=OSError(errno.ENOLCK, 'No locks available')))
+    with pytest.raises(UserError, match='cannot be locked .No locks available.; name a folder on a disk of this'):
+        dataset.stored(0)
+
+
 def test_a_user_without_a_home_reads_folders(images, monkeypatch):
     """As in a container: HOME is not set, and the user is in no list."""
     monkeypatch.setattr(os.path, 'expanduser', lambda path: path)
