@@ -62,35 +62,6 @@ class ImageDataset(ABC):
         return contextlib.nullcontext(lambda used: None)
 
 
-class ClassView(ImageDataset):
-    """The images of `dataset` whose class is named in `classes`, with targets by position in `classes`.
-
-    Serves both to leave classes out and to number classes as somebody else does; names in `classes` that
-    `dataset` lacks simply have no images.
-    """
-
-    def __init__(self, dataset: ImageDataset, classes: Sequence[str]):
-        position = {name: target for target, name in enumerate(classes)}
-        renumbered = np.array([position.get(name, -1) for name in dataset.classes], dtype=np.int64)
-        targets = renumbered[dataset.targets]
-        self._dataset = dataset
-        self._indices = np.flatnonzero(targets >= 0)
-        super().__init__(classes, targets[self._indices])
-
-    def stored(self, index: int) -> bytes | Image.Image:
-        return self._dataset.stored(int(self._indices[index]))
-
-    def path(self, index: int) -> str:
-        return self._dataset.path(int(self._indices[index]))
-
-    def starts(self) -> np.ndarray | None:
-        starts = self._dataset.starts()
-        return None if starts is None else np.searchsorted(self._indices, starts)
-
-    def ahead(self, indices: np.ndarray) -> AbstractContextManager[Callable[[int], None]]:
-        return self._dataset.ahead(self._indices[indices])
-
-
 class Part(ImageDataset):
     """The images of `dataset` at `indices`, in that order."""
 
@@ -107,6 +78,25 @@ class Part(ImageDataset):
 
     def ahead(self, indices: np.ndarray) -> AbstractContextManager[Callable[[int], None]]:
         return self._dataset.ahead(self._indices[indices])
+
+
+class ClassView(Part):
+    """The images of `dataset` whose class is named in `classes`, with targets by position in `classes`.
+
+    Serves both to leave classes out and to number classes as somebody else does; names in `classes` that
+    `dataset` lacks simply have no images.
+    """
+
+    def __init__(self, dataset: ImageDataset, classes: Sequence[str]):
+        position = {name: target for target, name in enumerate(classes)}
+        renumbered = np.array([position.get(name, -1) for name in dataset.classes], dtype=np.int64)
+        targets = renumbered[dataset.targets]
+        super().__init__(dataset, np.flatnonzero(targets >= 0))
+        self.classes, self.targets = list(classes), targets[self._indices]
+
+    def starts(self) -> np.ndarray | None:
+        starts = self._dataset.starts()
+        return None if starts is None else np.searchsorted(self._indices, starts)
 
 
 def spread(dataset: ImageDataset, count: int) -> ImageDataset:
