@@ -158,6 +158,13 @@ def test_resolved_options_are_a_recipe_that_repeats_the_run(tmp_path):
     assert parse('-c', str(tmp_path / 'args.yaml')).as_dict() == args.as_dict()
 
 
+def test_a_run_with_a_global_batch_leaves_a_recipe_that_repeats_it(tmp_path):
+    args = options.share_global_batch(parse('/data', '-b', '16', '--global-batch-size', '64'), 2)
+    assert (args.batch_size, args.accum_steps) == (16, 2)
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(args.as_dict()))
+    assert options.share_global_batch(parse('-c', str(tmp_path / 'args.yaml')), 2).as_dict() == args.as_dict()
+
+
 def test_recipe_under_command_line(tmp_path):
     recipe = tmp_path / 'r.yaml'
     recipe.write_text('lr: 5e-4\nweight-decay: 1\nscale: [0.2, 1]\namp: true\nimg_size: 192x256\nclip_grad: null\n')

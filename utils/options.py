@@ -258,9 +258,11 @@ def share_global_batch(args: Options, processes: int) -> Options:
     total = args.global_batch_size
     if total is None:
         return args
+    if args.batch_size * args.accum_steps * processes == total:  # as in the args.yaml of a run
+        return args
     if args.accum_steps != 1:
         raise UserError(f'--accum-steps {args.accum_steps} beside --global-batch-size {total}, which finds it by '
-                        'itself; leave one of them out')
+                        'itself; leave one of them out, or say --accum-steps 1')
     if total % processes:
         fitting = ', '.join(str(n) for n in range(1, total + 1) if total % n == 0)
         raise UserError(f'--global-batch-size {total}: {processes} processes cannot share it; give '
