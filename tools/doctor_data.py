@@ -422,8 +422,11 @@ def _sizes(good: Sequence[Seen], img_size: int | tuple[int, int]) -> Finding:
     smaller = sum(min(size) < wanted for size in sizes)
     median = tuple(round(statistics.median(edges)) for edges in zip(*sizes, strict=True))
     text = '{} × {}'
-    figure = (f'Median {text.format(*median)} pixels, from {text.format(*sizes[0])} to {text.format(*sizes[-1])}; '
-              f'{smaller:,} of {len(sizes):,} are smaller than --img-size {wanted}')
+    if len(set(sizes)) == 1:
+        figure = f'All {text.format(*median)} pixels'
+    else:
+        figure = f'Median {text.format(*median)} pixels, from {text.format(*sizes[0])} to {text.format(*sizes[-1])}'
+    figure += f'; {smaller:,} of {len(sizes):,} are smaller than --img-size {wanted}'
     numbers = {'median': median, 'smallest': sizes[0], 'largest': sizes[-1], 'smaller': smaller}
     return Finding(OK, 'Sizes', figure, numbers=numbers)
 

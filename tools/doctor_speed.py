@@ -258,7 +258,7 @@ def _who_starves(case) -> Finding:
     figure = (f'{plural(case.processes, "process", "processes")} can train on {_number(need)} images/s, the loader '
               f'gives {_number(case.supply)}; an epoch takes {duration(epoch)}')
     if case.supply >= ENOUGH * need:
-        case.starving = (f'Nothing: images come {case.supply / need:.1f} times as fast as the model takes them '
+        case.starving = (f'Nothing: images come {_number(case.supply / need)} times as fast as the model takes them '
                          f'({_number(case.supply)} against {_number(need)}/s).')
         return Finding(OK, 'Who waits', figure, numbers=numbers)
     cores = -(-ENOUGH * need // case.rate_per_core)
