@@ -17,13 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import torch
 
-from engine.writer import CheckpointWriter  # noqa: E402
-from models import create_model  # noqa: E402
+from benchmarks.records import ROOT
+from engine.writer import CheckpointWriter
+from models import create_model
 
 ALLOWED = 0.01  # of the training time
 
