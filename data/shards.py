@@ -301,6 +301,8 @@ def _open_foreign(paths: list[str], where: str, cache: Cache) -> Shards:
     try:
         kept.mkdir(parents=True, exist_ok=True)
         manifest.write(kept)
+    except FileNotFoundError:  # another job writes the same at this moment, and has renamed the file
+        pass
     except OSError as error:
         _logger.warning('%s cannot be written (%s); the shards will be looked through at every start', kept,
                         error.strerror)

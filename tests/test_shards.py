@@ -287,6 +287,20 @@ def test_headers_are_read_once(tmp_path, cache, monkeypatch):
     assert len(open_shards(str(path), cache)) == 3
 
 
+def test_two_jobs_may_keep_the_same_headers_at_the_same_moment(tmp_path, cache, caplog):
+    path = str(write_tar(tmp_path / 's.tar', {'a.jpg': b'1', 'a.cls': b'0'}))
+    original = os.replace
+    with pytest.MonkeyPatch.context() as patched:
+        def replace_second(source, target):
+            patched.undo()
+            open_shards(path, cache)  # another job has written all of it meanwhile
+            original(source, target)
+
+        patched.setattr(os, 'replace', replace_second)
+        assert len(open_shards(path, cache)) == 1
+    assert os.replace is original and 'cannot be written' not in caplog.text
+
+
 def test_numbers_are_positions_in_the_class_map(tmp_path, cache):
     write_tar(tmp_path / 'train/s.tar', {'a.jpg': b'1', 'a.cls': b'0', 'b.jpg': b'2', 'b.cls': b'2'})
     write_tar(tmp_path / 'val/s.tar', {'a.jpg': b'1', 'a.cls': b'0', 'b.jpg': b'2', 'b.cls': b'1'})
