@@ -328,6 +328,7 @@ def pack(source: Source, out: Path, recipe: Recipe, *, jobs: int, max_bad_images
             plan.check_same(source, recipe, out)
         else:
             if strange := sorted(path.name for path in out.iterdir() if path.name != STATE):
+                shutil.rmtree(state)  # whoever owns the folder finds nothing of ours in it
                 raise UserError(f'{out} holds {name_some(strange)}, and no packing that could go on; '
                                 'name an empty folder')
             plan = Plan.make(source, recipe)

@@ -284,6 +284,7 @@ def test_refuses_a_folder_with_something_else_in_it(packed, image_folder, tmp_pa
     refused('other images', image_folder / 'val', packed / 'train', '--samples', 7)
     (tmp_path / 'notes.txt').write_text('mine')
     refused("holds 'notes.txt'", image_folder / 'train', tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['notes.txt']
     refused('lies in', image_folder, image_folder / 'shards')
     refused('holds shards already; to check them: --verify', packed, tmp_path / 'again')
     (tmp_path / 'file').write_text('')
