@@ -214,7 +214,7 @@ def test_evaluation_pixels_are_those_of_timm(image, size, options):
     (create_eval_transform, dict(img_size=(8, 8, 8)), 'img_size'),
     (create_eval_transform, dict(crop_pct=90), '--crop-pct 90'),
     (create_eval_transform, dict(interpolation='random'), 'random'),
-], ids=str)
+], ids=lambda value: getattr(value, '__name__', str(value)))
 def test_mistakes_are_explained_in_one_line(create, arguments, named):
     with pytest.raises(UserError, match=named) as caught:
         create(**arguments)
