@@ -4,13 +4,15 @@
 # make browser       installs Chromium for the tests of pages, which are skipped without it (Debian and Ubuntu)
 # make clean         removes the environment and the demo's output
 #
-# VENV=… uses or makes the environment in another place.
+# VENV=… uses or makes the environment in another place; JOBS=… runs as many tests at a time, each with one thread.
 VENV ?= .venv
+JOBS ?= 2
 PYTHON ?= python3
 ABSOLUTE_VENV := $(abspath $(VENV))
 RUN := $(ABSOLUTE_VENV)/bin/python
 DEMO := output/train/demo
 PORT ?= 6006
+TEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: demo tensorboard test test-slow test-faults browser lint clean
 
@@ -26,13 +28,13 @@ tensorboard: $(ABSOLUTE_VENV)/.installed
 	$(RUN) -m tensorboard.main --logdir $(dir $(DEMO)) --host 127.0.0.1 --port $(PORT)
 
 test: $(ABSOLUTE_VENV)/.installed-dev lint
-	$(RUN) -m pytest -m 'not slow and not faults'
+	$(TEST) -m 'not slow and not faults'
 
 test-slow: $(ABSOLUTE_VENV)/.installed-dev
 	$(RUN) -m pytest -m slow
 
 test-faults: $(ABSOLUTE_VENV)/.installed-dev
-	T2T_FIGURES=output/faults.json $(RUN) -m pytest tests/faults
+	T2T_FIGURES=output/faults.json $(TEST) tests/faults
 
 browser:
 	command -v $${CHROMIUM:-chromium} || { \

@@ -17,6 +17,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from utils.errors import UserError
+from utils.forking import SureForks
 from utils.runtime import keep_freed_memory
 
 from .base import ImageDataset
@@ -69,6 +71,8 @@ def create_loader(
     if workers:
         # Workers compute with one thread each: PyTorch sets that itself.
         options.update(persistent_workers=True, prefetch_factor=PREFETCH, worker_init_fn=_prepare_worker)
+        if sys.platform == 'linux':  # other systems have no safe fork
+            options.update(multiprocessing_context=SureForks())
     # With a generator of its own an iterator takes nothing from the global one; what it draws has no effect.
     dataloader = DataLoader(batches, batch_sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator(),
                             **options)

@@ -218,7 +218,6 @@ def create_eval_loader(args, dataset, image: Input, world: World) -> tuple[Loade
     prepare = BatchPreparer(world.device, mean=image.mean, std=image.std, channels_last=args.channels_last)
     batch_size = args.batch_size * args.validation_batch_size_multiplier
     sampler = EvalSampler(len(dataset), batch_size, rank=world.rank, world_size=world.size)
-    # Its workers stay between epochs: to fork while threads end, as those of a loader that was used up, can deadlock.
     loader = create_loader(dataset, _create_eval_transform(args, image), sampler, seed=args.seed, workers=args.workers,
                            pin_memory=args.pin_mem and world.device.type == 'cuda',
                            max_bad_images=args.max_bad_val_images)

@@ -23,6 +23,7 @@ def pytest_runtest_logreport(report) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    if path := os.environ.get('T2T_FIGURES'):
+    # Where several processes run the tests, the one that started them hears of all.
+    if (path := os.environ.get('T2T_FIGURES')) and 'PYTEST_XDIST_WORKER' not in os.environ:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(_results, indent=1) + '\n')
