@@ -122,7 +122,7 @@ def run_script(main) -> None:
     except UserError as e:
         report(f'{name}: {e.label}{e}', e.exit_code)
     except KeyboardInterrupt:
-        report(f'{name}: interrupted; a training goes on from its last checkpoint with --resume auto', EXIT_CTRL_C)
+        report(f'{name}: interrupted; the same command starts it again', EXIT_CTRL_C)
     except Exception as e:
         # Only a process that has torch has peers; this module stays light for those that have none.
         distributed = sys.modules.get('utils.distributed')
