@@ -64,7 +64,10 @@ class BatchMemory:
                 self._taken[number] = 0
 
     def restart(self) -> None:
-        """Before an epoch: batches of the one before that nobody will get give back their blocks."""
+        """Before an epoch: batches of the one before that nobody will get give back their blocks.
+
+        Where that was left early, workers may be at one of it still; what they take for it comes back an epoch later.
+        """
         self.reclaim()
         for number in range(len(self._taken)):
             if number not in self._in_use:  # which workers that are still at the last epoch must not find free

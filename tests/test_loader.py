@@ -298,11 +298,12 @@ def test_memory_of_batches_is_used_again_once_nobody_holds_them(loader_of, folde
         del kept
 
         loader.set_position(0)
-        next(iter(loader))  # left early, with batches under way
-        loader.set_position(0)
-        passing = [(memory_of(images), images[1:].clone()) for images, _ in loader]
+        next(iter(loader))  # left early, with batches under way, which may hold blocks through the next epoch
+        for _ in range(2):
+            loader.set_position(0)
+            passing = [(memory_of(images), images[1:].clone()) for images, _ in loader]
+            assert torch.equal(torch.cat([images for _, images in passing]), expected[1::2])
         assert len({number for number, _ in passing}) <= 4 < len(passing)
-        assert torch.equal(torch.cat([images for _, images in passing]), expected[1::2])
 
 
 def test_what_is_in_use_is_never_free_not_for_a_moment():
