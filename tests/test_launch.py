@@ -2,12 +2,13 @@
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 import yaml
 
 from data.pipeline import check_training_input
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command
 from tests.test_options import parse
 from utils import launch, nodes
 from utils.errors import UserError
@@ -145,3 +146,49 @@ def test_the_page_names_every_setting():
         num_proc, *words = shlex.split(command.replace('\\\n', ' '))
         args = parse(*words)
         assert num_proc == '8' and (args.global_batch_size or args.batch_size * 32 == 512)
+
+
+# --- The end ---------------------------------------------------------------------------------------------------------
+
+BUSY = '''
+import sys
+from datetime import timedelta
+import torch.distributed as dist
+from utils import distributed, launch, nodes
+from utils.errors import run_script
+
+def in_the_store(*_):
+    """Most of its time a thread is here, as one that looks into a slow store is."""
+    try:
+        dist.HashStore().wait(['never'], timedelta(milliseconds=20))
+    except dist.DistStoreError:
+        pass
+'''
+ENDS = {
+    'launcher': '''
+class Nodes(nodes.Nodes):
+    def _look(self):
+        while True:
+            in_the_store()
+            self._looks += 1
+    def look(self):
+        pass
+
+nodes.Nodes = Nodes
+run_script(launch.main)
+''',
+    'process': '''
+class Store:
+    set = in_the_store
+
+distributed.BEAT = 0
+distributed._progress.start(Store(), 0, 1, timedelta(minutes=1))
+run_script(distributed.leave)
+'''}
+
+
+@pytest.mark.parametrize('who', ENDS)
+def test_a_thread_in_the_store_does_not_abort_what_ends_well(who, tmp_path):
+    (tmp_path / 'script.py').write_text('print("done")\n')
+    ended = run_command([sys.executable, '-c', BUSY + ENDS[who], '1', tmp_path / 'script.py', '--device', 'cpu'], ROOT)
+    assert (ended.returncode, ended.stderr) == (0, '')

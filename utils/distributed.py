@@ -128,15 +128,19 @@ class _Progress:
         self.timeout = timedelta(minutes=30)
         self._since = time.time()
         self._store = None
+        self._thread = None
         self._stopped = threading.Event()
 
     def start(self, store, rank: int, size: int, timeout: timedelta) -> None:
         self._store, self._rank, self._size, self.timeout = store, rank, size, timeout
         self._stopped.clear()
-        threading.Thread(target=self._run, name='progress', daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name='progress', daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         self._stopped.set()
+        if self._thread:  # which, in the store as the interpreter ends, would be unwound through C++: an abort
+            self._thread.join(PATIENCE)
         self._store = None
 
     def note(self, step: int) -> None:

@@ -24,7 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from unittest import mock
 
-from utils.errors import DECISIONS, UserError, report, run_script
+from utils.errors import DECISIONS, UserError, leave_at_once, report, run_script
 from utils.options import Parser, count, multiples_around, number, positive, positive_int, take_recipe
 
 DEFAULT_PORT = 29500
@@ -83,6 +83,8 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
         if failure.exitcode not in DECISIONS and restarts:
             line += f', after {restarts} restart(s); --resume auto goes on from the last checkpoint'
         report(line, failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    # A thread that looks into the store as the interpreter ends would be unwound through C++, which aborts the process.
+    leave_at_once(0)
 
 
 def _setting(name: str) -> str:
