@@ -1,4 +1,5 @@
 """torch.compile for training and evaluation, in place: the model, its keys and its copies stay what they are."""
+import torch
 from torch import nn
 
 from utils.errors import UserError
@@ -24,6 +25,8 @@ def compile_model(model: nn.Module, how: str) -> None:
     if not how:
         return
     check_compiler()
+    # A block by itself is smaller than a bucket, and cannot be cut where its rate of dropped paths is an input.
+    torch._dynamo.config.optimize_ddp = how != 'blocks'
     if how == 'blocks':
         for block in _blocks(model):
             block.compile()
