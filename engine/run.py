@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from engine.checkpoint import RunLock, resolve_run
@@ -48,9 +49,7 @@ def create_state(args, model: nn.Module, optimizer, precision: Precision, classe
                  world: World) -> TrainState:
     """The state of a new run, on its device; the average starts as a copy of the weights."""
     if args.sync_bn and world.size > 1:
-        if world.device.type != 'cuda':
-            raise UserError('--sync-bn: batch norm over several processes needs GPUs; leave it out')
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)  # timm's, for torch's own drops the activations within timm's norms
     model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     # Ranks draw different numbers, initial weights too. DDP would set that right in the model, but not in the average.
     overwrite_from_main(model.state_dict().values())
