@@ -29,11 +29,35 @@ def wrap_model(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     device_ids = [world.device] if world.device.type == 'cuda' else None
-    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    # DDP puts the gradients into other buckets after its first step, and from three ranks on a sum depends on where in
-    # a bucket it is taken: the first step after a resume would not be that of a run that went on. So, from the first.
-    wrapped.reducer._push_all_rebuilt_params()
+    size = bucket_bytes(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
+    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True,
+                                      bucket_cap_mb=size / 2**20)
+    # Constants need no broadcast in each step, and _share_buffers shares what batch norms have seen in an epoch.
+    wrapped.broadcast_buffers = False
+    _settle_buckets(wrapped)
     return wrapped
+
+
+def bucket_bytes(gradients: float) -> float:
+    """The size of DDP's buckets for so many bytes of gradients.
+
+    DDP's own size is 25 MiB. A small model has eight buckets, since nothing hides the sum of the last one; they are of
+    1 MiB at least, which is what torch.compile has for the first one.
+    """
+    return min(25 * 2**20, max(2**20, gradients / 8))
+
+
+def _settle_buckets(wrapped: DistributedDataParallel) -> None:
+    """Gives DDP the buckets of all steps before the first one, in the order in which a backward pass fills them.
+
+    DDP starts with one bucket, and makes more after its first step, in the order in which that step's gradients came.
+    From three ranks on a sum depends on its place in a bucket: a resumed run would differ in its first step. Hence DDP
+    sees a backward pass of zeros before that step, from the last parameter to the first.
+    """
+    wrapped.reducer.prepare_for_backward([])
+    for parameter in reversed([parameter for parameter in wrapped.module.parameters() if parameter.requires_grad]):
+        (parameter * 0).sum().backward()
+    wrapped.zero_grad(set_to_none=True)
 
 
 class Trainer:
