@@ -6,7 +6,7 @@
     simulate(cluster, work, 64, steps=200)    # seconds of a step, with chance in it
 
 Times are in seconds, sizes in bytes, rates in so many per second. A step is, on each GPU: wait for a batch, forward,
-backward, and while that goes on the reduction of the gradients, bucket by bucket as DistributedDataParallel makes them;
+backward, and while that goes on the reduction of the gradients, bucket by bucket as engine/loop.py has them;
 then the optimizer. All GPUs wait for the slowest. Not modelled: what reduction takes from the GPU that computes,
 traffic of data and gradients on one wire, a congested network, the first epoch's cold caches.
 """
@@ -18,7 +18,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # of DistributedDataParallel
+from engine.loop import bucket_bytes
+
 LEAST_GAIN = 1e-6
 
 
@@ -114,12 +115,12 @@ class Work:
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts of a step
 
-def fill_buckets(gradients, first: float = FIRST_BUCKET, size: float = BUCKET) -> list[tuple[float, float]]:
+def fill_buckets(gradients) -> list[tuple[float, float]]:
     """(part of the backward pass after which it is full, bytes) of each bucket; each is closed once it has its size."""
-    buckets, filled = [], 0.
+    buckets, filled, size = [], 0., bucket_bytes(sum(amount for _, amount in gradients))
     for ready, amount in gradients:
         filled += amount
-        if filled >= (size if buckets else first):
+        if filled >= size:
             buckets.append((ready, filled))
             filled = 0.
     if filled:

@@ -1,0 +1,214 @@
+"""DDP: gradients are summed while the backward pass runs, in buckets that stay; they are the average over the ranks.
+
+The numbers that are held to here are written by `python -m benchmarks.overlap`.
+"""
+import contextlib
+import json
+import math
+import traceback
+from datetime import timedelta
+from unittest import mock
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.overlap import Link, early_percent, list_hand_overs
+from engine.compile import MODES, compile_model
+from engine.loop import bucket_bytes, wrap_model
+from tests.conftest import ROOT
+from utils.distributed import World
+
+CPU = torch.device('cpu')
+SMALL = dict(img_size=32, embed_dim=48, depth=3, num_heads=3, num_classes=5)
+HOW = ['blocks', *MODES]  # all values of --compile
+COUNTED = json.loads((ROOT / 'benchmarks/results/overlap.json').read_text())['hand_overs']
+
+
+class Group:
+    """Processes with gloo between them that take one call after the other: their start costs more than a test."""
+
+    def __init__(self, size: int, folder):
+        context = torch.multiprocessing.get_context('spawn')
+        self._pipes, there = zip(*(context.Pipe() for _ in range(size)), strict=True)
+        self._processes = [context.Process(target=serve, args=(pipe, rank, size, f'file://{folder}/group'), daemon=True)
+                           for rank, pipe in enumerate(there)]
+        for process in self._processes:
+            process.start()
+
+    def __call__(self, test, *args) -> list:
+        """What test(world, *args) returns on each rank."""
+        for pipe in self._pipes:
+            pipe.send((test, args))
+        assert all(pipe.poll(120) for pipe in self._pipes), f'{test.__name__}: a rank has not answered'
+        found = [pipe.recv() for pipe in self._pipes]
+        assert not any(isinstance(answer, str) for answer in found), '\n'.join(map(str, found))
+        return found
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def serve(pipe, rank: int, size: int, meeting: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    while True:
+        test, args = pipe.recv()
+        try:
+            pipe.send(test(World(rank, rank, size, CPU), *args))
+        except Exception:
+            pipe.send(traceback.format_exc())
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    with contextlib.closing(Group(2, tmp_path_factory.mktemp('two'))) as group:
+        yield group
+
+
+@pytest.fixture(scope='module')
+def three(tmp_path_factory):
+    with contextlib.closing(Group(3, tmp_path_factory.mktemp('three'))) as group:
+        yield group
+
+
+def make(name: str, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs)
+
+
+def images_of(rank: int) -> torch.Tensor:
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(rank))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Buckets
+
+def hand_overs_of_two_steps(world: World, name: str) -> list[dict]:
+    model = wrap_model(make(name, img_size=32), world)
+    link = Link(model)
+    return [list_hand_overs(model, link, lambda: model(images_of(world.rank)).square().sum()) for _ in range(2)]
+
+
+@pytest.mark.parametrize('name', ['t2t_vit_7', 't2t_vit_14'])
+def test_buckets_are_handed_over_while_the_backward_pass_runs(name, two):
+    """After as many gradients as committed, in the first step as in all others, and on both ranks."""
+    steps = two(hand_overs_of_two_steps, name)
+    assert steps == [[COUNTED[name]] * 2] * 2, 'if this is as you want it, python -m benchmarks.overlap counts anew'
+
+
+@pytest.mark.parametrize('name', COUNTED)
+def test_most_bytes_go_before_the_last_gradient(name):
+    gradients = [p.numel() * p.element_size() for p in make(name).parameters() if p.requires_grad]
+    found = COUNTED[name]
+    assert found['gradients'] == len(gradients) and sum(size for _, size in found['buckets']) == sum(gradients)
+    assert early_percent(found) >= 80
+
+
+def test_size_of_buckets():
+    assert bucket_bytes(1000) == 2**20
+    assert bucket_bytes(16 * 2**20) == 2 * 2**20
+    assert bucket_bytes(10**10) == 25 * 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients, buffers and collectives
+
+def gradients_of_two_steps(world: World) -> list[list[torch.Tensor]]:
+    """Both of the first step and the second, whose buckets DDP would make anew."""
+    model = wrap_model(make('t2t_vit_7', **SMALL).eval(), world)  # nothing random
+    assert not any(parameter.grad is not None for parameter in model.parameters()), 'of the pass that settles buckets'
+    found = []
+    for _ in range(2):
+        model(images_of(world.rank)).square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize('group', ['two', 'three'])
+def test_gradients_are_the_average_of_all_ranks(group, request):
+    of_ranks = request.getfixturevalue(group)(gradients_of_two_steps)
+    model = make('t2t_vit_7', **SMALL).eval()
+    for rank in range(len(of_ranks)):
+        (model(images_of(rank)).square().sum() / len(of_ranks)).backward()
+    for steps in of_ranks:
+        for first, second, expected in zip(*steps, model.parameters(), strict=True):
+            assert torch.equal(first, second), 'a sum must not depend on whether a step is the first after a resume'
+            torch.testing.assert_close(first, expected.grad)
+
+
+class Collectives(TorchDispatchMode):
+    """Names of the collectives that the main thread starts."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == 'c10d':
+            self.names.append(operator.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
+def collectives_of_three_steps(world: World, name: str) -> list[tuple[list[str], list[str]]]:
+    """Of the forward and of the backward pass."""
+    model, found = wrap_model(make(name), world), []
+    for _ in range(3):
+        with Collectives() as forward:
+            loss = model(images_of(world.rank)).square().sum()
+        with Collectives() as backward:
+            loss.backward()
+        found.append((forward.names, backward.names))
+    return found
+
+
+@pytest.mark.parametrize('name', ['t2t_vit_7', 'resnet18'])
+def test_collectives_of_a_step_are_the_sums_of_its_buckets(name, two):
+    """None for constants, nor for running statistics, which are shared at the end of an epoch."""
+    buckets = ['allreduce_.default'] * {'t2t_vit_7': len(COUNTED['t2t_vit_7']['buckets']), 'resnet18': 6}[name]
+    first = ['broadcast_.default'] * 2, buckets  # the order of the buckets, of rank 0
+    assert two(collectives_of_three_steps, name) == [[first, ([], buckets), ([], buckets)]] * 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --compile
+
+def losses_and_graphs(world: World, how: str) -> tuple[list[float], int]:
+    """Of steps of training with dropped paths, compiled by a backend that needs no C++ compiler."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    in_place = nn.Module.compile
+    with (mock.patch('engine.compile.check_compiler'),
+          mock.patch.object(nn.Module, 'compile', lambda module, **settings: in_place(
+              module, backend=backend, dynamic=settings.get('dynamic')))):
+        model = make('t2t_vit_7', **SMALL | {'embed_dim': 192, 'depth': 4}, drop_path_rate=0.1)
+        compile_model(model, how)
+        wrapped = wrap_model(model, world)
+        losses = []
+        for step in range(2):
+            torch.manual_seed(step)
+            loss = wrapped(images_of(world.rank)).square().mean()
+            loss.backward()
+            losses.append(loss.item())
+    return losses, len(graphs)
+
+
+@pytest.mark.parametrize('how', HOW)
+def test_every_value_of_compile_runs_on_two_processes(how, two):
+    found = two(losses_and_graphs, how)
+    for losses, graphs in found:
+        assert all(map(math.isfinite, losses))
+        # Blocks share theirs; a whole model is cut at the borders of its buckets, so that they are summed early.
+        assert graphs <= 4 if how == 'blocks' else graphs > 4
