@@ -148,6 +148,8 @@ class Agent(LocalElasticAgent):
             self._tell_of_failures()
         if is_over:
             self._await_the_others()
+            if EXIT_HANG in self._codes():  # which may have come after another process was aborted
+                self._nodes.tell('hang')
             self._show_stacks(worker_group)
         self._kill()
         self._watching = False
@@ -254,7 +256,8 @@ class Agent(LocalElasticAgent):
         local_rank, failure = min(self._failures.items(), key=lambda item: self._blame(*item))
         rank, code = worker_group.workers[local_rank].global_rank, failure.exitcode
         was_stopped = bool(self._signal) and (local_rank in self._killed or code == -self._signal)
-        is_consequence = local_rank in self._killed or code in (EXIT_HANG, EXIT_PEER_LOST)
+        is_consequence = (local_rank in self._killed or code in (EXIT_HANG, EXIT_PEER_LOST)
+                          or code == -signal.SIGABRT and self._follows_from_others())
         nodes, result = self._nodes, RunResult(state=WorkerState.FAILED, failures={rank: failure})
         nodes.look()
         if was_stopped and code not in DECISIONS:
@@ -273,6 +276,17 @@ class Agent(LocalElasticAgent):
         _say(f'{describe(rank, failure)}; restart {limit - self._remaining_restarts + 1} of {limit}')
         return result
 
+    def _follows_from_others(self) -> bool:
+        """Whether NCCL may have aborted a process of this node for what has happened on another one, of which that
+        node's launcher tells at about the same time."""
+        nodes, end = self._nodes, time.monotonic() + HEARSAY_SECONDS
+        if len(nodes.members) < 2:
+            return False
+        while self._is_first_to_tell and time.monotonic() < end:
+            time.sleep(0.1)
+            self._is_first_to_tell = not nodes.has_told('hang')
+        return not self._is_first_to_tell
+
     def _stopped(self) -> Stopped:
         stopped = Stopped(self._signal, killed=bool(self._killed))
         self._nodes.end(stopped.exit_code, str(stopped))
@@ -289,7 +303,8 @@ class Agent(LocalElasticAgent):
         """After what other nodes have brought about: the end where they end, else another meeting with them."""
         nodes = self._nodes
         is_final = not (is_to_join or self._worker_group.spec.max_restarts)
-        end = time.monotonic() + HEARSAY_SECONDS
+        # Whoever knows of a hang speaks before those that know of what it has led to.
+        end = time.monotonic() + HEARSAY_SECONDS * (1 if EXIT_HANG in self._codes() else 2)
         while is_final and not nodes.ended and time.monotonic() < end:
             time.sleep(0.1)
         if nodes.ended:
@@ -313,13 +328,17 @@ class Agent(LocalElasticAgent):
             self._nodes.wait_for(super()._exit_barrier)
 
     def _blame(self, local_rank: int, failure: ProcessFailure) -> tuple:
-        """Least for the failure to be reported: what was decided, then crashes, then what they have led to."""
+        """Least for the failure to be reported: what was decided, then crashes, then what they have led to.
+
+        Of those that weigh the same, the one noticed first is reported.
+        """
         code = failure.exitcode
         if code in DECISIONS:  # a mistake or NaN of one rank weighs more than what the others made of it
-            return 0, DECISIONS.index(code), local_rank
+            return 0, DECISIONS.index(code)
         if local_rank in self._killed:
-            return 4, 0, local_rank
-        return {EXIT_HANG: 1, EXIT_PEER_LOST: 3}.get(code, 2), 0, local_rank
+            return 5, 0
+        # NCCL's watchdog aborts whoever has lost another process, be it by a crash or by a report of a hang.
+        return {EXIT_HANG: 1, -signal.SIGABRT: 3, EXIT_PEER_LOST: 4}.get(code, 2), 0
 
 
 def _kill_session(leader: int) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -15,18 +16,23 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from utils.errors import HangError, PeerLostError, UserError
+from utils.errors import HangError, PeerLostError, UserError, fail
+from utils.watch import BEAT, DeviceMarks, DeviceWatch
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]
 # Where processes that start at the same time may be apart: imports, a cold disk.
 START = timedelta(minutes=10)
-BEAT = 0.5  # seconds between two words of a rank on where it stands
 # Processes that wait in vain for the same one notice it within this many seconds of each other.
 PATIENCE = 3.0
+# NCCL's watchdog aborts a process without a word on the rank that did not come. It begins to count before the watch of
+# this file does, when a collective is enqueued. With this much more time it acts only where the watch itself hangs.
+NCCL_MARGIN = timedelta(minutes=5)
 LOST = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'Connection refused', 'was aborted',
         'remote process exited')
 TIMED_OUT = ('timed out', 'timeout', 'Timed out')
+# Beside NCCL, a group for what hosts tell one another: no GPU takes part, and gloo raises after --timeout.
+_host_group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ def join(device_name: str, timeout: timedelta = timedelta(minutes=30)) -> World:
         UserError: no such device, or more processes here than GPUs.
         PeerLostError: not all processes have come.
     """
+    global _host_group
     rank, size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     local_rank, local_size = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     device = _device(device_name, local_rank, local_size)
@@ -62,13 +69,13 @@ def join(device_name: str, timeout: timedelta = timedelta(minutes=30)) -> World:
     if size > 1:
         try:
             store = _meet(rank, size)
-            # A device_id makes barriers use the right GPU and communicators come up early.
-            kwargs = {'device_id': device} if device.type == 'cuda' else {}
-            dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank,
-                                    world_size=size, timeout=timeout, **kwargs)
+            _connect(store, rank, size, device, timeout)
         except RuntimeError as e:
             raise PeerLostError(f'the processes of the job have not found one another ({_first_line(e)})') from e
         _progress.start(store, rank, size, timeout)
+        if device.type == 'cuda':
+            _host_group = _gloo_group()
+            _progress.watch(DeviceMarks(device))
     return World(rank, local_rank, size, device, local_size)
 
 
@@ -81,6 +88,17 @@ def _meet(rank: int, size: int) -> dist.Store:
     store.set(f'joined/{rank}', '')
     store.wait([f'joined/{other}' for other in range(size)], START)
     return store
+
+
+def _connect(store: dist.Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> None:
+    is_gpu = device.type == 'cuda'
+    if is_gpu:
+        timeout += NCCL_MARGIN
+        # Another thread of torch aborts the process when the watchdog hangs, after 8 minutes unless told otherwise.
+        os.environ.setdefault('TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC', str(round(timeout.total_seconds())))
+    # A device_id makes communicators come up early.
+    dist.init_process_group('nccl' if is_gpu else 'gloo', store=store, rank=rank, world_size=size, timeout=timeout,
+                            device_id=device if is_gpu else None)
 
 
 def _device(name: str, local_rank: int, local_size: int) -> torch.device:
@@ -104,7 +122,9 @@ def _device(name: str, local_rank: int, local_size: int) -> torch.device:
 
 def leave() -> None:
     """The end of a script: gives the group's connections back."""
+    global _host_group
     _progress.stop()
+    _host_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -121,10 +141,14 @@ def was_restarted() -> bool:
 # --- A process that does not come ------------------------------------------------------------------------------------
 
 class _Progress:
-    """Where each rank stands, told twice a second to the store that all share, by a thread: no step waits for it."""
+    """Where each rank stands, told twice a second to the store that all share, by a thread: no step waits for it.
+
+    The thread also ends this process where its device waits for another rank in vain (see `watch`).
+    """
 
     def __init__(self):
         self.step = 0
+        self._device: DeviceWatch | None = None
         self.timeout = timedelta(minutes=30)
         self._since = time.time()
         self._store = None
@@ -137,11 +161,25 @@ class _Progress:
         self._thread = threading.Thread(target=self._run, name='progress', daemon=True)
         self._thread.start()
 
+    def watch(self, mark: Callable[[], Callable[[], bool]]) -> None:
+        """Watches a device on which collectives run, and which the main thread may wait for without end.
+
+        The device of a rank that did not come to a collective is idle, wherever its host hangs. So that rank does not
+        say that it waits, and the others name it. gloo needs no watch: its calls raise after their timeout.
+
+        Args:
+            mark: as of DeviceWatch.
+        """
+        self._device = DeviceWatch(mark)
+
     def stop(self) -> None:
         self._stopped.set()
         if self._thread:  # which, in the store as the interpreter ends, would be unwound through C++: an abort
             self._thread.join(PATIENCE)
         self._store = None
+        if self._device:
+            self._device.stop()
+            self._device = None
 
     def note(self, step: int) -> None:
         self.step, self._since = step, time.time()
@@ -152,15 +190,38 @@ class _Progress:
             told = {'step': self.step, 'since': self._since, 'now': time.time(), 'where': _where_main_thread_is()}
             try:
                 store.set(f'progress/{self._rank}', json.dumps(told))
+                self._end_if_in_vain()
             except RuntimeError:
                 return  # the launcher is gone, and its store
             if self._stopped.wait(BEAT):
                 return
 
+    def _end_if_in_vain(self) -> None:
+        device = self._device
+        waited = device.waited() if device else 0.0
+        # Ranks come to a collective at different times. Those that came late say that they wait as soon as the first
+        # loses patience, so that it does not take them for missing.
+        if waited > self.timeout.total_seconds() or (waited > PATIENCE and self.someone_waits()):
+            error = self.hang()
+            if error and not self._stopped.is_set():
+                fail(error)
+
+    def hang(self) -> HangError | None:
+        """The error of this rank, which waits in vain; None if the store is gone."""
+        missing = self.missing()
+        if missing is None:
+            return None
+        seconds = f'{self.timeout.total_seconds():g} s (--timeout)'
+        if missing:
+            return HangError(f'waited {seconds} in vain for {"; for ".join(missing)}')
+        devices = ' and to their GPUs' if self._device else ''
+        return HangError(f'waited {seconds} in vain, as all ranks did; see to the network between them{devices}')
+
     def missing(self) -> list[str] | None:
         """What is known of each rank that does not wait in vain as this one does; None if the store is gone."""
         try:
             self._store.set(f'waiting/{self._rank}', '')
+            self._store.set('someone waits', '')
             others = {rank for rank in range(self._size) if rank != self._rank}
             end = time.monotonic() + PATIENCE
             while others and time.monotonic() < end:
@@ -173,7 +234,7 @@ class _Progress:
     def someone_waits(self) -> bool:
         """True where a rank has waited in vain, and has said so before it ended."""
         try:
-            return any(self._store.check([f'waiting/{rank}']) for rank in range(self._size))
+            return self._store.check(['someone waits'])
         except (RuntimeError, AttributeError):
             return False
 
@@ -220,13 +281,8 @@ def explain(error: Exception) -> HangError | PeerLostError | None:
     if not timed_out and not any(words in text for words in LOST) and not isinstance(error, dist.DistError):
         return None
     # The first to lose patience closes its connections: to the others it looks as if it had died.
-    if timed_out or _progress.someone_waits():
-        missing = _progress.missing()
-        seconds = f'{_progress.timeout.total_seconds():g} s (--timeout)'
-        if missing:
-            return HangError(f'waited {seconds} in vain for {"; for ".join(missing)}')
-        if missing is not None:
-            return HangError(f'waited {seconds} in vain, as all ranks did; see to the network between them')
+    if (timed_out or _progress.someone_waits()) and (hang := _progress.hang()):
+        return hang
     return PeerLostError(f'another process of the job was lost ({_first_line(error)})')
 
 
@@ -251,6 +307,14 @@ def _clock(seconds: float) -> str:
 
 # --- What ranks say to one another -----------------------------------------------------------------------------------
 
+def _gloo_group() -> dist.ProcessGroup:
+    """Another group of all ranks, of CPU tensors; all must call this."""
+    try:
+        return dist.new_group(backend='gloo', timeout=_progress.timeout)
+    except RuntimeError as e:
+        raise PeerLostError('the processes cannot connect over gloo, which they need beside NCCL '
+                            f'({_first_line(e)}); GLOO_SOCKET_IFNAME=eth0 would name the network') from e
+
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The elementwise sum of `values` over all ranks, in place."""
@@ -264,7 +328,7 @@ def from_main(value):
     if not is_distributed():
         return value
     box = [value]
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=_host_group)
     return box[0]
 
 
@@ -292,18 +356,18 @@ def gather(value) -> list:
     if not is_distributed():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_host_group)
     return values
 
 
 @contextlib.contextmanager
 def one_per_machine_first(world: World):
     """This block is run by the first rank of every machine, then by the others: for files that it fetches."""
-    if is_distributed() and world.local_rank != 0:
-        dist.barrier()
+    if world.local_rank != 0:
+        gather(None)
     yield
-    if is_distributed() and world.local_rank == 0:
-        dist.barrier()
+    if world.local_rank == 0:
+        gather(None)
 
 
 class Agreement:
@@ -314,13 +378,8 @@ class Agreement:
     """
 
     def __init__(self):
-        self._group = self._under_way = None
-        if is_distributed():
-            try:
-                self._group = dist.new_group(backend='gloo', timeout=_progress.timeout)
-            except RuntimeError as e:
-                raise PeerLostError('the processes cannot connect over gloo, which they need beside NCCL '
-                                    f'({_first_line(e)}); GLOO_SOCKET_IFNAME=eth0 would name the network') from e
+        self._group = _gloo_group() if is_distributed() else None
+        self._under_way = None
 
     def exchange(self, number: int) -> int:
         """What the ranks gave in the call before, or 0; as long as it is 0, `number` is what the next call returns."""

@@ -19,6 +19,7 @@ import select
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable
@@ -36,6 +37,9 @@ EXIT_CTRL_C = 130
 
 # Ends that were decided on: the same would come of starting the processes again.
 DECISIONS = (EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_INTERRUPTED, EXIT_CTRL_C)
+
+# Held by the thread that reports, until the process has ended; a signal's handler may interrupt it, and report too.
+_reporting = threading.RLock()
 
 
 class UserError(ValueError):
@@ -120,7 +124,7 @@ def run_script(main) -> None:
         if not _nobody_reads():
             raise
     except UserError as e:
-        report(f'{name}: {e.label}{e}', e.exit_code)
+        fail(e)
     except KeyboardInterrupt:
         report(f'{name}: interrupted; the same command starts it again', EXIT_CTRL_C)
     except Exception as e:
@@ -129,7 +133,7 @@ def run_script(main) -> None:
         if distributed is None or not distributed.is_distributed():
             raise
         if explained := distributed.explain(e):
-            report(f'{name}: {explained.label}{explained}', explained.exit_code)
+            fail(explained)
         traceback.print_exc()
         leave_at_once(EXIT_BUG)
 
@@ -144,24 +148,30 @@ def _nobody_reads() -> bool:
     return True
 
 
+def fail(error: UserError) -> None:
+    """Says, in the name of the script, what is wrong, and exits; from any thread."""
+    report(f'{Path(sys.argv[0]).name}: {error.label}{error}', error.exit_code)
+
+
 def report(line: str, exit_code: int) -> None:
     """Says `line` once, however many processes have the same to say, and exits.
 
     Under torchrun the message goes into the file that its agent reads; the launcher prints the first one. A process on
     its own prints it, and so does rank 0 when the launcher is gone.
     """
-    error_file = os.environ.get('TORCHELASTIC_ERROR_FILE')
-    if error_file and not signals.is_orphan():
-        # By way of a rename: the launcher must not find half of it, should this process be killed now.
-        written = Path(f'{error_file}.new')
-        try:
-            written.write_text(json.dumps({'message': line, 'timestamp': int(time.time())}))
-            written.replace(error_file)
-        except OSError:  # a full disk; this may be what the line is about
+    with _reporting:
+        error_file = os.environ.get('TORCHELASTIC_ERROR_FILE')
+        if error_file and not signals.is_orphan():
+            # By way of a rename: the launcher must not find half of it, should this process be killed now.
+            written = Path(f'{error_file}.new')
+            try:
+                written.write_text(json.dumps({'message': line, 'timestamp': int(time.time())}))
+                written.replace(error_file)
+            except OSError:  # a full disk; this may be what the line is about
+                print(line, file=sys.stderr)
+        elif os.environ.get('RANK', '0') == '0':
             print(line, file=sys.stderr)
-    elif os.environ.get('RANK', '0') == '0':
-        print(line, file=sys.stderr)
-    leave_at_once(exit_code)
+        leave_at_once(exit_code)
 
 
 def leave_at_once(exit_code: int) -> None:
