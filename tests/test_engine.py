@@ -17,13 +17,16 @@ from data.loader import create_loader
 from data.samplers import EvalSampler
 from engine import checkpoint as checkpoint_files
 from engine.checkpoint import BEST, LAST, resolve_run, save_checkpoint
+from engine.checks import check_run_options
 from engine.evaluate import ConfidentErrors, evaluate
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule, param_groups
+from engine.run import create_state
 from engine.state import TrainState
 from models import create_model
 from tests.conftest import assert_same, write_checkpoint
 from utils import distributed
+from utils.distributed import World
 from utils.errors import UserError
 from utils.files import read_checkpoint
 from utils.runtime import Precision, get_rng_state, seed_everything, set_rng_state
@@ -283,6 +286,28 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(change, said):
     with pytest.raises(UserError, match=said):
         state.load_state_dict(content, source='file.pth.tar')
     assert_same(before, dict(state.model.state_dict()))
+
+
+@pytest.mark.parametrize('name', ['mobilenetv2_100', 'efficientnet_b0', 'resnet18', 't2t_vit_7'])
+def test_sync_bn_leaves_what_a_model_computes(name):
+    """timm's norms may hold an activation, which torch's own conversion drops."""
+    torch.manual_seed(0)
+    model, images = create_model(name, num_classes=3, img_size=32), torch.randn(2, 3, 32, 32)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    expected, keys = model.eval()(images), list(model.state_dict())
+    args = recipe(sync_bn=True, channels_last=False, model_ema=False, model=name, as_dict=dict)
+    state = create_state(args, model, create_optimizer(param_groups(model, 0.05), recipe()),
+                         Precision(CPU, enabled=False), ['a', 'b', 'c'], World(rank=0, local_rank=0, size=2, device=CPU))
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in state.model.modules()) == norms
+    assert torch.equal(state.model(images), expected) and list(state.model.state_dict()) == keys
+    optimized = {id(p) for group in state.optimizer.param_groups for p in group['params']}
+    assert optimized == {id(p) for p in state.model.parameters() if p.requires_grad}
+
+
+def test_sync_bn_without_gpus_is_refused_before_the_data():
+    with pytest.raises(UserError, match='--sync-bn: batch norm over several processes needs GPUs'):
+        check_run_options(recipe(sync_bn=True, compile='', accum_steps=1, bce_loss=False, jsd=False, smoothing=0.1,
+                                 aug_splits=0), World(rank=0, local_rank=0, size=2, device=CPU), kind='train')
 
 
 def test_generators_round_trip():
