@@ -18,7 +18,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from engine.loop import bucket_bytes
+from engine.loop import bucket_sizes
 
 LEAST_GAIN = 1e-6
 
@@ -117,10 +117,11 @@ class Work:
 
 def fill_buckets(gradients) -> list[tuple[float, float]]:
     """(part of the backward pass after which it is full, bytes) of each bucket; each is closed once it has its size."""
-    buckets, filled, size = [], 0., bucket_bytes(sum(amount for _, amount in gradients))
+    first, size = bucket_sizes(sum(amount for _, amount in gradients))
+    buckets, filled = [], 0.
     for ready, amount in gradients:
         filled += amount
-        if filled >= size:
+        if filled >= (size if buckets else first):
             buckets.append((ready, filled))
             filled = 0.
     if filled:

@@ -12,8 +12,8 @@ MODES = {'model': None, 'graphs': 'reduce-overhead', 'autotune': 'max-autotune-n
 def compile_model(model: nn.Module, how: str) -> None:
     """Has `model`, when it is called, run as torch.compile makes it; inside DDP too, which then still overlaps.
 
-    DDP's all-reduce begins as soon as the gradients of a bucket are there: between the blocks, or, of a whole model,
-    between the graphs into which torch.compile cuts it at the borders of the buckets.
+    DDP sums a bucket as soon as its gradients are there: between the blocks or, of a whole model, between the graphs
+    into which torch.compile cuts it at the borders of the buckets.
 
     Args:
         how: '' for not at all; 'blocks', one block at a time: a minute; 'model' as a whole, which fuses more and

@@ -23,28 +23,33 @@ from utils.runtime import Precision
 
 _logger = logging.getLogger(__name__)
 
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes, of DistributedDataParallel unless told otherwise
+
 
 def wrap_model(model: nn.Module, world: World) -> nn.Module:
     """`model` for the training call: DDP where there are several ranks."""
     if world.size == 1:
         return model
     device_ids = [world.device] if world.device.type == 'cuda' else None
-    size = bucket_bytes(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
+    _, size = bucket_sizes(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
     wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True,
-                                      bucket_cap_mb=size / 2**20)
+                                      bucket_cap_mb=None if size == BUCKET else size / 2**20)
     # Constants need no broadcast in each step, and _share_buffers shares what batch norms have seen in an epoch.
     wrapped.broadcast_buffers = False
     _settle_buckets(wrapped)
     return wrapped
 
 
-def bucket_bytes(gradients: float) -> float:
-    """The size of DDP's buckets for so many bytes of gradients.
+def bucket_sizes(gradients: float) -> tuple[float, float]:
+    """Bytes of DDP's first bucket and of its others, for so many bytes of gradients: DDP's own sizes for most models.
 
-    DDP's own size is 25 MiB. A small model has eight buckets, since nothing hides the sum of the last one; they are of
-    1 MiB at least, which is what torch.compile has for the first one.
+    Nothing hides the sum of the last bucket, which would be nearly all of a small model: that one has eight. None is
+    smaller than DDP's own first one, as torch.compile wants it.
     """
-    return min(25 * 2**20, max(2**20, gradients / 8))
+    if gradients >= 3 * BUCKET:
+        return FIRST_BUCKET, BUCKET
+    size = max(FIRST_BUCKET, gradients / 8)
+    return size, size
 
 
 def _settle_buckets(wrapped: DistributedDataParallel) -> None:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.overlap import Link, early_percent, list_hand_overs
 from engine.compile import MODES, compile_model
-from engine.loop import bucket_bytes, wrap_model
+from engine.loop import bucket_sizes, wrap_model
 from tests.conftest import ROOT
 from utils.distributed import World
 
@@ -111,10 +111,10 @@ def test_most_bytes_go_before_the_last_gradient(name):
     assert early_percent(found) >= 80
 
 
-def test_size_of_buckets():
-    assert bucket_bytes(1000) == 2**20
-    assert bucket_bytes(16 * 2**20) == 2 * 2**20
-    assert bucket_bytes(10**10) == 25 * 2**20
+def test_sizes_of_buckets():
+    assert bucket_sizes(1000) == (2**20, 2**20)
+    assert bucket_sizes(16 * 2**20) == (2 * 2**20, 2 * 2**20)
+    assert bucket_sizes(85 * 2**20) == bucket_sizes(10**10) == (2**20, 25 * 2**20)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
