@@ -12,9 +12,8 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.counts import counting
 from engine.ema import ModelEma
 from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
@@ -98,43 +97,11 @@ def assert_same_bytes(before: dict, after: dict) -> None:
 
 # --- What the host waits for -----------------------------------------------------------------------------------------
 
-class Waits(TorchDispatchMode):
-    """Notes the operators that hand a value of the device to the host; copies between devices only a GPU can show."""
-
-    NAMES = ('_local_scalar_dense', 'is_nonzero', 'nonzero', 'item', 'equal', 'masked_select', 'unique')
-
-    def __init__(self):
-        super().__init__()
-        self.seen, self.count = [], 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        name = function._schema.name.removeprefix('aten::')
-        if name in self.NAMES:
-            self.seen.append(name)
-        return function(*args, **(kwargs or {}))
-
-
-class Asked(TorchFunctionMode):
-    """The same for what Python code calls: on a CPU some of it never becomes an operator."""
-
-    NAMES = ('tolist', 'item', 'numpy', 'cpu', '__bool__', '__int__', '__float__', '__index__', '__array__')
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, '__name__', '') in self.NAMES:
-            self.seen.append(function.__name__)
-        return function(*args, **(kwargs or {}))
-
-
 def waits_of(call) -> list[str]:
-    with Asked() as asked, Waits() as waits:
+    with counting() as counts:
         call()
-    assert waits.count or asked.seen
-    return asked.seen + waits.seen
+    assert counts.kernels or counts.reads
+    return list(counts.reads.elements())
 
 
 @pytest.mark.parametrize('changes', [{'clip_grad': None}, {'accum_steps': 2, 'amp': True}, {'opt': 'sgd'}],
