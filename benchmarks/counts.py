@@ -54,6 +54,7 @@ from utils.runtime import Precision, seed_everything, start
 SEED, SIZE, CLASSES, BATCH, LOADED = 0, 32, 10, 4, 64
 DEVICE = torch.device('cpu')
 ONE = World(rank=0, local_rank=0, size=1, device=DEVICE)
+TORCH = str(Path(torch.__file__).parent)
 SCALE = 1024.  # of float16's losses, at first
 # Steps by what they are called: the options of train.py, and what else there is about them.
 STEPS = {
@@ -105,9 +106,9 @@ class _Asked(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name, kwargs = getattr(function, '__name__', ''), kwargs or {}
-        # By name, for as an object it is the device that some tensor has.
-        copies = name == 'to' and 'cpu' in map(_as_name, (*args[1:], *kwargs.values())) and (
-            not kwargs.get('non_blocking'))
+        # Torch's own code has tensors follow others: where they are on a GPU, it is not to the CPU.
+        copies = name == 'to' and _is_of_cpu((*args[1:], *kwargs.values())) and not kwargs.get('non_blocking') and (
+            not sys._getframe(1).f_code.co_filename.startswith(TORCH))
         if self.is_reading or not (copies or name in self.NAMES):
             return function(*args, **kwargs)
         self._counts.reads['to cpu' if copies else name] += 1
@@ -118,8 +119,8 @@ class _Asked(TorchFunctionMode):
             self.is_reading = False
 
 
-def _as_name(value) -> str | None:
-    return value if isinstance(value, str) else None
+def _is_of_cpu(values: tuple) -> bool:
+    return any(str(value) == 'cpu' for value in values if isinstance(value, str | torch.device))
 
 
 class _Started(TorchDispatchMode):

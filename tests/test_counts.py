@@ -42,7 +42,7 @@ def test_counts_are_those_of_the_record(counted, record):
 def test_no_step_and_no_batch_waits_for_the_device(counted):
     for name, row in counted.items():
         if name.startswith(('step: ', 'training batch', 'evaluation batch', 'evaluation, a batch')):
-            assert set(row['reads']) == READING.get(name, set()), name
+            assert set(row['reads']) <= READING.get(name, set()), name
             assert sum(row['kernels'].values()) > 3, name
 
 
@@ -71,12 +71,13 @@ def test_kernels_are_operators_that_write():
 @pytest.mark.parametrize(('name', 'read'), [
     ('item', lambda x: x[0].item()), ('tolist', lambda x: x.tolist()), ('__bool__', lambda x: bool(x[0])),
     ('__float__', lambda x: float(x[0])), ('numpy', lambda x: x.numpy()), ('cpu', lambda x: x.cpu()),
-    ('to cpu', lambda x: x.to('cpu')), ('nonzero', lambda x: x.nonzero()), ('equal', lambda x: torch.equal(x, x)),
+    ('to cpu', lambda x: x.to('cpu')), ('to cpu', lambda x: x.to(torch.device('cpu'))), ('nonzero', lambda x: x.nonzero()), ('equal', lambda x: torch.equal(x, x)),
     ('masked_select', lambda x: x.masked_select(x > 0)), ('index by a mask', lambda x: x[x > 0]), ])
 def test_whatever_the_host_waits_for_is_one_read(name, read):
     x = torch.ones(3)
     assert count_of(lambda: read(x)).reads == {name: 1}
-    assert count_of(lambda: x.to(x.device).sort().values[torch.tensor([0])]).reads == {}
+    assert count_of(lambda: x.double().sort().values[torch.tensor([0])]).reads == {}
+    assert count_of(lambda: torch.nn.utils.get_total_norm([x, x])).reads == {}
 
 
 def test_what_a_change_adds_is_named():

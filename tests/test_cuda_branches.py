@@ -235,12 +235,13 @@ def alone(**environment: str):
 def ranks_meet_over_nccl_each_on_its_gpu(gpu: Gpu):
     mine = torch.device('cuda', 1)
     gpu.answer(device_count=2, set_device=None)
-    gpu.answer(dist, init_process_group=None)
-    with alone(RANK='3', WORLD_SIZE='4', LOCAL_RANK='1', LOCAL_WORLD_SIZE='2'), \
+    gpu.answer(dist, init_process_group=None, new_group=None)
+    with alone(RANK='3', WORLD_SIZE='4', LOCAL_RANK='1', LOCAL_WORLD_SIZE='2'), gpu.tensors(), \
             patch.object(distributed, '_meet', lambda *_: dist.HashStore()), \
-            patch.object(distributed._progress, 'start', autospec=True):
+            patch.object(distributed, '_progress') as progress:
         world = distributed.join('auto', timedelta(seconds=5))
     assert world == World(rank=3, local_rank=1, size=4, device=mine, local_size=2)
+    assert progress.start.call_count == 1
     asked = gpu.asked()
     assert ('set_device', mine) in gpu.notes and asked.index('set_device') < asked.index('init_process_group')
     how = gpu.notes[asked.index('init_process_group')]
@@ -319,7 +320,7 @@ def the_published_step_waits_before_it_averages(gpu: Gpu):
         loss=nn.CrossEntropyLoss(), precision=runtime.Precision(torch.device('cpu'), enabled=False),
         args=Options(**state.options))
     gpu.answer(synchronize=None)
-    with patch.object(step, '_average', lambda: gpu.notes.append(('average',))):
+    with patch.object(step, '_average', lambda *_: gpu.notes.append(('average',))):
         step(iter([(None, None)]))
     assert gpu.asked() == ['synchronize', 'average']
 
