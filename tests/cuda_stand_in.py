@@ -105,7 +105,7 @@ class _Work(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name, note = function._schema.name.removeprefix('aten::'), self._gpu.notes.append
+        name, note = function._schema.name.partition('::')[2], self._gpu.notes.append
         if name == 'record_stream':  # torch's own would want the GPU
             note(('kept until', self._gpu._streams[args[1].stream_id].name))
             return None
@@ -115,13 +115,15 @@ class _Work(TorchDispatchMode):
             note((self._gpu._current.name, 'computes', name))
             return None
         result = function(*args, **kwargs)
-        source = next((value for value in args if isinstance(value, torch.Tensor)), None)
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        source = None if not tensors else tensors[-1] if name == 'copy_' else tensors[0]
         if not _is_on_gpu(result) and not _is_on_gpu(source) or name == 'device':
             return result
         stream = self._gpu._current.name
         if name in ('_to_copy', 'copy_') and source is not None and _is_on_gpu(result) != _is_on_gpu(source):
-            how = 'without waiting' if kwargs.get('non_blocking') else 'waiting'
-            note((stream, 'copies to the GPU' if _is_on_gpu(result) else 'copies to the host', how))
+            is_free = kwargs.get('non_blocking', name == 'copy_' and args[2:] == (True,))
+            note((stream, 'copies to the GPU' if _is_on_gpu(result) else 'copies to the host',
+                  'without waiting' if is_free else 'waiting'))
         else:
             note((stream, 'computes', name))
         return result

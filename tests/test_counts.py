@@ -71,8 +71,9 @@ def test_kernels_are_operators_that_write():
 @pytest.mark.parametrize(('name', 'read'), [
     ('item', lambda x: x[0].item()), ('tolist', lambda x: x.tolist()), ('__bool__', lambda x: bool(x[0])),
     ('__float__', lambda x: float(x[0])), ('numpy', lambda x: x.numpy()), ('cpu', lambda x: x.cpu()),
-    ('to cpu', lambda x: x.to('cpu')), ('to cpu', lambda x: x.to(torch.device('cpu'))), ('nonzero', lambda x: x.nonzero()), ('equal', lambda x: torch.equal(x, x)),
-    ('masked_select', lambda x: x.masked_select(x > 0)), ('index by a mask', lambda x: x[x > 0]), ])
+    ('to cpu', lambda x: x.to('cpu')), ('to cpu', lambda x: x.to(torch.device('cpu'))),
+    ('nonzero', lambda x: x.nonzero()), ('equal', lambda x: torch.equal(x, x)),
+    ('masked_select', lambda x: x.masked_select(x > 0)), ('index by a mask', lambda x: x[x > 0])])
 def test_whatever_the_host_waits_for_is_one_read(name, read):
     x = torch.ones(3)
     assert count_of(lambda: read(x)).reads == {name: 1}

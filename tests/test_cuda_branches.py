@@ -418,8 +418,9 @@ PLACES = find_places(ROOT)
 def test_every_place_is_in_one_table():
     assert len(PLACES) > 30
     listed = [*RUN_BY, *ONLY_A_GPU]
-    assert not PLACES.keys() - set(listed), 'a scenario in RUN_BY runs these, or ONLY_A_GPU says why none can'
-    assert not set(listed) - PLACES.keys(), 'the code does not have these any more, or they are not about GPUs'
+    unlisted, gone = sorted(PLACES.keys() - set(listed)), sorted(set(listed) - PLACES.keys())
+    assert not unlisted, 'name the scenarios that run these in RUN_BY, or say in ONLY_A_GPU why none can'
+    assert not gone, 'the code does not have these any more, or they are not about GPUs; take them out'
     assert len(set(listed)) == len(listed), 'a place is in both tables'
     assert all(map(str.strip, ONLY_A_GPU.values())) and all(RUN_BY.values())
 
@@ -503,5 +504,12 @@ def test_stand_in_takes_nothing_that_torch_does_not_have():
         with pytest.raises(TypeError):
             torch.cuda.get_device_name(GPU, 'more')
         assert torch.cuda.get_device_name(GPU) == 'A GPU' and gpu.notes == [('get_device_name', GPU)]
+    with stand_in() as gpu, gpu.tensors():
+        on_host, on_gpu = torch.zeros(2), torch.zeros(2, device=GPU)
+        gpu.notes.clear()
+        for copy in (lambda: on_gpu.copy_(on_host), lambda: on_host.copy_(on_gpu, non_blocking=True), on_gpu.cpu):
+            copy()
+        assert [note[1:] for note in gpu.notes] == [('copies to the GPU', 'waiting'), (
+            'copies to the host', 'without waiting'), ('copies to the host', 'waiting')]
     own = {name for name in vars(Stream) if not name.startswith('_')}
     assert own == {'wait_stream'} <= set(dir(torch.cuda.Stream))
