@@ -67,8 +67,8 @@ def make(*, device=CPU, scaled=False, **changes) -> tuple[TrainState, TrainingSt
     state = create_state(args, model, create_optimizer(param_groups(model, args.weight_decay), args), precision,
                          ['a', 'b', 'c'], World(rank=0, local_rank=0, size=1, device=device))
     state.model.train()
-    step = TrainingStep(state, state.model, prepare=lambda *batch: tuple(tensor.to(device) for tensor in batch),
-                        loss=nn.CrossEntropyLoss(), precision=precision, args=args)
+    step = TrainingStep(state, state.model, loss=nn.CrossEntropyLoss(), precision=precision, args=args,
+                        prepare=lambda *batch: tuple(tensor.to(device, non_blocking=True) for tensor in batch))
     return state, step
 
 
