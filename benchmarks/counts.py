@@ -80,7 +80,9 @@ class Counts:
     """How often each operator that computes, each read and each collective has come, by name."""
 
     def __init__(self):
-        self.kernels, self.reads, self.collectives = Counter(), Counter(), Counter()
+        self.kernels: Counter[str] = Counter()
+        self.reads: Counter[str] = Counter()
+        self.collectives: Counter[str] = Counter()
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         return {kind: dict(sorted(counter.items())) for kind, counter in vars(self).items()}
