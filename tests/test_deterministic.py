@@ -13,8 +13,8 @@ from utils.runtime import set_determinism
 
 KWARGS = {'embed_dim': 32, 'depth': 2, 'num_heads': 2}
 MODEL = ('--model', 't2t_vit_7', '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2')
-TRAIN = ('-b', '6', '--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '0', '--lr', '1e-3', '-j', '0',
-         '--device', 'cpu', '--experiment', 'run', '--save-images', '--log-interval', '2')
+TRAIN = ('-b', '12', '--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '0', '--lr', '1e-3', '-j', '0',
+         '--device', 'cpu', '--no-tensorboard', '--save-images', '--log-interval', '2')
 TRAINED = ('-j', '0', '--device', 'cpu')
 
 
@@ -35,7 +35,8 @@ def checkpoint(tmp_path_factory) -> Path:
     ('train.py', ('DATA', *MODEL, *TRAIN, '--img-size', '48', '--initial-checkpoint', 'CHECKPOINT')),
     ('train.py', ('DATA', '--model', 'resnet10t', *TRAIN, '--img-size', '48', '--smoothing', '0', '--mixup', '0',
                   '--cutmix', '0')),
-    ('transfer.py', ('DATA', *MODEL, *TRAIN, '--img-size', '48', '--transfer-learning', '--transfer-model', 'CHECKPOINT')),
+    ('transfer.py', ('DATA', *MODEL, *TRAIN, '--img-size', '48', '--transfer-learning', '--transfer-model',
+                     'CHECKPOINT')),
     ('validate.py', ('DATA', *TRAINED, '--img-size', '48', '--eval-checkpoint', 'CHECKPOINT')),
     ('predict.py', ('DATA/val/ant', *TRAINED, '--img-size', '48', '--checkpoint', 'CHECKPOINT')),
     ('visualize.py', ('DATA/val/ant/ant_0.jpg', *TRAINED, '--img-size', '48', '--checkpoint', 'CHECKPOINT',
