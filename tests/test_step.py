@@ -174,6 +174,63 @@ def test_a_skipped_step_changes_no_byte_and_the_run_goes_on_as_one_without_it(va
     assert (with_bad.skipped_steps, with_bad.skipped_in_a_row) == (1, 0)
 
 
+class WithManyStatistics(nn.Sequential):
+    """Batch norms of other sizes and, of one, another dtype, in front of a classifier."""
+
+    def __init__(self, layers: int):
+        super().__init__(*(nn.Sequential(nn.Conv2d(3 + k, 4 + k, 1), nn.BatchNorm2d(4 + k)) for k in range(layers)),
+                         nn.BatchNorm2d(3 + layers, affine=False, momentum=None), nn.AvgPool2d(32), nn.Flatten(),
+                         nn.Linear(3 + layers, 3))
+        self[0][1].running_mean.neg_()
+
+    def get_classifier(self):
+        return self[-1]
+
+
+def with_many_statistics(layers: int) -> tuple[TrainState, TrainingStep]:
+    args = Options(**make()[0].options | {'clip_grad': None, 'model_ema': False})
+    torch.manual_seed(0)
+    model, precision = WithManyStatistics(layers).train(), Precision(CPU, enabled=False)
+    state = create_state(args, model, create_optimizer(param_groups(model, 0.05), args), precision, ['a', 'b', 'c'],
+                         World(rank=0, local_rank=0, size=1, device=CPU))
+    return state, TrainingStep(state, model, prepare=lambda *batch: batch, loss=nn.CrossEntropyLoss(),
+                               precision=precision, args=args)
+
+
+def test_statistics_of_all_layers_are_put_back_or_kept():
+    """Against a copy of the model that sees the good batches alone; `affine=False` has no parameters to update."""
+    state, step = with_many_statistics(5)
+    other, other_step = with_many_statistics(5)
+    for seed, value in enumerate((0.0, torch.nan, 0.0, torch.inf, torch.nan, 0.0)):
+        before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+        step(iter([batch(seed, value)]))
+        if value:
+            assert_same_bytes(before, state.model.state_dict())
+        else:
+            other_step(iter([batch(seed)]))
+            changed = [name for name, tensor in state.model.named_buffers() if not torch.equal(tensor, before[name])]
+            assert len(changed) == 3 * 6  # each mean, variance and count
+        assert_same_bytes(other.model.state_dict(), state.model.state_dict())
+
+
+def test_statistics_take_as_many_operators_however_many_layers_there_are():
+    class Copies(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function._schema.name.removeprefix('aten::')
+            self.seen += [name] * (name in ('clone', 'where', '_foreach_copy_'))
+            return function(*args, **(kwargs or {}))
+
+    for layers in (1, 12):
+        _, step = with_many_statistics(layers)
+        with Copies() as copies:
+            step(iter([batch(0)]))
+        assert copies.seen == 2 * ['_foreach_copy_'] + 2 * ['_foreach_copy_', 'where', '_foreach_copy_']
+
+
 def test_skipped_steps_are_told_of_when_they_are_settled(caplog):
     caplog.set_level('WARNING', logger='engine.step')
     state, step = make()
