@@ -12,6 +12,7 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.counts import counting
 from engine.ema import ModelEma
