@@ -73,12 +73,18 @@ class Traffic(TorchDispatchMode):
         kwargs = kwargs or {}
         read = _tensors((args, kwargs))
         result = func(*args, **kwargs)
-        written = _tensors(result) or _written(func, args, kwargs)
-        if func._schema.name.partition('::')[2] not in NOT_COMPUTING and not func.is_view and written:
+        if written := what_is_computed(func, args, kwargs, result):
             self.operators += 1
             # What is changed in place is an argument, and a result as well or marked in the schema: read and written.
             self.bytes += sum(map(_size, read)) + sum(map(_size, written))
         return result
+
+
+def what_is_computed(func, args: tuple, kwargs: dict, result) -> list[torch.Tensor]:
+    """The tensors that an operator writes; none of a view, and of what merely makes memory or reads a value."""
+    if func._schema.name.partition('::')[2] in NOT_COMPUTING or func.is_view:
+        return []
+    return _tensors(result) or _written(func, args, kwargs)
 
 
 def _tensors(tree) -> list[torch.Tensor]:

@@ -49,9 +49,7 @@ class TrainingStep:
         self._state, self._model = state, model
         self._prepare, self._loss, self._precision, self._args = prepare, loss, precision, args
         self._parameters = list(state.model.parameters())
-        # What a forward pass changes in the model.
-        self._statistics = [buffer for module in state.model.modules()
-                            if isinstance(module, nn.modules.batchnorm._BatchNorm) for buffer in module.buffers()]
+        self._statistics = _Statistics(state.model)
         self._is_fused = isinstance(state.optimizer, FUSED) and all(g['fused'] for g in state.optimizer.param_groups)
         self._unsettled = []
         self.gradient_norm = None
@@ -63,7 +61,7 @@ class TrainingStep:
         note_progress(state.global_step)
         if 'torch._inductor.cudagraph_trees' in sys.modules:  # not worth its import where nothing is compiled
             torch.compiler.cudagraph_mark_step_begin()
-        before = [buffer.clone() for buffer in self._statistics]
+        self._statistics.keep()
         images, sums = self._compute_gradient(batches)
         fault_point('step')
         state.scaler.unscale_(state.optimizer)
@@ -73,8 +71,7 @@ class TrainingStep:
         if args.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, self.gradient_norm)
         self._step_optimizer(skip)
-        for buffer, old in zip(self._statistics, before, strict=True):
-            torch.where(skip, old, buffer, out=buffer)
+        self._statistics.restore(skip)
         if state.ema:
             state.ema.update(state.model, skip)
         state.loss_sums += sums.masked_fill(skip, 0)
@@ -143,6 +140,36 @@ class TrainingStep:
             _logger.warning(
                 'epoch %d, step %d: the gradient is not finite, the step is skipped (%d so far, %d in a row)',
                 epoch, step, state.skipped_steps, state.skipped_in_a_row)
+
+
+class _Statistics:
+    """What a forward pass changes in a model, the statistics of batch norm, which a skipped step puts back.
+
+    However many layers there are, each call is a few launches: for each dtype, the buffers have a copy in one tensor.
+    """
+
+    def __init__(self, model: nn.Module):
+        buffers = [buffer for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+                   for buffer in module.buffers()]
+        self._groups = []
+        for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
+            alike = [buffer for buffer in buffers if buffer.dtype == dtype]
+            copies = torch.empty(2, sum(buffer.numel() for buffer in alike), dtype=dtype, device=alike[0].device)
+            parts = [[part.view_as(buffer) for part, buffer in
+                      zip(copy.split([buffer.numel() for buffer in alike]), alike, strict=True)] for copy in copies]
+            self._groups.append((alike, copies, *parts))
+
+    def keep(self) -> None:
+        """Notes them as they are."""
+        for buffers, _, old, _ in self._groups:
+            torch._foreach_copy_(old, buffers)
+
+    def restore(self, skip: torch.Tensor) -> None:
+        """Makes them what `keep` noted where `skip`, a bool [] on their device, is True."""
+        for buffers, copies, _, new in self._groups:
+            torch._foreach_copy_(new, buffers)
+            torch.where(skip, copies[0], copies[1], out=copies[1])  # chosen, not computed: NaN leaves no trace
+            torch._foreach_copy_(buffers, new)
 
 
 def _start_momentum(optimizer: torch.optim.Optimizer) -> None:

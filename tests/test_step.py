@@ -12,9 +12,9 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.counts import counting
 from engine.ema import ModelEma
 from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
@@ -68,8 +68,8 @@ def make(*, device=CPU, scaled=False, **changes) -> tuple[TrainState, TrainingSt
     state = create_state(args, model, create_optimizer(param_groups(model, args.weight_decay), args), precision,
                          ['a', 'b', 'c'], World(rank=0, local_rank=0, size=1, device=device))
     state.model.train()
-    step = TrainingStep(state, state.model, prepare=lambda *batch: tuple(tensor.to(device) for tensor in batch),
-                        loss=nn.CrossEntropyLoss(), precision=precision, args=args)
+    step = TrainingStep(state, state.model, loss=nn.CrossEntropyLoss(), precision=precision, args=args,
+                        prepare=lambda *batch: tuple(tensor.to(device, non_blocking=True) for tensor in batch))
     return state, step
 
 
@@ -98,43 +98,11 @@ def assert_same_bytes(before: dict, after: dict) -> None:
 
 # --- What the host waits for -----------------------------------------------------------------------------------------
 
-class Waits(TorchDispatchMode):
-    """Notes the operators that hand a value of the device to the host; copies between devices only a GPU can show."""
-
-    NAMES = ('_local_scalar_dense', 'is_nonzero', 'nonzero', 'item', 'equal', 'masked_select', 'unique')
-
-    def __init__(self):
-        super().__init__()
-        self.seen, self.count = [], 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        name = function._schema.name.removeprefix('aten::')
-        if name in self.NAMES:
-            self.seen.append(name)
-        return function(*args, **(kwargs or {}))
-
-
-class Asked(TorchFunctionMode):
-    """The same for what Python code calls: on a CPU some of it never becomes an operator."""
-
-    NAMES = ('tolist', 'item', 'numpy', 'cpu', '__bool__', '__int__', '__float__', '__index__', '__array__')
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, '__name__', '') in self.NAMES:
-            self.seen.append(function.__name__)
-        return function(*args, **(kwargs or {}))
-
-
 def waits_of(call) -> list[str]:
-    with Asked() as asked, Waits() as waits:
+    with counting() as counts:
         call()
-    assert waits.count or asked.seen
-    return asked.seen + waits.seen
+    assert counts.kernels or counts.reads
+    return list(counts.reads.elements())
 
 
 @pytest.mark.parametrize('changes', [{'clip_grad': None}, {'accum_steps': 2, 'amp': True}, {'opt': 'sgd'}],
@@ -205,6 +173,63 @@ def test_a_skipped_step_changes_no_byte_and_the_run_goes_on_as_one_without_it(va
     run(good_step, good)
     assert_same_bytes(contents(without), contents(with_bad))
     assert (with_bad.skipped_steps, with_bad.skipped_in_a_row) == (1, 0)
+
+
+class WithManyStatistics(nn.Sequential):
+    """Batch norms of other sizes and, of one, another dtype, in front of a classifier."""
+
+    def __init__(self, layers: int):
+        super().__init__(*(nn.Sequential(nn.Conv2d(3 + k, 4 + k, 1), nn.BatchNorm2d(4 + k)) for k in range(layers)),
+                         nn.BatchNorm2d(3 + layers, affine=False, momentum=None), nn.AvgPool2d(32), nn.Flatten(),
+                         nn.Linear(3 + layers, 3))
+        self[0][1].running_mean.neg_()
+
+    def get_classifier(self):
+        return self[-1]
+
+
+def with_many_statistics(layers: int) -> tuple[TrainState, TrainingStep]:
+    args = Options(**make()[0].options | {'clip_grad': None, 'model_ema': False})
+    torch.manual_seed(0)
+    model, precision = WithManyStatistics(layers).train(), Precision(CPU, enabled=False)
+    state = create_state(args, model, create_optimizer(param_groups(model, 0.05), args), precision, ['a', 'b', 'c'],
+                         World(rank=0, local_rank=0, size=1, device=CPU))
+    return state, TrainingStep(state, model, prepare=lambda *batch: batch, loss=nn.CrossEntropyLoss(),
+                               precision=precision, args=args)
+
+
+def test_statistics_of_all_layers_are_put_back_or_kept():
+    """Against a copy of the model that sees the good batches alone; `affine=False` has no parameters to update."""
+    state, step = with_many_statistics(5)
+    other, other_step = with_many_statistics(5)
+    for seed, value in enumerate((0.0, torch.nan, 0.0, torch.inf, torch.nan, 0.0)):
+        before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+        step(iter([batch(seed, value)]))
+        if value:
+            assert_same_bytes(before, state.model.state_dict())
+        else:
+            other_step(iter([batch(seed)]))
+            changed = [name for name, tensor in state.model.named_buffers() if not torch.equal(tensor, before[name])]
+            assert len(changed) == 3 * 6  # each mean, variance and count
+        assert_same_bytes(other.model.state_dict(), state.model.state_dict())
+
+
+def test_statistics_take_as_many_operators_however_many_layers_there_are():
+    class Copies(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function._schema.name.removeprefix('aten::')
+            self.seen += [name] * (name in ('clone', 'where', '_foreach_copy_'))
+            return function(*args, **(kwargs or {}))
+
+    for layers in (1, 12):
+        _, step = with_many_statistics(layers)
+        with Copies() as copies:
+            step(iter([batch(0)]))
+        assert copies.seen == 2 * ['_foreach_copy_'] + 2 * ['_foreach_copy_', 'where', '_foreach_copy_']
 
 
 def test_skipped_steps_are_told_of_when_they_are_settled(caplog):

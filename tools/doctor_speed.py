@@ -22,6 +22,7 @@ from utils import options
 from utils.errors import UserError
 from utils.log import progress_bar
 
+RATES = 'Images per second'  # the title of the section that others need
 ENOUGH = 1.1  # times what the model takes, so that a slow disk for a moment is no matter
 SHORT_STEP = 4.0  # seconds: on a CPU, batches that take longer are reckoned from smaller ones
 MOST_MEMORY = 0.9  # of a device: the rest is for fragments, and for what others have there
@@ -241,7 +242,7 @@ def _number(value: float) -> str:
 
 def device_name(device: torch.device) -> str:
     if device.type == 'cuda':
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     return f'the CPU, {plural(torch.get_num_threads(), "thread")}'
 
 
@@ -281,7 +282,7 @@ def _who_starves(case) -> Finding:
 def look_at_memory(case):
     """Memory of the device at this batch, and of the loader's batches on the host."""
     if not case.steps:
-        raise NotMeasured('no training step could be measured, see section 3')
+        raise NotMeasured(f'no training step could be measured, see "{RATES}"')
     wanted, device = case.args.batch_size, case.world.device
     peaks = {size: peak for size, (_, peak) in case.steps.items()}
     total = _device_memory(device)

@@ -55,6 +55,8 @@ def set_determinism(deterministic: bool) -> None:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True)
+        # Else a kernel fills each new tensor, for code that reads what it has not written; ours does not.
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 class Precision:

@@ -1,0 +1,324 @@
+"""Counts what the host does in a training step: kernels it starts, values it reads, collectives it takes part in.
+
+    python -m benchmarks.counts
+
+Counted on a CPU, and the same on every machine with the same torch: tests/test_counts.py holds the code against the
+record, so that a change which adds one is seen, and this command renews the record.
+
+A kernel is an operator that writes a tensor: views, and memory that nothing is written to, are none. A read is a value
+or a copy that the host gets from the device, and waits for. Collectives are those of torch.distributed in a group of
+this process alone. All are of the third step, on small images: no count depends on their size, or on the batch's.
+
+The ranks' signals go over the CPU, and their read is no wait for a GPU: they have a line of their own. Batches have one
+too, on torch's `meta` device, for a CPU prepares them otherwise than a GPU; erasing starts kernels for each image.
+
+NAME.json, the record, and NAME.md, the table, go to --output.
+"""
+import contextlib
+import itertools
+import logging
+import random
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.measure import training_options
+from benchmarks.records import check_record_options, markdown_table, new_record, record_options, write_record
+from benchmarks.scale import group_of_one
+from benchmarks.traffic import what_is_computed
+from data.batch import BatchPreparer, TrainBatchPreparer
+from engine.evaluate import evaluate
+from engine.loop import Trainer, wrap_model
+from engine.optimizer import create_optimizer, param_groups
+from engine.run import create_state
+from engine.step import TrainingStep
+from models import create_model_from_options, layers
+from utils import options
+from utils.distributed import Agreement, World
+from utils.errors import run_script
+from utils.log import RunLog, progress_bar
+from utils.runtime import Precision, seed_everything, start
+
+SEED, SIZE, CLASSES, BATCH, LOADED = 0, 32, 10, 4, 64
+DEVICE = torch.device('cpu')
+ONE = World(rank=0, local_rank=0, size=1, device=DEVICE)
+TORCH = str(Path(torch.__file__).parent)
+SCALE = 1024.  # of float16's losses, at first
+# Steps by what they are called: the options of train.py, and what else there is about them.
+STEPS = {
+    'recipe of T2T-ViT-14': '--model t2t_vit_14 --amp',
+    'of two batches': '--model t2t_vit_14 --amp --accum-steps 2',
+    'clipped, float32': '--model t2t_vit_14 --clip-grad 1',
+    'Transformer tokens': '--model t2t_vit_t_14 --amp',
+    'loss scaling': '--model t2t_vit_7',
+    'SGD of transfer.py': '--model t2t_vit_7 --opt momentum --no-model-ema',
+    'average on the CPU': '--model t2t_vit_7 --model-ema-force-cpu',
+    'unfused optimizer': '--model t2t_vit_7 --opt lion',
+    'batch norm': '--model resnet18',
+    'DDP': '--model t2t_vit_14 --amp',
+    'DDP, of two batches': '--model t2t_vit_14 --amp --accum-steps 2',
+    'DDP, batch norm': '--model resnet18',
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting
+
+class Counts:
+    """How often each operator that computes, each read and each collective has come, by name."""
+
+    def __init__(self):
+        self.kernels: Counter[str] = Counter()
+        self.reads: Counter[str] = Counter()
+        self.collectives: Counter[str] = Counter()
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        return {kind: dict(sorted(counter.items())) for kind, counter in vars(self).items()}
+
+
+@contextlib.contextmanager
+def counting():
+    """What is computed in this block, by this thread and by the backward passes that it starts."""
+    counts = Counts()
+    asked = _Asked(counts)
+    with asked, _Started(counts, asked):
+        yield counts
+
+
+class _Asked(TorchFunctionMode):
+    """Counts reads as Python code calls them: on a CPU some of them never become an operator."""
+
+    NAMES = ('tolist', 'item', 'numpy', 'cpu', '__bool__', '__int__', '__float__', '__index__', '__array__')
+
+    def __init__(self, counts: Counts):
+        super().__init__()
+        self._counts, self.is_reading = counts, False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name, kwargs = getattr(function, '__name__', ''), kwargs or {}
+        # Torch's own code has tensors follow others: where they are on a GPU, it is not to the CPU.
+        copies = name == 'to' and _is_of_cpu((*args[1:], *kwargs.values())) and not kwargs.get('non_blocking') and (
+            not sys._getframe(1).f_code.co_filename.startswith(TORCH))
+        if self.is_reading or not (copies or name in self.NAMES):
+            return function(*args, **kwargs)
+        self._counts.reads['to cpu' if copies else name] += 1
+        self.is_reading = True  # the operators that it becomes are no further reads
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.is_reading = False
+
+
+def _is_of_cpu(values: tuple) -> bool:
+    return any(str(value) == 'cpu' for value in values if isinstance(value, str | torch.device))
+
+
+class _Started(TorchDispatchMode):
+    """Counts operators that compute, those that hand over a value unasked, and collectives."""
+
+    READS = ('_local_scalar_dense', 'is_nonzero', 'nonzero', 'equal', 'masked_select', '_unique2', 'unique_dim',
+             'unique_consecutive')
+
+    def __init__(self, counts: Counts, asked: _Asked):
+        super().__init__()
+        self._counts, self._asked = counts, asked
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        space, _, name = function._schema.name.partition('::')
+        if space == 'c10d':
+            self._counts.collectives[name] += 1
+            return function(*args, **kwargs)
+        if name in self.READS and not self._asked.is_reading:
+            self._counts.reads[name] += 1
+        if name.startswith('index') and any(_is_mask(value) for value in tree_leaves(args[1:2])):
+            self._counts.reads[f'{name} by a mask'] += 1  # how many there are is not known before
+        result = function(*args, **kwargs)
+        if what_is_computed(function, args, kwargs, result):
+            self._counts.kernels[name] += 1
+        return result
+
+
+def _is_mask(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.bool, torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is counted
+
+def count_steps() -> dict[str, Counts]:
+    return {name: count_step(words, is_scaled=name == 'loss scaling', has_ddp=name.startswith('DDP'))
+            for name, words in STEPS.items()}
+
+
+def count_step(words: str, *, is_scaled: bool = False, has_ddp: bool = False) -> Counts:
+    """The third step of train.py with these options."""
+    with group_of_one(DEVICE) if has_ddp else contextlib.nullcontext():
+        _, step = make_step(words, is_scaled=is_scaled, has_ddp=has_ddp)
+        batches = make_batches()
+        for _ in range(2):
+            step(batches)
+        with counting() as counts:
+            step(batches)
+    return counts
+
+
+def count_signals() -> Counts:
+    """What the ranks say to one another between two steps."""
+    with group_of_one(DEVICE), contextlib.closing(Agreement()) as signals:
+        signals.exchange(0)
+        with counting() as counts:
+            signals.exchange(0)
+    return counts
+
+
+def make_step(words: str, *, is_scaled: bool = False, has_ddp: bool = False):
+    """A new run's state and its step, as train.py makes them with these options."""
+    seed_everything(SEED, rank=0)
+    args = training_options(*words.split(), '--img-size', str(SIZE), '--batch-size', str(BATCH))
+    model = create_model_from_options(args, num_classes=CLASSES)
+    precision = Precision(DEVICE, enabled=args.amp)
+    if is_scaled:
+        precision.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=SCALE)
+    optimizer = create_optimizer(param_groups(model, args.weight_decay), args)
+    state = create_state(args, model, optimizer, precision, [], ONE)
+    # Told of a second rank, for it leaves alone what is one rank.
+    called = wrap_model(state.model, replace(ONE, size=2)) if has_ddp else state.model
+    state.model.train()
+    return state, TrainingStep(state, called, prepare=lambda *batch: batch, loss=SoftTargetCrossEntropy(),
+                               precision=precision, args=args)
+
+
+def make_batches():
+    """Always the same batch, of normalised images and soft targets."""
+    generator = torch.Generator().manual_seed(SEED)
+    return itertools.repeat((torch.randn(BATCH, 3, SIZE, SIZE, generator=generator),
+                             torch.full((BATCH, CLASSES), 1 / CLASSES)))
+
+
+def count_preparing() -> dict[str, Counts]:
+    """A batch of images on its way to the model, on a device that is no CPU."""
+    found = {}
+    for name, prepare in (('training batch', TrainBatchPreparer(
+            'meta', batch_size=LOADED, num_classes=CLASSES, mixup_alpha=0.8, cutmix_alpha=1.0, erase_prob=0.25)),
+                          ('evaluation batch', BatchPreparer('meta'))):
+        random.seed(SEED)
+        np.random.seed(SEED)
+        batch = torch.zeros(LOADED, 3, SIZE, SIZE, dtype=torch.uint8), torch.zeros(LOADED, dtype=torch.long)
+        with counting() as found[name]:
+            prepare(*batch)
+    return found
+
+
+def count_log_line() -> Counts:
+    """What a line of the log costs behind a step."""
+    state, step = make_step('--model t2t_vit_7')
+    batches = SimpleNamespace(train_loader=range(9), val_loader=(), prepare_train=None, prepare_val=None,
+                              class_names=[])
+    trainer = Trainer(state, state.model, batches, loss=None, schedule=None, num_epochs=1, folder=Path(),
+                      precision=Precision(DEVICE, enabled=False), args=training_options())
+    trainer._step, trainer._started, trainer._steps_since_start = step, 0., 1
+    trainer.log = RunLog(None, options={}, global_step=0, images_seen=0, epoch=0, tensorboard=False, environment=None)
+    step(make_batches())
+    with progress_bar(total=1) as bar, counting() as counts:
+        trainer._log_line(bar, 0., state.window_sums, 0)
+    return counts
+
+
+class Loaded(list):
+    """Batches as a loader has them."""
+
+    def take_bad_count(self) -> int:
+        return 0
+
+
+def count_evaluation() -> dict[str, Counts]:
+    """Of a batch of an evaluation, and of its lines and results; each line has two reads, and there is one at least."""
+    state, _ = make_step('--model t2t_vit_7')
+    batch = torch.zeros(BATCH, 3, SIZE, SIZE, dtype=torch.uint8), torch.zeros(BATCH, dtype=torch.long)
+    counted = []
+    for number in (2, 3):
+        with counting() as counts:
+            evaluate(state.model, Loaded([batch] * number), _Prepared(), log_interval=100, eager=True,
+                     precision=Precision(DEVICE, enabled=False))
+        counted.append(counts)
+    per_batch, rest = Counts(), Counts()
+    for kind in vars(per_batch):
+        two, three = (getattr(counts, kind) for counts in counted)
+        getattr(per_batch, kind).update({name: three[name] - two[name] for name in three if three[name] > two[name]})
+        getattr(rest, kind).update({name: count for name in two
+                                    if (count := two[name] - 2 * getattr(per_batch, kind)[name])})
+    return {'evaluation, a batch': per_batch, 'evaluation, lines and results': rest}
+
+
+class _Prepared:
+    """Brings a batch to the model with nothing that is to be counted."""
+    device = DEVICE
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor):
+        return torch.empty(images.shape), targets
+
+
+def count_all() -> dict[str, Counts]:
+    """By name, in the order of the table."""
+    with patch.object(layers, 'HAS_MATRIX_UNITS', True):  # attention as a GPU has it
+        steps = {f'step: {name}': counts for name, counts in count_steps().items()}
+        return {**steps, 'signals between steps': count_signals(), **count_preparing(), 'log line': count_log_line(),
+                **count_evaluation()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The record
+
+def differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
+    """What has another count than in the record, a line for each."""
+    return [f'{name}: {kind} {what}: {old.get(what, 0)} → {new.get(what, 0)}'
+            for name in sorted(before.keys() | now.keys())
+            for kind in ('kernels', 'reads', 'collectives')
+            for old, new in [(before.get(name, {}).get(kind, {}), now.get(name, {}).get(kind, {}))]
+            for what in sorted(old.keys() | new.keys()) if old.get(what, 0) != new.get(what, 0)]
+
+
+def as_text(record: dict) -> str:
+    """The record as Markdown."""
+    rows = [[name, str(sum(row['kernels'].values())), _list(row['reads']), _list(row['collectives'])]
+            for name, row in record['counts'].items()]
+    return '\n'.join([
+        '# What the host does in a step', '', f'    {record["command"]}', '',
+        'Counted with torch {torch} and timm {timm}. A kernel is an operator that writes a tensor; a read is what the '
+        'host waits for.'.format(**record['machine']), '',
+        markdown_table(['', 'kernels', 'reads', 'collectives'], rows), ''])
+
+
+def _list(counter: dict[str, int]) -> str:
+    return ', '.join(f'{count} {name}' for name, count in counter.items()) or '0'
+
+
+def main() -> None:
+    parser = options.create_parser('Count what the host does in a training step.',
+                                   (lambda parser: record_options(parser, 'counts'),))
+    args = options.parse_options(parser)
+    folder = check_record_options(args)
+    logging.disable(logging.INFO)  # the table is enough
+    start(training_options('--device', 'cpu'), alone=True)
+    record = {**new_record('counts', args, DEVICE),
+              'counts': {name: counts.as_dict() for name, counts in count_all().items()}}
+    text = as_text(record)
+    print(text)
+    write_record(folder, args.name, record, text)
+
+
+if __name__ == '__main__':
+    run_script(main)
