@@ -30,7 +30,7 @@ from utils.distributed import (
 from utils.errors import UserError
 from utils.files import read_checkpoint
 from utils.log import RunLog
-from utils.runtime import Precision, describe_environment
+from utils.runtime import Precision, describe_environment, move_model
 
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def create_state(args, model: nn.Module, optimizer, precision: Precision, classe
         if world.device.type != 'cuda':
             raise UserError('--sync-bn: batch norm over several processes needs GPUs; leave it out')
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    move_model(model, world.device, channels_last=args.channels_last)
     # Ranks draw different numbers, initial weights too. DDP would set that right in the model, but not in the average.
     overwrite_from_main(model.state_dict().values())
     ema = None
@@ -116,6 +116,7 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
         batches.val_loader.close()
         if writer:
             writer.wait()
+        if lock:
             lock.release()
     _logger.info('checkpoints, curves.png and summary.csv are in %s', folder)
     return state

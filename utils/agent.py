@@ -16,7 +16,7 @@ import time
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
@@ -24,6 +24,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousGracefulExitError,
     RendezvousTimeoutError,
 )
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
 from utils.errors import (
     DECISIONS,
@@ -67,6 +68,8 @@ class Agent(LocalElasticAgent):
         grace: seconds from a signal that asks to stop until the processes that are left are killed.
         nodes: the other launchers of the job.
     """
+    _rdzv_handler: DynamicRendezvousHandler
+    _pcontext: SubprocessContext | None
 
     def __init__(self, *args, grace: float, nodes: Nodes, **kwargs):
         super().__init__(*args, **kwargs)
@@ -74,7 +77,7 @@ class Agent(LocalElasticAgent):
         nodes.watch(self._rdzv_handler)
         self._watching = False
         self._signal = 0
-        self._interrupted_at = None
+        self._interrupted_at: float | None = None
         for number in stoppable():
             signal.signal(number, self._note)
 
@@ -199,14 +202,16 @@ class Agent(LocalElasticAgent):
 
     def _poll(self) -> list[int]:
         """The local ranks that are running; of those that have failed, notes how."""
-        running = []
-        for local_rank, handler in self._handlers().items():
+        context, running = self._pcontext, []
+        if context is None:
+            return []
+        for local_rank, handler in context.subprocess_handlers.items():
             code = handler.proc.poll()
             if code is None:
                 running.append(local_rank)
             elif code != 0 and local_rank not in self._failures:
                 self._failures[local_rank] = ProcessFailure(local_rank, handler.proc.pid, code,
-                                                            self._pcontext.error_files[local_rank])
+                                                            context.error_files[local_rank])
                 # Loader workers outlive it for seconds, and with them its connections, which they have inherited: as
                 # long as these are open the other ranks wait.
                 _kill_session(handler.proc.pid)

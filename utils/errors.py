@@ -13,6 +13,7 @@ Exit codes, of the scripts and of distributed_train.sh alike:
   128+n  killed by signal n
 """
 import difflib
+import io
 import json
 import os
 import select
@@ -110,7 +111,7 @@ def run_script(main) -> None:
     """Calls a script's `main()` and ends the process with the exit code that says how it went."""
     name = Path(sys.argv[0]).name
     signals.prepare()
-    if sys.stdout:
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # a name that the console cannot show ends nothing
     try:
         main()
