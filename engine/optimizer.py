@@ -3,6 +3,7 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+
 from utils.errors import UserError, did_you_mean
 from utils.timm_model import TimmModel
 

@@ -6,7 +6,6 @@ import socket
 import time
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from engine.checkpoint import RunLock, resolve_run

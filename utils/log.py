@@ -127,7 +127,7 @@ class RunLog:
     def __init__(self, folder: Path | None, *, options: dict, environment: dict | None = None, global_step: int = 0,
                  images_seen: int = 0, epoch: int = 0, tensorboard: bool = True):
         self.folder = folder
-        self._board: 'Board | None' = None
+        self._board: Board | None = None
         self._drawn_at = self._shown_at = -math.inf
         self._not_shown: tuple[dict, int] | None = None
         self._failing: set[str] = set()

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -25,7 +25,7 @@ def available_cores() -> int:
 
 
 def in_processes(work: Callable, items: Sequence, *, jobs: int, total: int, done: int = 0,
-                 desc: str | None = None) -> Iterator:
+                 desc: str | None = None) -> Generator:
     """Yields work(item, tick) of every item, in the order in which they get ready.
 
     jobs: processes; they are forked, so that `work` may hold a dataset of any size. total, done: the images that
