@@ -49,7 +49,7 @@ class TrainSampler:
         seed: int = 42,
         shuffle: bool = True,
         accum_steps: int = 1,
-        starts: Sequence[int] | None = None,
+        starts: Sequence[int] | np.ndarray | None = None,
     ):
         assert 0 <= rank < world_size, f'rank {rank} of {world_size}'
         assert starts is None or starts[-1] == num_samples, f'shards of {starts[-1]} samples, not {num_samples}'
