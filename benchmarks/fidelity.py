@@ -36,7 +36,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import nn
 
 from benchmarks.measure import training_options
 from benchmarks.published import PUBLISHED, golden_state, published_model

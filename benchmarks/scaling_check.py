@@ -161,8 +161,9 @@ def predict(measured: dict, args) -> dict:
     link = Link(latency / 2, 1 / per_byte if per_byte else math.inf)
     gradients = list_gradients(args.model, 1000, TOKEN_SHARES[args.model], img_size=args.img_size)
     ends = min(args.batch_sizes), max(args.batch_sizes)
-    found: dict[str, Any] = {'latency_milliseconds': 1000 * latency, 'bytes_per_second': link.bandwidth, 'jitter': jitter,
-             'gradient_bytes': sum(size for _, size in gradients), 'rows': []}
+    found: dict[str, Any] = {
+        'latency_milliseconds': 1000 * latency, 'bytes_per_second': link.bandwidth, 'jitter': jitter,
+        'gradient_bytes': sum(size for _, size in gradients), 'rows': []}
     clusters = {}
     for kind in ('alone', 'apart'):
         fixed, image = fit_line(ends, [medians[batch, kind] / 1000 for batch in ends])

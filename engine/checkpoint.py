@@ -366,7 +366,7 @@ def _asked_for(resume: str) -> Path:
     """The checkpoint of --resume PATH: that file; of a folder, or for its LAST, the newest whole one in it."""
     path, folder = Path(resume).expanduser(), check_resume(resume)
     if path.is_dir() or path.name == LAST:
-        if newest := find_checkpoint(folder):
+        if newest := find_checkpoint(path if path.is_dir() else path.parent):
             return newest
         raise UserError(f'--resume {resume}: its last checkpoint has just been removed')
     try:

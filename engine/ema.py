@@ -24,7 +24,8 @@ class ModelEma(ModelEmaV3):
         self._of_model: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
 
     @torch.no_grad()
-    def update(self, model: nn.Module, skip: torch.Tensor | None = None) -> None:  # type: ignore[override]  # by intent
+    def update(  # type: ignore[override]  # what follows the model is a number of steps in timm's
+            self, model: nn.Module, skip: torch.Tensor | None = None) -> None:
         """Moves the average towards the model's weights, which must always be the same model's.
 
         Args:
@@ -38,8 +39,8 @@ class ModelEma(ModelEmaV3):
             skip = None if skip is None else skip.to(self.device)
         for average, difference in zip(self._averages, torch._foreach_sub(self._averages, weights), strict=True):
             average.grad = difference
-        # As torch's GradScaler tells it.
-        self._sgd.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
+        found_inf = None if skip is None else skip.float()
+        self._sgd.found_inf = found_inf  # type: ignore[attr-defined]  # as torch's GradScaler tells it
         self._sgd.step()
         self._sgd.zero_grad(set_to_none=True)
         for ours, theirs in zip(self._counts, counts, strict=True):

@@ -212,6 +212,20 @@ def test_where_a_run_goes(tmp_path):
         resolve_run(**place, experiment='', resume=str(tmp_path / 'no.pth.tar'))
 
 
+def test_a_checkpoint_that_goes_while_it_is_looked_for(tmp_path, monkeypatch):
+    write_checkpoint({'global_step': 1}, tmp_path / LAST)
+    found = checkpoint_files._has_checkpoint
+
+    def then_it_goes(folder) -> bool:
+        there = found(folder)
+        (folder / LAST).unlink()
+        return there
+
+    monkeypatch.setattr(checkpoint_files, '_has_checkpoint', then_it_goes)
+    with pytest.raises(UserError, match='has just been removed'):
+        resolve_run(output=str(tmp_path), kind='train', name='x', experiment='', resume=str(tmp_path))
+
+
 # --- State -----------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from typing import NoReturn
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -119,7 +120,7 @@ class Agent(LocalElasticAgent):
         if self._nodes.round and self._rdzv_handler.settings.max_nodes > 1:
             _say(f'{len(self._nodes.members)} machine(s), {worker_group.workers[0].world_size} process(es) go on')
 
-    def _leave_out_of_reach(self) -> None:
+    def _leave_out_of_reach(self) -> NoReturn:
         if self._nodes.ended:
             raise Ended(*self._nodes.ended)
         _leave(f'the other machines are out of reach for {self._nodes.timeout:g} s (NODE_TIMEOUT), or the launcher at '
@@ -346,7 +347,7 @@ def describe(rank: int, failure: ProcessFailure) -> str:
     return failure.message
 
 
-def _leave(line: str) -> None:
+def _leave(line: str) -> NoReturn:
     """Ends this launcher alone, without another word to the rendezvous, which may be out of reach."""
     report(f'{line}; --resume auto goes on from the last checkpoint', EXIT_PEER_LOST)
 

@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from utils import signals
 
@@ -145,7 +146,7 @@ def _nobody_reads() -> bool:
     return True
 
 
-def report(line: str, exit_code: int) -> None:
+def report(line: str, exit_code: int) -> NoReturn:
     """Says `line` once, however many processes have the same to say, and exits.
 
     Under torchrun the message goes into the file that its agent reads; the launcher prints the first one. A process on
@@ -165,7 +166,7 @@ def report(line: str, exit_code: int) -> None:
     leave_at_once(exit_code)
 
 
-def leave_at_once(exit_code: int) -> None:
+def leave_at_once(exit_code: int) -> NoReturn:
     """Exits without waiting for threads, or for other ranks, which may be in the midst of a collective."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:

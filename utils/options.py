@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError, did_you_mean
-from utils.recipes import read_recipe
+from utils.recipes import RecipeParser, read_recipe
 
 
 class Options(argparse.Namespace):
@@ -157,7 +157,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(RecipeParser):
     """argparse, but an error is a UserError of one line that names the nearest right option.
 
     `gone`: the options that are refused, and for each the line that says what to do instead.

@@ -7,14 +7,15 @@ This module imports no torch, as utils/options.py, whose parsers say what a reci
 import argparse
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
 from utils.errors import UserError, did_you_mean
 
-if TYPE_CHECKING:
-    from utils.options import Parser
+
+class RecipeParser(argparse.ArgumentParser):
+    """What recipes are checked against; `gone` has a line for each option that is refused: what to do instead."""
+    gone: dict[str, str]
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -49,7 +50,7 @@ _RecipeLoader.add_implicit_resolver(
     'tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$'), list('-+.0123456789'))
 
 
-def read_recipe(path: Path, parser: 'Parser', *, complete: bool = True) -> dict:
+def read_recipe(path: Path, parser: RecipeParser, *, complete: bool = True) -> dict:
     """Reads a YAML recipe and checks every key and value against the parser's options.
 
     With `complete` a key that no option has is an error; without, such keys are left out, for a reader that wants a
@@ -72,7 +73,7 @@ def read_recipe(path: Path, parser: 'Parser', *, complete: bool = True) -> dict:
     return check_values(values, parser, source=path, complete=complete)
 
 
-def check_values(values: dict, parser: 'Parser', *, source, complete: bool = True) -> dict:
+def check_values(values: dict, parser: RecipeParser, *, source, complete: bool = True) -> dict:
     """The values of a recipe as the parser would have read them; `source` and `complete` as for `read_recipe`."""
     actions = {a.dest: a for a in parser._actions
                if a.help is not argparse.SUPPRESS and a.dest not in ('help', 'config')}
