@@ -1,10 +1,13 @@
 """tools/doctor.py: planted faults are named with a remedy, a sound data set has none, and the data stays as it is."""
+import dataclasses
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import types
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
@@ -13,9 +16,9 @@ from PIL import Image
 
 from data.base import ImageDataset
 from data.pipeline import open_training_data
-from tests.conftest import run_script, succeeded, write_images
+from tests.conftest import ROOT, run_script, succeeded, write_images
 from tools import doctor, doctor_data, doctor_page, doctor_run, doctor_speed
-from tools.doctor_page import LOOK, OK, STOP, Finding
+from tools.doctor_page import FAIL, LOOK, OK, STOP, Finding
 from utils import options
 from utils.distributed import World
 from utils.errors import UserError
@@ -260,6 +263,110 @@ def prepared(image_folder):
     return case
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """torch.cuda as it answers where there is one GPU; only names and arguments that it really has are accepted.
+
+    Tensors stay on the CPU: a case is told of the GPU when its model is there.
+    """
+    answers = {'device_count': 1, 'set_device': None, 'get_device_name': 'NVIDIA H200', 'empty_cache': None,
+               'get_device_properties': types.SimpleNamespace(total_memory=80 << 30), 'is_bf16_supported': True,
+               'reset_peak_memory_stats': None, 'max_memory_allocated': 4 << 30}
+    for name, answer in answers.items():
+        real = getattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, create_autospec(real, return_value=answer))
+    return torch.cuda
+
+
+def on_gpus(case: doctor.Case, *, processes: int = 1, **changes) -> doctor.Case:
+    return dataclasses.replace(case, world=World(0, 0, 1, torch.device('cuda')), processes=processes, **changes)
+
+
+def test_processes_of_the_run_are_the_gpus(gpu, image_folder, monkeypatch, tmp_path):
+    class Opened(Exception):
+        pass
+
+    def note(case):
+        raise Opened(case.world.device.type, case.processes, case.together)
+
+    levels = {room: logging.getLogger(room).level for room in ('data', 'models', 'engine', 'utils', 'py.warnings')}
+    gpu.device_count.return_value = 4
+    monkeypatch.setattr(doctor_data, 'open_splits', note)
+    monkeypatch.setattr('utils.runtime.setup_logging', lambda **_: None)
+    monkeypatch.setattr('sys.argv', ['doctor.py', str(image_folder), *SMALL, '--device', 'cuda'])
+    monkeypatch.chdir(tmp_path)
+    try:
+        with pytest.raises(Opened) as caught:
+            doctor.main()
+    finally:
+        for room, level in levels.items():
+            logging.getLogger(room).setLevel(level)
+    assert caught.value.args == ('cuda', 4, 4)
+
+
+def test_steps_on_a_gpu_are_halved_until_they_fit(gpu, prepared):
+    def fill(model, inputs):
+        if len(inputs[0]) > 4:
+            raise torch.OutOfMemoryError
+
+    case = on_gpus(prepared, steps={}, too_large=None)
+    gpu.max_memory_allocated.side_effect = [6 << 30, 4 << 30]  # in steps of 4 and 2 images
+    handle = case.state.model.register_forward_pre_hook(fill)
+    try:
+        finding, = doctor_speed._measure_steps(case)
+    finally:
+        handle.remove()
+    assert case.too_large == 8 and {size: peak for size, (_, peak) in case.steps.items()} == {4: 6 << 30, 2: 4 << 30}
+    assert finding.mark == OK and 'on NVIDIA H200' in finding.figure and 'from steps of 4' in finding.figure
+    assert case.step_rate == pytest.approx(8 / case.step_seconds) and case.forward_rate > 0
+    gpu.empty_cache.assert_called_once_with()
+    assert gpu.reset_peak_memory_stats.call_count == 3  # of 8, 4 and 2 images
+    gpu.max_memory_allocated.assert_called_with(torch.device('cuda'))
+    memory, _ = doctor_speed.look_at_memory(case)
+    assert (memory.mark, memory.title) == (STOP, 'Memory of the GPU') and '10.0 GiB of 80.0 GiB' in memory.figure
+    assert memory.numbers['largest_batch'] == 70  # 2 GiB, and 1 GiB for each image, of nine tenths of 80 GiB
+
+
+def test_no_step_fits_on_a_gpu(gpu, prepared):
+    def fill(model, inputs):
+        raise torch.OutOfMemoryError
+
+    case = on_gpus(prepared, steps={}, too_large=None)
+    handle = case.state.model.register_forward_pre_hook(fill)
+    try:
+        with pytest.raises(UserError, match='not even 2 images fit into the memory of cuda'):
+            list(doctor_speed._measure_steps(case))
+    finally:
+        handle.remove()
+
+
+def test_schedule_counts_gpu_hours(prepared, tmp_path):
+    args = prepared.args.replacing(output=str(tmp_path), batch_size=1, price=2.5, model_ema=True)
+    case = on_gpus(prepared, processes=4, args=args, saved=None, total_rate=0.01, forward_rate=1.0, loader_rate=1.0,
+                   eval_loader_rate=1.0, supply=9.0)
+    whole, reckoned = doctor_run.look_at_schedule(case)
+    # 36 images at 0.01 a second; then 15 to evaluate with, twice for the averaged weights, by four GPUs.
+    seconds = whole.numbers['epochs'] * (36 / 0.01 + 2 * 15 / 4)
+    assert whole.numbers['seconds'] == pytest.approx(seconds)
+    assert whole.numbers['money'] == pytest.approx(2.5 * 4 * seconds / 3600)
+    assert f'{4 * seconds / 3600:.1f} GPU-hours; at --price 2.5' in whole.figure
+    assert 'as many times as fast' in reckoned.figure
+    case.args = args.replacing(price=None)
+    assert 'GPU-hours; --price says what they cost' in next(doctor_run.look_at_schedule(case)).figure
+
+
+def test_gpu_memory_is_given_back_before_other_processes_start(gpu, prepared, monkeypatch):
+    def started(count, megabytes, kind):
+        gpu.empty_cache.assert_called_once_with()
+        return {'seconds': 0.01, 'bytes_per_second': 1e9}, ''
+
+    add_up = create_autospec(doctor_run.add_up, side_effect=started)
+    monkeypatch.setattr(doctor_run, 'add_up', add_up)
+    finding, = doctor_run.look_at_processes(on_gpus(prepared, step_seconds=0.1))
+    assert finding.mark == OK and '10 % of a step, most of it while the gradient is computed' in finding.figure
+    assert add_up.call_args.args == (2, prepared.gradient_bytes / 1e6, 'cuda')
+
+
 def test_too_small_a_disk(prepared, tmp_path, monkeypatch):
     prepared.args = prepared.args.replacing(output=str(tmp_path / 'out'))
     prepared.saved = None
@@ -310,19 +417,6 @@ def test_lines_through_two_batches():
     assert doctor_speed._largest_batch({64: 6 << 30}, 80 << 30) is None
 
 
-def test_batch_is_halved_until_it_fits(monkeypatch):
-    def time_steps(case, step, size):
-        if size > 20:
-            raise torch.OutOfMemoryError
-        return size / 100, size << 30
-
-    case = case_of()
-    case.state = types.SimpleNamespace(optimizer=torch.optim.SGD([torch.zeros(1)]))
-    monkeypatch.setattr(doctor_speed, '_time_steps', time_steps)
-    doctor_speed._measure_on_gpu(case, None, 64)
-    assert case.too_large == 32 and case.steps == {16: (0.16, 16 << 30), 8: (0.08, 8 << 30)}
-
-
 def test_memory_that_does_not_suffice(prepared, monkeypatch):
     monkeypatch.setattr(prepared, 'steps', {4: (0.1, 6 << 30), 2: (0.1, 4 << 30)})
     monkeypatch.setattr(doctor_speed, '_device_memory', lambda device: 9 << 30)
@@ -354,11 +448,10 @@ def test_round_trip(tmp_path):
     assert found['bytes_per_second'] == pytest.approx(1e6 / found['seconds'])  # each sends half of it, twice
 
 
-def test_recipe(monkeypatch):
+def test_recipe(gpu):
     def look(*words, device='cpu', steps=0, images=1_281_167):
         case = case_of(*words, device=device, processes=8)
         case.train, case.total_steps = range(images), steps
-        monkeypatch.setattr(doctor_run, 'device_name', lambda device: 'a GPU')
         if case.args.amp:
             case.precision = types.SimpleNamespace(dtype=getattr(torch, case.args.amp_dtype))
         return {finding.title: finding.remedy for finding in doctor_run.look_at_recipe(case)}
@@ -373,14 +466,13 @@ def test_recipe(monkeypatch):
     remedy = look(*right, steps=1000)['Averaged weights']
     decay = float(re.search(r'--model-ema-decay (\S+),', remedy)[1])
     assert decay ** 200 == pytest.approx(doctor_run.FORGOTTEN, rel=0.3)
-    has_it = {'value': True}
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: has_it['value'])
     assert 'Say --amp' in look(*right, device='cuda')['Precision']
     assert 'bfloat16 needs' in look(*right, '--amp', '--amp-dtype', 'float16', device='cuda')['Precision']
     assert 'Precision' not in look(*right, '--amp', '--amp-dtype', 'bfloat16', device='cuda')
-    has_it['value'] = False
+    gpu.is_bf16_supported.return_value = False
     assert 'Leave' in look(*right, '--amp', '--amp-dtype', 'bfloat16', device='cuda')['Precision']
     assert 'Transfer' in look(*right, '--amp', '--amp-dtype', 'float16', '--no-pin-mem', device='cuda')
+    assert 'Kernels' in look(*right, '--amp', '--amp-dtype', 'float16', '--deterministic', device='cuda')
 
 
 def test_check_that_fails_is_a_finding():
@@ -389,10 +481,64 @@ def test_check_that_fails_is_a_finding():
 
     assert doctor_page.examine('Time', mistaken, None) == [
         Finding(STOP, 'Time', '--what is wrong', 'Say what is right.')]
-    found, = doctor_page.examine('Memory', doctor_speed.look_at_memory, case_of())
-    assert found.mark == LOOK and 'no training step' in found.figure
-    found, = doctor_page.examine('Time', lambda case: [1 // 0], None)
-    assert found.mark == LOOK and 'ZeroDivisionError' in found.figure
+    for look in (doctor_speed.look_at_memory, doctor_run.look_at_schedule, doctor_run.look_at_disk):
+        found, = doctor_page.examine('Memory', look, case_of())
+        assert found.mark == LOOK and found.figure.endswith('see "Images per second"')
+
+
+def test_crash_of_a_check_is_a_mark_of_its_own():
+    def crashing(case):
+        yield Finding(OK, 'First', 'is sound')
+        json.loads('')  # the exception comes from outside of the project
+
+    line = crashing.__code__.co_firstlineno + 2
+    first, crash = doctor_page.examine('Time', crashing, None)
+    assert first.title == 'First' and (crash.mark, crash.title) == (FAIL, 'Time')
+    assert f'tests/test_doctor.py:{line} (JSONDecodeError: Expecting value' in crash.figure and 'bug' in crash.remedy
+    assert crash.numbers['traceback'].startswith('Traceback') and '/json/' in crash.numbers['traceback']
+    look, stop = Finding(LOOK, 'Size', 'large', 'Make it small.'), Finding(STOP, 'Disk', 'full', 'Make room.')
+    summary = doctor_page.summary([first, look, crash], '')
+    assert summary['Will it run?'] == 'Not known: time; 1 check crashed; 1 finding to look at.'
+    assert summary['Mend first'].startswith('Time: This is a bug')
+    summary = doctor_page.summary([crash, stop], '')
+    assert summary['Will it run?'] == 'No: disk; 1 check crashed.' and summary['Mend first'] == 'Disk: Make room.'
+
+
+def test_crash_in_one_part_of_the_recipe_keeps_the_others(gpu):
+    gpu.get_device_name.side_effect = RuntimeError('the driver is gone')
+    case = case_of('--lr', '5e-4', '--no-amp', device='cuda', processes=8)
+    case.train = range(1_281_167)
+    rate, crash = doctor_page.examine('Recipe', doctor_run.look_at_recipe, case)
+    assert (rate.mark, rate.title) == (LOOK, 'Learning rate')
+    assert crash.mark == FAIL and 'tools/doctor_speed.py:' in crash.figure and 'the driver is gone' in crash.figure
+
+
+def test_page_with_a_crash(image_folder, tmp_path):
+    planted = tmp_path / 'planted.py'
+    planted.write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from tools.doctor import main
+from utils.errors import run_script
+
+def planted():
+    raise OSError('planted')
+
+torch.get_num_threads = planted
+run_script(main)
+""")
+    ended = run_script(planted, image_folder, *SMALL, '--quick', '--processes', 1, '--results-file', 'r', cwd=tmp_path)
+    assert ended.returncode == 1
+    words = ' '.join(ended.stdout.split())
+    assert 'fail Images per second The check itself crashed at tools/doctor_speed.py:' in words
+    assert 'Not looked at: no training step could be measured, see "Images per second"' in words
+    assert 'Will it run? Not known: images per second; 1 check crashed;' in words
+    assert 'Images per second: Traceback' in ended.stderr and ended.stderr.endswith('OSError: planted\n')
+    record = json.loads((tmp_path / 'r.json').read_text())
+    marks = {finding['title']: finding['mark'] for finding in record['findings']}
+    assert marks['Images per second'] == FAIL and marks['Loader'] == OK  # which was measured before
+    assert record['summary']['Will it run?'].startswith('Not known')
+    assert 'Images per second,fail,' in (tmp_path / 'r.csv').read_text()
 
 
 def test_without_faults_the_summary_says_so():

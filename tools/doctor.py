@@ -4,9 +4,9 @@
     python tools/doctor.py -c configs/demo.yaml --quick
 
 It takes the options of train.py: put the command of the run behind it. Each line of the page is marked ok; look, where
-something is wasted or may be meant otherwise; or stop, where the run would end early or its result be wrong. It takes
-about a minute, and writes nothing into the data. Exit code: 0, 1 where something says stop, 2 for a mistake in the
-options.
+something is wasted or may be meant otherwise; stop, where the run would end early or its result be wrong; or fail,
+where a check itself crashed, whose traceback then goes to standard error. It takes about a minute, and writes nothing
+into the data. Exit code: 0, 1 where something says stop or fail, 2 for a mistake in the options.
 """
 import logging
 import sys
@@ -124,7 +124,7 @@ def main():
              doctor_page.plural(processes * args.batch_size * args.accum_steps, 'image'))
     doctor_data.open_splits(case)
     sections = {'Data': doctor_data.look_at_data, 'Images': doctor_data.look_at_images,
-                'Images per second': doctor_speed.look_at_rates, 'Memory': doctor_speed.look_at_memory,
+                doctor_speed.RATES: doctor_speed.look_at_rates, 'Memory': doctor_speed.look_at_memory,
                 'Time and cost': doctor_run.look_at_schedule, 'Disk': doctor_run.look_at_disk,
                 'Processes': doctor_run.look_at_processes, 'Recipe': doctor_run.look_at_recipe}
     found = {}
@@ -146,7 +146,10 @@ def main():
                    for row, finding in zip(rows, everything, strict=True)]
         write_results(stem, {'options': args.as_dict(), 'environment': describe_environment(world.device),
                              'findings': details, 'summary': summary}, rows, '--results-file')
-    if any(finding.mark == doctor_page.STOP for finding in everything):
+    for finding in everything:
+        if finding.mark == doctor_page.FAIL:
+            print(f'\n{finding.title}: {finding.numbers["traceback"]}', end='', file=sys.stderr)
+    if any(finding.mark in (doctor_page.STOP, doctor_page.FAIL) for finding in everything):
         raise SystemExit(1)
 
 

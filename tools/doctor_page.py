@@ -1,11 +1,14 @@
 """What tools/doctor.py prints: findings with a mark, a figure and a remedy, and the three lines that sum them up."""
 import textwrap
+import traceback
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.errors import UserError
 
-OK, LOOK, STOP = 'ok', 'look', 'stop'
+ROOT = Path(__file__).resolve().parents[1]
+OK, LOOK, STOP, FAIL = 'ok', 'look', 'stop', 'fail'
 WIDTH = 100
 INDENT = 27  # where figures begin
 
@@ -14,7 +17,7 @@ class Finding(NamedTuple):
     """One thing that was looked at.
 
     mark: OK; LOOK, where something is wasted or may be meant otherwise; STOP, where the run would end early or its
-        result be wrong.
+        result be wrong; FAIL, where the check itself crashed, so that nothing is known.
     title: what was looked at, in up to 18 letters. figure: what there is, without a full stop. details: what it
         counts, a line each. remedy: sentences on what to do, where there is something. numbers: for programs, by name.
     """
@@ -31,17 +34,32 @@ class NotMeasured(Exception):
 
 
 def examine(title: str, check, case) -> list[Finding]:
-    """What `check` finds in `case`; where it fails itself, that is the finding, of this title."""
+    """What `check` finds in `case`; an exception that ends it early is its last finding, of this title."""
+    found = []
     try:
-        return list(check(case))
+        for finding in check(case):
+            found.append(finding)
     except NotMeasured as error:
-        return [Finding(LOOK, title, f'Not looked at: {error}')]
+        found.append(Finding(LOOK, title, f'Not looked at: {error}'))
     except UserError as error:
         problem, _, remedy = str(error).partition('; ')
-        return [Finding(STOP, title, problem, sentence(remedy))]
+        found.append(Finding(STOP, title, problem, sentence(remedy)))
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), '')
-        return [Finding(LOOK, title, f'Could not be looked at ({type(error).__name__}: {reason})')]
+        found.append(_crash(title, error))
+    return found
+
+
+def _crash(title: str, error: Exception) -> Finding:
+    """Names the exception and the last line of ours that it came through; its traceback is among the numbers."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if Path(frame.filename).is_relative_to(ROOT) and 'site-packages' not in frame.filename]
+    where = f'{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}'
+    reason = next(iter(str(error).splitlines()), '')
+    figure = f'The check itself crashed at {where} ({type(error).__name__}{": " * bool(reason)}{reason})'
+    remedy = ('This is a bug of the doctor, and says nothing of your run: report it with the traceback that is on '
+              'standard error.')
+    numbers = {'where': where, 'traceback': ''.join(traceback.format_exception(error))}
+    return Finding(FAIL, title, figure, remedy, numbers=numbers)
 
 
 def sentence(text: str) -> str:
@@ -94,15 +112,23 @@ def _wrapped(start: str, text: str) -> list[str]:
 def summary(findings: Sequence[Finding], starving: str) -> dict[str, str]:
     """The three lines at the end: will it run, what starves, what to mend first."""
     stops = [finding for finding in findings if finding.mark == STOP]
+    fails = [finding for finding in findings if finding.mark == FAIL]
     looks = [finding for finding in findings if finding.mark == LOOK]
-    also = f'; {plural(len(looks), "finding")} to look at' if looks else ''
+    also = f'; {plural(len(fails), "check")} crashed' if fails else ''
+    also += f'; {plural(len(looks), "finding")} to look at' if looks else ''
     if stops:
-        runs = f'No: {", ".join(dict.fromkeys(finding.title.lower() for finding in stops))}{also}.'
+        runs = f'No: {_titles(stops)}{also}.'
+    elif fails:
+        runs = f'Not known: {_titles(fails)}{also}.'
     else:
         runs = f'Yes, by all that was looked at{also}.'
-    first = next((finding for finding in (*stops, *looks) if finding.remedy), None)
+    first = next((finding for finding in (*stops, *fails, *looks) if finding.remedy), None)
     mend = 'Nothing.' if first is None else f'{first.title}: {first.remedy}'
     return {'Will it run?': runs, 'What starves?': starving, 'Mend first': mend}
+
+
+def _titles(findings: Iterable[Finding]) -> str:
+    return ', '.join(dict.fromkeys(finding.title.lower() for finding in findings))
 
 
 def summary_text(lines: dict[str, str]) -> str:

@@ -19,7 +19,7 @@ import torch
 from engine.checkpoint import KEEP_AT_LEAST, RunLock, save_checkpoint
 from engine.optimizer import create_schedule
 from tools.doctor_page import LOOK, OK, STOP, Finding, NotMeasured, duration, gib, plural
-from tools.doctor_speed import device_name
+from tools.doctor_speed import RATES, device_name
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def look_at_schedule(case: 'Case'):
     """Hours and money of all epochs, with evaluation and saving."""
     args = case.args
     if not case.total_rate:
-        raise NotMeasured('no training step could be measured, see section 3')
+        raise NotMeasured(f'no training step could be measured, see "{RATES}"')
     per_step = args.batch_size * args.accum_steps * case.processes
     steps = len(case.train) // per_step
     if not steps:
@@ -116,7 +116,7 @@ def _save_once(case: 'Case', folder: Path) -> dict:
 def look_at_disk(case: 'Case'):
     """Whether the checkpoints fit, and whether the folder can do what they need."""
     if not hasattr(case, 'state'):
-        raise NotMeasured('there is no model to save, see section 3')
+        raise NotMeasured(f'there is no model to save, see "{RATES}"')
     saved = checkpoint_of(case)
     if saved['problem']:
         yield Finding(STOP, 'Checkpoints', f'A checkpoint cannot be written in {saved["folder"]} ({saved["problem"]})',
@@ -223,8 +223,13 @@ def _end(process: subprocess.Popen) -> None:
 
 def look_at_recipe(case: 'Case'):
     """Options that do not go with one another, or with this machine."""
-    findings = [*_learning_rate(case), *_lengths(case), *_precision(case)]
-    yield from findings or [Finding(OK, 'Recipe', 'Nothing speaks against it')]
+    is_sound = True
+    for look in (_learning_rate, _lengths, _precision):
+        for finding in look(case):
+            is_sound = False
+            yield finding
+    if is_sound:
+        yield Finding(OK, 'Recipe', 'Nothing speaks against it')
 
 
 def _learning_rate(case: 'Case'):

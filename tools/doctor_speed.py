@@ -26,6 +26,7 @@ from utils.log import progress_bar
 if TYPE_CHECKING:
     from tools.doctor import Case
 
+RATES = 'Images per second'  # the title of the section that others need
 ENOUGH = 1.1  # times what the model takes, so that a slow disk for a moment is no matter
 SHORT_STEP = 4.0  # seconds: on a CPU, batches that take longer are reckoned from smaller ones
 MOST_MEMORY = 0.9  # of a device: the rest is for fragments, and for what others have there
@@ -246,7 +247,7 @@ def _number(value: float) -> str:
 
 def device_name(device: torch.device) -> str:
     if device.type == 'cuda':
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     return f'the CPU, {plural(torch.get_num_threads(), "thread")}'
 
 
@@ -286,7 +287,7 @@ def _who_starves(case: 'Case') -> Finding:
 def look_at_memory(case: 'Case'):
     """Memory of the device at this batch, and of the loader's batches on the host."""
     if not case.steps:
-        raise NotMeasured('no training step could be measured, see section 3')
+        raise NotMeasured(f'no training step could be measured, see "{RATES}"')
     wanted, device = case.args.batch_size, case.world.device
     peaks = {size: peak for size, (_, peak) in case.steps.items()}
     total = _device_memory(device)
