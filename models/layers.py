@@ -126,8 +126,6 @@ class Block(nn.Module):
         act_layer: activation of the MLP.
     """
 
-    attn: nn.Module
-    mlp: nn.Module
 
     def __init__(
             self,
@@ -145,10 +143,11 @@ class Block(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.norm1 = norm_layer(dim, **dd)
-        self.attn = Attention(dim, num_heads, attn_drop=attn_drop, proj_drop=drop, **dd)
+        # Other modules take these places in subclasses; TorchScript lets no class say so.
+        self.attn: nn.Module = Attention(dim, num_heads, attn_drop=attn_drop, proj_drop=drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, **dd)
+        self.mlp: nn.Module = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens [B, N, C] to tokens [B, N, C]."""

@@ -115,9 +115,10 @@ class T2TViT(nn.Module):
                      norm_layer=norm_layer, act_layer=act_layer, **dd)
             for rate in calculate_drop_path_rates(drop_path_rate, depth)
         ])
-        self.feature_info: list[dict[str, Any]] = [
+        feature_info: list[dict[str, Any]] = [
             {'module': f'blocks.{i}', 'num_chs': embed_dim, 'reduction': 16} for i in range(depth)
         ]
+        self.feature_info = feature_info
         self.norm = norm_layer(embed_dim, **dd)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.aux_weight = aux_weight
