@@ -1,6 +1,7 @@
 # make demo          a T2T-ViT trained on the embedded digits by two processes, validated, with its curves
 # make tensorboard   the demo's run, and others beside it, in the browser at http://127.0.0.1:6006 (PORT=…)
-# make test          all tests but the slow ones, and the linter; make test-slow, make test-faults: the others
+# make test          all tests but the slow ones, and make lint; make test-slow, make test-faults: the others
+# make lint          the linter, and the type checker over all code but the tests: half a minute, later seconds
 # make browser       installs Chromium for the tests of pages, which are skipped without it (Debian and Ubuntu)
 # make clean         removes the environment and the demo's output
 #
@@ -43,6 +44,7 @@ browser:
 
 lint: $(ABSOLUTE_VENV)/.installed-dev
 	$(RUN) -m ruff check .
+	$(RUN) -m mypy
 
 # What is installed is marked with a file, newer than the requirements it came from.
 $(ABSOLUTE_VENV)/.installed: requirements.txt

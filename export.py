@@ -76,12 +76,12 @@ def main():
         raise UserError(f'--output-dir: {folder / in_the_way[0]} is there, and no export has written it; '
                         'name another folder')
     dataset = open_images(args, known_classes, model.num_classes, world) if has_images else None
-    labels = label_classes(args, known_classes or (dataset.classes if has_images else None), model.num_classes)
+    labels = label_classes(args, known_classes or (dataset.classes if dataset else None), model.num_classes)
     source = Source(model, describe(model, **labels, input_size=(3, *image.img_size), mean=image.mean, std=image.std,
                                     crop_pct=image.crop_pct, interpolation=image.interpolation), image.img_size)
 
     # --- Exports, each compared with PyTorch --------------------------------------------------------------------------
-    checks = Checks(model, image.img_size, first_batch(args, dataset, image, world) if has_images else None)
+    checks = Checks(model, image.img_size, first_batch(args, dataset, image, world) if dataset else None)
     rows = {'pytorch': {'format': 'pytorch', 'ms_per_image': checks.milliseconds(model)}}
     bar = progress_bar(total=len(names))
     for name in names:
@@ -91,7 +91,7 @@ def main():
     bar.close()
 
     # --- The accuracy that 8 bits cost --------------------------------------------------------------------------------
-    if has_images and (dataset.targets >= 0).all() and 'int8' in rows and 'failure' not in rows['int8']:
+    if dataset and (dataset.targets >= 0).all() and 'int8' in rows and 'failure' not in rows['int8']:
         loader, prepare = create_eval_loader(args, dataset, image, world)
         for name, candidate in (('pytorch', model), ('int8', FORMS['int8'].read(folder / FORMS['int8'].file))):
             rows[name].update(evaluate(candidate, loader, prepare, precision=precision, name=name).as_dict())

@@ -36,14 +36,13 @@ def main():
     options.check_images(args)
     options.check_trained_model(args)
 
-    import torch
 
     from data import Numbered
     from data.pipeline import create_eval_loader, name_classes, open_images, resolve_input
     from engine.predict import predict
     from models import open_trained_model
     from utils.results import results_stem, write_results
-    from utils.runtime import describe_environment, start
+    from utils.runtime import describe_environment, move_model, start
 
     # --- Runtime ------------------------------------------------------------------------------------------------------
     world, precision = start(args, alone=True)
@@ -54,7 +53,7 @@ def main():
     image = resolve_input(args, model.pretrained_cfg)
     dataset = open_images(args, known_classes, model.num_classes, world)
     names = name_classes(args, known_classes or dataset.classes or None, model.num_classes)
-    model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    move_model(model, world.device, channels_last=args.channels_last)
 
     # --- Predictions --------------------------------------------------------------------------------------------------
     num_batches = -(-len(dataset) // (args.batch_size * args.validation_batch_size_multiplier))

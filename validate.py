@@ -32,7 +32,6 @@ def main():
     args = options.parse_options(parser)
     options.check_trained_model(args)
 
-    import torch
 
     from data.pipeline import create_eval_loader, open_evaluation_data, resolve_input
     from engine.compile import compile_model
@@ -40,7 +39,7 @@ def main():
     from models import open_trained_model
     from utils.distributed import leave
     from utils.results import results_stem, write_results
-    from utils.runtime import describe_environment, start
+    from utils.runtime import describe_environment, move_model, start
 
     # --- Runtime ------------------------------------------------------------------------------------------------------
     world, precision = start(args)
@@ -52,7 +51,7 @@ def main():
     stem = results_stem(args, args.results_file, '--results-file', 'validate')
     image = resolve_input(args, model.pretrained_cfg)
     dataset = open_evaluation_data(args, known_classes, model.num_classes, world)
-    model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    move_model(model, world.device, channels_last=args.channels_last)
 
     # --- Evaluation ---------------------------------------------------------------------------------------------------
     loader, prepare = create_eval_loader(args, dataset, image, world)

@@ -59,14 +59,13 @@ def main():
         raise UserError('--figures mistakes needs images whose classes are known: give a data set (--data DIR, '
                         '--dataset digits)')
 
-    import torch
 
     from data import spread
     from data.pipeline import name_classes, open_images, resolve_input
     from models import open_trained_model
     from models.explain import check_layers
     from utils.log import make_folder
-    from utils.runtime import start
+    from utils.runtime import move_model, start
 
     # --- Runtime ------------------------------------------------------------------------------------------------------
     world, precision = start(args, alone=True)
@@ -85,12 +84,13 @@ def main():
     titles, opened, inputs = zip((args.model, model, image), *beside, strict=True)
     models = dict(zip(unique(titles), opened, strict=True))
     for each in models.values():
-        each.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+        move_model(each, world.device, channels_last=args.channels_last)
 
     # --- Pictures of single images ------------------------------------------------------------------------------------
     wanted = [name for name in args.figures if name in OF_IMAGES]
     shown = dataset if args.images or args.samples else spread(dataset, SAMPLES)
-    files, left_out = [], 0
+    files: list[Path] = []
+    left_out = 0
     if wanted:
         files, left_out = draw_images(args, wanted, models, inputs, shown, classes, folder, world, precision)
 
@@ -135,7 +135,8 @@ def draw_images(args, wanted: list[str], models: dict, inputs: tuple, dataset, c
     from utils.log import progress_bar
     model, numbered, wanted = next(iter(models.values())), Numbered(dataset), list(wanted)
     paths = [dataset.path(number) for number in range(len(dataset))]
-    stems, files = file_names(paths, in_class_folders=bool(args.data)), []
+    stems = file_names(paths, in_class_folders=bool(args.data))
+    files: list[Path] = []
     loading = args.replacing(workers=min(args.workers, len(dataset) // args.batch_size))
     loaders = [create_eval_loader(loading, numbered, image, world) for image in inputs]
     bar = progress_bar(total=len(dataset) * len(wanted), desc='Pictures')
@@ -272,7 +273,8 @@ def file_names(paths: list[str], in_class_folders: bool = False) -> list[str]:
 
 def unique(names: Iterable[str]) -> list[str]:
     """The names; instead of one that is taken already the first of name-2, name-3, … that is not."""
-    taken, last, result = set(), Counter(), []
+    taken, result = set(), []
+    last: Counter[str] = Counter()
     for name in names:
         free = name
         while free in taken:

@@ -118,7 +118,8 @@ class Work:
 def fill_buckets(gradients) -> list[tuple[float, float]]:
     """(part of the backward pass after which it is full, bytes) of each bucket; each is closed once it has its size."""
     first, size = bucket_sizes(sum(amount for _, amount in gradients))
-    buckets, filled = [], 0.
+    buckets: list[tuple[float, float]] = []
+    filled = 0.
     for ready, amount in gradients:
         filled += amount
         if filled >= (size if buckets else first):
@@ -217,11 +218,11 @@ def limiter(cluster: Cluster, work: Work, gpus: int) -> str:
     """What limits a step: that of WITHOUT without which it would be shortest."""
     whole = step_seconds(cluster, work, gpus)
     gains = {name: 1 - step_seconds(without(cluster), work, gpus) / whole for name, without in WITHOUT.items()}
-    best = max(gains, key=gains.get)
+    best = max(gains, key=gains.__getitem__)
     if gains[best] > LEAST_GAIN:
         return best
     rates = input_rates(cluster, work, gpus)  # two of them are equally slow
-    return min(rates, key=rates.get)
+    return min(rates, key=rates.__getitem__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,4 +340,5 @@ def plan(cluster: Cluster, work: Work, gpus: int, steps: int = 200) -> dict:
             'limiter': limiter(cluster, work, gpus), 'step_milliseconds': 1000 * seconds,
             'parts_milliseconds': {name: 1000 * value for name, value in step_parts(cluster, work, gpus).items()},
             'read_bytes_per_second': rate * work.image_bytes, 'hours': hours, 'gpu_hours': gpus * hours,
-            'hours_of': {name: value / 3600 for name, value in parts.items()}, 'most': max(parts, key=parts.get)}
+            'hours_of': {name: value / 3600 for name, value in parts.items()},
+            'most': max(parts, key=parts.__getitem__)}

@@ -22,7 +22,7 @@ import itertools
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -61,6 +61,7 @@ from utils.errors import run_script
 from utils.log import progress_bar
 from utils.pictures import BLUE, GREEN, ORANGE, new_figure
 from utils.runtime import seed_everything, start
+from utils.timm_model import TimmModel
 
 SMOOTHED, LAST = 20, 50  # steps
 CHANCE = 2  # times its expected value is what a distance of means may have
@@ -91,7 +92,7 @@ class Run:
 
     def __init__(self, path: str, args, step_args, num_classes: int, world: World):
         seed_everything(args.seed, 0)  # the initialisation is the same whatever the path and the seed
-        create = published_model if path == 'published' else create_model
+        create: Callable[..., TimmModel] = published_model if path == 'published' else create_model
         model = create(args.model, img_size=args.img_size, num_classes=num_classes, drop_path_rate=0.)
         optimizer = published_optimizer(model, step_args) if path == 'published' else create_optimizer(
             param_groups(model, step_args.weight_decay), step_args)
@@ -99,7 +100,8 @@ class Run:
         self._state = create_state(step_args, model, optimizer, precision, [], world)
         if path == 'compiled':
             compile_model(model, args.compile)
-        loss, self._losses = create_loss(step_args, soft_targets=False), []
+        loss = create_loss(step_args, soft_targets=False)
+        self._losses: list[torch.Tensor] = []
 
         def noted_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             # On a CPU autocast leaves the loss itself in bfloat16, whose steps are 0.016 here.
@@ -132,7 +134,7 @@ def train(paths: list[str], args, world: World) -> dict[str, list[list[float]]]:
     """The losses of all runs, [seed][step] by path; a bar shows the time left."""
     dataset, prepare = ImageFolder(args.data), BatchPreparer(world.device)
     step_args = training_options('--batch-size', str(args.batch_size), '--lr', str(args.lr), '--device', args.device)
-    losses = {path: [] for path in paths}
+    losses: dict[str, list[list[float]]] = {path: [] for path in paths}
     with progress_bar(total=args.seeds * args.steps * len(paths), unit='step') as bar:
         for index in range(args.seeds):
             seed = derive_seed(args.seed, index) >> 1
@@ -185,7 +187,8 @@ def compare(losses: dict[str, list[list[float]]]) -> dict:
     yardstick, num_seeds = smooth(losses['published']), len(losses['published'])
     spread = spread_of_seeds(yardstick).mean()
     last = {path: np.array(runs)[:, -LAST:].mean(axis=1) for path, runs in losses.items()}  # [seeds]
-    result = {'spread_of_seeds': float(spread), 'spread_of_means': float(spread / num_seeds ** 0.5), 'paths': {}}
+    spread_of_means = float(spread / num_seeds ** 0.5)
+    of_paths: dict[str, dict] = {}
     for path in losses:
         figures = {'last': float(last[path].mean()), 'last_standard_error': _standard_error(last[path])}
         if path != 'published':
@@ -196,9 +199,9 @@ def compare(losses: dict[str, list[list[float]]]) -> dict:
             figures |= {'at_equal_seed': float(at_equal_seed), 'of_means': float(of_means),
                         'last_difference': float(difference.mean()),
                         'last_difference_standard_error': _standard_error(difference),
-                        'is_within': bool(at_equal_seed <= spread and of_means <= CHANCE * result['spread_of_means'])}
-        result['paths'][path] = figures
-    return result
+                        'is_within': bool(at_equal_seed <= spread and of_means <= CHANCE * spread_of_means)}
+        of_paths[path] = figures
+    return {'spread_of_seeds': float(spread), 'spread_of_means': spread_of_means, 'paths': of_paths}
 
 
 def _standard_error(values: np.ndarray) -> float:

@@ -27,7 +27,7 @@ import itertools
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,7 +36,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import nn
 
 from benchmarks.measure import training_options
 from benchmarks.published import PUBLISHED, golden_state, published_model
@@ -61,6 +60,7 @@ from utils import options
 from utils.errors import run_script
 from utils.log import progress_bar
 from utils.runtime import Precision, seed_everything, start
+from utils.timm_model import TimmModel
 
 WEIGHTS = ('golden', 'initial')
 STAGES = ('attention1', 'attention2', 'project')  # in the order of the forward pass
@@ -120,15 +120,16 @@ def _read_photographs(folder: str, count: int, size: tuple[int, int]) -> torch.T
     return BatchPreparer('cpu')(pixels, torch.empty(0))[0]
 
 
-def make_models(name: str, weights: str, args, device: torch.device, **kwargs) -> dict[str, nn.Module]:
+def make_models(name: str, weights: str, args, device: torch.device, **kwargs) -> dict[str, TimmModel]:
     """The model in float64, and by path: one after the other the same weights, in evaluation mode on the device.
 
     Args:
         weights: one of WEIGHTS.
         kwargs: further arguments of `models.create_model`.
     """
-    paths = {'float64': published_model, 'published': published_model, 'default': create_model}
-    models = {}
+    paths: dict[str, Callable[..., TimmModel]] = {
+        'float64': published_model, 'published': published_model, 'default': create_model}
+    models: dict[str, TimmModel] = {}
     for path, create in paths.items():
         seed_everything(args.seed, 0)  # for there to be the same initial weights
         model = create(name, img_size=args.img_size, **kwargs).eval()
@@ -144,7 +145,7 @@ def make_models(name: str, weights: str, args, device: torch.device, **kwargs) -
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
 
-def compute(model: nn.Module, images: torch.Tensor, precision: Precision, *,
+def compute(model: TimmModel, images: torch.Tensor, precision: Precision, *,
             stages: Sequence[str] = STAGES) -> dict[str, torch.Tensor]:
     """All that is compared, in float64: logits [B, classes], and as vectors stages and gradients, by MEASURES.
 
@@ -152,7 +153,7 @@ def compute(model: nn.Module, images: torch.Tensor, precision: Precision, *,
         stages: those to look at; in a compiled model that would change what is compiled.
     """
     seen = {}
-    hooks = [model.tokens_to_token.get_submodule(stage).register_forward_hook(
+    hooks = [model.get_submodule(f'tokens_to_token.{stage}').register_forward_hook(
         lambda _, __, output, stage=stage: seen.update({stage: output.detach().double().flatten()}))
         for stage in stages]
     labels = (3 + 4 * torch.arange(len(images), device=images.device)) % model.num_classes  # those of the golden data
@@ -166,8 +167,8 @@ def compute(model: nn.Module, images: torch.Tensor, precision: Precision, *,
         hook.remove()
 
     def gradient(part: str) -> torch.Tensor:
-        return torch.cat([parameter.grad.double().flatten() / scale for key, parameter in model.named_parameters()
-                          if key.startswith(part)])
+        gradients = [parameter.grad for key, parameter in model.named_parameters() if key.startswith(part)]
+        return torch.cat([gradient.double().flatten() / scale for gradient in gradients if gradient is not None])
 
     return {'logits': logits.detach().double(), **seen, 'gradient': gradient(''),
             **{f'gradient of {part}': gradient(f'{part}.') for part in PARTS}}
@@ -185,7 +186,7 @@ def _distance(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
 
 
-def measure(models: dict[str, nn.Module], images: torch.Tensor, precisions: dict[str, Precision]) -> list[dict]:
+def measure(models: dict[str, TimmModel], images: torch.Tensor, precisions: dict[str, Precision]) -> list[dict]:
     """A row for each precision and path: {'precision', 'path', 'errors'}."""
     expected = compute(models['float64'], images.double(), Precision(images.device, enabled=False))
     rows = []
@@ -215,8 +216,8 @@ def as_summary(rows: list[dict]) -> str:
     """Of each model, precision and path: the largest ratios, and where the largest of all is."""
     groups = {'logits': MEASURES[:2], 'stages': STAGES, 'gradients': MEASURES[-1 - len(PARTS):]}
     lines = []
-    for key, of_key in itertools.groupby(rows, key=lambda row: (row['model'], row['precision'])):
-        of_key = list(of_key)
+    for key, group in itertools.groupby(rows, key=lambda row: (row['model'], row['precision'])):
+        of_key = list(group)
         for path in dict.fromkeys(row['path'] for row in of_key if 'ratios' in row):
             ratios = [(ratio, name, row) for row in of_key if row['path'] == path
                       for name, ratio in row['ratios'].items()]

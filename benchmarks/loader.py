@@ -26,6 +26,7 @@ the ratios of images per second and core with the most workers that do not excee
 shards of images resized once against timm's folders.
 """
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -38,7 +39,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -100,14 +103,15 @@ def copy_images(source: Path, split: str, count: int, folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         if source.is_dir():
             below = source / split if (source / split).is_dir() else source
-            files = {path.relative_to(below): path.read_bytes for path in below.glob('*/*')}
+            files: dict[Path, Callable[[], bytes]] = {
+                path.relative_to(below): path.read_bytes for path in below.glob('*/*')}
         else:
             try:
                 tar = stack.enter_context(tarfile.open(source))
             except (OSError, tarfile.TarError) as error:
                 raise UserError(f'{source}: neither a folder nor a tar of images ({error})') from None
             # The last two parts of a name alone say where a file goes.
-            files = {Path(*Path(member.name).parts[-2:]): lambda member=member: tar.extractfile(member).read()
+            files = {Path(*Path(member.name).parts[-2:]): functools.partial(_read_member, tar, member)
                      for member in tar if member.isreg()}
         names = sorted(name for name in files if name.suffix.lower() in EXTENSIONS and '..' not in name.parts)
         if not names:
@@ -116,6 +120,12 @@ def copy_images(source: Path, split: str, count: int, folder: Path) -> None:
             name = names[number * len(names) // min(count, len(names))]
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(files[name]())
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    content = tar.extractfile(member)
+    assert content is not None, 'a regular file has content'
+    return content.read()
 
 
 def pack(folder: Path, out: Path, *more: str) -> None:
@@ -132,6 +142,11 @@ def repeat(dataset: ImageDataset, count: int) -> ImageDataset:
     return Part(dataset, np.arange(count) % len(dataset))
 
 
+def stored_bytes(dataset: ImageDataset) -> int:
+    stored = (dataset.stored(index) for index in range(len(dataset)))
+    return sum(len(content) for content in stored if isinstance(content, bytes))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Contenders
 
@@ -143,7 +158,7 @@ class Timm:
         samples = dataset.reader.samples
         dataset.reader.samples = [samples[index % len(samples) if count > len(samples) else
                                           index * len(samples) // count] for index in range(count)]
-        recipe = dict(is_training=False, interpolation='bicubic', crop_pct=0.9)
+        recipe: dict[str, Any] = dict(is_training=False, interpolation='bicubic', crop_pct=0.9)
         if training:
             mixing = FastCollateMixup(0.8, 1.0, label_smoothing=0.1, num_classes=NUM_CLASSES)
             recipe = dict(is_training=True, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, color_jitter=0.4,
@@ -167,6 +182,8 @@ class Ours:
     def __init__(self, dataset: ImageDataset, *, training: bool, count: int, workers: int, args, transform=None):
         keep_freed_memory()  # as every script of ours does where it starts
         dataset = repeat(dataset, count)
+        sampler: TrainSampler | EvalSampler
+        self._prepare: BatchPreparer
         if training:
             transform = transform or create_train_transform(args.img_size)
             sampler = TrainSampler(count, args.batch_size, seed=args.seed, starts=dataset.starts())
@@ -203,8 +220,8 @@ class Contender:
     """
     label: str
     start: Callable[[], Timm | Ours]
-    process: multiprocessing.Process | None = None
-    connection: Connection | None = None
+    process: BaseProcess = field(init=False)
+    connection: Connection = field(init=False)
     turns: list[tuple[float, float, float]] = field(default_factory=list)
     peak_bytes: int | None = None
 
@@ -296,7 +313,7 @@ def serve(start: Callable[[], Timm | Ours], connection: Connection) -> None:
     running = start()
     for _ in running.epoch():  # workers start with the first
         pass
-    workers = [child.pid for child in multiprocessing.active_children()]
+    workers = [child.pid for child in multiprocessing.active_children() if child.pid]
     while task := connection.recv():
         connection.send({'take_turn': take_turn, 'peak_memory': peak_memory}[task](running, workers))
     running.close()
@@ -359,8 +376,8 @@ def main() -> None:
     if not source.exists():
         raise UserError(f'{source}: no such folder or tar; give images in class folders')
     torch.set_num_threads(1)  # of the main process; workers have one
-    with tempfile.TemporaryDirectory() as scratch:
-        scratch = Path(scratch)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
         copy_images(source, args.split, args.images, scratch / FOLDERS)
         pack(scratch / FOLDERS, scratch / SHARDS)
         pack(scratch / FOLDERS, scratch / RESIZED, '--short-side', str(args.short_side))
@@ -369,7 +386,7 @@ def main() -> None:
         sizes = np.array([datasets[FOLDERS].image(index).size for index in range(len(datasets[FOLDERS]))])
         record = {**new_record('loader', args, CPU, args.data), 'cores': cores, 'images': len(datasets[FOLDERS]),
                   'mean_size': '{:.0f} × {:.0f}'.format(*sizes.mean(0)), 'tables': [],
-                  **{f'{key}_bytes': sum(len(datasets[name].stored(index)) for index in range(len(datasets[name])))
+                  **{f'{key}_bytes': stored_bytes(datasets[name])
                      for key, name in (('image', FOLDERS), ('resized', RESIZED))}}
         for workers, task in itertools.product(args.workers or sorted({1, 2, cores}), ('training', 'evaluation')):
             count = args.batch_size * args.batches * workers

@@ -34,7 +34,8 @@ from utils import options
 from utils.distributed import World
 from utils.errors import UserError
 from utils.log import progress_bar
-from utils.runtime import Precision, seed_everything
+from utils.runtime import Precision, move_model, seed_everything
+from utils.timm_model import TimmModel
 
 # The options of train.py, whose defaults the contenders have.
 TRAINING = (options.data_options, options.training_data_options, options.model_options, options.input_options,
@@ -143,7 +144,7 @@ def start_training(contender: Contender, args, training_args, precision: Precisi
     make_optimizer = published_optimizer if contender.is_published else _default_optimizer
     state = create_state(training_args, model, make_optimizer(model, training_args), precision, [], world)
     compile_model(state.model, args.compile if contender.is_compiled else '')
-    step = (PublishedStep if contender.is_published else TrainingStep)(
+    step: PublishedStep | TrainingStep = (PublishedStep if contender.is_published else TrainingStep)(
         state, wrap(state.model), prepare=lambda *batch: batch,
         loss=create_loss(training_args, soft_targets=True), precision=precision, args=training_args)
     state.model.train()
@@ -151,20 +152,21 @@ def start_training(contender: Contender, args, training_args, precision: Precisi
 
     def take_step() -> None:
         step(batches)
-        if not contender.is_published and next(count) % training_args.log_interval == 0:
+        if isinstance(step, TrainingStep) and next(count) % training_args.log_interval == 0:
             step.settle()
 
     def held() -> list[torch.Tensor]:
         moments = [value for values in state.optimizer.state.values() for value in values.values()]
-        return [*_tensors(state.model), *_tensors(state.ema.module), *filter(torch.is_tensor, moments)]
+        average = _tensors(state.ema.module) if state.ema else []
+        return [*_tensors(state.model), *average, *filter(torch.is_tensor, moments)]
 
     def is_finite() -> bool:
-        return math.isfinite(step.last_loss if contender.is_published else step.gradient_norm.item())
+        return math.isfinite(step.last_loss if isinstance(step, PublishedStep) else step.gradient_norm.item())
 
     return Running(take_step, held, is_finite, state.model)
 
 
-def _create_model(contender: Contender, training_args) -> nn.Module:
+def _create_model(contender: Contender, training_args) -> TimmModel:
     args = training_args.replacing(model=contender.model, img_size=contender.img_size)
     if contender.is_published:
         return published_model(args.model, num_classes=NUM_CLASSES, img_size=args.img_size, drop_rate=args.drop,
@@ -172,14 +174,14 @@ def _create_model(contender: Contender, training_args) -> nn.Module:
     return create_model_from_options(args, num_classes=NUM_CLASSES)
 
 
-def _default_optimizer(model: nn.Module, training_args) -> torch.optim.Optimizer:
+def _default_optimizer(model: TimmModel, training_args) -> torch.optim.Optimizer:
     return create_optimizer(param_groups(model, training_args.weight_decay), training_args)
 
 
 def start_inference(contender: Contender, args, training_args, precision: Precision, world: World) -> Running:
     """A contender whose step is the forward pass of an evaluation."""
     model = _create_model(contender, training_args).eval()
-    model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    move_model(model, world.device, channels_last=args.channels_last)
     compile_model(model, args.compile if contender.is_compiled else '')
     images, _ = make_batch(contender, args, world.device)
 
@@ -208,6 +210,7 @@ def time_window(contender: Contender, device: torch.device) -> float:
     """Milliseconds of a step, over those of a window."""
     synchronize(device)
     started = time.perf_counter()
+    assert contender.running is not None, 'it is warm, or it has failed and is not asked'
     for _ in range(contender.steps_per_window):
         contender.running.step()
     synchronize(device)
@@ -276,19 +279,20 @@ def _profile_on_cpu(step: Callable[[], object], device: torch.device) -> tuple[i
     allocated = max(itertools.accumulate((size for _, size in changes), initial=0))
     operators = _operators(events)
     count = sum(is_innermost for *_, is_innermost in operators) // STEPS_PROFILED
-    return count, None, allocated, _by_name([row[:2] for row in operators], STEPS_PROFILED)
+    return count, None, allocated, _by_name([(name, nanoseconds) for name, nanoseconds, _ in operators], STEPS_PROFILED)
 
 
 def _events(profiler: profile) -> list:
     """What was recorded, as it was: its public form takes long to make, and hides what an operator gives back."""
-    return profiler.profiler.kineto_results.events()
+    return profiler.profiler.kineto_results.events()  # type: ignore[union-attr]  # both are there once it has ended
 
 
 def _operators(events: list) -> list[list]:
     """Operators that compute: the name, the nanoseconds without those it calls, and whether there are none of these."""
     spans = sorted((event.start_thread_id(), event.start_ns(), -event.end_ns(), event.name()) for event in events
                    if _computes(event.name()))
-    operators, callers = [], []
+    operators: list[list] = []
+    callers: list[tuple[int, int, list]] = []
     for thread, begin, negative_end, name in spans:
         while callers and (callers[-1][0] != thread or callers[-1][1] <= begin):
             callers.pop()
@@ -302,7 +306,7 @@ def _operators(events: list) -> list[list]:
 
 def _by_name(events: Iterable[tuple[str, int]], steps: int) -> list[tuple[str, int, float]]:
     """Name, calls and milliseconds of a step of what took so many nanoseconds each in `steps`, the longest first."""
-    found = {}
+    found: dict[str, tuple[int, int]] = {}
     for name, nanoseconds in events:
         calls, total = found.get(name, (0, 0))
         found[name] = calls + 1, total + nanoseconds
@@ -359,6 +363,7 @@ def add_window(contender: Contender, device: torch.device) -> None:
 def note_finiteness(contender: Contender) -> None:
     """Whether the last step was finite, or one of the next few: float16's scaler has to find its scale by overflows."""
     running = contender.running
+    assert running is not None, 'it is warm, or it has failed and is not asked'
 
     def is_next_finite() -> bool:
         running.step()

@@ -142,6 +142,7 @@ def early_percent(found: dict) -> float:
 def count_hand_overs(name: str, world: World) -> dict:
     """`list_hand_overs` of a model as train.py wraps it, in its first step; they do not depend on the images."""
     model = wrap_model(create_model(name, img_size=32), world)
+    assert isinstance(model, DistributedDataParallel), 'there are several ranks'
     images = torch.randn(2, 3, 32, 32)
     return list_hand_overs(model, Link(model), lambda: model(images).square().sum())
 
@@ -158,10 +159,12 @@ def wrap_in_registration_order(model: nn.Module) -> DistributedDataParallel:
 def act_as_rank(args, training_args) -> None:
     """Measures with the other processes; rank 0 writes what it found."""
     world, _ = start(training_args)
-    wraps = {ALONE: lambda model: model, 'registration': wrap_in_registration_order,
-             'torch': functools.partial(DistributedDataParallel, gradient_as_bucket_view=True),
-             'ours': functools.partial(wrap_model, world=world)}
-    running, links = {}, {}
+    wraps: dict[str, Callable[[nn.Module], nn.Module]] = {
+        ALONE: lambda model: model, 'registration': wrap_in_registration_order,
+        'torch': functools.partial(DistributedDataParallel, gradient_as_bucket_view=True),
+        'ours': functools.partial(wrap_model, world=world)}
+    running: dict[str, Running] = {}
+    links: dict[str, Link | None] = {}
     for label, wrap in wraps.items():
         seed_everything(args.seed, 0)
         running[label], links[label] = _start(label, wrap, args, training_args, world)
@@ -181,7 +184,7 @@ def act_as_rank(args, training_args) -> None:
                 times[delay, label].append((1000 * step, 1000 * link.exposed if link else 0.))
     rows = [{'delay': delay, 'contender': label, 'step_milliseconds': [step for step, _ in taken],
              'exposed_milliseconds': [exposed for _, exposed in taken],
-             'hand_overs': links[label].hand_overs if links[label] else []}
+             'hand_overs': link.hand_overs if (link := links[label]) else []}
             for (delay, label), taken in times.items()]
     counted = {name: count_hand_overs(name, world) for name in COUNTED}
     if world.is_main:
@@ -213,7 +216,7 @@ def as_text(record: dict) -> str:
     options_ = record['options']
     lines = [f'# Gradients summed behind the backward pass\n\n{origin(record)}\n',
              f'{options_["model"]} at {options_["img_size"]} pixels, batch {options_["batch_size"]} a process, '
-             f'{RANKS} processes of {record["threads"]} thread(s) with gloo; medians over {options_["repeats"]} rounds. '
+             f'{RANKS} processes of {record["threads"]} thread(s) with gloo; medians of {options_["repeats"]} rounds. '
              'Exposed: from the last gradient to the last sum.\n',
              _steps_table(record['rows']), '\n## Hand-overs\n',
              'After how many gradients each bucket of ours is handed over, in every step, and its MiB.\n',

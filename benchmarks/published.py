@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.ema import ModelEma
 from engine.optimizer import param_groups
 from engine.state import TrainState
-from models import T2TViT, create_model
+from models import T2TViT, ablations, create_model, layers
 from utils.errors import UserError
 from utils.runtime import Precision
+from utils.timm_model import TimmModel
 
 __all__ = ['PUBLISHED', 'PublishedStep', 'golden_state', 'published_model', 'published_optimizer']
 
@@ -42,6 +44,7 @@ EPSILON = 1e-8  # of the Performer's quotient
 
 class Performer(nn.Module):
     """Token layer of linear cost: tokens [B, N, dim] to tokens [B, N, D]."""
+    w: torch.Tensor
 
     def __init__(self, dim: int, token_dim: int):
         super().__init__()
@@ -143,8 +146,12 @@ class TokensToToken(nn.Module):
 
 class Attention(nn.Module):
     """Attention of the backbone, written out, over the layers of an attention of ours; tokens [B, N, C]."""
+    qkv: nn.Module
+    proj: nn.Module
+    proj_drop: nn.Module
+    se_layer: nn.Module
 
-    def __init__(self, ours: nn.Module):
+    def __init__(self, ours: layers.Attention | ablations.GhostAttention):
         super().__init__()
         for name, layer in ours.named_children():
             self.add_module(name, layer)
@@ -169,6 +176,12 @@ class Attention(nn.Module):
 
 class GhostAttention(Attention):
     """The same, with q, k and v of which one half are cheap copies of the other."""
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    cheap_operation_q: nn.Module
+    cheap_operation_k: nn.Module
+    cheap_operation_v: nn.Module
 
     def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         B, N, C = x.shape
@@ -195,15 +208,17 @@ class DropPath(nn.Module):
 
 class Block(nn.Module):
     """Block of the backbone over the layers of a block of ours; tokens [B, N, C], or to C + growth if it is dense."""
+    dense_linear: nn.Module
 
-    def __init__(self, ours: nn.Module):
+    def __init__(self, ours: layers.Block):
         super().__init__()
-        attention = Attention if hasattr(ours.attn, 'qkv') else GhostAttention
+        assert isinstance(ours.attn, layers.Attention | ablations.GhostAttention), 'a published block has one of these'
+        attention = Attention if isinstance(ours.attn, layers.Attention) else GhostAttention
         self.norm1, self.attn = ours.norm1, attention(ours.attn)
         self.drop_path = DropPath(getattr(ours.drop_path, 'drop_prob', 0.))
         self.norm2, self.mlp = ours.norm2, ours.mlp
         if hasattr(ours, 'dense_linear'):
-            self.dense_linear = ours.dense_linear
+            self.dense_linear = ours.get_submodule('dense_linear')
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x + self.drop_path(self.attn(self.norm1(x)))
@@ -211,7 +226,7 @@ class Block(nn.Module):
         return torch.cat((x, self.dense_linear(y)), dim=2) if hasattr(self, 'dense_linear') else y
 
 
-def published_model(name: str, **kwargs) -> T2TViT:
+def published_model(name: str, **kwargs) -> TimmModel:
     """The model `name` in the published formulation, with the keys and the initial weights that ours would have.
 
     Args:
@@ -223,6 +238,7 @@ def published_model(name: str, **kwargs) -> T2TViT:
     if name not in PUBLISHED:
         raise UserError(f'model {name!r} has no published formulation; use one of {", ".join(PUBLISHED)}')
     model = create_model(name, **kwargs)
+    assert isinstance(model, T2TViT), 'all that were published are'
     ours = model.tokens_to_token.state_dict()
     token_layer = Performer if 'attention1.w' in ours else Transformer
     embed_dim, token_dim = ours['project.weight'].shape[0], ours['attention1.norm2.weight'].shape[0]
@@ -230,7 +246,7 @@ def published_model(name: str, **kwargs) -> T2TViT:
     published.load_state_dict(ours)
     model.tokens_to_token = published
     for index, block in enumerate(model.blocks):
-        if hasattr(block, 'attn'):  # not so a transition of the dense model
+        if isinstance(block, layers.Block):  # not so a transition of the dense model
             model.blocks[index] = Block(block)
     return model
 
@@ -254,7 +270,7 @@ def golden_state(model: nn.Module) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------------
 # Training step
 
-def published_optimizer(model: nn.Module, args) -> torch.optim.AdamW:
+def published_optimizer(model: TimmModel, args) -> torch.optim.AdamW:
     """AdamW that updates one tensor after the other, with the --lr and --weight-decay of `args`."""
     return torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, foreach=False, fused=False)
 
@@ -296,13 +312,12 @@ class PublishedStep:
         if images.device.type == 'cuda':
             torch.cuda.synchronize()
         if state.ema:
-            self._average()
+            self._average(state.ema)
         state.count_step()
         return images
 
     @torch.no_grad()
-    def _average(self) -> None:
-        decay = self.state.ema.decay
+    def _average(self, ema: ModelEma) -> None:
         weights = self.state.model.state_dict()
-        for key, average in self.state.ema.module.state_dict().items():
-            average.copy_(average * decay + (1. - decay) * weights[key])
+        for key, average in ema.module.state_dict().items():
+            average.copy_(average * ema.decay + (1. - ema.decay) * weights[key])

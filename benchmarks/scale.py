@@ -207,13 +207,13 @@ def count_tokens(size: int | tuple[int, int]) -> int:
 
 def fit_exponents(points: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
     """The p of time and of memory ~ N^p by task and contender: least squares of logarithms, of the larger half of N."""
-    fitted = {}
+    fitted: dict[str, dict[str, dict[str, float]]] = {}
     for task in dict.fromkeys(point['task'] for point in points):
         of_task = sorted((point for point in points if point['task'] == task), key=lambda point: point['tokens'])
         larger = of_task[len(of_task) // 2:] if len(of_task) > 2 else of_task
         for index, name in enumerate(row['contender'] for row in of_task[0]['rows']):
-            rows = [(point['tokens'], point['rows'][index]) for point in larger]
-            rows = [(tokens, row['milliseconds']['median'], row['peak_bytes']) for tokens, row in rows
+            given = [(point['tokens'], point['rows'][index]) for point in larger]
+            rows = [(tokens, row['milliseconds']['median'], row['peak_bytes']) for tokens, row in given
                     if 'milliseconds' in row]
             if len(rows) > 1:
                 tokens, times, memory = np.log(rows).T
@@ -230,7 +230,7 @@ def group_of_one(device: torch.device):
     """A process group of this process alone."""
     is_gpu = device.type == 'cuda'
     dist.init_process_group('nccl' if is_gpu else 'gloo', store=dist.HashStore(), rank=0, world_size=1,
-                            **({'device_id': device} if is_gpu else {}))
+                            device_id=device if is_gpu else None)
     try:
         yield
     finally:
@@ -311,10 +311,10 @@ def act_as_rank(args, training_args) -> None:
         dist.barrier()
         return taken
 
-    steps = 1
+    steps: list[int] = []
     for _ in range(args.warmup + 1):
         steps = from_main([max(1, round(1000 * args.window / window(label, 1))) for label in running])
-    windows = {label: [] for label in running}
+    windows: dict[str, list[float]] = {label: [] for label in running}
     for index in range(args.pairs):
         order = list(zip(running, steps, strict=True))
         for label, count in order if index % 2 else reversed(order):
@@ -341,7 +341,11 @@ def cells(rows: list[dict]) -> list[str]:
     peaks = [row['peak_bytes'] / 2**20 if 'peak_bytes' in row else None for row in rows]
     return [text for values in (times, peaks) for text in (
         *('–' if value is None else f'{value:.4g}' for value in values),
-        *([] if len(values) < 2 else [f'{values[-1] / values[0]:.2f}' if all(values) else '–']))]
+        *([] if len(values) < 2 else [_ratio(values[-1], values[0])]))]
+
+
+def _ratio(value: float | None, other: float | None) -> str:
+    return f'{value / other:.2f}' if value and other else '–'
 
 
 def header(first: str, labels: list[str]) -> list[str]:
@@ -439,7 +443,7 @@ def draw(record: dict, path: Path) -> None:
     figure = new_figure(12, 4 * len(curves))
     for panels, (part, task, points) in zip(figure.subplots(len(curves), 2, squeeze=False), curves, strict=True):
         key, name = labels[part]
-        lines = {}
+        lines: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
         for point, row in ((p, row) for p in points for row in p['rows'] if 'error' not in row):
             lines.setdefault((row['model'], row['contender']), []).append(
                 (math.prod(point[key]) ** 0.5 if isinstance(point[key], tuple) else point[key],
@@ -490,7 +494,8 @@ def main() -> None:
     world, _ = start(training_args, alone=True)
     check_precisions([args.precision], world.device)
 
-    record, done = new_record('scale', args, world.device), {}
+    record = new_record('scale', args, world.device)
+    done: dict = {}
     work = {'size': lambda: measure_models(args, training_args, world, 'size', done),
             'batch': lambda: measure_models(args, training_args, world, 'batch', done),
             'tokens': lambda: measure_tokens(args, training_args, world),

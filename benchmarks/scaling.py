@@ -262,7 +262,8 @@ def list_gradients(model: str, classes: int, token_share: float, **kwargs) -> tu
     Blocks take equal parts of what the tokens-to-token module leaves; of that, all come at its end.
     """
     network = create_model(model, num_classes=classes, **kwargs)
-    depth, gradients = len(network.blocks), []
+    depth = len(list(network.get_submodule('blocks').children()))
+    gradients: list[tuple[float, float]] = []
     for name, parameter in reversed(list(network.named_parameters())):
         if not parameter.requires_grad:
             continue
@@ -300,13 +301,14 @@ def cluster_rate(cluster: Cluster, work: Work) -> float:
     return work.local_batch / (work.local_batch * cluster.image_seconds + cluster.fixed_seconds)
 
 
-CHANGES = (('as assumed', {}), ('the GPUs 1.2 times as fast', {'gpu_rate': 1.2}), ('4 times the jitter', {'jitter': 4}),
-           ('a tenth of --node-gbs: PCIe', {'node_gbs': 0.1}), ('a quarter of --network-gbit', {'network_gbit': 0.25}),
-           ('a sixteenth of it', {'network_gbit': 1 / 16}), ('half the --cores', {'cores': 0.5}),
-           ("a third of the loader's rate", {'shard_rate': 1 / 3, 'folder_rate': 1 / 3}),
-           ('a tenth of --launches: CUDA graphs', {'launches': 0.1}),
-           ('a tenth of --write-s', {'write_s': 0.1}), ('3 times --evaluation-rate', {'evaluation_rate': 3}),
-           ('a tenth of --failure-gpu-hours', {'failure_gpu_hours': 0.1}))
+CHANGES: tuple[tuple[str, dict[str, float]], ...] = (
+    ('as assumed', {}), ('the GPUs 1.2 times as fast', {'gpu_rate': 1.2}), ('4 times the jitter', {'jitter': 4}),
+    ('a tenth of --node-gbs: PCIe', {'node_gbs': 0.1}), ('a quarter of --network-gbit', {'network_gbit': 0.25}),
+    ('a sixteenth of it', {'network_gbit': 1 / 16}), ('half the --cores', {'cores': 0.5}),
+    ("a third of the loader's rate", {'shard_rate': 1 / 3, 'folder_rate': 1 / 3}),
+    ('a tenth of --launches: CUDA graphs', {'launches': 0.1}),
+    ('a tenth of --write-s', {'write_s': 0.1}), ('3 times --evaluation-rate', {'evaluation_rate': 3}),
+    ('a tenth of --failure-gpu-hours', {'failure_gpu_hours': 0.1}))
 
 
 def make_changes(args, figures: dict[str, Figure]) -> list[dict]:
@@ -419,7 +421,7 @@ def renew_page(page: str, text: str, quotation: str | None) -> str:
 
 def draw(record: dict, path: Path) -> None:
     """Draws throughput and efficiency of each plan over GPUs, their points by what limits; equal curves once."""
-    curves = {}
+    curves: dict[tuple[float, ...], dict] = {}
     for found in record['plans']:
         curves.setdefault(tuple(row['images_per_second'] for row in found['rows']), found)
     counts = sorted({row['gpus'] for found in curves.values() for row in found['rows']})

@@ -23,6 +23,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -94,13 +95,13 @@ def act_as_rank(args, training_args) -> None:
         dist.barrier()
         return (1000 * np.diff(times)).tolist()
 
-    found = {key: [] for key in running}
+    found: dict[tuple[int, str], list[float]] = {key: [] for key in running}
     for number in range(args.rounds + 1):
         for key in running if number % 2 else reversed(running):
             taken = window(*key)
             if number:  # the first round is for warming up
                 found[key] += taken
-    everyone = [None] * world.size
+    everyone: list = [None] * world.size
     dist.all_gather_object(everyone, found)
     messages = [(size, time_message(size, args.rounds)) for size in MESSAGES]
     if world.is_main:
@@ -160,8 +161,9 @@ def predict(measured: dict, args) -> dict:
     link = Link(latency / 2, 1 / per_byte if per_byte else math.inf)
     gradients = list_gradients(args.model, 1000, TOKEN_SHARES[args.model], img_size=args.img_size)
     ends = min(args.batch_sizes), max(args.batch_sizes)
-    found = {'latency_milliseconds': 1000 * latency, 'bytes_per_second': link.bandwidth, 'jitter': jitter,
-             'gradient_bytes': sum(size for _, size in gradients), 'rows': []}
+    found: dict[str, Any] = {
+        'latency_milliseconds': 1000 * latency, 'bytes_per_second': link.bandwidth, 'jitter': jitter,
+        'gradient_bytes': sum(size for _, size in gradients), 'rows': []}
     clusters = {}
     for kind in ('alone', 'apart'):
         fixed, image = fit_line(ends, [medians[batch, kind] / 1000 for batch in ends])

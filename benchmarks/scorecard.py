@@ -77,7 +77,7 @@ def measured_by_tests(results: dict, pattern: str, figure: str) -> tuple[str, st
 
 def recorded_by(results: Iterable[dict]) -> dict:
     """What tests have recorded, by name: whole numbers add up, other values are listed, each once."""
-    found = {}
+    found: dict[str, list] = {}
     for name, value in (item for result in results for item in result.items()):
         found.setdefault(name, []).append(value)
     return {name: f'{sum(values):,}' if all(isinstance(value, int) for value in values) else

@@ -160,7 +160,7 @@ def main() -> None:
     steps = [record['global_step'] for record in metrics(runs / 'whole') if record['kind'] == 'train'][-1]
     print(f'without faults: {steps} steps in {seconds:.0f} s; seed {args.seed}', flush=True)
 
-    faults, code, begun = [], None, time.perf_counter()
+    faults, begun = [], time.perf_counter()
     for index in tqdm(range(args.faults), desc='faults', disable=not sys.stderr.isatty()):
         fault = draw_fault(rng, max(2, 3 * steps // (2 * args.faults)))
         code, out, seconds = start(folder, 'faulty', args.epochs, fault.restarts, fault.plan)
@@ -180,7 +180,7 @@ def main() -> None:
     from utils.files import read_checkpoint
     states = [{key: value for key, value in read_checkpoint(runs / name / 'last.pth.tar').items() if key != 'args'}
               for name in ('whole', 'faulty')]
-    unequal = differences(*states, 'state')
+    unequal = differences(states[0], states[1], 'state')
     logs = [metrics(runs / name) for name in ('whole', 'faulty')]
     lines = sum(a != b for a, b in zip(*logs, strict=False)) + abs(len(logs[0]) - len(logs[1]))
     import torch

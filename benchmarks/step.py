@@ -57,14 +57,13 @@ PEERS = ('deit_small_patch16_224', 'vit_little_patch16_reg4_gap_256', 'vit_littl
 NAME_SHOWN = 100  # letters of a kernel's name
 
 
+@options.recipe_kind(str)
 def peer(text: str) -> str:
     """'resnet50' or 'resnet50@256', left as it is."""
     if '@' in text:
         options.image_size(text.partition('@')[2])
     return text
 
-
-peer.kind = str
 
 
 def step_options(parser) -> None:

@@ -183,7 +183,8 @@ def scaling(records: Records) -> list[Figure]:
 
 def fidelity(records: Records) -> list[Figure]:
     """The largest quotient of our error and the published code's, for each precision; ours has to be finite."""
-    found, lost = {}, Counter()
+    found: dict[str, list[float]] = {}
+    lost: Counter[str] = Counter()
     for row in (row for record in records.judged for row in record.get('rows', ()) if 'ratios' in row):
         ratios = found.setdefault(row['precision'], [])
         for name in ('logits', 'gradient'):

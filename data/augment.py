@@ -12,8 +12,9 @@ little (bicubic rotation, Gaussian blur, AugMix) are handed to PIL.
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -56,8 +57,8 @@ def posterize_through_pil(image: Image.Image, bits: int, **options) -> Image.Ima
     return timm_augment.posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
 
 
-def _operations(step: Callable) -> list[timm_augment.AugmentOp]:
-    """What a step of timm's augmentation draws from."""
+def _operations(step: Callable) -> list[Any]:
+    """What a step of timm's augmentation draws from: AugmentOps, of which a checker takes `aug_fn` for no callable."""
     return [*getattr(step, 'ops', ()), *chain(*getattr(step, 'policy', ()))]
 
 
@@ -148,13 +149,13 @@ def _blended_levels(level: int, factor: float) -> np.ndarray:
 
 def _look_up(pixels: torch.Tensor, *tables: np.ndarray) -> torch.Tensor:
     """Each level by that of its table: one for all channels, or one for each."""
-    tables = [table.astype(np.uint8).tobytes() for table in tables]
+    as_bytes = [table.astype(np.uint8).tobytes() for table in tables]
     planes = pixels.contiguous().numpy()
     # No indexing in numpy or torch is as fast as translate.
-    if len(tables) == 1:
-        levels = bytearray(planes).translate(tables[0])
+    if len(as_bytes) == 1:
+        levels = bytearray(planes).translate(as_bytes[0])
     else:
-        parts = zip(planes, tables, strict=True)
+        parts = zip(planes, as_bytes, strict=True)
         levels = bytearray().join(bytearray(plane).translate(table) for plane, table in parts)
     return torch.frombuffer(levels, dtype=torch.uint8).view(pixels.shape)
 
@@ -261,7 +262,7 @@ def _shift_lines(pixels: torch.Tensor, axis: int, shifts: np.ndarray, resample, 
     lines = np.arange(len(shifts))[:, None]
     index = positions + lines * width if axis == 2 else np.ascontiguousarray((positions * width + lines).T)
     taps = torch.from_numpy(np.take(pixels.reshape(3, -1).numpy(), index, axis=1)).float()
-    weights = {tap: torch.from_numpy(weight.astype(np.float32)).unsqueeze(axis - 1)
+    weights = {tap: torch.from_numpy(np.asarray(weight, np.float32)).unsqueeze(axis - 1)
                for tap, weight in _tap_weights(shifts - whole, _draw(resample)).items()}
     moved = _weigh(taps, axis, length, weights)
     # Of each line the positions whose centres come from inside are those from `first` up to `end`.
@@ -294,21 +295,23 @@ def _draw(resample):
     return random.choice(resample) if isinstance(resample, (tuple, list)) else resample
 
 
-def _weigh(taps: torch.Tensor, axis: int, length: int, weights: dict[int, torch.Tensor | float]) -> torch.Tensor:
+def _weigh(taps: torch.Tensor, axis: int, length: int, weights: Mapping[int, torch.Tensor | float]) -> torch.Tensor:
     """Sum of neighbours along `axis`, which is longer than `length` by three, as levels."""
-    moved = None
-    for tap, weight in weights.items():
+    (tap, weight), *others = weights.items()
+    moved = taps.narrow(axis, tap, length) * weight
+    for tap, weight in others:
         part = taps.narrow(axis, tap, length)
-        if moved is None:
-            moved = part * weight
-        elif torch.is_tensor(weight):
+        if isinstance(weight, torch.Tensor):
             moved.addcmul_(part, weight)
         else:
             moved.add_(part, alpha=weight)
     return _cut_off(moved)
 
 
-def _tap_weights(fraction: np.ndarray | float, resample: Image.Resampling) -> dict[int, np.ndarray | float]:
+_Fraction = TypeVar('_Fraction', float, np.ndarray)
+
+
+def _tap_weights(fraction: _Fraction, resample: Image.Resampling) -> dict[int, _Fraction]:
     """Of the pixels at -1, 0, 1 and 2 from where `fraction` counts from, as numbers 0 to 3, those that have a weight.
 
     The cubic ones are those of PIL's geometry, with a = -1 (its resizing has -0.5).
@@ -320,7 +323,7 @@ def _tap_weights(fraction: np.ndarray | float, resample: Image.Resampling) -> di
     return {1: 1 - 2 * d**2 + d**3, 2: d + d**2 - d**3, 0: -d + 2 * d**2 - d**3, 3: d**3 - d**2}
 
 
-OPERATIONS = {
+OPERATIONS: dict[Callable, Callable] = {
     timm_augment.auto_contrast: auto_contrast,
     timm_augment.brightness: brightness,
     timm_augment.color: color,

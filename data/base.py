@@ -24,7 +24,7 @@ class ImageDataset(ABC):
     targets: int64 array [len].
     """
 
-    def __init__(self, classes: Sequence[str], targets: Sequence[int]):
+    def __init__(self, classes: Sequence[str], targets: Sequence[int] | np.ndarray):
         self.classes = list(classes)
         self.targets = np.asarray(targets, dtype=np.int64)
 
@@ -65,7 +65,7 @@ class ImageDataset(ABC):
 class Part(ImageDataset):
     """The images of `dataset` at `indices`, in that order."""
 
-    def __init__(self, dataset: ImageDataset, indices: Sequence[int]):
+    def __init__(self, dataset: ImageDataset, indices: Sequence[int] | np.ndarray):
         self._dataset = dataset
         self._indices = np.asarray(indices, dtype=np.int64)
         super().__init__(dataset.classes, dataset.targets[self._indices])
@@ -117,7 +117,7 @@ class Numbered(Part):
         self.targets = np.arange(len(dataset))
 
 
-class PathList:
+class PathList(Sequence[str]):
     """A read-only list of paths in one block of memory.
 
     A million str objects are copied, page by page, into every worker process that merely reads them, because
@@ -132,5 +132,5 @@ class PathList:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index):
         return os.fsdecode(self._bytes[self._ends[index]:self._ends[index + 1]])

@@ -124,7 +124,7 @@ class TrainBatchPreparer(BatchPreparer):
         if min(mixup_alpha, cutmix_alpha) < 0:
             raise UserError(f'mixup_alpha {mixup_alpha}, cutmix_alpha {cutmix_alpha}; give 0 or more')
         self._aug_splits = aug_splits
-        self._mixup = None
+        self._mixup: Mixup | None = None
         self.mixing = mixup_alpha > 0 or cutmix_alpha > 0 or cutmix_minmax is not None
         if self.mixing:
             _check_mixing(batch_size, aug_splits, mixup_mode, cutmix_minmax)
@@ -143,11 +143,11 @@ class TrainBatchPreparer(BatchPreparer):
     @property
     def mixup_enabled(self) -> bool:
         """Whether batches are mixed now. Set it to False for the last epochs: smoothed targets remain."""
-        return self.mixing and self._mixup.mixup_enabled
+        return self._mixup is not None and self._mixup.mixup_enabled
 
     @mixup_enabled.setter
     def mixup_enabled(self, enabled: bool):
-        if self.mixing:
+        if self._mixup:
             self._mixup.mixup_enabled = enabled
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,7 +158,7 @@ class TrainBatchPreparer(BatchPreparer):
             images = images.transpose(0, 1).flatten(0, 1)  # [S·B, C, H, W]
             targets = targets.repeat(self._aug_splits)  # [S·B]
         images, targets = super().__call__(images, targets)
-        if self.mixing:
+        if self._mixup:
             images, targets = self._mixup(images, targets)
         if self._erase:
             images = self._erase(images)

@@ -31,9 +31,9 @@ def read_class_map(path: str | os.PathLike) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, 'strerror', None) or 'not UTF-8 text'
         raise UserError(f'class map {path}: {reason}; give a text file, one class name per line') from None
-    numbered = [re.fullmatch(r'(.*\S)\s+(\d+)', line) for line in lines]
+    numbered = [match for line in lines if (match := re.fullmatch(r'(.*\S)\s+(\d+)', line))]
     # 'boeing 747' alone is a name: only where every line ends in a number are these the numbers of classes.
-    if lines and all(numbered):
+    if lines and len(numbered) == len(lines):
         pairs = sorted((int(match[2]), match[1]) for match in numbered)
         if [number for number, _ in pairs] != list(range(len(pairs))):
             raise UserError(f'class map {path}: classes are not numbered 0 to {len(pairs) - 1}; '

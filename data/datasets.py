@@ -71,19 +71,21 @@ def open_train_val(
     """
     root, is_wds = _parse_root(root)
     name = _resolve_name(name, root, is_wds)
+    train: ImageDataset
+    val: ImageDataset
     if name == 'folder':
         root, cache = _check_root(root), cache or Cache()
         if is_pattern(root):
             raise UserError(f'{root}: one split, but two are needed: give its folder, with --train-split and '
                             '--val-split for the patterns')
-        train = _open_split(_find_split(root, train_split, cache), is_wds, cache)
-        val = _find_split(root, val_split, cache) if val_split else _find_eval_split(root, cache)
-        val = _open_split(val, is_wds, cache)
-        _name_numbers(train, None, '')
-        _name_numbers(val, train.classes, train.folder)
-        _check_two_classes(train)
-        val = match_classes(val, train.classes, where=val.folder, map_source=train.folder,
-                            allow_missing=allow_missing_classes)
+        trained = _open_split(_find_split(root, train_split, cache), is_wds, cache)
+        folder = _find_split(root, val_split, cache) if val_split else _find_eval_split(root, cache)
+        evaluated = _open_split(folder, is_wds, cache)
+        _name_numbers(trained, None, '')
+        _name_numbers(evaluated, trained.classes, trained.folder)
+        _check_two_classes(trained)
+        train, val = trained, match_classes(evaluated, trained.classes, where=evaluated.folder,
+                                            map_source=trained.folder, allow_missing=allow_missing_classes)
     else:
         synthetic = (num_images, image_size, num_classes)
         train = _open_part(name, root, train_split, download, synthetic)
@@ -335,8 +337,8 @@ class SyntheticImages(ImageDataset):
             raise IndexError(index)
         random = np.random.default_rng((self._seed, int(index)))
         height, width = self._size
-        field = Image.fromarray(random.integers(0, 224, (8, 8, 3), dtype=np.uint8))
-        field = np.asarray(field.resize((width, height), Image.Resampling.BILINEAR))
+        coarse = Image.fromarray(random.integers(0, 224, (8, 8, 3), dtype=np.uint8))
+        field = np.asarray(coarse.resize((width, height), Image.Resampling.BILINEAR))
         return Image.fromarray(field + random.integers(0, 32, (height, width, 3), dtype=np.uint8))
 
     def path(self, index: int) -> str:
@@ -349,7 +351,8 @@ def _open_part(name: str, root: str, split: str | None, download: bool, syntheti
         raise UserError(f'dataset {name!r} has no split {split!r}; choose train or val')
     is_train = split == 'train'
     if name == 'synthetic':
-        return SyntheticImages(*synthetic, seed=0 if is_train else 1)
+        num_images, image_size, num_classes = synthetic
+        return SyntheticImages(num_images, image_size, num_classes, seed=0 if is_train else 1)
     if name == 'digits':
         return open_digits(is_train)
     return _open_cifar(name, root, is_train, download)

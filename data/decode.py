@@ -22,7 +22,7 @@ from utils.errors import UserError
 try:
     import simplejpeg
 except ImportError:
-    simplejpeg = None
+    simplejpeg = None  # type: ignore[assignment]  # what an import that failed leaves
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')
 """PIL's names of the formats that are read; JPEG comes first because it is tried first."""
@@ -100,7 +100,8 @@ class EncodedImage:
     """
 
     def __init__(self, stored: bytes | Image.Image, name: str):
-        self._jpeg, self._name, self._whole = None, name, None
+        self._jpeg, self._name = b'', name
+        self._whole: torch.Tensor | None = None
         if isinstance(stored, bytes):
             if size := jpeg_size(stored):
                 self.height, self.width = size
@@ -140,9 +141,10 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     if simplejpeg is None or not data.startswith(b'\xff\xd8') or not data.endswith(b'\xff\xd9'):
         return None
     try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        rows, columns, colors, _ = simplejpeg.decode_jpeg_header(data, strict=False)
     except Exception:  # of a sampling that it does not know, KeyError
         return None
+    height, width = int(rows), int(columns)
     within_limits = height * width <= MAX_PIXELS and max(height, width) <= MAX_RATIO * min(height, width)
     return (height, width) if colors in ('YCbCr', 'RGB', 'Gray') and within_limits else None
 

@@ -72,7 +72,7 @@ class ImageFiles(ImageDataset):
 
     def __init__(self, paths: Sequence[str | os.PathLike]):
         files = []
-        for path in map(os.path.expanduser, map(os.fspath, paths)):
+        for path in (os.path.expanduser(os.fspath(path)) for path in paths):
             if not os.path.isdir(path):
                 if not os.path.lexists(path):
                     raise UserError(f'image {path!r} does not exist; check the path')

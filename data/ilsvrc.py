@@ -158,8 +158,9 @@ def read_devkit(path: str) -> Devkit:
         with tarfile.open(path, 'r:*') as archive:
             for member in archive:
                 name = next((name for name in (_META, _TRUTH) if member.name.endswith('/' + name)), None)
-                if name and member.isreg() and member.size < 1 << 26:
-                    files[name] = archive.extractfile(member).read()
+                file = archive.extractfile(member) if name and member.isreg() and member.size < 1 << 26 else None
+                if name and file:
+                    files[name] = file.read()
         synsets = np.atleast_1d(loadmat(io.BytesIO(files[_META]), squeeze_me=True)['synsets'])
         # Those with children are not classes of their own, but groups of them.
         wnids = {int(row['ILSVRC2012_ID']): str(row['WNID']) for row in synsets if not int(row['num_children'])}

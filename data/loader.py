@@ -19,11 +19,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
 from utils.errors import UserError
@@ -31,10 +31,11 @@ from utils.forking import SureForks
 from utils.runtime import keep_freed_memory
 
 from .base import ImageDataset
-from .decode import EncodedImage, ImageError
+from .decode import ImageError
 from .memory import BatchMemory
 from .samplers import EvalSampler, TrainSampler
 from .seeding import preserved_generators, seed_generators
+from .transforms import Transform
 
 _logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ PREFETCH = 2
 
 def create_loader(
     dataset: ImageDataset,
-    transform: Callable[[Image.Image | EncodedImage], torch.Tensor],
+    transform: Transform,
     sampler: TrainSampler | EvalSampler,
     *,
     seed: int = 42,
@@ -67,15 +68,15 @@ def create_loader(
     memory = BatchMemory(workers, PREFETCH + 2)  # one is used, and one on its way
     batches = BatchSource(dataset, transform, memory=memory, training=isinstance(sampler, TrainSampler), seed=seed,
                           max_bad_images=max_bad_images)
-    options = dict(num_workers=workers, pin_memory=pin_memory)
+    options: dict[str, Any] = dict(num_workers=workers, pin_memory=pin_memory)
     if workers:
         # Workers compute with one thread each: PyTorch sets that itself.
         options.update(persistent_workers=True, prefetch_factor=PREFETCH, worker_init_fn=_prepare_worker)
         if sys.platform == 'linux':  # other systems have no safe fork
             options.update(multiprocessing_context=SureForks())
     # With a generator of its own an iterator takes nothing from the global one; what it draws has no effect.
-    dataloader = DataLoader(batches, batch_sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator(),
-                            **options)
+    dataloader: DataLoader = DataLoader(batches, batch_sampler=sampler, collate_fn=_as_it_is,
+                                        generator=torch.Generator(), **options)
     return Loader(dataloader, dataset, sampler, memory, max_bad_images)
 
 
@@ -91,13 +92,13 @@ class Loader:
 
     def __init__(self, dataloader: DataLoader, dataset: ImageDataset, sampler: TrainSampler | EvalSampler,
                  memory: BatchMemory, max_bad_images: int):
-        self._dataloader = dataloader
+        self._dataloader: DataLoader | None = dataloader
         self._memory = memory
         self.blocks = len(memory)
         self._dataset = dataset
         self.sampler = sampler
         self.max_bad_images = max_bad_images
-        self.bad_images = {}
+        self.bad_images: dict[str, str] = {}
         self._bad_count = 0
 
     def __len__(self) -> int:
@@ -106,6 +107,7 @@ class Loader:
 
     def set_position(self, epoch: int, start_batch: int = 0):
         """The next iteration starts at batch `start_batch` of `epoch`; training only, before each epoch."""
+        assert isinstance(self.sampler, TrainSampler), 'evaluation has one position, the beginning'
         self.sampler.set_position(epoch, start_batch)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -129,6 +131,7 @@ class Loader:
             raise
 
     def _batches(self) -> Iterator[tuple]:
+        assert self._dataloader is not None, 'the loader is closed'
         self._memory.restart()
         batches = iter(self._dataloader)
         _explain_worker_deaths()
@@ -181,7 +184,7 @@ def _explain_worker_deaths():
     """
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, 'SIGCHLD') else None
     is_theirs = getattr(handler, '__module__', None) == signal_handling.__name__
-    if not is_theirs or threading.current_thread() is not threading.main_thread():
+    if not (is_theirs and callable(handler)) or threading.current_thread() is not threading.main_thread():
         return
 
     def explaining_handler(number, frame):
@@ -195,7 +198,7 @@ def _explain_worker_deaths():
     signal.signal(signal.SIGCHLD, explaining_handler)
 
 
-class BatchSource:
+class BatchSource(Dataset):
     """What a worker process holds: turns the keys of a batch, a list of (epoch, index), into the batch.
 
     `__getitems__` gives (images, block, targets, bad, bad_count, problem): block is the number of images' block in
@@ -207,7 +210,7 @@ class BatchSource:
     def __init__(
         self,
         dataset: ImageDataset,
-        transform: Callable[[Image.Image | EncodedImage], torch.Tensor],
+        transform: Transform,
         *,
         training: bool,
         seed: int,
@@ -226,7 +229,7 @@ class BatchSource:
         return len(self._dataset)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple:
-        bad = {}
+        bad: dict[str, str] = {}
         try:
             if self._training:
                 with preserved_generators():  # without worker processes these are the training loop's own
@@ -246,7 +249,8 @@ class BatchSource:
 
         Each is written where the main process will read it, as soon as it is made: there is no second copy of a batch.
         """
-        images, block, targets = None, None, []
+        images, block = None, None
+        targets: list[int] = []
         for image, target in filter(None, samples):
             if images is None:
                 images, block = self._memory.take((count, *image.shape), image.dtype)
@@ -277,7 +281,7 @@ class BatchSource:
         return image, int(self._dataset.targets[index])
 
 
-def _as_it_is(batch: tuple) -> tuple:
+def _as_it_is(batch):
     return batch
 
 
@@ -297,10 +301,10 @@ def _shield_worker():
     for name in ('SIGINT', 'SIGHUP', 'SIGQUIT', 'SIGUSR1', 'SIGUSR2'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):  # on Linux; only this tells who sent a signal
+    main_process = multiprocessing.parent_process()
+    if main_process and hasattr(signal, 'sigwaitinfo'):  # on Linux; only this tells who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        main_process = multiprocessing.parent_process().pid
-        threading.Thread(target=_await_termination, args=(main_process,), daemon=True).start()
+        threading.Thread(target=_await_termination, args=(main_process.pid,), daemon=True).start()
 
 
 def _await_termination(main_process: int):

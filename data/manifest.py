@@ -85,8 +85,9 @@ class Index:
         """The index of several shards, in their order."""
         starts = np.cumsum([0] + [len(part.names) for part in parts])
         ends = [part.name_ends + start for part, start in zip(parts, starts[:-1], strict=True)]
-        columns = ([getattr(part, name) for part in parts] for name in ('offset', 'size', 'target'))
-        return cls(*map(np.concatenate, columns), np.concatenate(ends), np.concatenate([part.names for part in parts]))
+        offset, size, target, names = (np.concatenate([getattr(part, name) for part in parts])
+                                       for name in ('offset', 'size', 'target', 'names'))
+        return cls(offset, size, target, np.concatenate(ends), names)
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -303,7 +304,9 @@ class ShardWriter:
         self._file = open(self._temporary, 'wb')
         self._digest = hashlib.sha256()
         self._position = 0
-        self._members, self._targets, self._keys = [], [], set()
+        self._members: list[Member] = []
+        self._targets: list[int] = []
+        self._keys: set[str] = set()
 
     def __enter__(self) -> 'ShardWriter':
         return self
@@ -316,11 +319,6 @@ class ShardWriter:
             with contextlib.suppress(OSError):  # closing writes what is left, which a full disk refuses again
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
-
-    @property
-    def bytes(self) -> int:
-        """The shard's length so far."""
-        return self._position
 
     def add(self, name: str, content: bytes, target: int) -> None:
         """Adds an image as member `name`, KEY.ENDING, and its class. Raises UserError for a name of another kind."""
@@ -349,6 +347,11 @@ class ShardWriter:
         self._file.write(content)
         self._digest.update(content)
         self._position += len(content)
+
+    @property
+    def bytes(self) -> int:  # the last, as the name is another type's above
+        """The shard's length so far."""
+        return self._position
 
 
 def sha256(content: bytes) -> str:

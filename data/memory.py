@@ -18,8 +18,8 @@ class BatchMemory:
     def __init__(self, workers: int, blocks: int):
         self._per_worker = blocks
         self._taken = torch.zeros(workers * blocks, dtype=torch.uint8).share_memory_()  # by a batch that is in use
-        self._blocks = {}  # in a worker: number → tensor
-        self._in_use = {}  # in the main process: number → weak reference to what a batch lies in
+        self._blocks: dict[int, torch.Tensor] = {}  # in a worker: number → tensor
+        self._in_use: dict[int, StorageWeakRef] = {}  # in the main process: number → what a batch lies in, weakly
 
     def __len__(self) -> int:
         """The number of all workers' blocks."""
@@ -78,4 +78,4 @@ def _shared(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Memory that another process can map, as torch's default_collate makes it."""
     size = torch.Size(shape).numel()
     storage = torch.UntypedStorage._new_shared(size * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    return torch.empty(0, dtype=dtype).set_(storage).view(tuple(shape))

@@ -31,12 +31,12 @@ from utils.log import progress_bar
 from utils.parallel import in_processes
 from utils.writing import write_whole
 
-from .base import ImageDataset, PathList
+from .base import PathList
 from .classes import name_some
 from .decode import ImageError, decode_rgb, jpeg_size
 from .folders import ImageFolder
 from .ilsvrc import Archive
-from .manifest import CONTROL, MANIFEST, Index, Manifest, Shard, ShardWriter, member_key, sha256
+from .manifest import CONTROL, MANIFEST, Index, Manifest, Shard, ShardWriter, member_key, sha256, shard_name
 from .shards import reader
 from .tar import BLOCK
 
@@ -75,7 +75,7 @@ class Recipe:
 @dataclass
 class Source:
     """Images to be packed. names: paths within the split. size: int64 [N], bytes of each; changed: its time, in ns."""
-    dataset: ImageDataset
+    dataset: ImageFolder | Archive
     names: Sequence[str]
     size: np.ndarray
     changed: np.ndarray
@@ -133,11 +133,10 @@ def prepare(content: bytes, name: str, recipe: Recipe, loss: Loss, *, measure: b
     """
     size = jpeg_size(content)  # None where only decoding can tell whether it is good
     side = recipe.short_side
-    is_resized = side is not None and (size is None or min(size) > side)
-    if size is not None and not is_resized and not recipe.decode:
+    if size is not None and (side is None or min(size) <= side) and not recipe.decode:
         return content, False
     image = decode_rgb(content, name)
-    if not is_resized or min(image.size) <= side or side * max(image.size) > JPEG_EDGE * min(image.size):
+    if side is None or min(image.size) <= side or side * max(image.size) > JPEG_EDGE * min(image.size):
         return content, False
     width, height = image.size
     shorter = min(width, height)
@@ -344,13 +343,16 @@ def pack(source: Source, out: Path, recipe: Recipe, *, jobs: int, max_bad_images
             with contextlib.closing(work):
                 for number, left_out in work:
                     parts[number] = _Part.load(state / f'{number:06d}.npz', out)
+                    if parts[number] is None:
+                        raise UserError(f'{out / shard_name(number)} has gone since it was written; '
+                                        'the same command goes on')
                     bad += left_out
                     if bad > max_bad_images + ENOUGH:
                         break
             left_out = sorted(pair for part in parts.values() if part for pair in part.left_out)
             if bad > max_bad_images:
                 raise _too_many(source, left_out, max_bad_images)
-            manifest = _manifest_of(source, plan, recipe, [parts[number] for number in sorted(parts)], left_out)
+            manifest = _manifest_of(source, plan, recipe, [part for _, part in sorted(parts.items()) if part], left_out)
             manifest.write(out)
         shutil.rmtree(state)
         return manifest

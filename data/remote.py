@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -108,7 +108,7 @@ def describe_remote(url: str, patience: float) -> RemoteFile:
 def _filesystem(url: str):
     """fsspec's file system for an address; of each process its own, as connections do not survive a fork."""
     scheme = scheme_of(url)
-    options = {}
+    options: dict[str, Any] = {}
     try:
         import fsspec
         if scheme in ('http', 'https'):
@@ -181,12 +181,12 @@ def _warn(message: str) -> None:
     _last_warning[0] = time.monotonic()
     if multiprocessing.parent_process() is None:
         _logger.warning(message)
-    else:  # the locks of the console may have been held by another thread when this process was forked
+    elif sys.__stderr__:  # the locks of the console may have been held by another thread when this one was forked
         with contextlib.suppress(OSError):
             os.write(sys.__stderr__.fileno(), f'warning: {message}\n'.encode(errors='replace'))
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or getattr(error, 'os_error', None)
@@ -387,7 +387,7 @@ class Cache:
                         fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if stop else 0))
                         break
                     except BlockingIOError:
-                        if stop.wait(0.1):
+                        if stop and stop.wait(0.1):
                             raise Stopped from None
                     except OSError as error:  # some file systems of clusters have none
                         raise UserError(f'--shard-cache: {self.folder} is where files cannot be locked '
@@ -421,7 +421,7 @@ class Cache:
         return even_fresh or total <= self.max_bytes
 
 
-_locks = set()
+_locks: set[IO] = set()
 
 
 def _leave_locks() -> None:
@@ -451,7 +451,7 @@ class Ahead:
         order = np.argsort(first)
         self._pending = numbers[order].tolist()[::-1]
         self._last = dict(zip(numbers.tolist(), last.tolist(), strict=True))
-        self._claimed = []
+        self._claimed: list[int] = []
         self._used = 0
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -472,12 +472,13 @@ class Ahead:
         self._used += count
 
     def _run(self) -> None:
-        claimed_at, waiting = -np.inf, None
+        claimed_at = -np.inf
+        waiting: int | None = None
         while not self._stop.is_set():
             if time.monotonic() - claimed_at > STALE_SECONDS / 3:
                 claimed_at = time.monotonic()
-                for number in list(self._claimed):
-                    self._cache.claim(self._files[number])
+                for claimed in list(self._claimed):
+                    self._cache.claim(self._files[claimed])
             number = self._next() if waiting is None else waiting
             if number is None:
                 if not self._pending and not self._claimed:

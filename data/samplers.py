@@ -49,7 +49,7 @@ class TrainSampler:
         seed: int = 42,
         shuffle: bool = True,
         accum_steps: int = 1,
-        starts: Sequence[int] | None = None,
+        starts: Sequence[int] | np.ndarray | None = None,
     ):
         assert 0 <= rank < world_size, f'rank {rank} of {world_size}'
         assert starts is None or starts[-1] == num_samples, f'shards of {starts[-1]} samples, not {num_samples}'
@@ -98,7 +98,7 @@ class TrainSampler:
         """The samples of the next iteration: int64 [batches, batch_size]."""
         length = self._num_batches * self.world_size * self.batch_size
         if self._starts is not None and self.shuffle:
-            order = self._local_order()[:length]
+            order = self._local_order(self._starts)[:length]
         elif self.shuffle:
             order = torch.randperm(self.num_samples, generator=self._generator()).numpy()[:length]
         else:
@@ -108,7 +108,7 @@ class TrainSampler:
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
 
-    def _local_order(self) -> np.ndarray:
+    def _local_order(self, starts: np.ndarray) -> np.ndarray:
         """The samples of all whole global batches, in an order in which few shards are in use at a time: int64 [n].
 
         The shards, permuted and put one behind the other, are cut into L lanes of equal length, L being the largest
@@ -119,11 +119,11 @@ class TrainSampler:
         """
         generator, size = self._generator(), self.batch_size * self.world_size * self.accum_steps
         lanes, length = math.gcd(size, MAX_LANES), self.num_samples // size * size
-        shards = torch.randperm(len(self._starts) - 1, generator=generator).numpy()
-        counts = np.diff(self._starts)[shards]
+        shards = torch.randperm(len(starts) - 1, generator=generator).numpy()
+        counts = np.diff(starts)[shards]
         # Sample k of the row is the first of its shard and then as many on as it is behind that one in the row.
         ends = np.cumsum(counts)
-        row = np.repeat(self._starts[shards] - (ends - counts), counts) + np.arange(self.num_samples)
+        row = np.repeat(starts[shards] - (ends - counts), counts) + np.arange(self.num_samples)
         window = max(1, math.ceil(WINDOW_SHARDS * self.num_samples / len(shards)))
         edges = np.union1d(range(0, length, window), range(0, length + 1, length // lanes)).tolist()
         chance = torch.rand(length, generator=generator, dtype=torch.float64).numpy()

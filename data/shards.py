@@ -32,7 +32,7 @@ from .classes import name_some
 from .decode import EXTENSIONS, ImageError
 from .manifest import FORMAT, INDEX, MANIFEST, MEND, Index, Manifest, Shard, key_of
 from .remote import Ahead, Cache, RemoteFile, describe_remote, read_remote, scheme_of
-from .tar import BLOCK, parse_header, refusal, scan_tar
+from .tar import BLOCK, Member, parse_header, refusal, scan_tar
 
 _logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Shards(ImageDataset):
         self._index, self._files = manifest.index, files
         self._starts = manifest.starts
         self._first = self._starts[:-1].tolist()
-        self._open = OrderedDict()
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, '_open': OrderedDict()}
@@ -202,9 +202,10 @@ def open_shards(path: str, cache: Cache) -> Shards:
     manifest = Manifest.read(reader(path, cache.opening_patience), path)
     addresses = [f'{path}/{shard.name}' for shard in manifest.shards]
     if remote:
-        files = remote_files(cache, [RemoteFile(address, shard.bytes, shard.sha256)
-                                     for address, shard in zip(addresses, manifest.shards, strict=True)])
-        _check_cache(cache, files.remote[1])
+        fetched = [RemoteFile(address, shard.bytes, shard.sha256)
+                   for address, shard in zip(addresses, manifest.shards, strict=True)]
+        files = remote_files(cache, fetched)
+        _check_cache(cache, fetched)
     else:
         _check_lengths(addresses, manifest)
         files = Files(addresses)
@@ -361,9 +362,11 @@ def _plain_name(number: int) -> str:
 
 def _index_tar(file: BinaryIO, where: str) -> list[tuple]:
     """The images of a tar file with their labels: [(Member, int or str)]."""
-    found, done, key, group = [], set(), None, {}
+    found, key = [], ''
+    done: set[str] = set()
+    group: dict[str, Member] = {}
     for member in (*scan_tar(file, where), None):
-        next_key, ending = key_of(member.name) if member else (None, '')
+        next_key, ending = key_of(member.name) if member else ('', '')
         if member and not (ending and os.path.basename(next_key)):  # a hidden file, or without ending, is of no sample
             continue
         if next_key != key:

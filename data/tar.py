@@ -113,7 +113,8 @@ def scan_tar(file: BinaryIO, where: str, *, start: int = 0, end: int | None = No
     """
     file.seek(0, os.SEEK_END)
     end = file.tell() if end is None else end
-    position, extended, seen = start, {}, set()
+    position, seen = start, set()
+    extended: dict[str, str] = {}
     while True:
         file.seek(position)
         block = file.read(min(BLOCK, max(0, end - position)))

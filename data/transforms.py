@@ -13,6 +13,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,11 +29,14 @@ from .decode import EncodedImage
 
 _logger = logging.getLogger(__name__)
 
+# From a PIL image of mode RGB, or from an EncodedImage where it has `takes_encoded`, to uint8.
+Transform = Callable[[Any], torch.Tensor]
+
 INTERPOLATIONS = ('bicubic', 'bilinear', 'nearest', 'box', 'hamming', 'lanczos')
 
 
 def create_train_transform(
-    img_size: int | Sequence[int] = 224,
+    img_size: int | tuple[int, int] = 224,
     *,
     crop_mode: str = 'rrc',
     scale: Sequence[float] = (0.08, 1.0),
@@ -46,7 +50,7 @@ def create_train_transform(
     no_aug: bool = False,
     aug_splits: int = 0,
     fast: bool = True,
-) -> Callable[[Image.Image | EncodedImage], torch.Tensor]:
+) -> Transform:
     """The training transform: image → uint8 [C, H, W], or [S, C, H, W] with S = `aug_splits` ≥ 2.
 
     img_size: pixels, an int or (height, width).
@@ -79,9 +83,10 @@ def create_train_transform(
                                 use_prefetcher=True)
     try:
         crop, augment, to_tensor = create_transform(
-            img_size, is_training=True, use_prefetcher=True, separate=True, scale=scale, ratio=ratio,
-            hflip=hflip, vflip=vflip, color_jitter=color_jitter or None, auto_augment=auto_augment or None,
-            interpolation=interpolation, mean=mean)
+            img_size, is_training=True, use_prefetcher=True, separate=True, scale=(scale[0], scale[1]),
+            ratio=(ratio[0], ratio[1]), hflip=hflip, vflip=vflip,
+            color_jitter=color_jitter or None,  # type: ignore[arg-type]  # timm takes None, though it does not say so
+            auto_augment=auto_augment or None, interpolation=interpolation, mean=mean)
     # How timm answers a policy it cannot read.
     except (AssertionError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f'--aa {auto_augment!r} is no policy of timm ({error}); '
@@ -99,14 +104,14 @@ def create_train_transform(
 
 
 def create_eval_transform(
-    img_size: int | Sequence[int] = 224,
+    img_size: int | tuple[int, int] = 224,
     *,
     crop_pct: float = 0.9,
     interpolation: str = 'bicubic',
     crop_mode: str = 'center',
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     fast: bool = False,
-) -> Callable[[Image.Image | EncodedImage], torch.Tensor]:
+) -> Transform:
     """The evaluation transform of timm: PIL RGB image → uint8 [C, H, W], deterministic.
 
     It resizes so that `img_size` (int, or (height, width)) is the fraction `crop_pct` of the result, then
@@ -229,16 +234,16 @@ class SplitTransform:
 
 
 def _padded_crop(
-    img_size: int | Sequence[int], interpolation: str, hflip: float, vflip: float
+    img_size: int | tuple[int, int], interpolation: str, hflip: float, vflip: float
 ) -> transforms.Compose:
     """The CIFAR recipe: resize the shorter edge, pad by an eighth, crop at random, flip."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     interpolation = 'bilinear' if interpolation == 'random' else interpolation
     if height == width:
-        resize = transforms.Resize(height, str_to_interp_mode(interpolation))
+        resize: Callable = transforms.Resize(height, str_to_interp_mode(interpolation))
     else:
         resize = ResizeKeepRatio((height, width), interpolation=interpolation)
-    steps = [resize, transforms.RandomCrop((height, width), padding=(width // 8, height // 8))]
+    steps: list[Callable] = [resize, transforms.RandomCrop((height, width), padding=(width // 8, height // 8))]
     if hflip:
         steps.append(transforms.RandomHorizontalFlip(hflip))
     if vflip:
@@ -250,10 +255,11 @@ def per_channel(name: str, values: Sequence[float]) -> tuple[float, float, float
     """Three values from one or three. Raises UserError, which names them `name`, for any other number."""
     if len(values) not in (1, 3):
         raise UserError(f'{name} {tuple(values)}; give one value, or three for red, green and blue')
-    return tuple(values) * (3 // len(values))
+    red, green, blue = (*values,) * (3 // len(values))
+    return red, green, blue
 
 
-def _check_size(img_size: int | Sequence[int]):
+def _check_size(img_size: int | tuple[int, int]):
     sizes = (img_size,) if isinstance(img_size, int) else tuple(img_size)
     if len(sizes) not in (1, 2) or min(sizes) < 1:
         raise UserError(f'img_size {img_size}; give one number of pixels, or height and width')

@@ -112,7 +112,7 @@ class _Check:
             faults = [str(error)]
         return [(shard.name, fault) for fault in faults]
 
-    def _sums(self, file: BinaryIO, shard) -> Iterable[str]:
+    def _sums(self, file, shard) -> Iterable[str]:
         size = file.seek(0, os.SEEK_END)
         if size != shard.bytes:
             yield f'has {size:,} bytes, in the manifest {shard.bytes:,}'

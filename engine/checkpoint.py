@@ -59,7 +59,7 @@ class _SealedFile:
         self._digest = hashlib.sha256()
         self._kept = b''  # the last two bytes, which the length of the checksum replaces
         self._count = 0
-        self.error = None  # the OSError that torch makes a RuntimeError of
+        self.error: OSError | None = None  # the OSError that torch makes a RuntimeError of
 
     def write(self, data) -> int:
         try:
@@ -108,7 +108,7 @@ def _written(content: dict, path: Path) -> Iterator[Path]:
             fault_point('save.opened')
             file = _SealedFile(_WholeWrites(raw), _count_bytes(content))
             try:
-                torch.save(content, file)
+                torch.save(content, file)  # type: ignore[arg-type]  # of a file it needs `write` and `flush` alone
             except RuntimeError:
                 # torch says where in its writer it failed; the file system has said why.
                 if file.error:
@@ -217,7 +217,7 @@ def go_on_from(resumed: Path, folder: Path) -> None:
 
 def set_aside_later(folder: Path, global_step: int) -> None:
     """Renames the checkpoints of later steps: a run that went back has left them, and must not go on from them."""
-    for path in (path for path in _newest_first(folder) if _step(path) > global_step):
+    for path in (path for path in _newest_first(folder) if (_step(path) or 0) > global_step):
         aside = path.with_name(path.name + ASIDE)
         os.replace(path, aside)
         _logger.warning('%s is of a later step than %d, from which this run goes on; it is now %s', path, global_step,
@@ -238,7 +238,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def _newest_first(folder: Path) -> list[Path]:
     """The numbered checkpoints of a folder, by their steps: times of files do not survive copying."""
-    return sorted((path for path in folder.glob(NUMBERED) if _step(path) is not None), key=_step, reverse=True)
+    steps = {path: step for path in folder.glob(NUMBERED) if (step := _step(path)) is not None}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 def _step(path: Path) -> int | None:
@@ -365,7 +366,9 @@ def _asked_for(resume: str) -> Path:
     """The checkpoint of --resume PATH: that file; of a folder, or for its LAST, the newest whole one in it."""
     path, folder = Path(resume).expanduser(), check_resume(resume)
     if path.is_dir() or path.name == LAST:
-        return find_checkpoint(path if path.is_dir() else path.parent)
+        if newest := find_checkpoint(path if path.is_dir() else path.parent):
+            return newest
+        raise UserError(f'--resume {resume}: its last checkpoint has just been removed')
     try:
         verify(path)
     except UserError as e:

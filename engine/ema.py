@@ -18,13 +18,14 @@ class ModelEma(ModelEmaV3):
     """
 
     def __init__(self, model: nn.Module, *, decay: float, device: str | None = None):
-        super().__init__(model, decay=decay, device=device)
+        super().__init__(model, decay=decay, device=None if device is None else torch.device(device))
         self._averages, self._counts = _tensors(self.module)
         self._sgd = torch.optim.SGD(self._averages, lr=1 - decay, fused=True)
-        self._of_model = None
+        self._of_model: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
 
     @torch.no_grad()
-    def update(self, model: nn.Module, skip: torch.Tensor | None = None) -> None:
+    def update(  # type: ignore[override]  # what follows the model is a number of steps in timm's
+            self, model: nn.Module, skip: torch.Tensor | None = None) -> None:
         """Moves the average towards the model's weights, which must always be the same model's.
 
         Args:
@@ -33,11 +34,13 @@ class ModelEma(ModelEmaV3):
         self._of_model = self._of_model or _tensors(model)
         weights, counts = self._of_model
         if self.device is not None:
-            weights, counts = ([tensor.to(self.device) for tensor in tensors] for tensors in (weights, counts))
+            weights = [tensor.to(self.device) for tensor in weights]
+            counts = [tensor.to(self.device) for tensor in counts]
             skip = None if skip is None else skip.to(self.device)
         for average, difference in zip(self._averages, torch._foreach_sub(self._averages, weights), strict=True):
             average.grad = difference
-        self._sgd.found_inf = None if skip is None else skip.float()
+        found_inf = None if skip is None else skip.float()
+        self._sgd.found_inf = found_inf  # type: ignore[attr-defined]  # as torch's GradScaler tells it
         self._sgd.step()
         self._sgd.zero_grad(set_to_none=True)
         for ours, theirs in zip(self._counts, counts, strict=True):

@@ -38,7 +38,7 @@ class ConfidentErrors:
 
     def __init__(self, limit: int = 8):
         self._limit = limit
-        self._kept = None
+        self._kept: list[torch.Tensor] | None = None
 
     def add(self, images: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor) -> None:
         probabilities, guesses = logits.softmax(1).max(1)  # [B] each
@@ -58,7 +58,9 @@ class ConfidentErrors:
 
         None where this rank has made no error; n is at most the limit.
         """
-        count = 0 if self._kept is None else int((self._kept[0] > 0).sum())
+        if self._kept is None:
+            return None
+        count = int((self._kept[0] > 0).sum())
         if not count:
             return None
         probabilities, images, targets, guesses = (kept[:count] for kept in self._kept)
@@ -91,8 +93,8 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
     for index, (images, targets) in enumerate(loader):
         images, targets = prepare(images, targets)
         # What is compiled is compiled for the first batch: the last one may be smaller, and not worth compiling anew.
-        stance = 'force_eager' if eager else 'eager_on_recompile' if index else 'default'
-        with torch.compiler.set_stance(stance), precision.autocast():
+        stance = torch.compiler.set_stance('force_eager' if eager else 'eager_on_recompile' if index else 'default')
+        with stance, precision.autocast():
             logits = model(images)
         batch = _batch_sums(logits.float(), targets)
         sums[:4] += batch

@@ -3,6 +3,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -243,7 +244,7 @@ class Trainer:
         return results, errors
 
     def _show_errors(self, errors: dict[str, ConfidentErrors]) -> None:
-        sheets = {}
+        sheets: dict[str, tuple[torch.Tensor, Sequence[str]]] = {}
         for whose, kept in errors.items():
             if fetched := kept.fetch():
                 images, *others = fetched
@@ -259,12 +260,12 @@ class Trainer:
     def _note_metric(self, results: dict) -> bool:
         """Records the metric that decides, of the average where it is evaluated; True where it is the best so far."""
         state, name = self.state, self.args.eval_metric
-        state.metric = results.get(f'ema_{name}', results[name])
+        metric = state.metric = results.get(f'ema_{name}', results[name])
         sign = -1 if name == 'loss' else 1
-        is_better = state.best_metric is None or sign * state.metric > sign * state.best_metric
-        if not is_better or not math.isfinite(state.metric):
+        is_better = state.best_metric is None or sign * metric > sign * state.best_metric
+        if not is_better or not math.isfinite(metric):
             return False
-        state.best_metric, state.best_epoch = state.metric, state.epoch
+        state.best_metric, state.best_epoch = metric, state.epoch
         return True
 
     def _save(self, *, is_best: bool = False, must_succeed: bool = False) -> None:

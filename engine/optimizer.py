@@ -3,15 +3,15 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
 
 from utils.errors import UserError, did_you_mean
+from utils.timm_model import TimmModel
 
 # One kernel for all parameters, the same as the others' to rounding, that can be told on the device to change nothing.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
-def param_groups(model: nn.Module, weight_decay: float, body_lr_scale: float = 1.0) -> list[dict]:
+def param_groups(model: TimmModel, weight_decay: float, body_lr_scale: float = 1.0) -> list[dict]:
     """Every trainable parameter of `model` in exactly one group.
 
     Weights decay; biases, 1-D parameters and what `model.no_weight_decay()` names do not. With `body_lr_scale`, all
@@ -23,7 +23,7 @@ def param_groups(model: nn.Module, weight_decay: float, body_lr_scale: float = 1
     classifier = model.get_classifier()
     heads = classifier if isinstance(classifier, tuple) else (classifier,)
     in_head = {id(p) for head in heads for p in head.parameters()}
-    groups = {}
+    groups: dict[tuple[bool, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -43,7 +43,7 @@ def create_optimizer(groups: list[dict], args) -> torch.optim.Optimizer:
     Raises:
         UserError: no such optimizer, or settings that it refuses.
     """
-    names = list_optimizers()
+    names = [str(name) for name in list_optimizers()]
     if args.opt.lower() not in names:
         raise UserError(f'--opt {args.opt}: no such optimizer{did_you_mean(args.opt.lower(), names)}')
     if args.opt_betas and len(args.opt_betas) < 2:

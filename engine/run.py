@@ -6,7 +6,6 @@ import socket
 import time
 from pathlib import Path
 
-import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
@@ -31,7 +30,7 @@ from utils.distributed import (
 from utils.errors import UserError
 from utils.files import read_checkpoint
 from utils.log import RunLog
-from utils.runtime import Precision, describe_environment
+from utils.runtime import Precision, describe_environment, move_model
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def create_state(args, model: nn.Module, optimizer, precision: Precision, classe
     """The state of a new run, on its device; the average starts as a copy of the weights."""
     if args.sync_bn and world.size > 1:
         model = convert_sync_batchnorm(model)  # timm's, for torch's own drops the activations within timm's norms
-    model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    move_model(model, world.device, channels_last=args.channels_last)
     # Ranks draw different numbers, initial weights too. DDP would set that right in the model, but not in the average.
     overwrite_from_main(model.state_dict().values())
     ema = None
@@ -115,6 +114,7 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
         batches.val_loader.close()
         if writer:
             writer.wait()
+        if lock:
             lock.release()
     _logger.info('checkpoints, curves.png and summary.csv are in %s', folder)
     return state

@@ -64,9 +64,9 @@ class TrainState:
         self.bad_images = torch.zeros(1, dtype=torch.float64, device=world.device)
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
-        self.metric = None
-        self.best_metric = None
-        self.best_epoch = None
+        self.metric: float | None = None
+        self.best_metric: float | None = None
+        self.best_epoch: int | None = None
 
     def count_step(self) -> None:
         """One optimizer step was taken, or skipped."""

@@ -51,8 +51,8 @@ class TrainingStep:
         self._parameters = list(state.model.parameters())
         self._statistics = _Statistics(state.model)
         self._is_fused = isinstance(state.optimizer, FUSED) and all(g['fused'] for g in state.optimizer.param_groups)
-        self._unsettled = []
-        self.gradient_norm = None
+        self._unsettled: list[tuple[int, int, torch.Tensor]] = []
+        self.gradient_norm: torch.Tensor
         _start_momentum(state.optimizer)
 
     def __call__(self, batches: Iterator) -> torch.Tensor:
@@ -66,7 +66,7 @@ class TrainingStep:
         fault_point('step')
         state.scaler.unscale_(state.optimizer)
         parameters = [parameter for parameter in self._parameters if parameter.grad is not None]
-        self.gradient_norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        self.gradient_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         skip = ~self.gradient_norm.isfinite()
         if args.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, self.gradient_norm)
@@ -106,8 +106,8 @@ class TrainingStep:
             images, targets = self._prepare(*next(batches))
             is_last = micro_step == args.accum_steps - 1
             # Gradients are averaged over ranks once per step, not once per batch.
-            no_sync = not is_last and isinstance(self._model, DistributedDataParallel)
-            with self._model.no_sync() if no_sync else contextlib.nullcontext():
+            unaveraged = self._model if not is_last and isinstance(self._model, DistributedDataParallel) else None
+            with unaveraged.no_sync() if unaveraged is not None else contextlib.nullcontext():
                 with self._precision.autocast():
                     # On CPUs autocast would have the loss in bfloat16.
                     loss = self._loss(self._model(images).float(), targets)
@@ -122,9 +122,9 @@ class TrainingStep:
         # The scaler's own step would not know of a norm that overflows.
         optimizer = self._state.optimizer
         if self._is_fused:
-            optimizer.found_inf = skip.float()
+            optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # as torch's GradScaler tells it
             optimizer.step()
-            del optimizer.found_inf
+            del optimizer.found_inf  # type: ignore[attr-defined]  # likewise
         elif not skip.item():
             optimizer.step()
 
@@ -155,9 +155,9 @@ class _Statistics:
         for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
             alike = [buffer for buffer in buffers if buffer.dtype == dtype]
             copies = torch.empty(2, sum(buffer.numel() for buffer in alike), dtype=dtype, device=alike[0].device)
-            parts = [[part.view_as(buffer) for part, buffer in
-                      zip(copy.split([buffer.numel() for buffer in alike]), alike, strict=True)] for copy in copies]
-            self._groups.append((alike, copies, *parts))
+            old, new = ([part.view_as(buffer) for part, buffer in
+                         zip(copy.split([buffer.numel() for buffer in alike]), alike, strict=True)] for copy in copies)
+            self._groups.append((alike, copies, old, new))
 
     def keep(self) -> None:
         """Notes them as they are."""

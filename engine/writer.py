@@ -1,8 +1,9 @@
 """Saves a run's checkpoints in the background: training waits for a copy in memory, and not for the disk."""
 import copy
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +20,12 @@ from utils.errors import UserError
 _logger = logging.getLogger(__name__)
 
 
+class _Save(NamedTuple):
+    content: dict
+    global_step: int
+    is_best: bool
+
+
 class CheckpointWriter:
     """Saves a run's checkpoints while training goes on. Rank 0 only; one for a run's folder, under its RunLock.
 
@@ -33,9 +40,9 @@ class CheckpointWriter:
         self._snapshot = _Snapshot()
         # One thread for all saves: a thread that ends while a loader forks can leave the new process in a deadlock.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix='checkpoint')
-        self._running = None
-        self._pending = None  # the save under way, or the last one if it failed: (content, global_step, is_best)
-        self._error = None
+        self._running: Future | None = None
+        self._pending: _Save | None = None  # the save under way, or the last one if it failed
+        self._error: Exception | None = None
         self._saved = 0
         remove_leftovers(folder)
         if resumed and resumed.resolve().parent == folder.resolve():
@@ -53,10 +60,10 @@ class CheckpointWriter:
             UserError: must_succeed, and it could not be written.
         """
         self._join()
-        if self._pending and self._pending[2]:
-            self._write()  # the best so far is in no file yet
-        self._pending = self._snapshot.take(content), global_step, is_best
-        self._running = self._executor.submit(self._write)
+        if self._pending and self._pending.is_best:
+            self._write(self._pending)  # the best so far is in no file yet
+        save = self._pending = _Save(self._snapshot.take(content), global_step, is_best)
+        self._running = self._executor.submit(self._write, save)
         if must_succeed:
             self.close()
 
@@ -72,11 +79,11 @@ class CheckpointWriter:
         """
         self._join()
         if self._pending:
-            self._write(warn=False)
+            self._write(self._pending, warn=False)
             self._raise_unexpected()
         if self._pending:
-            raise UserError(f'{self._describe()}; make room or name another --output, and --resume auto goes on from '
-                            'the checkpoint before')
+            raise UserError(f'{self._describe(self._pending)}; make room or name another --output, and --resume auto '
+                            'goes on from the checkpoint before')
 
     def _join(self) -> None:
         if self._running:
@@ -90,30 +97,31 @@ class CheckpointWriter:
             error, self._error, self._pending = self._error, None, None
             raise error
 
-    def _write(self, warn: bool = True) -> None:
-        content, global_step, is_best = self._pending
+    def _write(self, save: '_Save', warn: bool = True) -> None:
         try:
-            save_checkpoint(content, self.folder, global_step=global_step, keep=self.keep, is_best=is_best)
+            save_checkpoint(save.content, self.folder, global_step=save.global_step, keep=self.keep,
+                            is_best=save.is_best)
         except Exception as e:
             self._error = e
             if warn and isinstance(e, OSError):
-                _logger.warning('%s; training goes on, and the next save tries again', self._describe())
+                _logger.warning('%s; training goes on, and the next save tries again', self._describe(save))
             return
         self._pending = self._error = None
         self._saved += 1
         if self._saved == max(self.keep, KEEP_AT_LEAST):
             remove_aside(self.folder)
 
-    def _describe(self) -> str:
-        path = checkpoint_path(self.folder, self._pending[1])
-        return f'{path} could not be saved ({self._error.strerror or self._error})'
+    def _describe(self, save: '_Save') -> str:
+        path, error = checkpoint_path(self.folder, save.global_step), self._error
+        return f'{path} could not be saved ({isinstance(error, OSError) and error.strerror or error})'
 
 
 class _Snapshot:
     """Copies of nested dicts, lists and tensors, on the CPU; the memory of one copy serves the next."""
 
     def __init__(self):
-        self._buffers = {}
+        self._buffers: dict[tuple, torch.Tensor] = {}
+        self._copied: dict[tuple, torch.Tensor] = {}
 
     def take(self, content: dict) -> dict:
         """A copy of `content` that shares nothing with it; the one before is no longer valid."""

@@ -92,7 +92,8 @@ def check_token(token: Sequence[int], grid: tuple[int, int]) -> tuple[int, int]:
     if not (0 <= token[0] < grid[0] and 0 <= token[1] < grid[1]):
         raise UserError(f'token {token[0]} {token[1]} does not exist; the last grid has rows 0 to {grid[0] - 1} and '
                         f'columns 0 to {grid[1] - 1} at this image size')
-    return tuple(token)
+    row, column = token
+    return row, column
 
 
 def add_title(figure: Figure, title: str) -> None:
@@ -131,9 +132,9 @@ def _default_queries(H: int, W: int) -> list[tuple[int, int]]:
 
 def _strengths(values: torch.Tensor) -> tuple[np.ndarray, float]:
     """Attention as a part of its largest value, and that value as a multiple of an even share of all tokens."""
-    values = values.double().cpu().numpy()
-    peak = max(values.max(), 1e-30)
-    return values / peak, peak / max(values.mean(), 1e-30)
+    numbers = values.double().cpu().numpy()
+    peak = max(float(numbers.max()), 1e-30)
+    return numbers / peak, peak / max(float(numbers.mean()), 1e-30)
 
 
 def _draw_attention(axes: Axes, picture: np.ndarray, values: torch.Tensor, name: str) -> AxesImage:
@@ -162,7 +163,7 @@ def _draw_rollout(part: SubFigure, picture: np.ndarray, seen: SeenAttention, que
     image.set_axis_off()
     image.set_title('Image' + (', and tokens whose token layers are shown below' if queries else ''), fontsize=9)
     for letter, query in zip('ABC', queries, strict=False):
-        mark_token(image, query, seen.rollout.shape, picture, letter)
+        mark_token(image, query, (seen.rollout.shape[0], seen.rollout.shape[1]), picture, letter)
     drawn = _draw_attention(rollout, picture, seen.rollout, '')
     rollout.set_title(f'Attention rollout over all {len(seen.blocks)} blocks, {seen.source}\n'
                       f'(largest {_strengths(seen.rollout)[1]:.1f} times an even share)', fontsize=9)
@@ -204,6 +205,7 @@ def _draw_token_layers(part: SubFigure, picture: np.ndarray, stages: Sequence[St
         # The token of this grid that lies in the middle of the last grid's.
         tokens = [(int((row + 0.5) / last_grid[0] * H), int((column + 0.5) / last_grid[1] * W))
                   for row, column in queries]
+        assert stage.weights is not None, 'of stages without, no token layer is drawn'
         rows = stage.weights.rows([row * W + column for row, column in tokens])[0]  # [queries, H · W]
         for letter, token, row in zip('ABC', tokens, rows, strict=False):
             axes, total, name = next(places), float(row.sum()), f'stage {("one", "two")[number]}, {letter}'

@@ -38,7 +38,7 @@ def features_figure(models: Mapping[str, Sequence[LayerFeatures]], index: int = 
     rows, columns = max(map(len, models.values())), len(models)
     size = (max(SIDE * rows, 7), SIDE + 1.2) if alone else (SIDE * columns, (SIDE + 0.3) * rows + 1)
     figure = new_figure(*size)
-    figure.get_layout_engine().set(wspace=0.06, hspace=0.02)
+    figure.set_layout_engine('constrained', wspace=0.06, hspace=0.02)
     # A single model has its layers beside one another.
     panels = figure.subplots(*((1, rows) if alone else (rows, columns)), squeeze=False)
     panels = panels.T if alone else panels

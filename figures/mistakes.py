@@ -99,7 +99,7 @@ def mistakes_figure(predictions, targets: np.ndarray, names: Sequence[str],
     targets = np.asarray(targets)
     matrix = confusion_matrix(targets, predictions.classes[:, 0], len(names))
     figure = new_figure(16, 13.5)
-    above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1), hspace=0.04)
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.1, 1), hspace=0.04).ravel()
     left, right = above.subfigures(1, 2, width_ratios=(1.35, 1), wspace=0.03)
     confusion_figure(matrix, names, left)
     accuracy_figure(matrix, names, right)

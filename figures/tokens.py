@@ -53,7 +53,7 @@ def tokens_figure(
     cell = min(2.6 * size[0] / size[1], 4.5)
     heights = [cell + 0.8, 2 * cell + 1.6, 1.3 * cell + 0.9]
     figure = new_figure(WIDTH, sum(heights) + 0.4)
-    splits, grids, fields = figure.subfigures(3, 1, height_ratios=heights)
+    splits, grids, fields = figure.subfigures(3, 1, squeeze=False, height_ratios=heights).ravel()
     # What a model pads with is 0 of normalised pixels, the mean colour.
     mean = getattr(model, 'pretrained_cfg', {}).get('mean') or IMAGENET_DEFAULT_MEAN
     _draw_splits(splits, picture, 255 * np.array(mean), token, (H, W), seen)

@@ -51,7 +51,7 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, dim: int, device=None, dtype=None):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         # A Sequential for the sake of the published keys, fc.0 and fc.2.
         self.fc = nn.Sequential(
             nn.Linear(dim, dim // 16, bias=False, **dd), nn.ReLU(),
@@ -88,10 +88,10 @@ class SEBlock(Block):
 class SEViTBlock(ViTBlock):
     """timm's block of a ViT with squeeze-excitation after the attention's output projection; its arguments."""
 
-    def __init__(self, dim: int, *args: Any, device=None, dtype=None, **kwargs: Any):
-        super().__init__(dim, *args, device=device, dtype=dtype, **kwargs)
+    def __init__(self, dim: int, num_heads: int, device=None, dtype=None, **kwargs: Any):
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
         # LayerScale's place is right behind the attention, and it weights channels too: so no forward of our own.
-        self.ls1 = SqueezeExcitation(dim, device=device, dtype=dtype)
+        self.register_module('ls1', SqueezeExcitation(dim, device=device, dtype=dtype))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class GhostAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, attn_drop: float = 0., proj_drop: float = 0., device=None, dtype=None):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         if dim % num_heads or dim % 2:
             raise ValueError(f'embed_dim {dim} is not divisible by num_heads {num_heads} and by 2')
         self.num_heads = num_heads
@@ -158,10 +158,10 @@ class GhostAttention(nn.Module):
 class GhostMlp(nn.Module):
     """MLP of 3 C hidden channels, of which C are computed and two times C are cheap copies of those."""
 
-    def __init__(self, dim: int, act_layer: Callable[[], nn.Module] = nn.GELU, drop: float = 0.,
+    def __init__(self, dim: int, act_layer: type[nn.Module] = nn.GELU, drop: float = 0.,
                  device=None, dtype=None):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.fc1 = nn.Linear(dim, dim, **dd)
         self.act = act_layer()
         self.fc2 = nn.Linear(3 * dim, dim, **dd)
@@ -180,10 +180,10 @@ class GhostBlock(Block):
     """The backbone's block with ghost operations in attention and MLP; arguments of `Block`, mlp_ratio 3 alone."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop: float = 0., attn_drop: float = 0.,
-                 act_layer: Callable[[], nn.Module] = nn.GELU, device=None, dtype=None, **kwargs: Any):
+                 act_layer: type[nn.Module] = nn.GELU, device=None, dtype=None, **kwargs: Any):
         if mlp_ratio != 3:
             raise ValueError(f'mlp_ratio is {mlp_ratio}; the ghost MLP has 3 times the channels, so give 3')
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__(dim, num_heads, mlp_ratio, drop, attn_drop, act_layer=act_layer, **dd, **kwargs)
         self.attn = GhostAttention(dim, num_heads, attn_drop, drop, **dd)
         self.mlp = GhostMlp(dim, act_layer, drop, **dd)
@@ -195,8 +195,9 @@ class GhostBlock(Block):
 class DenseBlock(Block):
     """The backbone's block, whose output is made narrow and put beside its input: C to C + growth channels."""
 
-    def __init__(self, growth_rate: int, dim: int, *args: Any, device=None, dtype=None, **kwargs: Any):
-        super().__init__(dim, *args, device=device, dtype=dtype, **kwargs)
+    def __init__(self, growth_rate: int, dim: int, num_heads: int, mlp_ratio: float, device=None, dtype=None,
+                 **kwargs: Any):
+        super().__init__(dim, num_heads, mlp_ratio, device=device, dtype=dtype, **kwargs)
         self.dense_linear = nn.Linear(dim, growth_rate, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -209,7 +210,7 @@ class DenseBlock(Block):
 class Transition(nn.Module):
     """Between two stages: half as many channels, then the activation."""
 
-    def __init__(self, dim: int, act_layer: Callable[[], nn.Module] = nn.GELU, device=None, dtype=None):
+    def __init__(self, dim: int, act_layer: type[nn.Module] = nn.GELU, device=None, dtype=None):
         super().__init__()
         self.act = act_layer()
         self.linear = nn.Linear(dim, dim // 2, device=device, dtype=dtype)
@@ -249,13 +250,13 @@ class T2TViTDense(T2TViT):
             drop_rate: float = 0.,
             attn_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
-            norm_layer: Callable[[int], nn.Module] | None = None,
-            act_layer: Callable[[], nn.Module] | None = None,
+            norm_layer: Callable[..., nn.Module] | None = None,
+            act_layer: type[nn.Module] | None = None,
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
             **kwargs: Any,
     ):
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         norm_layer = norm_layer or nn.LayerNorm
         act_layer = act_layer or nn.GELU
         super().__init__(embed_dim=embed_dim, depth=0, drop_rate=drop_rate, norm_layer=norm_layer, **dd, **kwargs)
@@ -338,7 +339,7 @@ class ConvolutionTokens(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Registration with timm
 
-_VIT = {'first_conv': 'patch_embed.proj', 'fixed_input_size': True}
+_VIT: dict[str, Any] = {'first_conv': 'patch_embed.proj', 'fixed_input_size': True}
 
 # `register_model` looks the description of a model up under this name.
 default_cfgs = generate_default_cfgs({

@@ -118,7 +118,7 @@ def attention_weights(
             kept[current] = keep((scores if attn_mask is None else scores + attn_mask).softmax(-1))  # [B, h, N, N]
 
     handles = []
-    for index, block in enumerate(model.blocks):
+    for index, block in enumerate(model.get_submodule('blocks').children()):
         handles.append(block.register_forward_pre_hook(lambda *_, index=index: enter(index)))
         handles.append(block.register_forward_hook(lambda *_: enter(None)))
     with _evaluating(model), _hooks(*handles), _Listener(heard):
@@ -185,7 +185,7 @@ def classifier_attention(model: nn.Module, image: torch.Tensor) -> SeenAttention
 
 def _backbone_grid(model: nn.Module, images: torch.Tensor) -> Grid:
     """Rows and columns of the backbone's tokens. Raises NotSeen for a model that has no tokens on a grid."""
-    patches = getattr(model, 'patch_embed', None)
+    patches: Any = getattr(model, 'patch_embed', None)
     if not hasattr(model, 'blocks') or not (has_soft_splits(model) or hasattr(patches, 'patch_size')):
         raise NotSeen(f'model {_name(model)} has no attention that can be shown; use a T2T-ViT or a ViT')
     height, width = images.shape[-2:]
@@ -285,7 +285,8 @@ class Stage(NamedTuple):
 
     @property
     def grid(self) -> Grid:
-        return tuple(self.tokens.shape[-2:])
+        H, W = self.tokens.shape[-2:]
+        return H, W
 
 
 def has_soft_splits(model: nn.Module) -> bool:
@@ -300,16 +301,16 @@ def token_stages(model: nn.Module, images: torch.Tensor) -> list[Stage]:
     """
     if not has_soft_splits(model):
         raise NotSeen(f'model {_name(model)} has no tokens-to-token module; use a T2T-ViT')
-    module = model.tokens_to_token
+    module = model.get_submodule('tokens_to_token')
     convolutions = not hasattr(module, 'attention1')
-    steps = (module.soft_split0, module.soft_split1) if convolutions else (module.attention1, module.attention2)
-    steps += (module.project,)
+    names = ('soft_split0', 'soft_split1') if convolutions else ('attention1', 'attention2')
+    steps = [module.get_submodule(name) for name in (*names, 'project')]
     inputs, outputs = {}, {}
 
     def heard(step, given, result):
         inputs[step], outputs[step] = given[0], result
 
-    grids = _soft_split_grids(tuple(images.shape[-2:]))
+    grids = _soft_split_grids((images.shape[-2], images.shape[-1]))
     with _evaluating(model), _hooks(*(step.register_forward_hook(heard) for step in steps)):
         module(images)
         stages = []
@@ -450,7 +451,7 @@ def _as_map(model: nn.Module, output: Any, images: torch.Tensor, name: str) -> t
         raise _no_map(model, name, f'gives {len(output)} windows of {len(images)} images, and no map of each')
     if output.ndim == 4:
         return output.permute(0, 3, 1, 2) if _has_channels_last(model, output, images) else output
-    H, W, prefix = _grid_of(model, output.shape[1], tuple(images.shape[-2:]))
+    H, W, prefix = _grid_of(model, output.shape[1], (images.shape[-2], images.shape[-1]))
     return output[:, prefix:].transpose(1, 2).unflatten(2, (H, W))  # [B, C, H, W]
 
 

@@ -182,6 +182,7 @@ def write_onnx(source: Source, path: Path, graph: torch.export.ExportedProgram) 
     program = torch.onnx.export(graph, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT],
                                 dynamic_shapes=({axis: name for axis, name in AXES.items()
                                                  if name in open_axes(graph)},))
+    assert program is not None, 'torch returns a program wherever it is told of no file'
     program.model.metadata_props.update(source.properties())
     program.save(path, external_data=False)
 
@@ -331,7 +332,7 @@ class Form(NamedTuple):
     """A form of export: the name of its file or folder, how it is written and read back, the graphs it can be made of,
     best first, what else there is to say of it, whether its logits are to be PyTorch's, packages it needs."""
     file: str
-    write: Callable[[Source, Path, torch.export.ExportedProgram | None], None]
+    write: Callable[[Source, Path, Any], None]  # the last is what `graphs` gives
     read: Callable[[Path], Run]
     graphs: Callable[[Source], Iterable[torch.export.ExportedProgram | None]] = lambda source: (None,)
     note: Callable[[Source, Path], str] = lambda source, path: ''

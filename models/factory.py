@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 from timm.models import split_model_name_tag
@@ -15,11 +15,12 @@ from torch import nn
 
 from models.formats import recorded_arch, recorded_classes, recorded_img_size, recorded_options
 from models.identity import identify
-from models.weights import count_classes, load_weights, state_dict_of
+from models.weights import count_classes, load_weights, published_config, state_dict_of
 from utils import options
 from utils.errors import UserError
 from utils.files import read_checkpoint
 from utils.recipes import check_values, read_recipe
+from utils.timm_model import TimmModel
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def create_model(
         attn_drop_rate: float | None = None,
         drop_path_rate: float | None = None,
         **kwargs: Any,
-) -> nn.Module:
+) -> TimmModel:
     """Create a model registered with timm and log what was resolved; None leaves a value to the model.
 
     Args:
@@ -58,9 +59,9 @@ def create_model(
         UserError: unknown name, value out of range, or weights that could not be fetched.
     """
     name = resolve_name(name)
-    rates = {'drop_rate': drop_rate, 'attn_drop_rate': attn_drop_rate, 'drop_path_rate': drop_path_rate}
+    rates: dict[str, Any] = {'drop_rate': drop_rate, 'attn_drop_rate': attn_drop_rate, 'drop_path_rate': drop_path_rate}
     for argument, rate in rates.items():
-        if rate is not None and not (isinstance(rate, Real) and 0 <= rate < 1):
+        if rate is not None and not (isinstance(rate, Real) and 0 <= float(rate) < 1):
             raise UserError(f'{argument} is {rate!r}; give a number from 0 up to, but not including, 1')
     _check_count('num_classes', num_classes, minimum=0)
     _check_count('in_chans', in_chans, minimum=1)
@@ -109,13 +110,13 @@ def resolve_name(name: str) -> str:
     return f'{architecture}.{tag}'
 
 
-def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[TimmModel, list[str]]:
     """Create a model, leaving out optional arguments it does not know; return it and the names of those."""
     left_out: list[str] = []
     while True:
         try:
             known = {argument: value for argument, value in arguments.items() if argument not in left_out}
-            return timm.create_model(name, pretrained=pretrained, **known), left_out
+            return cast(TimmModel, timm.create_model(name, pretrained=pretrained, **known)), left_out
         except TypeError as error:
             # timm's entry points take any keyword and hand it down: only trying tells what a model knows.
             refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
@@ -146,7 +147,8 @@ def _checked_img_size(img_size: int | tuple[int, int] | None) -> tuple[int, int]
     whole = isinstance(sides, (tuple, list)) and all(isinstance(side, int) and side > 0 for side in sides)
     if not whole or len(sides) != 2:
         raise UserError(f'img_size is {img_size!r}; give one positive number of pixels, or height and width')
-    return tuple(sides)
+    height, width = sides
+    return height, width
 
 
 def _check_count(argument: str, value: int | None, minimum: int) -> None:
@@ -155,7 +157,7 @@ def _check_count(argument: str, value: int | None, minimum: int) -> None:
         raise UserError(f'{argument} is {value!r}; give a whole number from {minimum}')
 
 
-def create_model_from_options(args, *, num_classes: int, transfer_from: str | None = None) -> nn.Module:
+def create_model_from_options(args, *, num_classes: int, transfer_from: str | None = None) -> TimmModel:
     """The model that a script's options name, with the weights of --initial-checkpoint or `transfer_from`, if any.
 
     Args:
@@ -177,7 +179,7 @@ def create_model_from_options(args, *, num_classes: int, transfer_from: str | No
     return model
 
 
-def create_from_config(path: str | os.PathLike, **overrides: Any) -> nn.Module:
+def create_from_config(path: str | os.PathLike, **overrides: Any) -> TimmModel:
     """The model of a recipe, with the weights that it names, if any.
 
         model = create_from_config('configs/t2t_vit_14.yaml')
@@ -213,7 +215,7 @@ class TrainedModel(NamedTuple):
 
     `classes` is in the order of the logits, None where the checkpoint does not tell.
     """
-    model: nn.Module
+    model: TimmModel
     args: options.Options
     classes: list[str] | None
 
@@ -249,7 +251,7 @@ def open_trained_model(args) -> TrainedModel:
     if checkpoint and not (args.model and args.img_size):
         name, size = model_of_checkpoint(checkpoint, args.model, args.use_ema, source=source)
     name = resolve_name(name)
-    height, width = size or timm.get_pretrained_cfg(name).input_size[-2:]
+    height, width = size or published_config(name).input_size[-2:]
     args = args.replacing(model=name, img_size=args.img_size or (height if height == width else (height, width)),
                           **recorded)
     num_classes = args.num_classes or count_classes(name, checkpoint, args.use_ema, source=source)
@@ -293,7 +295,7 @@ def model_of_checkpoint(
     return identity.names[0], identity.img_size
 
 
-def split_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+def split_head(model: TimmModel) -> tuple[TimmModel, nn.Module]:
     """Take a model apart: a backbone that gives pooled features, and the classifier, so that head(backbone(x)) is
     what model(x) was.
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -88,7 +89,7 @@ def patch_size_of(positions: int, img_size: tuple[int, int]) -> tuple[int, int]:
 
 
 @functools.cache
-def _shapes(name: str, **kwargs: int) -> dict[str, torch.Size]:
+def _shapes(name: str, **kwargs: Any) -> dict[str, torch.Size]:
     """Return the keys and shapes of a registered model, without its memory."""
     with torch.device('meta'):
         model: nn.Module = timm.create_model(name, **kwargs)
@@ -132,7 +133,8 @@ def _grid_and_size(
     is_t2t = any(key.startswith('tokens_to_token.') for key in weights)
     token_size = (math.prod(stride for _, stride, _ in SOFT_SPLITS),) * 2 if is_t2t else None
     if names and not is_t2t:
-        token_size = tuple(weights['patch_embed.proj.weight'].shape[-2:])
+        height, width = weights['patch_embed.proj.weight'].shape[-2:]
+        token_size = height, width
     if img_size is not None:
         patch_size = None if is_t2t else token_size or patch_size_of(positions, img_size)
         if (grid := grid_of(positions, img_size, patch_size)) is not None:

@@ -5,6 +5,7 @@ The MLP is timm's (`timm.layers.Mlp`).
 Dimensions: B images, N tokens, C channels, h heads, d = C / h channels of a head.
 """
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, attn_drop: float = 0., proj_drop: float = 0.,
                  device=None, dtype=None):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         if dim % num_heads:
             raise ValueError(f'embed_dim {dim} is not divisible by num_heads {num_heads}')
         self.num_heads = num_heads
@@ -125,6 +126,7 @@ class Block(nn.Module):
         act_layer: activation of the MLP.
     """
 
+
     def __init__(
             self,
             dim: int,
@@ -133,18 +135,19 @@ class Block(nn.Module):
             drop: float = 0.,
             attn_drop: float = 0.,
             drop_path: float = 0.,
-            norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
-            act_layer: Callable[[], nn.Module] = nn.GELU,
+            norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+            act_layer: type[nn.Module] = nn.GELU,
             device=None,
             dtype=None,
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.norm1 = norm_layer(dim, **dd)
-        self.attn = Attention(dim, num_heads, attn_drop=attn_drop, proj_drop=drop, **dd)
+        # Other modules take these places in subclasses; TorchScript lets no class say so.
+        self.attn: nn.Module = Attention(dim, num_heads, attn_drop=attn_drop, proj_drop=drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, **dd)
+        self.mlp: nn.Module = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens [B, N, C] to tokens [B, N, C]."""

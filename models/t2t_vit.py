@@ -10,7 +10,7 @@ State dict keys, shapes and order are those of the authors' released checkpoints
 Dimensions: B images, N grid tokens, C channels of the backbone, H × W grid; the class token makes it N + 1.
 """
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -66,6 +66,8 @@ class T2TViT(nn.Module):
         ValueError: image below 16 pixels, unknown tokens_type or global_pool, heads that do not divide C.
     """
 
+    pos_embed: torch.Tensor
+
     def __init__(
             self,
             img_size: int | tuple[int, int] = 224,
@@ -83,15 +85,15 @@ class T2TViT(nn.Module):
             token_dim: int = 64,
             aux_head: bool = False,
             aux_weight: float = 0.5,
-            norm_layer: Callable[[int], nn.Module] | None = None,
-            act_layer: Callable[[], nn.Module] | None = None,
+            norm_layer: Callable[..., nn.Module] | None = None,
+            act_layer: type[nn.Module] | None = None,
             block_fn: Callable[..., nn.Module] = Block,
             tokens_fn: Callable[..., nn.Module] = TokensToToken,
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         norm_layer = norm_layer or nn.LayerNorm
         act_layer = act_layer or nn.GELU
         self.num_classes = num_classes
@@ -113,9 +115,10 @@ class T2TViT(nn.Module):
                      norm_layer=norm_layer, act_layer=act_layer, **dd)
             for rate in calculate_drop_path_rates(drop_path_rate, depth)
         ])
-        self.feature_info = [
+        feature_info: list[dict[str, Any]] = [
             {'module': f'blocks.{i}', 'num_chs': embed_dim, 'reduction': 16} for i in range(depth)
         ]
+        self.feature_info = feature_info
         self.norm = norm_layer(embed_dim, **dd)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.aux_weight = aux_weight
@@ -252,13 +255,12 @@ class T2TViT(nn.Module):
         if output_fmt == 'NCHW':
             outputs = [y.transpose(1, 2).reshape(B, -1, H, W) for y in outputs]  # [B, C, H, W]
         if output_dict:
-            named = {'image_intermediates': outputs}
+            named: dict[str, torch.Tensor | list] = {'image_intermediates': outputs}
             if return_prefix_tokens:
                 named['image_intermediates_prefix'] = class_tokens
             return named if intermediates_only else {**named, 'image_features': self._norm_intermediate(x)}
-        if return_prefix_tokens:
-            outputs = list(zip(outputs, class_tokens, strict=True))
-        return outputs if intermediates_only else (self._norm_intermediate(x), outputs)
+        listed: list = list(zip(outputs, class_tokens, strict=True)) if return_prefix_tokens else outputs
+        return listed if intermediates_only else (self._norm_intermediate(x), listed)
 
     def _norm_intermediate(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the final norm to the output of any block; a backbone that changes its width overrides this."""
@@ -345,10 +347,9 @@ def pretrained_cfg(release: str = '', **kwargs) -> dict:
 
 # `register_model` looks the description of a model up under this name.
 default_cfgs = generate_default_cfgs({
-    f'{name}.in1k': pretrained_cfg(
+    **{f'{name}.in1k': pretrained_cfg(
         variant.release, classifier=('head', 'aux_head') if variant.aux_head else 'head')
-    for name, variant in VARIANTS.items()
-} | {
+       for name, variant in VARIANTS.items()},
     't2t_vit_14.in1k_384': pretrained_cfg('83.3_T2T_ViT_14.pth.tar', input_size=(3, 384, 384), crop_pct=1.0),
 })
 
@@ -360,13 +361,16 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     return fit_to_model(state_dict_of(state_dict), model, to_2tuple(saved_size) if saved_size else None)[0]
 
 
+_Model = TypeVar('_Model', bound=T2TViT)
+
+
 def build_t2t_vit(
-        model_class: type[T2TViT],
+        model_class: type[_Model],
         name: str,
         pretrained: bool,
         given: dict[str, Any],
         **architecture: Any,
-) -> T2TViT:
+) -> _Model:
     """Build the registered model `name` of this architecture; the arguments that the user has `given` come first."""
     # The position embedding of weights trained at 384 pixels has that size, unless another one is asked for.
     weights = resolve_pretrained_cfg(name, given.get('pretrained_cfg'), given.get('pretrained_cfg_overlay'))

@@ -8,6 +8,7 @@ Dimensions: B images, C channels, H × W pixels or grid, N tokens, D token dimen
 """
 import contextlib
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -256,10 +257,12 @@ class TokenPerformer(nn.Module):
         drop: dropout probability after the attention's projection and after the MLP, active in training.
     """
 
+    w: torch.Tensor
+
     def __init__(self, split: tuple[int, int, int], in_chans: int, token_dim: int, of_pixels: bool = False,
                  kernel_ratio: float = 0.5, drop: float = 0.1, device=None, dtype=None):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.token_dim = token_dim
         self.kqv = SplitLinear(split, in_chans, 3 * token_dim, of_pixels=of_pixels, **dd)
         self.proj = nn.Linear(token_dim, token_dim, **dd)
@@ -294,7 +297,7 @@ class TokenAttention(nn.Module):
     def __init__(self, split: tuple[int, int, int], in_chans: int, token_dim: int, of_pixels: bool = False,
                  device=None, dtype=None):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.qkv = SplitLinear(split, in_chans, 3 * token_dim, bias=False, of_pixels=of_pixels, **dd)
         # As published: of the incoming channels (147 or 576), not of the 64 that q and k have.
         self.scale = self.qkv.in_features ** -0.5
@@ -319,7 +322,7 @@ class TokenTransformer(nn.Module):
     def __init__(self, split: tuple[int, int, int], in_chans: int, token_dim: int, of_pixels: bool = False,
                  device=None, dtype=None):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.norm1 = nn.LayerNorm(in_chans * split[0] ** 2, **dd)
         self.attn = TokenAttention(split, in_chans, token_dim, of_pixels, **dd)
         self.norm2 = nn.LayerNorm(token_dim, **dd)
@@ -352,7 +355,7 @@ class TokensToToken(nn.Module):
 
     def __init__(self, tokens_type: str, in_chans: int, embed_dim: int, token_dim: int, device=None, dtype=None):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         if tokens_type not in TOKEN_LAYERS:
             raise ValueError(f'tokens_type is {tokens_type!r}; choose from {", ".join(TOKEN_LAYERS)}')
         token_layer = TOKEN_LAYERS[tokens_type]

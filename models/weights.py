@@ -14,6 +14,7 @@ from typing import Any
 
 import timm
 from timm.layers import resample_abs_pos_embed
+from timm.models import PretrainedCfg
 from torch import nn
 
 from utils.errors import UserError
@@ -249,7 +250,7 @@ def _grid_of_images(positions: int, model: nn.Module, img_size: tuple[int, int])
     patches = getattr(model, 'patch_embed', None)
     if hasattr(model, 'tokens_to_token'):
         patch_size = None
-    elif hasattr(patches, 'feat_ratio'):
+    elif patches is not None and hasattr(patches, 'feat_ratio'):
         patch_size = tuple(patches.feat_ratio(as_scalar=False))
     else:
         patch_size = patch_size_of(positions, img_size)
@@ -330,7 +331,7 @@ def count_classes(model_name: str, checkpoint: Mapping[str, Any], use_ema: bool 
 
     Without a checkpoint (an empty one), that of the model's pretrained weights.
     """
-    config = timm.get_pretrained_cfg(model_name).to_dict()
+    config = published_config(model_name).to_dict()
     if not checkpoint:
         return config['num_classes']
     try:
@@ -342,10 +343,14 @@ def count_classes(model_name: str, checkpoint: Mapping[str, Any], use_ema: bool 
     return max((len(weights[key]) for key in keys if key in weights and weights[key].dim() >= 2), default=None)
 
 
+def published_config(model_name: str) -> PretrainedCfg:
+    """What timm knows of a model's published weights; its defaults for a registered model of which it knows nothing."""
+    return timm.get_pretrained_cfg(model_name) or PretrainedCfg()
+
+
 def count_channels(model_name: str, weights: StateDict) -> int | None:
     """The channels of the images that weights of `model_name` are for, as its first convolution tells; else None."""
-    config = timm.get_pretrained_cfg(model_name)
-    first = config.first_conv if config else None
+    first = published_config(model_name).first_conv
     tensor = weights.get(f'{first}.weight') if isinstance(first, str) else None
     return tensor.shape[1] if tensor is not None and tensor.dim() == 4 else None
 

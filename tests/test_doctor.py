@@ -1,5 +1,5 @@
 """tools/doctor.py: planted faults are named with a remedy, a sound data set has none, and the data stays as it is."""
-import dataclasses
+import copy
 import json
 import logging
 import math
@@ -279,7 +279,10 @@ def gpu(monkeypatch):
 
 
 def on_gpus(case: doctor.Case, *, processes: int = 1, **changes) -> doctor.Case:
-    return dataclasses.replace(case, world=World(0, 0, 1, torch.device('cuda')), processes=processes, **changes)
+    changed = copy.copy(case)
+    for name, value in {'world': World(0, 0, 1, torch.device('cuda')), 'processes': processes, **changes}.items():
+        setattr(changed, name, value)
+    return changed
 
 
 def test_processes_of_the_run_are_the_gpus(gpu, image_folder, monkeypatch, tmp_path):

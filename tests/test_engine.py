@@ -215,6 +215,20 @@ def test_where_a_run_goes(tmp_path):
         resolve_run(**place, experiment='', resume=str(tmp_path / 'no.pth.tar'))
 
 
+def test_a_checkpoint_that_goes_while_it_is_looked_for(tmp_path, monkeypatch):
+    write_checkpoint({'global_step': 1}, tmp_path / LAST)
+    found = checkpoint_files._has_checkpoint
+
+    def then_it_goes(folder) -> bool:
+        there = found(folder)
+        (folder / LAST).unlink()
+        return there
+
+    monkeypatch.setattr(checkpoint_files, '_has_checkpoint', then_it_goes)
+    with pytest.raises(UserError, match='has just been removed'):
+        resolve_run(output=str(tmp_path), kind='train', name='x', experiment='', resume=str(tmp_path))
+
+
 # --- State -----------------------------------------------------------------------------------------------------------
 
 
@@ -296,8 +310,9 @@ def test_sync_bn_leaves_what_a_model_computes(name):
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     expected, keys = model.eval()(images), list(model.state_dict())
     args = recipe(sync_bn=True, channels_last=False, model_ema=False, model=name, as_dict=dict)
+    world = World(rank=0, local_rank=0, size=2, device=CPU)
     state = create_state(args, model, create_optimizer(param_groups(model, 0.05), recipe()),
-                         Precision(CPU, enabled=False), ['a', 'b', 'c'], World(rank=0, local_rank=0, size=2, device=CPU))
+                         Precision(CPU, enabled=False), ['a', 'b', 'c'], world)
     assert sum(isinstance(module, nn.SyncBatchNorm) for module in state.model.modules()) == norms
     assert torch.equal(state.model(images), expected) and list(state.model.state_dict()) == keys
     optimized = {id(p) for group in state.optimizer.param_groups for p in group['params']}

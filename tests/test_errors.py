@@ -31,6 +31,13 @@ def test_what_a_console_cannot_show_is_escaped(tmp_path, encoding):
     assert result.returncode == 0 and '\\udce9' in result.stdout and (tmp_path / 'done').exists()
 
 
+def test_standard_output_may_be_a_text_in_memory(tmp_path):
+    script = f'import io, sys\nsys.stdout = io.StringIO()\n{SCRIPT}'
+    result = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                            env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert (result.returncode, result.stderr) == (0, '') and (tmp_path / 'done').exists()
+
+
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
     reading, writing = os.pipe()
     os.close(reading)

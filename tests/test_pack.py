@@ -265,6 +265,17 @@ def test_goes_on_with_what_is_whole(begun, image_folder, packed, monkeypatch):
     assert content(begun) == before
 
 
+def test_a_shard_that_goes_while_others_are_written_is_named(image_folder, tmp_path, monkeypatch):
+    def losing(*arguments, **options):
+        for found in in_processes(*arguments, **options):
+            (tmp_path / 'out/shard-000000.tar').unlink(missing_ok=True)
+            yield found
+
+    monkeypatch.setattr(packing, 'in_processes', losing)
+    refused(r'shard-000000\.tar has gone since it was written', image_folder / 'train', tmp_path / 'out', '-j', 1)
+    assert not (tmp_path / 'out/manifest.json').exists()
+
+
 def test_refuses_to_go_on_with_something_else(begun, image_folder, tmp_path):
     train = image_folder / 'train'
     refused('was begun with --samples 7, and is now to go on without --samples', train, begun)

@@ -664,3 +664,10 @@ def test_training_over_http(store, tmp_path):
     refused = run_script('train.py', store.folder, *options, '--resume', middle, cwd=tmp_path)
     assert refused.returncode == 2 and (f'{middle}: stands in the middle of an epoch of 60 images in 6 shards from '
                                         'elsewhere, this run has 60 images, in another order') in refused.stderr
+
+
+def test_a_worker_without_standard_error_warns_nobody(monkeypatch):
+    monkeypatch.setattr(data.remote, '_last_warning', [-np.inf])
+    monkeypatch.setattr(data.remote.multiprocessing, 'parent_process', lambda: SimpleNamespace(pid=1))
+    monkeypatch.setattr(sys, '__stderr__', None)
+    data.remote._warn('the server is away')

@@ -539,6 +539,11 @@ def test_a_classifier_that_is_no_matrix(shape):
     assert_refused(tiny_model(), state, 'do not fit|classes')
 
 
+def test_a_model_whose_author_describes_no_weights_has_no_known_classifier():
+    assert timm.get_pretrained_cfg('somebodys_own') is None
+    assert count_classes('somebodys_own', tiny_model().state_dict()) is None
+
+
 def test_weights_of_no_variant_are_described():
     state = timm.create_model('resnet18', num_classes=5).state_dict()
     message = assert_refused(tiny_model(), state, 'an architecture not known here.*conv1.weight')

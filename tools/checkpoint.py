@@ -338,7 +338,7 @@ def strip_checkpoint(args) -> None:
         with open(temporary, 'rb') as file:
             digest = hashlib.file_digest(file, 'sha256').hexdigest()
         if args.hash:
-            suffix = _suffix(out)
+            suffix = _suffix(out) or ''
             out = out.with_name(f'{out.name.removesuffix(suffix)}-{digest[:8]}{suffix}')
         _publish(temporary, out, args.force)
     print(f'{out}: {len(weights.state)} tensors from {weights.entry or "the state dict"}, '

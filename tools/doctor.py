@@ -13,12 +13,21 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import options
-from utils.errors import run_script
+from utils.errors import UserError, run_script
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.base import ImageDataset
+    from data.pipeline import TrainingInput
+    from engine.state import TrainState
+    from utils.distributed import World
+    from utils.runtime import Precision
 
 log = logging.getLogger('__main__')
 
@@ -40,20 +49,20 @@ class Case:
     Rates are images per second: of the loader with the workers of one process (loader_rate) and of all (supply), of the
         model in one process (step_rate, forward_rate), of the run (total_rate).
     """
-    args: Any
-    world: Any
-    precision: Any
+    args: options.Options
+    world: 'World'
+    precision: 'Precision'
     processes: int
     together: int
     samples: int
     seconds: float
-    train: Any = None
-    val: Any = None
-    problem: Exception | None = None
-    input: Any = None
-    state: Any = None
-    batch: Any = None
-    eval_batch: Any = None
+    train: 'ImageDataset' = field(init=False)
+    val: 'ImageDataset | None' = None
+    problem: UserError | None = None
+    input: 'TrainingInput' = field(init=False)
+    state: 'TrainState' = field(init=False)
+    batch: 'tuple[torch.Tensor, torch.Tensor]' = field(init=False)
+    eval_batch: 'tuple[torch.Tensor, torch.Tensor] | None' = None
     gradient_bytes: int = 0
     loader_rate: float = 0.0
     eval_loader_rate: float = 0.0

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -31,6 +31,9 @@ from data.pipeline import open_evaluation_data, open_training_data
 from tools.doctor_page import LOOK, OK, STOP, Finding, name_up_to, plural, sentence
 from utils.errors import UserError
 from utils.log import progress_bar
+
+if TYPE_CHECKING:
+    from tools.doctor import Case
 
 IMAGENET = {'train': 1_281_167, 'val': 50_000}
 NEARLY_IMAGENET = 900  # classes, all of them ImageNet's: then it is ImageNet that is meant
@@ -101,7 +104,7 @@ def split_folders(args) -> tuple[str, str | None] | None:
 # 1. The data set
 
 
-def open_splits(case) -> None:
+def open_splits(case: 'Case') -> None:
     """Opens both splits as train.py does, into `case`; where they do not go together, each by itself, with the problem.
 
     Raises:
@@ -120,14 +123,14 @@ def open_splits(case) -> None:
     folders = split_folders(args)
     with contextlib.suppress(UserError):
         # Of folders all images, whatever classes they are of.
-        case.val = ImageFiles(folders[1:]) if folders and folders[1] else _open_alone(case, args.val_split)
+        case.val = ImageFiles([folders[1]]) if folders and folders[1] else _open_alone(case, args.val_split)
 
 
-def _open_alone(case, split: str | None) -> ImageDataset:
+def _open_alone(case: 'Case', split: str | None) -> ImageDataset:
     return open_evaluation_data(case.args.replacing(val_split=split, class_map=None), None, None, case.world)
 
 
-def look_at_data(case):
+def look_at_data(case: 'Case'):
     """Yields what is wrong with the splits that `open_splits` has opened."""
     args, problem = case.args, case.problem
     classes = case.train.classes
@@ -141,7 +144,7 @@ def look_at_data(case):
     yield _balance(classes, counts)
     surveys = [survey(folder) for folder in split_folders(args) or () if folder]
     if len(surveys) == 2:
-        yield from _class_map(*surveys, problem)
+        yield from _class_map(surveys[0], surveys[1], problem)
     elif problem:
         text, _, remedy = str(problem).partition('; ')
         yield Finding(STOP, 'Splits', text, sentence(remedy))
@@ -216,7 +219,8 @@ def _oddities(found: Survey):
 def _near_names(surveys: Sequence[Survey], classes: Sequence[str]):
     """Pairs of classes that are likely two versions of one."""
     names = sorted({name for found in surveys for name in found.counts} or classes)
-    known, pairs = {}, []
+    known: dict[str, str] = {}
+    pairs = []
     for name in names:
         other = known.setdefault(re.sub(r'[\s_-]+', ' ', name.casefold()).strip(), name)
         if other != name:
@@ -233,7 +237,7 @@ def _near_names(surveys: Sequence[Survey], classes: Sequence[str]):
                       'If they are one class, put them into one folder, in both splits.', places, {'pairs': pairs})
 
 
-def _known_numbers(case, classes: Sequence[str]):
+def _known_numbers(case: 'Case', classes: Sequence[str]):
     """What is missing of ImageNet, where the classes are its classes."""
     synsets = set(ImageNetInfo().label_names())
     if len(classes) < NEARLY_IMAGENET or not synsets >= set(classes) or case.args.only_classes:
@@ -274,12 +278,12 @@ def look_closely(stored: bytes | Image.Image, path: str) -> Seen:
     seen = Seen(path, len(stored), _digest(stored), 'unknown', '', None, ())
     try:
         with Image.open(io.BytesIO(stored), formats=FORMATS) as image:
-            seen = seen._replace(kind=image.format, mode=image.mode, size=image.size)
+            seen = seen._replace(kind=image.format or 'unknown', mode=image.mode, size=image.size)
             frames, orientation = getattr(image, 'n_frames', 1), image.getexif().get(ORIENTATION, 1)
     except Exception:  # as decode_rgb expects it of damaged files; what is wrong, that one says
         frames, orientation = 1, 1
     signs = {DEEP: seen.mode.startswith('I') or (seen.kind == 'PNG' and stored[24] == 16), ANIMATED: frames > 1,
-             NOTES.get(seen.mode): seen.mode in NOTES, TURNED: orientation not in (0, 1)}
+             NOTES.get(seen.mode, ''): seen.mode in NOTES, TURNED: orientation not in (0, 1)}
     seen = seen._replace(notes=tuple(note for note, is_there in signs.items() if is_there))
     try:
         decode_rgb(stored, path)
@@ -288,8 +292,9 @@ def look_closely(stored: bytes | Image.Image, path: str) -> Seen:
     return seen
 
 
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+def _digest(stored: bytes | Image.Image) -> bytes:
+    content = stored if isinstance(stored, bytes) else stored.tobytes()
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _reason(error: ImageError, path: str) -> str:
@@ -306,6 +311,7 @@ def _hold(sample: ImageDataset) -> None:
 
 
 def _look_closely_at(index: int) -> Seen:
+    assert _sample is not None, 'held before the processes were forked'
     path = _sample.path(index)
     try:
         return look_closely(_sample.stored(index), path)
@@ -346,7 +352,7 @@ def sample_of(dataset: ImageDataset, count: int) -> ImageDataset:
     return spread(Part(dataset, [index for span in chosen for index in range(*span)]), count)
 
 
-def look_at_images(case):
+def look_at_images(case: 'Case'):
     """Decodes a sample of both splits, three quarters of it to train on, and yields what is wrong with it."""
     args, val_count = case.args, case.samples // 4
     workers = min(args.workers, os.cpu_count() or 1)
@@ -418,7 +424,7 @@ def _unusual(good: Sequence[Seen]):
 
 def _sizes(good: Sequence[Seen], img_size: int | tuple[int, int]) -> Finding:
     wanted = max(img_size) if isinstance(img_size, tuple) else img_size
-    sizes = sorted((image.size for image in good), key=lambda size: size[0] * size[1])
+    sizes = sorted((image.size for image in good if image.size), key=lambda size: size[0] * size[1])
     smaller = sum(min(size) < wanted for size in sizes)
     median = tuple(round(statistics.median(edges)) for edges in zip(*sizes, strict=True))
     text = '{} × {}'
@@ -431,7 +437,7 @@ def _sizes(good: Sequence[Seen], img_size: int | tuple[int, int]) -> Finding:
     return Finding(OK, 'Sizes', figure, numbers=numbers)
 
 
-def _duplicates(case, seen: dict[str, list[Seen]]):
+def _duplicates(case: 'Case', seen: dict[str, list[Seen]]):
     """Whether images that were sampled for training are among those of the evaluation, byte for byte."""
     if 'val' not in seen:
         return
@@ -454,15 +460,16 @@ def _duplicates(case, seen: dict[str, list[Seen]]):
         yield Finding(OK, 'Duplicates', f'{text}: none is in both', numbers=numbers)
 
 
-def _val_images(case, sampled: Sequence[Seen], lengths: set[int]):
+def _val_images(case: 'Case', sampled: Sequence[Seen], lengths: set[int]):
     """(length, function that gives the digest, path): of all evaluation images in folders, else of the sampled."""
-    if split_folders(case.args) is None:
+    val = case.val
+    if val is None or split_folders(case.args) is None:
         for image in sampled:
             yield image.length, (lambda image=image: image.digest), image.path
         return
-    for index in range(len(case.val)):
-        path = case.val.path(index)
+    for index in range(len(val)):
+        path = val.path(index)
         try:
-            yield os.path.getsize(path), (lambda index=index: _digest(case.val.stored(index))), path
+            yield os.path.getsize(path), (lambda index=index: _digest(val.stored(index))), path
         except (OSError, ImageError):
             continue  # it is, or will be, named among the bad ones

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +21,9 @@ from engine.optimizer import create_schedule
 from tools.doctor_page import LOOK, OK, STOP, Finding, NotMeasured, duration, gib, plural
 from tools.doctor_speed import RATES, device_name
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from tools.doctor import Case
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUND_TRIP_SECONDS = 60
@@ -33,7 +37,7 @@ FORGOTTEN = 0.01  # part of the average that may still be the initial weights
 # 5. Time and cost
 
 
-def look_at_schedule(case):
+def look_at_schedule(case: 'Case'):
     """Hours and money of all epochs, with evaluation and saving."""
     args = case.args
     if not case.total_rate:
@@ -49,7 +53,7 @@ def look_at_schedule(case):
     if case.eval_loader_rate:
         devices = case.processes if case.world.device.type == 'cuda' else 1
         rate = min(case.forward_rate * devices, case.supply * case.eval_loader_rate / case.loader_rate)
-        evaluating = len(case.val) / rate * (2 if args.model_ema and not args.model_ema_force_cpu else 1)
+        evaluating = len(case.val or ()) / rate * (2 if args.model_ema and not args.model_ema_force_cpu else 1)
     saving = checkpoint_of(case)['seconds']
     # It is written while training goes on: only what lasts longer than an epoch holds it up.
     seconds = epochs * (training + evaluating + max(0.0, saving - training))
@@ -80,7 +84,7 @@ def look_at_schedule(case):
 # 6. Disk
 
 
-def checkpoint_of(case) -> dict:
+def checkpoint_of(case: 'Case') -> dict:
     """Saves a checkpoint of this run once, where the run would; its bytes and seconds, and what the folder can do."""
     if case.saved is None:
         output = Path(case.args.output).expanduser().absolute()
@@ -93,7 +97,7 @@ def checkpoint_of(case) -> dict:
     return case.saved
 
 
-def _save_once(case, folder: Path) -> dict:
+def _save_once(case: 'Case', folder: Path) -> dict:
     """Raises OSError where something could not be written."""
     lock, is_locked = RunLock(folder), False
     try:
@@ -109,9 +113,9 @@ def _save_once(case, folder: Path) -> dict:
     return {'bytes': path.stat().st_size, 'seconds': seconds, 'locks': is_locked, 'links': has_links, 'problem': ''}
 
 
-def look_at_disk(case):
+def look_at_disk(case: 'Case'):
     """Whether the checkpoints fit, and whether the folder can do what they need."""
-    if case.state is None:
+    if not hasattr(case, 'state'):
         raise NotMeasured(f'there is no model to save, see "{RATES}"')
     saved = checkpoint_of(case)
     if saved['problem']:
@@ -149,7 +153,7 @@ def look_at_disk(case):
 # 7. Processes together
 
 
-def look_at_processes(case):
+def look_at_processes(case: 'Case'):
     """Starts the processes by the launcher, as a run does, and has them add up a gradient."""
     count, device = case.together, case.world.device
     if count == 1:
@@ -159,7 +163,7 @@ def look_at_processes(case):
     if device.type == 'cuda':
         torch.cuda.empty_cache()
     found, problem = add_up(count, megabytes, device.type)
-    if problem:
+    if found is None:
         yield Finding(STOP, 'Round trip', f'{count} processes could not add up a gradient: {problem}',
                       'See to what is said there; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network to use, '
                       'NCCL_DEBUG=INFO tells more.')
@@ -217,7 +221,7 @@ def _end(process: subprocess.Popen) -> None:
 # 8. The recipe
 
 
-def look_at_recipe(case):
+def look_at_recipe(case: 'Case'):
     """Options that do not go with one another, or with this machine."""
     is_sound = True
     for look in (_learning_rate, _lengths, _precision):
@@ -228,7 +232,7 @@ def look_at_recipe(case):
         yield Finding(OK, 'Recipe', 'Nothing speaks against it')
 
 
-def _learning_rate(case):
+def _learning_rate(case: 'Case'):
     args = case.args
     images = args.batch_size * args.accum_steps * case.processes
     published = PUBLISHED_RATE * images
@@ -245,7 +249,7 @@ def _learning_rate(case):
                       numbers={'lr': args.lr, 'published': published, 'images': images})
 
 
-def _lengths(case):
+def _lengths(case: 'Case'):
     args = case.args
     if args.warmup_epochs >= args.epochs:
         yield Finding(LOOK, 'Warm-up', f'{args.warmup_epochs} epochs of {args.epochs}: the rate never comes to its top',
@@ -262,7 +266,7 @@ def _lengths(case):
                           numbers={'initial': initial, 'steps': case.total_steps})
 
 
-def _precision(case):
+def _precision(case: 'Case'):
     args, device = case.args, case.world.device
     if device.type != 'cuda':
         return

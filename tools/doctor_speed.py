@@ -5,8 +5,9 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +23,9 @@ from utils import options
 from utils.errors import UserError
 from utils.log import progress_bar
 
+if TYPE_CHECKING:
+    from tools.doctor import Case
+
 RATES = 'Images per second'  # the title of the section that others need
 ENOUGH = 1.1  # times what the model takes, so that a slow disk for a moment is no matter
 SHORT_STEP = 4.0  # seconds: on a CPU, batches that take longer are reckoned from smaller ones
@@ -32,7 +36,7 @@ MOST_MEMORY = 0.9  # of a device: the rest is for fragments, and for what others
 # 3. Images per second
 
 
-def look_at_rates(case):
+def look_at_rates(case: 'Case'):
     """Measures loader and training step by themselves, into `case`, and yields which one starves the other."""
     _prepare(case)
     yield from _measure_loaders(case)
@@ -40,7 +44,7 @@ def look_at_rates(case):
     yield _who_starves(case)
 
 
-def _prepare(case) -> None:
+def _prepare(case: 'Case') -> None:
     """The model and its batches, as train.py makes them; bad images, of which the page has spoken, end nothing here."""
     args = case.args.replacing(max_bad_images=len(case.train), max_bad_val_images=len(case.val or ()))
     model = create_model_from_options(args, num_classes=options.resolve_num_classes(args, case.train.classes))
@@ -52,7 +56,7 @@ def _prepare(case) -> None:
     case.gradient_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
-def _measure_loaders(case):
+def _measure_loaders(case: 'Case'):
     workers, cores = case.args.workers, len(os.sched_getaffinity(0))
     case.batch, case.loader_rate = loader_rate(_epochs(case.input.train_loader), workers, case.seconds, 'loader')
     case.input.train_loader.close()
@@ -101,7 +105,7 @@ def loader_rate(batches: Iterator, workers: int, seconds: float, name: str) -> t
     return first, count / (now - started)
 
 
-def _measure_steps(case):
+def _measure_steps(case: 'Case'):
     """Times the step at this batch, and takes note of its memory at two batches, which says what others would take."""
     args, device = case.args, case.world.device
     step, wanted = _training_step(case), args.batch_size
@@ -134,14 +138,14 @@ def _measure_steps(case):
     yield Finding(LOOK if remedy else OK, 'Step', figure, remedy, numbers=numbers)
 
 
-def _training_step(case) -> TrainingStep:
+def _training_step(case: 'Case') -> TrainingStep:
     case.state.model.train()
     return TrainingStep(case.state, case.state.model, prepare=case.input.prepare_train,
                         loss=create_loss(case.args, soft_targets=case.input.prepare_train.mixing),
                         precision=case.precision, args=case.args.replacing(accum_steps=1))
 
 
-def _measure_on_gpu(case, step: TrainingStep, wanted: int) -> None:
+def _measure_on_gpu(case: 'Case', step: TrainingStep, wanted: int) -> None:
     """Steps of this batch, or of the largest half of it that fits, and of half of that."""
     size = wanted
     while size and len(case.steps) < 2:
@@ -155,7 +159,7 @@ def _measure_on_gpu(case, step: TrainingStep, wanted: int) -> None:
         size = size // 4 * 2 if size > 2 else 0  # even, as Mixup wants it
 
 
-def _measure_on_cpu(case, step: TrainingStep, wanted: int) -> None:
+def _measure_on_cpu(case: 'Case', step: TrainingStep, wanted: int) -> None:
     """Steps of more and more images, up to this batch, or to where they take long; two of them at least."""
     size = min(2, wanted)
     while True:
@@ -167,13 +171,14 @@ def _measure_on_cpu(case, step: TrainingStep, wanted: int) -> None:
         del case.steps[small]
 
 
-def _time_steps(case, step: TrainingStep, size: int) -> tuple[float, int]:
+def _time_steps(case: 'Case', step: TrainingStep, size: int) -> tuple[float, int]:
     """Median seconds of a step with `size` images, and the bytes that this process has at most in it."""
     device = case.world.device
     batch = tuple(part[:size] for part in case.batch)
     on_gpu = device.type == 'cuda'
     _reset_peak(device)
-    seconds, started, warm = [], time.perf_counter(), 3 if on_gpu else 1
+    seconds: list[float] = []
+    started, warm = time.perf_counter(), 3 if on_gpu else 1
     with progress_bar(total=warm + (20 if on_gpu else 3), desc=f'steps of {size}', unit='step') as bar:
         while len(seconds) < bar.total:
             begun = time.perf_counter()
@@ -210,7 +215,7 @@ def _proc(path: str) -> dict[str, int]:
         return {}
 
 
-def _at(size: int, known: dict[int, float]) -> float:
+def _at(size: int, known: Mapping[int, float]) -> float:
     """The value at `size` on the line through the known ones, of which there are one or two."""
     if size in known:
         return known[size]
@@ -221,7 +226,7 @@ def _at(size: int, known: dict[int, float]) -> float:
 
 
 @torch.no_grad()
-def _forward_rate(case, size: int) -> float:
+def _forward_rate(case: 'Case', size: int) -> float:
     """Images per second of an evaluation."""
     model = case.state.model.eval()
     images, _ = case.input.prepare_val(*(part[:size] for part in case.batch)) if case.batch[0].ndim == 4 else (
@@ -246,7 +251,7 @@ def device_name(device: torch.device) -> str:
     return f'the CPU, {plural(torch.get_num_threads(), "thread")}'
 
 
-def _who_starves(case) -> Finding:
+def _who_starves(case: 'Case') -> Finding:
     """Holds what the loader gives against what the model takes."""
     if case.world.device.type == 'cuda':
         need = case.step_rate * case.processes
@@ -279,7 +284,7 @@ def _who_starves(case) -> Finding:
 # 4. Memory
 
 
-def look_at_memory(case):
+def look_at_memory(case: 'Case'):
     """Memory of the device at this batch, and of the loader's batches on the host."""
     if not case.steps:
         raise NotMeasured(f'no training step could be measured, see "{RATES}"')
@@ -327,7 +332,7 @@ def _largest_batch(peaks: dict[int, int], total: float) -> int | None:
     return 2 * int(fits / 2) if fits >= 2 else None
 
 
-def _shared_memory(case) -> Finding:
+def _shared_memory(case: 'Case') -> Finding:
     """Whether /dev/shm has room for the batches that both loaders' workers make ahead."""
     loaders = ((case.input.train_loader, case.batch), (case.input.val_loader, case.eval_batch))
     sizes = [batch[0].nbytes for loader, batch in loaders if batch for _ in range(case.processes * loader.blocks)]

@@ -55,11 +55,10 @@ def count(name: str, img_size: tuple[int, int] | None) -> tuple[Counts, tuple[in
 
     import models
 
-    given = {'img_size': img_size} if img_size else {}
     with torch.device('meta'):  # also because torch's counter does not know the CPU's fused attention
-        model = models.create_model(name, **given).eval()
-    channels, *size = model.pretrained_cfg['input_size']
-    size = img_size or tuple(size)
+        model = models.create_model(name, img_size=img_size).eval()
+    channels, height, width = model.pretrained_cfg['input_size']
+    size = img_size or (height, width)
     layers = [module for module in model.modules()
               if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
     totals = {'macs': 0, 'activations': 0}
@@ -88,11 +87,11 @@ def count(name: str, img_size: tuple[int, int] | None) -> tuple[Counts, tuple[in
 
 def row(name: str, img_size: tuple[int, int] | None) -> str:
     """One line of the table. Accuracy is shown at the size of the published weights alone."""
-    import timm
+    from models.weights import published_config
 
     counts, size = count(name, img_size)
     recipe = f'configs/{RECIPES.get(name, name)}.yaml'
-    published = PUBLISHED.get(name, (None, None)) if size == timm.get_pretrained_cfg(name).input_size[-2:] else ()
+    published = PUBLISHED.get(name, (None, None)) if size == published_config(name).input_size[-2:] else ()
     return '| ' + ' | '.join((
         f'[{name}]({recipe})' if (ROOT / recipe).exists() else name,
         str(size[0]) if size[0] == size[1] else f'{size[0]} × {size[1]}',

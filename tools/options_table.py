@@ -28,7 +28,7 @@ def table() -> str:
         'export.py': (*export.GROUPS, export.export_options),
     }
     parsers = {script: options.create_parser('', of_script) for script, of_script in groups.items()}
-    having = {}  # a group's title → the scripts that have it
+    having: dict[str | None, list[str]] = {}  # a group's title → the scripts that have it
     for script, parser in parsers.items():
         for group in parser._action_groups:
             having.setdefault(group.title, []).append(script)
@@ -56,7 +56,7 @@ def _written(name: str, value) -> str:
 
 
 def _row(action: argparse.Action) -> str:
-    spellings = [name for name in action.option_strings if not name.startswith('--no-')] or [action.metavar]
+    spellings = [name for name in action.option_strings if not name.startswith('--no-')] or [str(action.metavar)]
     names = ', '.join(f'`{name}`' for name in spellings)
     default = action.default
     if default in (None, '', argparse.SUPPRESS):
@@ -65,9 +65,9 @@ def _row(action: argparse.Action) -> str:
         default = 'on' if default else 'off'
     elif isinstance(default, list):
         default = ' '.join(value if isinstance(value, str) else f'{value:.4g}' for value in default)
-    text = action.help.replace('|', '\\|')
-    if action.choices and str(action.choices[-1]) not in text:
-        text += f" ({', '.join(str(choice) or 'none' for choice in action.choices)})"
+    text, choices = (action.help or '').replace('|', '\\|'), list(action.choices or ())
+    if choices and str(choices[-1]) not in text:
+        text += f" ({', '.join(str(choice) or 'none' for choice in choices)})"
     return f'| {names} | {default} | {text} |'
 
 

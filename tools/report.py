@@ -48,7 +48,7 @@ def main():
     log.info('%s: %d epochs, %d log lines', folder, len(run.epochs), len(run.steps))
 
     # --- Its model on its data ----------------------------------------------------------------------------------------
-    model, evaluated, missing = None, None, None
+    model, evaluated, missing = None, None, ''
     try:
         model, args, classes = sections.open_model(args)
         evaluated = sections.evaluate(model.to(world.device), args, classes, given.samples, world, precision)

@@ -237,7 +237,7 @@ def environment(run: Run):
                                                for name in names)))
 
 
-def mistakes(evaluated: Evaluated | None, missing: str | None):
+def mistakes(evaluated: Evaluated | None, missing: str):
     if not evaluated:
         return Section('Mistakes', note(missing))
     predictions, names = evaluated.predictions, evaluated.names
@@ -266,7 +266,7 @@ def pixels(dataset, index: int):
     return np.asarray(dataset.image(index))
 
 
-def samples(evaluated: Evaluated | None, missing: str | None):
+def samples(evaluated: Evaluated | None, missing: str):
     if not evaluated:
         return Section('Sample predictions', note(missing))
     predictions, names = evaluated.predictions, evaluated.names
@@ -277,19 +277,19 @@ def samples(evaluated: Evaluated | None, missing: str | None):
         if not len(rows):
             parts.append(note(f'{title}: none of {len(right):,} images.'))
             continue
-        rows = [int(rows[k * len(rows) // SHOWN]) for k in range(SHOWN)] if len(rows) > SHOWN else rows
+        shown = [int(rows[k * len(rows) // SHOWN]) for k in range(SHOWN)] if len(rows) > SHOWN else rows.tolist()
         said = [(names[targets[row]], names[predictions.classes[row, 0]], predictions.probabilities[row, 0])
-                for row in rows]
+                for row in shown]
         titles = [f'is {shorten(true, 26)}\nsaid {shorten(guess, 20)} ({100 * probability:.1f} %)'
                   for true, guess, probability in said]
-        sheet = image_sheet((pixels(evaluated.dataset, int(predictions.indices[row])) for row in rows), titles,
+        sheet = image_sheet((pixels(evaluated.dataset, int(predictions.indices[row])) for row in shown), titles,
                             title=f'{title}: evenly spread over all that are')
         description = '; '.join(f'is {true}, said {guess}' for true, guess, _ in said)
         parts.append(picture(sheet, f'{title} predictions: {description}'))
     return Section('Sample predictions', Html('\n'.join(parts)))
 
 
-def attention(evaluated: Evaluated | None, missing: str | None):
+def attention(evaluated: Evaluated | None, missing: str):
     if not evaluated:
         return Section('Attention', note(missing))
     model, args, found = evaluated.model, evaluated.args, evaluated.predictions.indices

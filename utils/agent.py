@@ -13,10 +13,11 @@ import os
 import signal
 import sys
 import time
+from typing import NoReturn
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
@@ -24,6 +25,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousGracefulExitError,
     RendezvousTimeoutError,
 )
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
 from utils.errors import (
     DECISIONS,
@@ -67,6 +69,8 @@ class Agent(LocalElasticAgent):
         grace: seconds from a signal that asks to stop until the processes that are left are killed.
         nodes: the other launchers of the job.
     """
+    _rdzv_handler: DynamicRendezvousHandler
+    _pcontext: SubprocessContext | None
 
     def __init__(self, *args, grace: float, nodes: Nodes, **kwargs):
         super().__init__(*args, **kwargs)
@@ -74,7 +78,7 @@ class Agent(LocalElasticAgent):
         nodes.watch(self._rdzv_handler)
         self._watching = False
         self._signal = 0
-        self._interrupted_at = None
+        self._interrupted_at: float | None = None
         for number in stoppable():
             signal.signal(number, self._note)
 
@@ -116,7 +120,7 @@ class Agent(LocalElasticAgent):
         if self._nodes.round and self._rdzv_handler.settings.max_nodes > 1:
             _say(f'{len(self._nodes.members)} machine(s), {worker_group.workers[0].world_size} process(es) go on')
 
-    def _leave_out_of_reach(self) -> None:
+    def _leave_out_of_reach(self) -> NoReturn:
         if self._nodes.ended:
             raise Ended(*self._nodes.ended)
         _leave(f'the other machines are out of reach for {self._nodes.timeout:g} s (NODE_TIMEOUT), or the launcher at '
@@ -201,14 +205,16 @@ class Agent(LocalElasticAgent):
 
     def _poll(self) -> list[int]:
         """The local ranks that are running; of those that have failed, notes how."""
-        running = []
-        for local_rank, handler in self._handlers().items():
+        context, running = self._pcontext, []
+        if context is None:
+            return []
+        for local_rank, handler in context.subprocess_handlers.items():
             code = handler.proc.poll()
             if code is None:
                 running.append(local_rank)
             elif code != 0 and local_rank not in self._failures:
                 self._failures[local_rank] = ProcessFailure(local_rank, handler.proc.pid, code,
-                                                            self._pcontext.error_files[local_rank])
+                                                            context.error_files[local_rank])
                 # Loader workers outlive it for seconds, and with them its connections, which they have inherited: as
                 # long as these are open the other ranks wait.
                 _kill_session(handler.proc.pid)
@@ -360,7 +366,7 @@ def describe(rank: int, failure: ProcessFailure) -> str:
     return failure.message
 
 
-def _leave(line: str) -> None:
+def _leave(line: str) -> NoReturn:
     """Ends this launcher alone, without another word to the rendezvous, which may be out of reach."""
     report(f'{line}; --resume auto goes on from the last checkpoint', EXIT_PEER_LOST)
 

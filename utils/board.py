@@ -43,7 +43,7 @@ class Board:
         for earlier in (folder / 'epochs').glob('*.options'):
             earlier.unlink()
         with SummaryWriter(folder / 'epochs', filename_suffix='.options') as writer:
-            writer.file_writer.add_summary(start)
+            writer._get_file_writer().add_summary(start)
         self._by_epoch = SummaryWriter(folder / 'epochs', purge_step=epoch + 1 if epoch else 0)
         self._by_epoch.add_custom_scalars({'The weights beside their average (EMA), by epoch': {
             title: ['Multiline', [f'{EVALUATION_BY_EPOCH}/{prefix}{name}$' for prefix in ('', 'ema_')]]
@@ -76,7 +76,7 @@ class Board:
 
     def finish(self) -> None:
         """The run has come to the end of its schedule."""
-        self._by_epoch.file_writer.add_summary(self._end)
+        self._by_epoch._get_file_writer().add_summary(self._end)
 
     def flush(self) -> None:
         for writer in (self._by_images, self._by_epoch):

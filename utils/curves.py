@@ -1,12 +1,13 @@
 """The picture of a run: loss, accuracy and learning rate against epochs."""
 from pathlib import Path
+from typing import IO
 
 from matplotlib.ticker import MaxNLocator
 
 from utils.pictures import BLUE, GREEN, ORANGE, new_figure
 
 
-def draw_curves(records: list[dict], path: Path) -> None:
+def draw_curves(records: list[dict], path: Path | IO[bytes]) -> None:
     """Draws the curves of the records of a metrics.jsonl into a PNG file; epochs are counted from 1, as ended."""
     epochs = [r for r in records if r['kind'] == 'epoch']
     steps = [r for r in records if r['kind'] == 'train']

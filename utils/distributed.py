@@ -151,14 +151,14 @@ class _Progress:
         self._device: DeviceWatch | None = None
         self.timeout = timedelta(minutes=30)
         self._since = time.time()
-        self._store = None
-        self._thread = None
+        self._store: dist.Store | None = None
+        self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
 
     def start(self, store, rank: int, size: int, timeout: timedelta) -> None:
         self._store, self._rank, self._size, self.timeout = store, rank, size, timeout
         self._stopped.clear()
-        self._thread = threading.Thread(target=self._run, name='progress', daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(store,), name='progress', daemon=True)
         self._thread.start()
 
     def watch(self, mark: Callable[[], Callable[[], bool]]) -> None:
@@ -184,8 +184,7 @@ class _Progress:
     def note(self, step: int) -> None:
         self.step, self._since = step, time.time()
 
-    def _run(self) -> None:
-        store = self._store
+    def _run(self, store: dist.Store) -> None:
         while True:
             told = {'step': self.step, 'since': self._since, 'now': time.time(), 'where': _where_main_thread_is()}
             try:
@@ -219,29 +218,33 @@ class _Progress:
 
     def missing(self) -> list[str] | None:
         """What is known of each rank that does not wait in vain as this one does; None if the store is gone."""
+        store = self._store
+        if store is None:
+            return None
         try:
-            self._store.set(f'waiting/{self._rank}', '')
-            self._store.set('someone waits', '')
+            store.set(f'waiting/{self._rank}', '')
+            store.set('someone waits', '')
             others = {rank for rank in range(self._size) if rank != self._rank}
             end = time.monotonic() + PATIENCE
             while others and time.monotonic() < end:
-                others = {rank for rank in others if not self._store.check([f'waiting/{rank}'])}
+                others = {rank for rank in others if not store.check([f'waiting/{rank}'])}
                 time.sleep(0.05)
-            return [self._describe(rank) for rank in sorted(others)]
-        except (RuntimeError, AttributeError):
+            return [self._describe(store, rank) for rank in sorted(others)]
+        except RuntimeError:
             return None
 
     def someone_waits(self) -> bool:
         """True where a rank has waited in vain, and has said so before it ended."""
+        store = self._store
         try:
-            return self._store.check(['someone waits'])
-        except (RuntimeError, AttributeError):
+            return store is not None and store.check(['someone waits'])
+        except RuntimeError:
             return False
 
-    def _describe(self, rank: int) -> str:
-        if not self._store.check([f'progress/{rank}']):
+    def _describe(self, store: dist.Store, rank: int) -> str:
+        if not store.check([f'progress/{rank}']):
             return f'rank {rank}, of which nothing is known'
-        told = json.loads(self._store.get(f'progress/{rank}'))
+        told = json.loads(store.get(f'progress/{rank}'))
         text = f'rank {rank}, at step {told["step"]} since {_clock(told["since"])}, in {told["where"]}'
         if time.time() - told['now'] > 2 * PATIENCE:
             text += f', silent since {_clock(told["now"])} (stopped, or its machine is out of reach)'
@@ -288,7 +291,7 @@ def explain(error: Exception) -> HangError | PeerLostError | None:
 
 def _where_main_thread_is() -> str:
     """The innermost line of this project that the main thread is in: 'data/loader.py:98 (_batches)'."""
-    frame = sys._current_frames().get(threading.main_thread().ident)
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(ROOT) and path != HERE:  # whoever calls the helpers of this file says more
@@ -310,10 +313,12 @@ def _clock(seconds: float) -> str:
 def _gloo_group() -> dist.ProcessGroup:
     """Another group of all ranks, of CPU tensors; all must call this."""
     try:
-        return dist.new_group(backend='gloo', timeout=_progress.timeout)
+        group = dist.new_group(backend='gloo', timeout=_progress.timeout)
     except RuntimeError as e:
         raise PeerLostError('the processes cannot connect over gloo, which they need beside NCCL '
                             f'({_first_line(e)}); GLOO_SOCKET_IFNAME=eth0 would name the network') from e
+    assert isinstance(group, dist.ProcessGroup), 'a group of all ranks has this one in it'
+    return group
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -378,8 +383,8 @@ class Agreement:
     """
 
     def __init__(self):
-        self._group = _gloo_group() if is_distributed() else None
-        self._under_way = None
+        self._group: dist.ProcessGroup | None = _gloo_group() if is_distributed() else None
+        self._under_way: tuple[torch.Tensor, dist.Work] | None = None
 
     def exchange(self, number: int) -> int:
         """What the ranks gave in the call before, or 0; as long as it is 0, `number` is what the next call returns."""

@@ -13,6 +13,7 @@ Exit codes, of the scripts and of distributed_train.sh alike:
   128+n  killed by signal n
 """
 import difflib
+import io
 import json
 import os
 import select
@@ -24,6 +25,7 @@ import time
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from utils import signals
 
@@ -114,7 +116,7 @@ def run_script(main) -> None:
     """Calls a script's `main()` and ends the process with the exit code that says how it went."""
     name = Path(sys.argv[0]).name
     signals.prepare()
-    if sys.stdout:
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # a name that the console cannot show ends nothing
     try:
         main()
@@ -148,12 +150,12 @@ def _nobody_reads() -> bool:
     return True
 
 
-def fail(error: UserError) -> None:
+def fail(error: UserError) -> NoReturn:
     """Says, in the name of the script, what is wrong, and exits; from any thread."""
     report(f'{Path(sys.argv[0]).name}: {error.label}{error}', error.exit_code)
 
 
-def report(line: str, exit_code: int) -> None:
+def report(line: str, exit_code: int) -> NoReturn:
     """Says `line` once, however many processes have the same to say, and exits.
 
     Under torchrun the message goes into the file that its agent reads; the launcher prints the first one. A process on
@@ -174,7 +176,7 @@ def report(line: str, exit_code: int) -> None:
         leave_at_once(exit_code)
 
 
-def leave_at_once(exit_code: int) -> None:
+def leave_at_once(exit_code: int) -> NoReturn:
     """Exits without waiting for threads, or for other ranks, which may be in the midst of a collective."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:

@@ -13,6 +13,7 @@ PATIENCE = 10.0  # seconds for a new process to get going, and twice as many for
 
 class SureProcess(ForkProcess):
     """A forked process whose `start` returns when it is at work."""
+    _pipe: tuple[int, int]
 
     def run(self):
         for end in self._pipe:

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,9 @@ from tqdm import tqdm
 from utils.errors import UserError
 from utils.faults import fault_point
 from utils.writing import write_whole
+
+if TYPE_CHECKING:
+    from utils.board import Board
 
 _logger = logging.getLogger(__name__)
 
@@ -123,12 +127,13 @@ class RunLog:
     def __init__(self, folder: Path | None, *, options: dict, environment: dict | None = None, global_step: int = 0,
                  images_seen: int = 0, epoch: int = 0, tensorboard: bool = True):
         self.folder = folder
-        self._board = None
+        self._board: Board | None = None
         self._drawn_at = self._shown_at = -math.inf
-        self._not_shown = None
-        self._failing = set()
+        self._not_shown: tuple[dict, int] | None = None
+        self._failing: set[str] = set()
         if folder is None:
             return
+        self._folder = folder
         self._drawn_at = time.monotonic()
         make_folder(folder, '--output')
         with self._warning_only(ARGS):
@@ -141,7 +146,8 @@ class RunLog:
         self._records = [r for r in read_metrics(folder)
                          if (r['epoch'] < epoch if r['kind'] == 'epoch' else r['global_step'] <= global_step)]
         # How much of the records metrics.jsonl holds, and in how many bytes; None where it holds something else.
-        self._written, self._size = 0, None
+        self._written = 0
+        self._size: int | None = None
         self._write_records()
         if tensorboard:
             self._open_board(options, images_seen, epoch)
@@ -152,7 +158,7 @@ class RunLog:
             from utils.board import Board
             # Its threads hand an error on to the next call; on the console there would be a traceback as well.
             threading.excepthook = _quiet_for_tensorboard
-            self._board = Board(self.folder, options, images_seen=images_seen, epoch=epoch)
+            self._board = Board(self._folder, options, images_seen=images_seen, epoch=epoch)
 
     @property
     def shows_images(self) -> bool:
@@ -196,7 +202,7 @@ class RunLog:
         grid = make_grid(images[:IMAGES_SHOWN].detach().float().cpu(), nrow=4)
         with self._warning_only('images'):
             fault_point('log.images')
-            save_image(grid, self.folder / f'train_batch-{global_step:08d}.png')
+            save_image(grid, self._folder / f'train_batch-{global_step:08d}.png')
 
     def wrong_predictions(self, of: dict[str, tuple[torch.Tensor, Sequence[str]]], epoch: int) -> None:
         """For TensorBoard, images that were taken for something else: {whose: ([n, 3, H, W] in 0…1, n captions)}.
@@ -214,7 +220,7 @@ class RunLog:
         """Returns when the records are on the disk, or a warning says that they are not."""
         if self.folder is None:
             return
-        with self._warning_only(METRICS), open(self.folder / METRICS, 'rb') as file:
+        with self._warning_only(METRICS), open(self._folder / METRICS, 'rb') as file:
             os.fsync(file.fileno())
         with self._warning_only(BOARD):
             if self._board:
@@ -248,8 +254,9 @@ class RunLog:
             with self._warning_only('wrong predictions'):
                 from utils.pictures import image_sheet, to_array
                 # Two columns, so that the text can be read on a card of TensorBoard's, which is narrow.
-                figure = image_sheet(list(images.permute(0, 2, 3, 1).numpy()), captions, columns=2)
-                figure.set_size_inches(0.8 * figure.get_size_inches())
+                figure = image_sheet(list(images.permute(0, 2, 3, 1).numpy()), captions, columns=2).figure
+                width, height = figure.get_size_inches()
+                figure.set_size_inches(0.8 * width, 0.8 * height)
                 sheet = to_array(figure)
                 with self._warning_only(BOARD):
                     if self._board:
@@ -258,20 +265,21 @@ class RunLog:
 
     def _write_records(self) -> None:
         """Appends to metrics.jsonl what it lacks, over what a failed attempt has left; or writes it anew as a whole."""
-        path = self.folder / METRICS
+        path = self._folder / METRICS
         with self._warning_only(METRICS):
             fault_point('log.metrics')
-            if self._size is None or not path.exists():
+            size = self._size
+            if size is None or not path.exists():
                 text = ''.join(json.dumps(r) + '\n' for r in self._records)
                 write_whole(path, text)
-                self._size = 0
+                size = 0
             else:
                 text = ''.join(json.dumps(r) + '\n' for r in self._records[self._written:])
                 with open(path, 'r+b') as file:
-                    file.seek(self._size)
+                    file.seek(size)
                     file.write(text.encode())
                     file.truncate()
-            self._size += len(text.encode())
+            self._size = size + len(text.encode())
             self._written = len(self._records)
 
     def _write_summary(self) -> None:
@@ -282,13 +290,13 @@ class RunLog:
         writer.writerows(epochs)
         with self._warning_only(SUMMARY):
             fault_point('log.summary')
-            write_whole(self.folder / SUMMARY, text.getvalue())
+            write_whole(self._folder / SUMMARY, text.getvalue())
 
     def _draw(self) -> None:
         with self._warning_only(CURVES):
             fault_point('log.curves')
             from utils.curves import draw_curves
-            draw_curves(self._records, self.folder / CURVES)
+            draw_curves(self._records, self._folder / CURVES)
         self._drawn_at = time.monotonic()
 
     @contextlib.contextmanager
@@ -310,11 +318,11 @@ class RunLog:
                                 reason)
             elif what not in self._failing:
                 self._failing.add(what)
-                _logger.warning('%s cannot be written (%s); training goes on', self.folder / what, reason)
+                _logger.warning('%s cannot be written (%s); training goes on', self._folder / what, reason)
         else:
             if what in self._failing:
                 self._failing.discard(what)
-                _logger.info('%s is written again', self.folder / what)
+                _logger.info('%s is written again', self._folder / what)
 
 
 def _quiet_for_tensorboard(args) -> None:

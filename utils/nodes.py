@@ -17,6 +17,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
 from utils.errors import UserError
 
@@ -179,11 +180,10 @@ class Nodes:
 
     def __init__(self, store: dist.Store, hosted: dist.Store | None = None, *, timeout: float):
         self._store, self._hosted, self.timeout = store, hosted, timeout
-        self.members = frozenset()
+        self.members: frozenset[str] = frozenset()
         self.round = 0
-        self.ended = None
-        self._handler = None
-        self._told = frozenset()
+        self.ended: tuple[int, str] | None = None
+        self._told: frozenset[str] = frozenset()
         self.waiting = 0
         self.lost = False
         self._has_heard = False
@@ -197,10 +197,10 @@ class Nodes:
         """What the first of the launchers has said under `name`."""
         return self.wait_for(lambda: self._store.compare_set(name, '', value).decode())
 
-    def watch(self, handler) -> None:
+    def watch(self, handler: DynamicRendezvousHandler) -> None:
         """Takes over from torch's agent to ask its rendezvous who wants to join."""
         self._handler, self._count_waiting = handler, handler.num_nodes_waiting
-        handler.num_nodes_waiting = lambda: 0
+        handler.num_nodes_waiting = lambda: 0  # type: ignore[method-assign]  # torch has no other way to silence it
 
     # --- Rounds, each from one rendezvous to the next -----------------------------------------------------------------
 
@@ -321,7 +321,8 @@ class Nodes:
                 self._told = frozenset(told)
 
     def _hear(self, told: str) -> None:
-        self.ended = self.ended or tuple(json.loads(told))
+        exit_code, line = json.loads(told)
+        self.ended = self.ended or (exit_code, line)
         if not self._has_heard:
             self._has_heard = True
             self._store.add('heard', 1)

@@ -13,10 +13,12 @@ import ast
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from utils.errors import UserError, did_you_mean
-from utils.recipes import read_recipe
+from utils.recipes import RecipeParser, read_recipe
 
 
 class Options(argparse.Namespace):
@@ -48,9 +50,25 @@ MAX_IMAGE_SIZE = 8192  # beyond it no memory holds the tokens
 # ---------------------------------------------------------------------------------------------------------------------
 # Types of values. Each carries `kind`, the Python type a recipe may give for it.
 
-def number(kind, low=None, high=None, above=None, below=None):
+class Converter:
+    """A function that reads the text of an option, with the Python type or types that a recipe may give for it."""
+
+    def __init__(self, convert: Callable[[Any], Any], kind: type | tuple[type, ...]):
+        self._convert, self.kind = convert, kind
+
+    def __call__(self, text):
+        return self._convert(text)
+
+
+def recipe_kind(*kinds: type) -> Callable[[Callable[[Any], Any]], Converter]:
+    """Decorates a function that reads the text of an option."""
+    return lambda convert: Converter(convert, kinds if len(kinds) > 1 else kinds[0])
+
+
+def number(kind: type[int] | type[float], low=None, high=None, above=None, below=None) -> Converter:
     """A converter to int or float that holds bounds: low and high inclusive, `above` and `below` exclusive."""
 
+    @recipe_kind(kind)
     def convert(text):
         try:
             value = kind(text)
@@ -71,7 +89,6 @@ def number(kind, low=None, high=None, above=None, below=None):
             raise argparse.ArgumentTypeError(f'{text[:20]}… is too large')
         return value
 
-    convert.kind = kind
     return convert
 
 
@@ -85,6 +102,7 @@ fraction = number(float, low=0, below=1)
 seed = number(int, low=0, high=2**32 - 1)
 
 
+@recipe_kind(int, str)
 def image_size(text):
     """'224' → 224; '192x256' (height x width) → (192, 256)."""
     match = re.fullmatch(r'(\d+)(?:x(\d+))?', str(text))
@@ -96,9 +114,7 @@ def image_size(text):
     return height if height == width else (height, width)
 
 
-image_size.kind = (int, str)
-
-
+@recipe_kind(bool)
 def truth(text):
     """'True', 'yes', '1', … → True; 'False', 'no', '0', … → False (the published script read 'False' as true)."""
     if str(text).lower() in ('true', 'yes', 'on', '1'):
@@ -107,8 +123,6 @@ def truth(text):
         return False
     raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
 
-
-truth.kind = bool
 
 
 def keyword(text):
@@ -143,14 +157,14 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(RecipeParser):
     """argparse, but an error is a UserError of one line that names the nearest right option.
 
     `gone`: the options that are refused, and for each the line that says what to do instead.
     """
 
-    def __init__(self, *args, formatter_class=_Help, gone: dict[str, str] | None = None, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=formatter_class, **kwargs)
+    def __init__(self, *, formatter_class=_Help, gone: dict[str, str] | None = None, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=formatter_class, **kwargs)
         self.gone = gone or {}
         for name, instead in self.gone.items():
             self.add_argument(name, action=Refuse, nargs='?', const=instead, default=argparse.SUPPRESS,

@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 STYLE = '''
 :root { color-scheme: light dark; --text: #1b1f24; --faint: #57606a; --back: #fff; --line: #d0d7de; --mark: #fff4d6;
@@ -109,10 +109,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence], marked: Iterable[int] =
                 + '\n'.join(lines) + '\n</tbody></table></div>')
 
 
-def picture(figure: Figure, description: str, *, wide: bool = False) -> Html:
+def picture(figure: Figure | SubFigure, description: str, *, wide: bool = False) -> Html:
     """A figure as a PNG inside the page, described for those who do not see it; `wide` ones scroll on phones."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=100)
+    figure.figure.savefig(buffer, format='png', dpi=100)
     return image(buffer.getvalue(), description, wide=wide)
 
 

@@ -11,8 +11,9 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import wait
+from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 
 from utils.errors import UserError
 from utils.log import progress_bar
@@ -24,7 +25,7 @@ def available_cores() -> int:
 
 
 def in_processes(work: Callable, items: Sequence, *, jobs: int, total: int, done: int = 0,
-                 desc: str | None = None) -> Iterator:
+                 desc: str | None = None) -> Generator:
     """Yields work(item, tick) of every item, in the order in which they get ready.
 
     jobs: processes; they are forked, so that `work` may hold a dataset of any size. total, done: the images that
@@ -34,7 +35,7 @@ def in_processes(work: Callable, items: Sequence, *, jobs: int, total: int, done
     context = multiprocessing.get_context('fork')
     jobs = max(1, min(jobs, len(items)))
     counts = context.RawArray('q', 2 * jobs)
-    processes = {}
+    processes: dict[Connection, BaseProcess] = {}
     try:
         with _ctrl_c_waits():
             for number in range(jobs):
@@ -47,16 +48,16 @@ def in_processes(work: Callable, items: Sequence, *, jobs: int, total: int, done
         started = time.monotonic()
         with progress_bar(total=total, initial=done, unit='image', desc=desc) as bar:
             while processes:
-                ready = wait(processes, timeout=0.2)
+                ready = [reader for reader in wait(processes, timeout=0.2) if isinstance(reader, Connection)]
                 bar.set_postfix_str(f'{sum(counts[1::2]) / 1e6 / (time.monotonic() - started + 1e-9):.0f} MB/s', False)
                 bar.update(done + sum(counts[::2]) - bar.n)
                 for reader in ready:
                     yield from _received(reader, processes)
     finally:
-        for process in processes.values():
-            process.kill()
-        for process in processes.values():
-            process.join()
+        for started_process in processes.values():
+            started_process.kill()
+        for started_process in processes.values():
+            started_process.join()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,11 @@ import yaml
 from utils.errors import UserError, did_you_mean
 
 
+class RecipeParser(argparse.ArgumentParser):
+    """What recipes are checked against; `gone` has a line for each option that is refused: what to do instead."""
+    gone: dict[str, str]
+
+
 class _RecipeLoader(yaml.SafeLoader):
     """YAML with numbers as people write them (5e-4 is a string to PyYAML) and no key twice."""
 
@@ -45,7 +50,7 @@ _RecipeLoader.add_implicit_resolver(
     'tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$'), list('-+.0123456789'))
 
 
-def read_recipe(path: Path, parser: argparse.ArgumentParser, *, complete: bool = True) -> dict:
+def read_recipe(path: Path, parser: RecipeParser, *, complete: bool = True) -> dict:
     """Reads a YAML recipe and checks every key and value against the parser's options.
 
     With `complete` a key that no option has is an error; without, such keys are left out, for a reader that wants a
@@ -68,7 +73,7 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, *, complete: bool =
     return check_values(values, parser, source=path, complete=complete)
 
 
-def check_values(values: dict, parser: argparse.ArgumentParser, *, source, complete: bool = True) -> dict:
+def check_values(values: dict, parser: RecipeParser, *, source, complete: bool = True) -> dict:
     """The values of a recipe as the parser would have read them; `source` and `complete` as for `read_recipe`."""
     actions = {a.dest: a for a in parser._actions
                if a.help is not argparse.SUPPRESS and a.dest not in ('help', 'config')}
@@ -96,7 +101,7 @@ def _checked(source, key: str, value, action: argparse.Action):
         return value
     if action.nargs in ('+', 2):
         if not isinstance(value, list) or (action.nargs == 2 and len(value) != 2) or not value:
-            wanted = {2: 'two numbers'}.get(action.nargs, 'values, as [a, b]')
+            wanted = 'two numbers' if action.nargs == 2 else 'values, as [a, b]'
             raise UserError(f'{source}: {key}: {value!r} is no list of {wanted}')
         return [_scalar(source, key, v, action) for v in value]
     return _scalar(source, key, value, action)
@@ -110,7 +115,7 @@ def _scalar(source, key: str, value, action: argparse.Action):
         wanted = {int: 'an integer', float: 'a number', str: 'a string (quote it)', bool: 'true or false'}
         expected = ' or '.join(wanted[k] for k in kinds if (k, kind) != (int, float))
         raise UserError(f'{source}: {key}: {repr(value)[:80]} is not {expected}')
-    if action.type is not None:
+    if callable(action.type):
         try:
             value = action.type(str(value))
         except argparse.ArgumentTypeError as e:

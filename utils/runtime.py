@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from utils.distributed import World, join
 from utils.errors import UserError
@@ -29,10 +30,11 @@ def seed_everything(seed: int, rank: int) -> None:
 
 def get_rng_state(device: torch.device) -> dict:
     """The states of every generator the main process draws from, as plain values and tensors."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
     return {
         'python': random.getstate(),
-        'numpy': (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        'numpy': (numpy['bit_generator'], torch.from_numpy(numpy['state']['key'].astype(np.int64)),
+                  numpy['state']['pos'], numpy['has_gauss'], numpy['gauss']),
         'torch': torch.get_rng_state(),
         'cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None,
     }
@@ -56,7 +58,7 @@ def set_determinism(deterministic: bool) -> None:
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True)
         # Else a kernel fills each new tensor, for code that reads what it has not written; ours does not.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch makes it late
 
 
 class Precision:
@@ -84,6 +86,12 @@ class Precision:
 
     def __str__(self):
         return str(self.dtype or torch.float32).removeprefix('torch.')
+
+
+def move_model(model: nn.Module, device: torch.device, *, channels_last: bool) -> None:
+    model.to(device)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
 
 
 def describe_environment(device: torch.device) -> dict:
