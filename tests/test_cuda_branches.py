@@ -37,6 +37,7 @@ from data.loader import create_loader
 from data.samplers import EvalSampler
 from data.transforms import create_eval_transform
 from engine import loop
+from engine.checks import check_run_options
 from engine.run import create_state
 from models import layers
 from tests.conftest import ROOT, run_command, succeeded, write_images
@@ -48,7 +49,9 @@ from utils import distributed, launch, runtime
 from utils.distributed import World
 from utils.errors import UserError
 from utils.log import RunLog
+from utils.watch import DeviceMarks
 
+CPU = torch.device('cpu')
 ONE = World(rank=0, local_rank=0, size=1, device=GPU)
 BATCH = 4
 
@@ -151,8 +154,11 @@ def sync_bn_is_for_gpus(gpu: Gpu):
         made = create_state(args, model, state.optimizer, state, ['a'], world)
     assert isinstance(made.model.norm, nn.SyncBatchNorm) and made.model.norm.weight.device == GPU
     assert made.loss_sums.device == GPU
-    with pytest.raises(UserError, match='--sync-bn'):
-        create_state(args, model, state.optimizer, state, ['a'], replace(world, device=torch.device('cpu')))
+    options = parse('/data', '--sync-bn', '--opt', 'adamw')
+    with tempfile.TemporaryDirectory() as folder:
+        check_run_options(options.replacing(output=folder), world, kind='train')
+        with pytest.raises(UserError, match='--sync-bn'):
+            check_run_options(options.replacing(output=folder), replace(world, device=CPU), kind='train')
 
 
 def a_log_line_says_how_full_the_gpu_was(gpu: Gpu):
@@ -235,7 +241,7 @@ def alone(**environment: str):
 def ranks_meet_over_nccl_each_on_its_gpu(gpu: Gpu):
     mine = torch.device('cuda', 1)
     gpu.answer(device_count=2, set_device=None)
-    gpu.answer(dist, init_process_group=None, new_group=None)
+    gpu.answer(dist, init_process_group=None, new_group=create_autospec(dist.ProcessGroup, instance=True))
     with alone(RANK='3', WORLD_SIZE='4', LOCAL_RANK='1', LOCAL_WORLD_SIZE='2'), gpu.tensors(), \
             patch.object(distributed, '_meet', lambda *_: dist.HashStore()), \
             patch.object(distributed, '_progress') as progress:
@@ -246,6 +252,15 @@ def ranks_meet_over_nccl_each_on_its_gpu(gpu: Gpu):
     assert ('set_device', mine) in gpu.notes and asked.index('set_device') < asked.index('init_process_group')
     how = gpu.notes[asked.index('init_process_group')]
     assert how[1] == 'nccl' and ('device_id', mine) in how and {('rank', 3), ('world_size', 4)} <= set(how[2:])
+
+
+def a_mark_is_a_copy_that_nobody_waits_for(gpu: Gpu):
+    with gpu.tensors():
+        mark = DeviceMarks(GPU)
+        gpu.notes.clear()
+        mark()
+    assert [what for what in gpu.notes if what[1] == 'copies to the host'] == [
+        ('computing', 'copies to the host', 'without waiting')]
 
 
 def devices_by_name(gpu: Gpu):
@@ -384,9 +399,9 @@ RUN_BY = {
     'data/loader.py::create_loader': [shared_memory_is_given_back_once_it_is_copied_to_pinned_memory],
     'data/pipeline.py::_create_train_loader': [loaders_pin_what_goes_to_a_gpu],
     'data/pipeline.py::create_eval_loader': [loaders_pin_what_goes_to_a_gpu],
+    'engine/checks.py::check_run_options': [sync_bn_is_for_gpus],
     'engine/loop.py::Trainer._log_line': [a_log_line_says_how_full_the_gpu_was],
     'engine/loop.py::wrap_model': [ddp_is_told_its_gpu],
-    'engine/run.py::create_state': [sync_bn_is_for_gpus],
     'models/layers.py::attention': [attention_on_a_gpu_is_one_kernel],
     'tools/doctor.py::main': [DOCTOR + 'test_processes_of_the_run_are_the_gpus'],
     'tools/doctor_run.py::_precision': [DOCTOR + 'test_recipe'],
@@ -401,6 +416,7 @@ RUN_BY = {
     'tools/doctor_speed.py::_who_starves': [DOCTOR + 'test_who_starves'],
     'tools/doctor_speed.py::device_name': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
     'tools/doctor_speed.py::look_at_memory': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
+    'utils/distributed.py::_connect': [ranks_meet_over_nccl_each_on_its_gpu],
     'utils/distributed.py::_device': [devices_by_name],
     'utils/distributed.py::join': [ranks_meet_over_nccl_each_on_its_gpu],
     'utils/launch.py::launch': [more_processes_than_gpus],
@@ -409,6 +425,8 @@ RUN_BY = {
     'utils/runtime.py::get_rng_state': [generators_of_the_gpu_are_saved_and_put_back],
     'utils/runtime.py::set_rng_state': [generators_of_the_gpu_are_saved_and_put_back],
     'utils/runtime.py::start': [a_process_starts_on_its_gpu],
+    'utils/watch.py::DeviceMarks.__call__': [a_mark_is_a_copy_that_nobody_waits_for],
+    'utils/watch.py::DeviceMarks.__init__': [a_mark_is_a_copy_that_nobody_waits_for],
 }
 ONLY_A_GPU = {}  # FILE::FUNCTION: why nothing but a GPU can run it
 

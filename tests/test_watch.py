@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -213,7 +214,7 @@ def test_threads_do_not_report_at_the_same_time(monkeypatch, tmp_path):
 
 def test_on_gpus_nccl_is_more_patient_than_the_watch_and_hosts_talk_over_gloo(monkeypatch):
     calls = {}
-    gloo = object()
+    gloo = create_autospec(dist.ProcessGroup, instance=True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
     monkeypatch.setattr(distributed, '_meet', lambda rank, size: dist.HashStore())

@@ -89,6 +89,7 @@ class Precision:
 
 
 def move_model(model: nn.Module, device: torch.device, *, channels_last: bool) -> None:
+    """Moves a model to its device, in place, and its convolutions to the memory layout in which they are fast there."""
     model.to(device)
     if channels_last:
         model.to(memory_format=torch.channels_last)
