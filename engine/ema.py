@@ -9,7 +9,7 @@ class ModelEma(ModelEmaV3):
 
     average ← average − (1 − decay) (average − weight) is SGD's step, and of all optimizers' steps the fused ones alone
     can be told on the device to change nothing, to the byte. Nothing in `update` waits for the device, unless the
-    average is kept on another one (`device='cpu'`), to which the weights are copied every time.
+    average is kept on another one (`device='cpu'`): then all weights are copied there, and waited for once.
 
     Args:
         model: is copied to `module`; its tensors stay where they are from here on.
@@ -21,7 +21,7 @@ class ModelEma(ModelEmaV3):
         super().__init__(model, decay=decay, device=device)
         self._averages, self._counts = _tensors(self.module)
         self._sgd = torch.optim.SGD(self._averages, lr=1 - decay, fused=True)
-        self._of_model = None
+        self._of_model = self._copies = None
 
     @torch.no_grad()
     def update(self, model: nn.Module, skip: torch.Tensor | None = None) -> None:
@@ -33,8 +33,9 @@ class ModelEma(ModelEmaV3):
         self._of_model = self._of_model or _tensors(model)
         weights, counts = self._of_model
         if self.device is not None:
-            weights, counts = ([tensor.to(self.device) for tensor in tensors] for tensors in (weights, counts))
-            skip = None if skip is None else skip.to(self.device)
+            flag = torch.zeros((), dtype=torch.bool, device=weights[0].device) if skip is None else skip
+            *copies, skip = self._fetch([*weights, *counts, flag])
+            weights, counts = copies[:len(weights)], copies[len(weights):]
         for average, difference in zip(self._averages, torch._foreach_sub(self._averages, weights), strict=True):
             average.grad = difference
         self._sgd.found_inf = None if skip is None else skip.float()
@@ -42,6 +43,20 @@ class ModelEma(ModelEmaV3):
         self._sgd.zero_grad(set_to_none=True)
         for ours, theirs in zip(self._counts, counts, strict=True):
             ours.copy_(theirs if skip is None else torch.where(skip, ours, theirs))
+
+    def _fetch(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies on the average's device, always in the same memory, all under way before the one wait for them.
+
+        The model's device gets no copy of its own: with `device='cpu'` its memory is what is to be saved.
+        """
+        device = tensors[0].device
+        on_gpu = device.type == 'cuda'
+        if self._copies is None:  # a GPU writes by itself into pinned memory alone
+            self._copies = [torch.empty_like(t, device=self.device, pin_memory=on_gpu) for t in tensors]
+        torch._foreach_copy_(self._copies, tensors, non_blocking=on_gpu)
+        if on_gpu:
+            torch.cuda.current_stream(device).synchronize()
+        return self._copies
 
 
 def _tensors(model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
