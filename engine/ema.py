@@ -9,7 +9,7 @@ class ModelEma(ModelEmaV3):
 
     average ← average − (1 − decay) (average − weight) is SGD's step, and of all optimizers' steps the fused ones alone
     can be told on the device to change nothing, to the byte. Nothing in `update` waits for the device, unless the
-    average is kept on another one (`device='cpu'`), to which the weights are copied every time.
+    average is kept on another one (`device='cpu'`): then all weights are copied there, and waited for once.
 
     Args:
         model: is copied to `module`; its tensors stay where they are from here on.
@@ -22,6 +22,7 @@ class ModelEma(ModelEmaV3):
         self._averages, self._counts = _tensors(self.module)
         self._sgd = torch.optim.SGD(self._averages, lr=1 - decay, fused=True)
         self._of_model: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+        self._copies: list[torch.Tensor] | None = None
 
     @torch.no_grad()
     def update(  # type: ignore[override]  # what follows the model is a number of steps in timm's
@@ -34,20 +35,38 @@ class ModelEma(ModelEmaV3):
         self._of_model = self._of_model or _tensors(model)
         weights, counts = self._of_model
         if self.device is not None:
-            weights = [tensor.to(self.device) for tensor in weights]
-            counts = [tensor.to(self.device) for tensor in counts]
-            skip = None if skip is None else skip.to(self.device)
+            flag = torch.zeros((), dtype=torch.bool, device=weights[0].device) if skip is None else skip
+            *copies, skip = self._fetch([*weights, *counts, flag])
+            weights, counts = copies[:len(weights)], copies[len(weights):]
         for average, difference in zip(self._averages, torch._foreach_sub(self._averages, weights), strict=True):
             average.grad = difference
         found_inf = None if skip is None else skip.float()
         self._sgd.found_inf = found_inf  # type: ignore[attr-defined]  # as torch's GradScaler tells it
         self._sgd.step()
         self._sgd.zero_grad(set_to_none=True)
-        for ours, theirs in zip(self._counts, counts, strict=True):
-            ours.copy_(theirs if skip is None else torch.where(skip, ours, theirs))
+        if counts:
+            changes = torch._foreach_sub(counts, self._counts)
+            if skip is not None:
+                torch._foreach_mul_(changes, (~skip).to(torch.uint8))
+            torch._foreach_add_(self._counts, changes)
+
+    def _fetch(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies on the average's device, always in the same memory, all under way before the one wait for them.
+
+        The model's device gets no copy of its own: with `device='cpu'` its memory is what is to be saved.
+        """
+        device = tensors[0].device
+        on_gpu = device.type == 'cuda'
+        if self._copies is None:  # a GPU writes by itself into pinned memory alone
+            self._copies = [torch.empty_like(t, device=self.device, pin_memory=on_gpu) for t in tensors]
+        torch._foreach_copy_(self._copies, tensors, non_blocking=on_gpu)
+        if on_gpu:
+            torch.cuda.current_stream(device).synchronize()
+        return self._copies
 
 
 def _tensors(model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """What the model saves: the tensors that are averaged, and the integers, which are copied; each once."""
     tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values()
-    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
+    return ([t for t in tensors if t.is_floating_point()],
+            [t.view(torch.uint8) if t.dtype == torch.bool else t for t in tensors if not t.is_floating_point()])

@@ -114,7 +114,7 @@ def split_norm_linear(
             mean, square = F.avg_pool2d(maps, kernel, stride, padding).flatten(2).unsqueeze(3)  # [B, N, 1] each
             factor = ((square - mean.square()).clamp(min=0) + norm_eps).rsqrt()  # 1/σ, [B, N, 1]
             # Images of any contrast fit into float16 this way. Detached, for the result does not depend on it.
-            contrast = (x.detach().square().mean((1, 2, 3), keepdim=True) + norm_eps).sqrt()  # [B, 1, 1, 1]
+            contrast = (maps[1].detach().mean((1, 2)) + norm_eps).sqrt().view(-1, 1, 1, 1)  # [B, 1, 1, 1]
             x, factor = x / contrast, factor * contrast.squeeze(3)
         # Only now autocast, which says what is multiplied, and so what comes out.
         x = split_linear(x.to(weight.dtype), centred.to(weight.dtype), None, kernel, stride, padding)

@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import T2TViT, create_model
 from models.layers import attention, sinusoid_table
@@ -201,6 +202,29 @@ def test_every_parameter_gets_a_gradient_and_buffers_none(tokens_type, global_po
                                if tokens_type == 'performer' else set())
     assert {name for name, _ in model.named_buffers()} == buffers < set(model.state_dict())
     assert not any(buffer.requires_grad for buffer in model.buffers())
+
+
+class Reads(TorchDispatchMode):
+    """Names the operators that read a tensor of a map's size, views and changes of layout aside."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.seen = size, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        is_whole = any(isinstance(arg, torch.Tensor) and arg.numel() == self.size for arg in args)
+        if is_whole and not function.is_view and 'clone' not in function._schema.name:
+            self.seen.append(function._schema.name.removeprefix('aten::'))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_normalised_split_squares_its_map_once():
+    norm, linear = torch.nn.LayerNorm(9 * 8), SplitLinear((3, 2, 1), 8, 6)
+    x = torch.randn(2, 8, 10, 10)
+    with Reads(x.numel()) as reads, torch.no_grad():
+        linear(x, norm.weight, norm.bias, norm.eps)
+    # Mean, square and its mean, division by the contrast, convolution.
+    assert reads.seen == ['mean', 'pow', 'mean', 'div', 'convolution']
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -6,13 +6,16 @@ import copy
 import time
 from argparse import Namespace
 from datetime import timedelta
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from benchmarks.counts import counting
 from engine.ema import ModelEma
@@ -300,6 +303,61 @@ def test_the_average_and_its_counters_with_a_flag_and_without():
     for name, tensor in average.module.state_dict().items():
         moved = 0.5 if tensor.is_floating_point() else 2
         torch.testing.assert_close(tensor, start[name] + moved)
+
+
+def test_an_average_elsewhere_is_the_same_to_the_byte():
+    model = WithStatistics()
+    averages = [ModelEma(model, decay=0.75, device=device) for device in (None, 'cpu')]
+    for skip in (None, torch.tensor(False), torch.tensor(True), None):
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor += torch.nan if tensor.is_floating_point() and skip is not None and skip else 2
+        before = {name: tensor.clone() for name, tensor in averages[0].module.state_dict().items()}
+        for average in averages:
+            average.update(model, skip)
+        here, elsewhere = (average.module.state_dict() for average in averages)
+        assert_same_bytes(here, elsewhere)
+        if skip is not None and skip:
+            assert_same_bytes(before, here)
+            model.load_state_dict(before)
+
+
+def test_an_average_elsewhere_is_one_copy_and_one_wait(monkeypatch):
+    """By tensors that have no values, and so can say that they are on a GPU."""
+    seen = []
+
+    class Between(TorchDispatchMode):
+        """Notes what reads one device and writes another; no operator of a GPU does anything else with both."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            tensors = [t for t in tree_flatten((args, kwargs, result))[0] if isinstance(t, torch.Tensor)]
+            if len({t.device.type for t in tensors}) > 1 and function._schema.name != 'aten::empty_like':
+                seen.append((function._schema.name.removeprefix('aten::'), args[2:], kwargs))
+            return result
+
+    stream = create_autospec(torch.cuda.Stream, instance=True)
+    stream.synchronize.side_effect = lambda: seen.append('wait')
+    monkeypatch.setattr(torch.cuda, 'current_stream', create_autospec(torch.cuda.current_stream, return_value=stream))
+    memory = create_autospec(torch.empty_like, side_effect=torch.empty_like)
+    monkeypatch.setattr(torch, 'empty_like', memory)
+    with FakeTensorMode():
+        for layers in (1, 12):
+            model, copied = (nn.Sequential(*(nn.BatchNorm1d(4, device=device) for _ in range(layers)))
+                             for device in ('cuda', 'cpu'))
+            copied.to = lambda **_: None
+            monkeypatch.setattr('timm.utils.model_ema.deepcopy', lambda _, copied=copied: copied)  # they cannot be
+            average = ModelEma(model, decay=0.75, device='cpu')
+            skip = torch.zeros((), dtype=torch.bool, device='cuda')
+            for step in range(2):
+                seen.clear()
+                memory.reset_mock()
+                with Between():
+                    average.update(model, skip)
+                assert seen == [('_foreach_copy_', (True,), {}), 'wait']
+                made = [call for call in memory.call_args_list if str(call.kwargs.get('device')) == 'cpu']
+                assert len(made) == (5 * layers + 1 if step == 0 else 0)
+                assert all(call.kwargs['pin_memory'] for call in made)
 
 
 class WithScratch(nn.Module):
