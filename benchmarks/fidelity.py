@@ -20,7 +20,7 @@ Weights are the golden ones (see golden_state) and initial ones. Images are
 
 for a LayerNorm over patches of little contrast shows what was lost before it.
 
-NAME.json, the record with every error, and NAME.md, the tables, go to --output.
+NAME.json, the record with every error, and NAME.md, the tables, go to --output, after each model and its weights.
 """
 import copy
 import itertools
@@ -266,6 +266,7 @@ def main() -> None:
     precisions = {name: precision_of(name, world.device) for name in args.precision}
     images = {kind: batch.to(world.device) for kind, batch in make_images(args).items()}
     rows = []
+    record = {**new_record('fidelity', args, world.device, args.data), 'rows': rows}
     cases = list(itertools.product(args.models, args.weights))
     with progress_bar(total=len(cases) * len(images), unit='batch') as bar:
         for model, weights in cases:
@@ -276,12 +277,11 @@ def main() -> None:
                 rows += [{'model': model, 'weights': weights, 'images': kind, **row}
                          for row in measure(models, batch, precisions)]
                 bar.update()
-    # Stable, so that within a table the order stays.
-    rows.sort(key=lambda row: (args.models.index(row['model']), args.precision.index(row['precision'])))
-    add_ratios(rows)
-    record = {**new_record('fidelity', args, world.device, args.data), 'rows': rows}
-    print(as_summary(rows))
-    print(*write_record(folder, args.name, record, as_text(record)), sep='\n')
+            # Stable, so that within a table the order stays.
+            rows.sort(key=lambda row: (args.models.index(row['model']), args.precision.index(row['precision'])))
+            add_ratios(rows)
+            paths = write_record(folder, args.name, record, as_text(record))
+    print(as_summary(rows), *paths, sep='\n')
 
 
 if __name__ == '__main__':

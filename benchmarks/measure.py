@@ -45,6 +45,7 @@ CONTENDERS = ('published', 'default', 'compiled')
 TASKS = {'train': 'training', 'inference': 'inference'}
 NUM_CLASSES = 1000
 LEAST_ROUNDS = 3
+SAVE_SECONDS = 5  # between two saves of a table that is not finished
 MORE_STEPS = 4  # after a last one that was not finite
 STEPS_PROFILED = 2  # the published step keeps the gradients of one step during the next
 # Operators that compute nothing: views, and memory that nothing is written to.
@@ -96,8 +97,10 @@ class Contender:
     def row(self, batch_size: int) -> dict:
         """What the record has of it."""
         row = {'contender': self.label, 'model': self.model, 'img_size': self.img_size, 'compiled': self.is_compiled}
-        if not self.milliseconds:
+        if self.error:
             return {**row, 'error': self.error}
+        if not self.milliseconds:
+            return {**row, **self.measured, 'error': 'the run ended before its turn'}
         low, median, high = np.percentile(self.milliseconds, (25, 50, 75)).tolist()
         return {**row, 'images_per_second': 1000 * batch_size / median,
                 'milliseconds': {'median': median, 'quartiles': [low, high]}, **self.measured,
@@ -321,17 +324,21 @@ def _computes(event_name: str) -> bool:
 
 
 def measure(contenders: list[Contender], start_contender, args, training_args, precision_name: str, world: World,
-            title: str) -> None:
-    """Fills the rows of one table."""
+            title: str, save: Callable[[], None] = lambda: None) -> None:
+    """Fills the rows of one table; calls `save` as they come, for whoever measures may be killed."""
     order = random.Random(args.seed)
     bar = progress_bar(total=len(contenders) * (args.repeats + 1), desc=title)
     for contender in contenders:
         attempt(contender, warm_up, start_contender, args, training_args, precision_name, world)
         bar.update()
+        save()
     for contender in contenders:  # in a round that does not count, all come into their stride
         attempt(contender, time_window, world.device)
-    started = time.perf_counter()
+    started = saved = time.perf_counter()
     for number in range(args.repeats):
+        if number == LEAST_ROUNDS or time.perf_counter() - saved > SAVE_SECONDS:
+            save()
+            saved = time.perf_counter()
         if args.seconds and number >= LEAST_ROUNDS and time.perf_counter() - started > args.seconds:
             break
         for contender in order.sample(contenders, len(contenders)):

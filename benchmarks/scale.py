@@ -103,7 +103,8 @@ def scale_options(parser) -> None:
         help='images per step and rank, in parts overhead and ranks')
     add('--token-sizes', nargs='+', type=options.image_size, default=[112, 160, 224, 320, 448], metavar='N',
         help='pixels a side, in part tokens; there are N²/16 tokens')
-    add('--ranks', nargs='+', type=options.positive_int, default=[2], metavar='N', help='processes, in part ranks')
+    add('--ranks', nargs='+', type=options.number(int, low=2), default=[2], metavar='N',
+        help='processes, in part ranks')
     add('-b', '--batch-size', type=options.positive_int, default=1, metavar='N', help='of part size')
     add('--img-size', type=options.image_size, default=224, metavar='N',
         help='of parts batch, overhead and ranks')

@@ -16,7 +16,8 @@ the allocations and releases that torch.profiler records. Kernels of a step are 
 ran there, with copies and fills, and in brackets the launches from the host; on a CPU the innermost operators that
 compute something, and compiled kernels. --profile lists those that a step spends most time in.
 
-NAME.json, the record with the time of every window, and NAME.md, the tables, go to --output.
+NAME.json, the record with the time of every window, and NAME.md, the tables, go to --output. They are written as
+soon as there are rows, and again as these get better; a table says so as long as it is not finished.
 """
 import itertools
 import logging
@@ -100,13 +101,14 @@ def as_table(table: dict, device: torch.device) -> str:
     counted = 'kernels (launches)' if device.type == 'cuda' else 'operators'
     header = ['contender', 'img/s', '× published', 'ms per step', 'quartiles', 'peak MiB', '× published', counted]
     yardstick = next((row for row in table['rows'] if row['contender'] == 'published' and 'milliseconds' in row), None)
-    lines, remarks = [], []
+    lines, remarks = [], ['This table is not finished.'] * ('unfinished' in table)
     for row in table['rows']:
         if 'error' in row:
-            lines.append([row['contender'], *['–'] * 7])
+            memory = f'{row["peak_bytes"] / 2**20:.1f}' if 'peak_bytes' in row else '–'
+            lines.append([row['contender'], *['–'] * 4, memory, *['–'] * 2])
             remarks.append(f'`{row["contender"]}` was not measured: {row["error"]}.')
             continue
-        if not row['is_finite']:
+        if not row.get('is_finite', True):  # noted at the end of the table
             remarks.append(f'`{row["contender"]}` computes numbers that are not finite.')
         faster, memory = (f'{factor:.2f}' for factor in (
             row['images_per_second'] / yardstick['images_per_second'],
@@ -165,14 +167,19 @@ def main() -> None:
     for model, precision, task in itertools.product(args.models, args.precision, tasks):
         torch.compiler.reset()
         contenders = list_contenders(model, args)
-        measure(contenders, start_training if task == 'train' else start_inference, args, training_args, precision,
-                world, f'{model}, {precision}, {TASKS[task]}')
         table = {'model': model, 'precision': precision, 'task': task, 'batch_size': args.batch_size,
-                 'img_size': args.img_size, 'rows': [contender.row(args.batch_size) for contender in contenders]}
+                 'img_size': args.img_size, 'unfinished': True}
         record['tables'].append(table)
+
+        def save(table=table, contenders=contenders) -> tuple[Path, Path]:
+            table['rows'] = [contender.row(args.batch_size) for contender in contenders]
+            return write_record(folder, args.name, record, as_text(record, world.device))
+
+        measure(contenders, start_training if task == 'train' else start_inference, args, training_args, precision,
+                world, f'{model}, {precision}, {TASKS[task]}', save)
+        del table['unfinished']
+        paths = save()
         print(as_table(table, world.device), flush=True)
-        # After each table, for what is measured may take long.
-        paths = write_record(folder, args.name, record, as_text(record, world.device))
     print(*paths, sep='\n')
 
 

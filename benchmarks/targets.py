@@ -1,16 +1,22 @@
 """Holds the figures that were measured against the targets, and makes one record of many.
 
     python -m benchmarks.targets                                             # those in benchmarks/results
-    python -m benchmarks.targets --records DIR --output DIR --name gpu       # as benchmarks/gpu_suite.sh does
+    python -m benchmarks.targets --records DIR --output DIR --name gpu --follow   # as benchmarks/gpu_suite.sh does
 
---records is searched, at any depth, for the records of benchmarks/step.py, scale.py and fidelity.py, for the log of a
-training in float16 (fp16/) and for parts.tsv, both of gpu_suite.sh. NAME.md has a line for each target, then the tables
-of all records; NAME.json has the records by name. Where there are records of a GPU, those of a CPU are not judged. A
-target for another machine, as those for a GPU are on a CPU, has no line; of one that was not measured the line says so.
-Where a table has what is compiled, tables without it do not count.
+--records is searched, at any depth, for the records of benchmarks/step.py, scale.py, fidelity.py and float16.py, and
+for parts.tsv of gpu_suite.sh. NAME.md has a line for each target, then the tables of all records; NAME.json has the
+records by name with their tables, and the parts. --follow writes both files again whenever a record changes, until the
+process that started it has ended. --unpack makes a folder of records out of NAME.json, for a suite that goes on: what
+parts that did not end well have measured goes to before/ there, and counts until they do.
+
+Where there are records of a GPU, those of a CPU are not judged. A target for another machine, as those for a GPU are on
+a CPU, has no line; of one that was not measured the line says so. Where a table has what is compiled, tables without it
+do not count.
 """
 import logging
+import os
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.records import ROOT, check_record_options, markdown_table, read_record, record_options, write_record
 from utils import options
 from utils.errors import UserError, run_script
-from utils.log import read_environment, read_metrics
+from utils.log import make_folder
+from utils.writing import write_whole
 
 PEER = 'vit_little_patch16_reg4_gap_256'
 ABSOLUTE = (('t2t_vit_14', 224, 'train', 9000, 10800), ('t2t_vit_14', 224, 'inference', 26000, 31000),
@@ -31,11 +38,17 @@ FP16_STEPS = 500
 ABSOLUTE_DEVICE = 'H200'
 MANY_TOKENS, MANY_ON_GPU = 12_544, 200_000  # of images of 448 and 1792 pixels; launches take the time of fewer
 LAUNCH_BOUND = 0.7  # an exponent below this is that of launches
+PARTS = 'parts.tsv'
+WELL = 'well'  # how a part ended that is not run again
+BEFORE = 'before/'
+LOOK_SECONDS = 0.5
 
 
 def targets_options(parser) -> None:
-    parser.add_argument_group('Records').add_argument(
-        '--records', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder with the records')
+    add = parser.add_argument_group('Records').add_argument
+    add('--records', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder with the records')
+    add('--follow', action=options.FLAG, default=False, help='write whenever they change, until the caller has ended')
+    add('--unpack', action=options.FLAG, default=False, help='write the folder --records out of NAME.json instead')
     record_options(parser, 'targets')
 
 
@@ -52,15 +65,21 @@ class Figure:
 
 
 class Records:
-    """The records below a folder, by their names there."""
+    """The records below a folder, by their names there; their tables; what became of the parts of gpu_suite.sh."""
 
     def __init__(self, folder: Path):
-        self.by_name, self.folder = {}, folder
+        self.by_name = {}
+        self.part_lines = [line.split('\t') for path in sorted(folder.rglob(PARTS))
+                           for line in path.read_text(encoding='utf-8').splitlines()]
         for path in sorted(folder.rglob('*.json'), key=lambda path: path.stat().st_mtime):
             record = read_record(path)
+            name = path.relative_to(folder).with_suffix('').as_posix()
             # Those of faults and of saving are not of a device's speed.
-            if isinstance(record, dict) and isinstance(record.get('machine'), dict):
-                self.by_name[path.relative_to(folder).with_suffix('').as_posix()] = record
+            if (isinstance(record, dict) and isinstance(record.get('machine'), dict)
+                    and not (name.startswith(BEFORE) and name.removeprefix(BEFORE) in ended_well(self.part_lines))):
+                self.by_name[name] = record
+        self.texts = {name: path.read_text(encoding='utf-8') for name in self.by_name
+                      if (path := folder / f'{name}.md').exists()}
         self.is_gpu = any('cuda' in record['machine'] for record in self.by_name.values())
         self.judged = [record for record in self.by_name.values() if ('cuda' in record['machine']) == self.is_gpu]
 
@@ -74,6 +93,11 @@ class Records:
     def parts(self, name: str) -> list[dict]:
         """The parts of benchmarks/scale.py of that name."""
         return [record[name] for record in self.judged if name in record]
+
+
+def ended_well(part_lines: list[list[str]]) -> set[str]:
+    """The parts of gpu_suite.sh that are done."""
+    return {part for part, _, ended in part_lines if ended == WELL}
 
 
 def compiled_if_any(tables: list[dict[str, dict]]) -> list[dict[str, dict]]:
@@ -142,21 +166,23 @@ def memory(records: Records) -> Figure:
     return figure
 
 
-def float16(folder: Path) -> Figure:
+def float16(records: Records) -> Figure:
     figure = Figure(f'float16: no NaN in {FP16_STEPS} steps')
-    logs = sorted(folder.rglob('fp16/metrics.jsonl'))
-    steps = [line for log in logs for line in read_metrics(log.parent) if line['kind'] == 'train']
-    if steps:
-        last = steps[-1]
-        is_finite = all(line['loss'] is not None for line in steps)
-        figure.found = (f'{last["global_step"]} steps, {last["skipped_steps"]} skipped, loss '
-                        f'{steps[0]["loss"]:.2f} → {last["loss"]:.2f}' if is_finite else 'a loss that is not finite')
-        # The scale of the loss is too large at first, and is halved in a step that is skipped.
-        figure.is_met = is_finite and last['global_step'] >= FP16_STEPS and last['skipped_steps'] < FP16_STEPS / 50
-        precisions = {start.get('precision') for log in logs for start in read_environment(log.parent)}
-        if precisions != {'float16'}:
-            figure.found += f', in {" and ".join(sorted(filter(None, precisions))) or "an unknown precision"}'
+    # Of several, that which went furthest.
+    record = max((record for record in records.judged if record.get('lines')),
+                 key=lambda record: record['lines'][-1]['step'], default=None)
+    if record:
+        # The scale of the loss is too large at first, and is halved in a step that is skipped: so may be all of a line.
+        losses, last = [line['loss'] for line in record['lines'] if line['loss'] is not None], record['lines'][-1]
+        is_finite = last['loss'] is not None
+        figure.found = f'{last["step"]} steps, {last["skipped"]} skipped, loss ' + (
+            f'{losses[0]:.2f} → {losses[-1]:.2f}' if is_finite else 'not finite')
+        figure.is_met = is_finite and last['skipped'] < FP16_STEPS / 50
+        if record['precision'] != 'float16':
+            figure.found += f', in {record["precision"]}'
             figure.is_met = None
+        elif last['step'] < FP16_STEPS:
+            figure.is_met = None if figure.is_met else False
     return figure
 
 
@@ -207,7 +233,7 @@ def judge(records: Records) -> list[Figure]:
                 against_yardstick(records, 't2t_vit_14', 'train', 2.25, batch_size=256, img_size=224),
                 against_yardstick(records, 't2t_vit_t_14', 'train', 3, batch_size=256, img_size=224),
                 *against_peer(records, 'train'), *against_peer(records, 'inference'), memory(records),
-                float16(records.folder), *scaling(records), *fidelity(records)]
+                float16(records), *scaling(records), *fidelity(records)]
     variants = sorted({table['model'] for record in records.judged for table in record.get('tables', ())
                        if 'model' in table})
     return [against_yardstick(records, 't2t_vit_14', 'inference', 1.25, paths=('default',)),
@@ -215,28 +241,67 @@ def judge(records: Records) -> list[Figure]:
               for task in ('train', 'inference')), *scaling(records), *fidelity(records)]
 
 
-def parts_table(folder: Path) -> str:
-    """What became of the parts of gpu_suite.sh."""
-    paths = sorted(folder.rglob('parts.tsv'))
-    rows = [line.split('\t') for path in paths for line in path.read_text(encoding='utf-8').splitlines()]
+def parts_table(lines: list[list[str]]) -> str:
+    """What became of the parts of gpu_suite.sh: of each its last line."""
+    rows = list({line[0]: line for line in lines}.values())
     return '\n\n## Parts\n\n' + markdown_table(['part', 'seconds', 'ended'], rows) if rows else ''
+
+
+def write_targets(folder: Path, output: Path, name: str) -> str:
+    """Writes NAME.json and NAME.md of what is in `folder`; returns its first tables and the files' paths."""
+    records = Records(folder)
+    table = markdown_table(['target', 'found', 'verdict'], [figure.line() for figure in judge(records)])
+    is_suite = folder.resolve() != output.resolve()
+    texts = records.texts if is_suite else {}
+    table += parts_table(records.part_lines)
+    text = '\n\n'.join([f'# Targets\n\n{table}', *texts.values()])
+    content = {'records': records.by_name, **({'texts': texts, 'parts': records.part_lines} if is_suite else {})}
+    return '\n'.join([table, *map(str, write_record(output, name, content, text + '\n'))])
+
+
+def follow(folder: Path, output: Path, name: str) -> None:
+    """Writes the targets whenever something in `folder` has changed, until the process that started this has ended."""
+    parent, before, has_ended = os.getppid(), None, False
+    while not has_ended:
+        has_ended = os.getppid() != parent  # then once more, for what changed last
+        now = {path: path.stat().st_mtime_ns for kind in ('*.json', '*.md', PARTS) for path in folder.rglob(kind)}
+        if now != before:
+            write_targets(folder, output, name)
+            before = now
+        time.sleep(LOOK_SECONDS)
+
+
+def unpack(packed: Path, folder: Path) -> None:
+    """Makes the folder of records that NAME.json was written from."""
+    content = read_record(packed)
+    if not isinstance(content, dict) or not content.keys() >= {'records', 'texts', 'parts'}:
+        raise UserError(f'--name: {packed} is not of gpu_suite.sh; give another name')
+    done = ended_well(content['parts'])
+    # What is in before/ comes first, so that what the same part has measured since then replaces it.
+    names = sorted(content['records'], key=lambda name: not name.startswith(BEFORE))
+    for number, name in enumerate(names):
+        path = folder / (name if name in done else BEFORE + name.removeprefix(BEFORE))
+        for written in write_record(path.parent, path.name, content['records'][name], content['texts'].get(name, '')):
+            os.utime(written, (number, number))  # the order of the records
+    make_folder(folder, '--records')
+    write_whole(folder / PARTS, ''.join('\t'.join(line) + '\n' for line in content['parts']))
 
 
 def main() -> None:
     parser = options.create_parser('Hold what was measured against the targets.', (targets_options,))
     args = options.parse_options(parser)
     folder = Path(args.records).expanduser()
-    if not folder.is_dir():
-        raise UserError(f'--records {folder}: no such folder; name one with records of benchmarks/')
     output = check_record_options(args)
     logging.disable(logging.INFO)
-    records = Records(folder)
-    table = markdown_table(['target', 'found', 'verdict'], [figure.line() for figure in judge(records)])
-    print(table)
-    texts = [path.read_text(encoding='utf-8') for name in records.by_name
-             if (path := folder / f'{name}.md').exists()] if folder.resolve() != output.resolve() else []
-    text = '\n\n'.join([f'# Targets\n\n{table}{parts_table(folder)}', *texts])
-    print(*write_record(output, args.name, {'records': records.by_name}, text + '\n'), sep='\n')
+    if args.unpack:
+        unpack(output / f'{args.name}.json', folder)
+        return
+    if not folder.is_dir():
+        raise UserError(f'--records {folder}: no such folder; name one with records of benchmarks/')
+    if args.follow:
+        follow(folder, output, args.name)
+    else:
+        print(write_targets(folder, output, args.name))
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """Architectures and their weights. Importing this package registers them with timm and does nothing else."""
 from utils.files import read_checkpoint
 
+from . import timm_versions  # noqa: F401, first, for it says so where timm is too old
 from .ablations import T2TViTDense
 from .factory import (
     TrainedModel,

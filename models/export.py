@@ -36,6 +36,7 @@ from torch import nn
 from utils.errors import UserError
 from utils.files import METADATA, read_checkpoint
 
+from .timm_versions import SAVES_ARGUMENTS
 from .tokens_to_token import SoftSplit, SplitLinear
 
 INPUT, OUTPUT = 'image', 'logits'
@@ -58,7 +59,12 @@ def save_config(model: nn.Module, path: str | os.PathLike, *, classes: Sequence[
         classes: names in the order of the logits, if they are known.
         descriptions: words for those of the names that need some, such as synsets.
         images: what is not as in the model's own configuration: input_size, mean, std, crop_pct, interpolation, …
+
+    Raises:
+        UserError: the installed timm does not save a model's arguments.
     """
+    if not SAVES_ARGUMENTS:
+        raise UserError(f"timm {timm.__version__} does not save a model's arguments; pip install 'timm>=1.0.31'")
     labels = {'label_names': list(classes) if classes else None, 'label_descriptions': dict(descriptions or {})}
     save_config_for_hf(model, str(path), model_config={name: value for name, value in labels.items() if value},
                        data_config=images)

@@ -15,13 +15,18 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._builder import resolve_pretrained_cfg
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
 from torch import nn
 
 from .layers import Block, sinusoid_table
+from .timm_versions import update_model_input_size
 from .tokens_to_token import TokensToToken, token_grid
 from .weights import fit_to_model, state_dict_of
 

@@ -4,6 +4,7 @@
 """
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks.convergence import compare
 from benchmarks.fidelity import MEASURES, add_ratios, as_summary, as_table, errors, make_images, make_models, measure
-from tests.conftest import run_script, succeeded
+from tests.conftest import ROOT, run_command, run_script, succeeded
 from utils.runtime import Precision
 
 CPU = torch.device('cpu')
@@ -52,6 +53,29 @@ def test_errors_are_relative_distances():
     assert list(found) == ['logits', 'worst image', 'gradient']
     assert found['logits'] == pytest.approx(29 ** -0.5) and found['worst image'] == pytest.approx(0.5)
     assert math.isnan(found['gradient'])
+
+
+def test_rows_are_written_case_by_case(tmp_path):
+    code = f'''
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import benchmarks.fidelity as fidelity
+make_models = fidelity.make_models
+def make_golden_ones(name, weights, *arguments):
+    if weights != 'golden':
+        raise SystemExit(7)
+    return make_models(name, weights, *arguments)
+fidelity.make_models = make_golden_ones
+fidelity.main()
+'''
+    result = run_command([sys.executable, '-c', code, '--models', 't2t_vit_7', '--weights', 'golden', 'initial',
+                          '--precision', 'fp32', '--images', 2, '--img-size', 32, '--device', 'cpu', '--output', '.'],
+                         tmp_path)
+    assert result.returncode == 7, result.stderr
+    rows = json.loads((tmp_path / 'fidelity.json').read_text())['rows']
+    assert {row['weights'] for row in rows} == {'golden'} and len(rows) == 2 * len(KINDS)
+    assert all(row['ratios'] for row in rows if row['path'] == 'default')
+    assert '## t2t_vit_7, fp32' in (tmp_path / 'fidelity.md').read_text()
 
 
 def test_tables_say_where_the_largest_ratio_is():

@@ -1,4 +1,4 @@
-"""Tests of benchmarks/scale.py, targets.py and gpu_suite.sh: through the command line, on the smallest images.
+"""Tests of benchmarks/scale.py and targets.py: through the command line, on the smallest images.
 
     python -m pytest tests/test_scale.py
 """
@@ -26,7 +26,7 @@ from benchmarks.targets import (
     memory,
     scaling,
 )
-from tests.conftest import ROOT, run_command, run_script, succeeded
+from tests.conftest import run_script, succeeded
 from utils import options
 from utils.distributed import World
 from utils.runtime import Precision
@@ -138,6 +138,7 @@ def test_two_ranks_against_one(tmp_path):
 
 @pytest.mark.parametrize('options, message', [
     (('--models', 't2t_vit_15'), "model 't2t_vit_15' does not exist; use t2t_vit_19"),
+    (('--ranks', '1'), '--ranks: 1 is too small: at least 2'),  # a process on its own would start itself without an end
     (('--img-sizes', '8'), '--img-sizes: an image of 8 × 8 pixels is too small'),
     (('--precision', 'fp16'), '--precision fp16: a CPU computes in fp32 or bf16')])
 def test_a_mistake_is_one_line(tmp_path, options, message):
@@ -175,20 +176,25 @@ def test_targets_of_a_gpu(tmp_path):
     assert sum(line[2] == 'not measured' for line in lines.values()) > 5
 
 
-def test_targets_of_scaling_and_float16(tmp_path, measured):
+def test_targets_of_scaling(tmp_path, measured):
     shutil.copy(measured.folder / 'quick.json', tmp_path)
     overhead, linear = scaling(Records(tmp_path))
     assert overhead.found.startswith(f'{measured.record["overhead"]["percent"]:+.2f} %')
     assert 'default performer' in linear.found
-    (tmp_path / 'fp16').mkdir()
-    log = [{'kind': 'train', 'global_step': step, 'skipped_steps': 2, 'loss': loss} for step, loss in
-           ((1, 7.), (500, 2.))]
-    for losses, precision, expected in (
-            (log, 'float16', True), ([*log[:1], {**log[1], 'loss': None}], 'float16', False),
-            (log[:1], 'float16', False), (log, 'float32', None), (log, None, None)):
-        (tmp_path / 'fp16/metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in losses))
-        (tmp_path / 'fp16/environment.json').write_text(json.dumps([{'precision': precision}] if precision else []))
-        assert float16(tmp_path).is_met is expected
+
+
+@pytest.mark.parametrize('lines, precision, is_met', [
+    ([(1, 0, 7.), (500, 2, 2.)], 'float16', True), ([(1, 1, None), (500, 2, 2.)], 'float16', True),
+    ([(1, 0, 7.), (500, 2, None)], 'float16', False), ([(1, 0, 7.), (500, 10, 2.)], 'float16', False),
+    ([(1, 0, 7.)], 'float16', None), ([(1, 0, 7.), (60, 20, None)], 'float16', False),
+    ([(1, 0, 7.), (500, 2, 2.)], 'bfloat16', None)])
+def test_targets_of_float16(tmp_path, lines, precision, is_met):
+    assert float16(Records(tmp_path)).line()[1:] == ['–', 'not measured']
+    lines = [{'step': step, 'skipped': skipped, 'loss': loss} for step, skipped, loss in lines]
+    (tmp_path / 'float16.json').write_text(json.dumps(
+        {'machine': {'device': 'any'}, 'precision': precision, 'lines': lines}))
+    figure = float16(Records(tmp_path))
+    assert figure.is_met is is_met and f'{lines[-1]["step"]} steps, ' in figure.found
 
 
 def test_the_performer_is_judged_by_many_tokens(tmp_path):
@@ -233,40 +239,6 @@ def test_an_error_that_is_not_finite_is_missed(tmp_path, ours, published, found)
         {'precision': 'bf16', 'errors': {'logits': ours, 'gradient': 1.}, 'ratios': {**ratios, 'gradient': 0.5}}]}))
     figure, = fidelity(Records(tmp_path))
     assert figure.line()[1:] == found
-
-
-@pytest.mark.parametrize('settings, message', [
-    ({'PARTS': 't14_eager t14_trian'}, 'PARTS: there is no part t14_trian; there are: t14_eager '),
-    ({'NAME': '..'}, 'NAME=..: give a name without a folder'), ({'NAME': 'a/b'}, 'NAME=a/b: give a name')])
-def test_a_mistake_of_the_suite_is_one_line(tmp_path, settings, message):
-    result = run_command(['bash', ROOT / 'benchmarks/gpu_suite.sh'], tmp_path, DEVICE='cpu', SMALL='1',
-                         **{'OUT': str(tmp_path / 'results'), **settings})
-    assert result.returncode == 2 and message in result.stderr and result.stderr.count('\n') == 1
-    assert not (tmp_path / 'results').exists()
-
-
-@pytest.mark.slow
-def test_the_suite_runs_without_a_gpu(tmp_path):
-    """All but its figures: every part, under its limit, and what it leaves."""
-    result = run_command(['bash', ROOT / 'benchmarks/gpu_suite.sh'], tmp_path, DEVICE='cpu', SMALL='1',
-                         OUT=str(tmp_path / 'results'), NAME='proof')
-    out = succeeded(result)
-    assert sorted(path.name for path in (tmp_path / 'results').iterdir()) == [
-        'proof-scale.png', 'proof.json', 'proof.log', 'proof.md']
-    assert out.count('\twell\n') == 8
-    assert 'cpu, bfloat16' in (tmp_path / 'results/proof.log').read_text()  # the part float16 on a CPU
-    records = json.loads((tmp_path / 'results/proof.json').read_text())['records']
-    assert records.keys() == {'t14_eager', 't14_train', 't14_inference', 'fidelity', 'scale', 'peers'}
-    assert '| DistributedDataParallel at one rank' in (tmp_path / 'results/proof.md').read_text()
-
-
-@pytest.mark.slow
-def test_a_part_that_fails_costs_only_itself(tmp_path):
-    result = run_command(['bash', ROOT / 'benchmarks/gpu_suite.sh'], tmp_path, DEVICE='abacus', SMALL='1',
-                         OUT=str(tmp_path / 'results'), NAME='failing', PARTS='t14_train tests')
-    assert result.returncode == 1
-    assert '\twith exit code 2\n' in result.stdout and '\twell\n' in result.stdout
-    assert (tmp_path / 'results/failing.md').exists()
 
 
 def test_the_records_of_this_repository_can_be_judged(tmp_path):

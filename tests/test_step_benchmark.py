@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_step_benchmark.py
 """
+import copy
 import json
 import re
 from types import SimpleNamespace
@@ -11,7 +12,18 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import _by_name, _events, _operators, _profile_on_cpu, make_batch, note_finiteness
+from benchmarks.measure import (
+    LEAST_ROUNDS,
+    Contender,
+    Running,
+    _by_name,
+    _events,
+    _operators,
+    _profile_on_cpu,
+    make_batch,
+    measure,
+    note_finiteness,
+)
 from tests.conftest import run_script, succeeded
 
 ROUNDS, BATCH, PROFILED = 2, 2, 4
@@ -180,3 +192,18 @@ def test_images_have_the_scale_of_normalised_pixels():
     assert images.mean().abs() < 0.5 and 1 < images.std() < 1.5
     assert targets.shape == (8, 1000) and torch.allclose(targets.sum(1), torch.ones(8))
     assert ((targets > 0.2).sum(1) == 2).sum() >= 6
+
+
+def test_a_table_is_saved_as_its_rows_come():
+    def start(contender, *_):
+        model = torch.nn.Linear(2, 2)
+        return Running(lambda: model(torch.ones(1, 2)), lambda: [*model.parameters()], lambda: True, model)
+
+    contenders = [Contender(name, name, 8) for name in ('one', 'two')]
+    saved = []
+    args = SimpleNamespace(seed=1, repeats=LEAST_ROUNDS + 1, seconds=None, warmup=1, window=0.001, profile=0)
+    measure(contenders, start, args, None, 'fp32', SimpleNamespace(device=torch.device('cpu')), 'two',
+            lambda: saved.append([copy.deepcopy(contender.row(1)) for contender in contenders]))
+    assert [['peak_bytes' in row for row in rows] for rows in saved[:2]] == [[True, False], [True, True]]
+    assert all(row['error'] == 'the run ended before its turn' for rows in saved[:2] for row in rows)
+    assert [len(row['windows_milliseconds']) for row in saved[2]] == [LEAST_ROUNDS, LEAST_ROUNDS]

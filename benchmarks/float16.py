@@ -1,0 +1,144 @@
+"""Trains for a number of steps in float16 and records loss, gradient and skipped steps: whether they stay finite.
+
+    python -m benchmarks.float16                                                             # on a GPU
+    python -m benchmarks.float16 --model t2t_vit_7 --img-size 32 -b 8 --steps 4 --device cpu # a CPU takes bfloat16
+
+What trains is what train.py trains, on the embedded digits with their augmentation. Nothing is evaluated and no
+checkpoint is saved, so the speed of the disk does not count. It ends after --steps or --seconds, whichever comes first.
+
+NAME.json, the record with a line for every --log-interval steps, and NAME.md, its table, go to --output at each line.
+"""
+import itertools
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.measure import training_options
+from benchmarks.records import check_record_options, markdown_table, new_record, origin, record_options, write_record
+from data.pipeline import create_training_input, open_training_data
+from engine.loss import create_loss
+from engine.optimizer import create_optimizer, create_schedule, param_groups
+from engine.run import create_state
+from engine.step import TrainingStep
+from models import create_model_from_options, resolve_name
+from utils import options
+from utils.errors import NotFiniteError, run_script
+from utils.log import progress_bar
+from utils.runtime import start
+
+WARMUP_EPOCHS = 2
+
+
+def float16_options(parser) -> None:
+    add = parser.add_argument_group('What is trained').add_argument
+    add('--model', default='t2t_vit_14', metavar='MODEL', help='by name')
+    add('-b', '--batch-size', type=options.positive_int, default=64, metavar='N', help='images per step')
+    add('--img-size', type=options.image_size, default=224, metavar='N', help='input size in pixels, or HxW')
+    add('--lr', type=options.positive, default=5e-4, metavar='RATE', help='after the warm-up')
+    add('-j', '--workers', type=options.count, default=4, metavar='N', help='processes that prepare images')
+    add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
+    add = parser.add_argument_group('How long').add_argument
+    add('--steps', type=options.positive_int, default=506, metavar='N', help='steps at most')
+    add('--seconds', type=options.positive, default=60, metavar='S', help='begin no step after so long')
+    add('--log-interval', type=options.positive_int, default=10, metavar='N', help='steps of a line')
+    record_options(parser, 'float16')
+
+
+def create_step(args, training_args):
+    """The step, its state, the schedule of its rate, the loader and the precision, as train.py has them."""
+    world, precision = start(training_args, alone=True)
+    train_set, val_set = open_training_data(training_args, world)
+    model = create_model_from_options(training_args, num_classes=len(train_set.classes))
+    batches = create_training_input(training_args, train_set, val_set, model.pretrained_cfg, model.num_classes, world)
+    optimizer = create_optimizer(param_groups(model, training_args.weight_decay), training_args)
+    state = create_state(training_args, model, optimizer, precision, train_set.classes, world)
+    steps_per_epoch = len(batches.train_loader)
+    training_args = training_args.replacing(epochs=max(math.ceil(args.steps / steps_per_epoch), WARMUP_EPOCHS + 1))
+    schedule, _ = create_schedule(optimizer, training_args, steps_per_epoch)
+    step = TrainingStep(state, state.model, prepare=batches.prepare_train,
+                        loss=create_loss(training_args, soft_targets=batches.prepare_train.mixing),
+                        precision=precision, args=training_args)
+    state.model.train()
+    return step, state, schedule, batches.train_loader, precision
+
+
+def epochs_of(loader, state, schedule):
+    """Batches without an end, epoch after epoch, with the rate that the schedule gives each."""
+    for epoch in itertools.count():
+        schedule.step(epoch)
+        loader.set_position(epoch)
+        for batch in loader:
+            schedule.step_update(state.global_step)
+            yield batch
+
+
+def log_line(step: TrainingStep, state) -> dict:
+    """How training goes since the last line; a loss of None where every step since was skipped."""
+    step.settle()
+    loss, count = (state.loss_sums - state.window_sums).tolist()
+    state.window_sums.copy_(state.loss_sums)
+    return {'step': state.global_step, 'skipped': state.skipped_steps, 'loss': loss / count if count else None,
+            'gradient_norm': step.gradient_norm.item()}
+
+
+def as_text(record: dict) -> str:
+    """The record in Markdown; of many lines some."""
+    lines = record['lines']
+    shown = lines[::math.ceil(len(lines) / 20)] if lines else []
+    rows = [[str(line['step']), str(line['skipped']), *('not finite' if value is None or not math.isfinite(value)
+                                                        else f'{value:.3g}' for value in
+                                                        (line['loss'], line['gradient_norm']))]
+            for line in [*shown, *([] if not lines or shown[-1] is lines[-1] else [lines[-1]])]]
+    remark = '' if record['finished'] else ' It is not finished.'
+    return (f'# Training in {record["precision"]}\n\n{origin(record)} '
+            'Loss is the mean since the line before, of the steps that were not skipped; the gradient is that of the '
+            f'last step.{remark}\n\n{markdown_table(["step", "skipped", "loss", "norm of the gradient"], rows)}\n')
+
+
+def main() -> None:
+    parser = options.create_parser('Train for some steps in float16.', (float16_options,))
+    args = options.parse_options(parser)
+    folder = check_record_options(args)
+    resolve_name(args.model)
+    # A CPU trains in bfloat16.
+    dtype = 'auto' if args.device == 'cpu' else 'float16'
+    training_args = training_options(
+        '--dataset', 'digits', '--model', args.model, '--batch-size', str(args.batch_size), '--lr', str(args.lr),
+        '--workers', str(args.workers), '--device', args.device, '--amp', '--amp-dtype', dtype,
+        '--warmup-epochs', str(WARMUP_EPOCHS), '--cooldown-epochs', '0').replacing(img_size=args.img_size)
+    logging.disable(logging.INFO)
+    step, state, schedule, loader, precision = create_step(args, training_args)
+    lines = []
+    record = {**new_record('float16', args, state.world.device), 'precision': str(precision), 'finished': False,
+              'lines': lines}
+    started = time.perf_counter()
+    batches = epochs_of(loader, state, schedule)
+    bar = progress_bar(total=args.steps, desc=f'{args.model}, {precision}')
+    try:
+        # One step at least, so that there is a line.
+        while not state.global_step or (
+                state.global_step < args.steps and time.perf_counter() - started < args.seconds):
+            step(batches)
+            bar.update()
+            if state.global_step == 1 or state.global_step % args.log_interval == 0:
+                lines.append(log_line(step, state))
+                write_record(folder, args.name, record, as_text(record))
+        if lines[-1]['step'] != state.global_step:
+            lines.append(log_line(step, state))
+        record['finished'] = True
+    except NotFiniteError:
+        lines.append({'step': state.global_step, 'skipped': state.skipped_steps, 'loss': None, 'gradient_norm': None})
+        raise
+    finally:
+        bar.close()
+        loader.close()
+        paths = write_record(folder, args.name, record, as_text(record))
+    print(as_text(record), *paths, sep='\n')
+
+
+if __name__ == '__main__':
+    run_script(main)
