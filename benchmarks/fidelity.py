@@ -265,7 +265,7 @@ def main() -> None:
     check_precisions(args.precision, world.device)
     precisions = {name: precision_of(name, world.device) for name in args.precision}
     images = {kind: batch.to(world.device) for kind, batch in make_images(args).items()}
-    rows = []
+    rows: list[dict] = []
     record = {**new_record('fidelity', args, world.device, args.data), 'rows': rows}
     cases = list(itertools.product(args.models, args.weights))
     with progress_bar(total=len(cases) * len(images), unit='batch') as bar:

@@ -112,7 +112,7 @@ def main() -> None:
         '--warmup-epochs', str(WARMUP_EPOCHS), '--cooldown-epochs', '0').replacing(img_size=args.img_size)
     logging.disable(logging.INFO)
     step, state, schedule, loader, precision = create_step(args, training_args)
-    lines = []
+    lines: list[dict] = []
     record = {**new_record('float16', args, state.world.device), 'precision': str(precision), 'finished': False,
               'lines': lines}
     started = time.perf_counter()

@@ -324,7 +324,7 @@ def _computes(event_name: str) -> bool:
 
 
 def measure(contenders: list[Contender], start_contender, args, training_args, precision_name: str, world: World,
-            title: str, save: Callable[[], None] = lambda: None) -> None:
+            title: str, save: Callable[[], object] = lambda: None) -> None:
     """Fills the rows of one table; calls `save` as they come, for whoever measures may be killed."""
     order = random.Random(args.seed)
     bar = progress_bar(total=len(contenders) * (args.repeats + 1), desc=title)

@@ -5,14 +5,14 @@ Raises UserError when it is imported beside an older timm, before a name that is
 import re
 
 import timm
+from torch import nn
 
 from utils.errors import UserError
 
 try:
-    from timm.models._input import update_model_input_size  # no public name leads to it
+    from timm.models import _input  # no public name leads to it
 except ImportError:
-    def update_model_input_size(model, img_size) -> None:
-        """Do nothing: timm saves no image size with the weights before 1.0.31."""
+    _input = None  # type: ignore[assignment]  # what an import that failed leaves
 
 LOWEST = '1.0.22'  # layers take a device and a dtype from 1.0.21 on, which initialises timm's LayerScale wrongly
 SAVES_ARGUMENTS = hasattr(timm.models, 'get_model_args')  # of a model with its weights: from 1.0.31 on
@@ -25,3 +25,9 @@ def version_numbers(version: str) -> list[int]:
 
 if version_numbers(timm.__version__) < version_numbers(LOWEST):
     raise UserError(f"timm {timm.__version__} is too old for these models; pip install 'timm>={LOWEST}'")
+
+
+def update_model_input_size(model: nn.Module, img_size: int | tuple[int, int]) -> None:
+    """Note the image size in what timm saves with the weights; before 1.0.31 it saves none."""
+    if _input is not None:
+        _input.update_model_input_size(model, img_size)
