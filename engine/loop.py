@@ -1,10 +1,12 @@
 """The epoch loop, of train.py and transfer.py alike: train, evaluate, log, save, until the last epoch is done."""
 import contextlib
+import inspect
 import logging
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.utils import distribute_bn
@@ -24,6 +26,7 @@ from utils.runtime import Precision
 
 _logger = logging.getLogger(__name__)
 
+SETTINGS_OF_DDP = inspect.signature(DistributedDataParallel).parameters
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes, of DistributedDataParallel unless told otherwise
 
 
@@ -33,8 +36,10 @@ def wrap_model(model: nn.Module, world: World) -> nn.Module:
         return model
     device_ids = [world.device] if world.device.type == 'cuda' else None
     _, size = bucket_sizes(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
+    # The gradients of a bucket are copied into it in two launches; older versions of torch take one for each.
+    batched: dict[str, Any] = {'batched_grad_copy': True} if 'batched_grad_copy' in SETTINGS_OF_DDP else {}
     wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True,
-                                      bucket_cap_mb=None if size == BUCKET else size / 2**20)
+                                      bucket_cap_mb=None if size == BUCKET else size / 2**20, **batched)
     # Constants need no broadcast in each step, and _share_buffers shares what batch norms have seen in an epoch.
     wrapped.broadcast_buffers = False
     _settle_buckets(wrapped)
