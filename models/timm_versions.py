@@ -10,9 +10,9 @@ from torch import nn
 from utils.errors import UserError
 
 try:
-    from timm.models import _input  # no public name leads to it
+    from timm.models._input import update_model_input_size as _note_size  # no public name leads to it
 except ImportError:
-    _input = None  # type: ignore[assignment]  # what an import that failed leaves
+    _note_size = None  # type: ignore[assignment]  # what an import that failed leaves
 
 LOWEST = '1.0.22'  # layers take a device and a dtype from 1.0.21 on, which initialises timm's LayerScale wrongly
 SAVES_ARGUMENTS = hasattr(timm.models, 'get_model_args')  # of a model with its weights: from 1.0.31 on
@@ -29,5 +29,5 @@ if version_numbers(timm.__version__) < version_numbers(LOWEST):
 
 def update_model_input_size(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     """Note the image size in what timm saves with the weights; before 1.0.31 it saves none."""
-    if _input is not None:
-        _input.update_model_input_size(model, img_size)
+    if _note_size is not None:
+        _note_size(model, img_size)

@@ -400,6 +400,7 @@ RUN_BY = {
     'data/pipeline.py::_create_train_loader': [loaders_pin_what_goes_to_a_gpu],
     'data/pipeline.py::create_eval_loader': [loaders_pin_what_goes_to_a_gpu],
     'engine/checks.py::check_run_options': [sync_bn_is_for_gpus],
+    'engine/ema.py::ModelEma._fetch': ['tests/test_step.py::test_an_average_elsewhere_is_one_copy_and_one_wait'],
     'engine/loop.py::Trainer._log_line': [a_log_line_says_how_full_the_gpu_was],
     'engine/loop.py::wrap_model': [ddp_is_told_its_gpu],
     'models/layers.py::attention': [attention_on_a_gpu_is_one_kernel],
