@@ -14,7 +14,7 @@ import models  # noqa: F401, registers the architectures
 from engine.compile import compile_model
 from engine.evaluate import evaluate
 from models.layers import DropPath
-from tests.conftest import assert_same, run_script, succeeded
+from tests.conftest import assert_same, launch, run_script, succeeded
 from utils.errors import UserError
 from utils.files import read_checkpoint
 from utils.runtime import Precision
@@ -121,16 +121,18 @@ def test_what_cannot_be_compiled_is_said_in_one_line(graphs, tmp_path, image_fol
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
 @pytest.mark.parametrize('how', ['blocks', 'model'])
-def test_a_compiled_run_resumes_exactly(how, tmp_path):
+def test_a_compiled_run_resumes_exactly(how, processes, tmp_path):
+    """At the default rate of dropped paths."""
     run = ('--dataset', 'digits', '--only-classes', '0-2', '--model', 't2t_vit_7', '--img-size', '32', '-j', '0',
            '--model-kwargs', 'embed_dim=32', 'depth=3', 'num_heads=2', '-b', '16', '--epochs', '2', '--cooldown-epochs',
            '0', '--checkpoint-steps', '5', '--checkpoint-hist', '9', '--no-tensorboard', '--device', 'cpu',
            '--model-ema-decay', '0.9', '--output', 'runs', '--compile', how)
-    succeeded(run_script('train.py', *run, '--experiment', 'whole', cwd=tmp_path))
+    succeeded(launch(processes, *run, '--experiment', 'whole', cwd=tmp_path))
     whole = tmp_path / 'runs/train/whole'
     middle = sorted(path for path in whole.glob('checkpoint*.pth.tar'))[0]
-    succeeded(run_script('train.py', *run, '--experiment', 'again', '--resume', middle, cwd=tmp_path))
+    succeeded(launch(processes, *run, '--experiment', 'again', '--resume', middle, cwd=tmp_path))
     ends = (read_checkpoint(folder / 'last.pth.tar') for folder in (whole, tmp_path / 'runs/train/again'))
     assert_same(*({k: v for k, v in end.items() if k != 'args'} for end in ends))
 
