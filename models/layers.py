@@ -90,23 +90,32 @@ class Attention(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: in training, a residual branch is dropped for some images, and scaled up for the others.
 
-    timm's, but for how it draws: torch.compile makes one graph of this for blocks of different rates.
+    timm's, but for how it draws: torch.compile makes one graph of this for blocks of different rates, since their
+    rates are tensors. Of a number, torch 2.11 makes a graph for each value.
 
     Args:
         drop_prob: probability of dropping, below 1.
+        device: where its one buffer, which is not saved, is made.
     """
 
-    def __init__(self, drop_prob: float):
+    keep: torch.Tensor
+
+    def __init__(self, drop_prob: float, device: torch.device | str | None = None):
         super().__init__()
         self.drop_prob = drop_prob
+        self.register_buffer('keep', torch.empty((), device=device), persistent=False)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Write what no state dict has; timm calls this where layers were made without memory."""
+        self.keep.fill_(1. - self.drop_prob)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [B, N, C] to [B, N, C]."""
         if not self.training:
             return x
-        keep = 1. - self.drop_prob
-        kept = torch.rand([x.shape[0], 1, 1], device=x.device) < keep  # [B, 1, 1]
-        return x * (kept / keep).to(x.dtype)
+        kept = torch.rand([x.shape[0], 1, 1], device=x.device) < self.keep  # [B, 1, 1]
+        return x * (kept / self.keep).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob:.3f}'
@@ -145,7 +154,7 @@ class Block(nn.Module):
         self.norm1 = norm_layer(dim, **dd)
         # Other modules take these places in subclasses; TorchScript lets no class say so.
         self.attn: nn.Module = Attention(dim, num_heads, attn_drop=attn_drop, proj_drop=drop, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.drop_path = DropPath(drop_path, device=device) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
         self.mlp: nn.Module = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, **dd)
 
