@@ -36,7 +36,6 @@ def main():
     options.check_images(args)
     options.check_trained_model(args)
 
-
     from data import Numbered
     from data.pipeline import create_eval_loader, name_classes, open_images, resolve_input
     from engine.predict import predict

@@ -32,7 +32,6 @@ def main():
     args = options.parse_options(parser)
     options.check_trained_model(args)
 
-
     from data.pipeline import create_eval_loader, open_evaluation_data, resolve_input
     from engine.compile import compile_model
     from engine.evaluate import evaluate

@@ -59,7 +59,6 @@ def main():
         raise UserError('--figures mistakes needs images whose classes are known: give a data set (--data DIR, '
                         '--dataset digits)')
 
-
     from data import spread
     from data.pipeline import name_classes, open_images, resolve_input
     from models import open_trained_model

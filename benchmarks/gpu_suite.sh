@@ -13,8 +13,9 @@
 #
 # The parts are in order of importance, each with its own limit; one that fails or is slow costs only itself, and none
 # begins when LIMIT is over. Speed and memory of t2t_vit_14 beside the published formulation come first, without a
-# compiler. The same NAME again runs what has not ended well yet; another NAME measures everything anew. The exit code is
-# 0 if and only if all that were asked for have ended well, and 2 of a mistake.
+# compiler. Run again with the same NAME, and of the same commit, for the parts that have not ended well; with another
+# NAME everything is measured anew. The exit code is 0 if and only if all that were asked for have ended well, and 2 of a
+# mistake.
 #
 # OUT      folder of the files (benchmarks/results; of a dry run output/gpu_suite)
 # NAME     of the files, without a folder (DATE-DEVICE, as 2026-12-24-h200)
@@ -34,6 +35,12 @@ OUT=$(realpath -m "${OUT:-$here/$out}")
 cd "$here" || exit 1
 python=${PYTHON:-python3}
 limit=${LIMIT:-$((dry ? 2000 : 510))}
+case $limit in '' | *[!0-9]*)
+    echo "LIMIT=$limit: give seconds, a whole number" >&2
+    exit 2 ;;
+esac
+command -v "$python" > /dev/null || { echo "PYTHON=$python: no such command; name an interpreter" >&2; exit 2; }
+set -f  # a * in PARTS is no pattern
 all='t14 t14_train t14_inference peer t_14 float16 tests fidelity scale sizes batch_64 pixels_384 peers compiled_errors'
 parts=${PARTS:-$all}
 for part in $parts; do
@@ -42,6 +49,7 @@ for part in $parts; do
         exit 2 ;;
     esac
 done
+set +f
 [ -n "$name" ] || name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null | head -n 1 |
     grep -oE '[A-Z]+[0-9]+' | head -n 1)
 name=${NAME:-$(date +%F)-$(echo "${name:-gpu}" | tr '[:upper:]' '[:lower:]')}
@@ -59,6 +67,7 @@ log=$OUT/$name.log
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 targets=(-m benchmarks.targets --records "$work" --output "$OUT" --name "$name")
 touch "$work/parts.tsv" "$log"
+[ -z "$dry" ] || [ -n "${NAME:-}" ] || rm -f "$OUT/$name".*  # what was tried before proves nothing of the code now
 if [ -e "$OUT/$name.json" ]; then
     "$python" "${targets[@]}" --unpack || { code=$?; rm -rf "$work"; exit $code; }
 fi

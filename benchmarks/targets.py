@@ -27,6 +27,7 @@ from benchmarks.records import ROOT, check_record_options, markdown_table, read_
 from utils import options
 from utils.errors import UserError, run_script
 from utils.log import make_folder
+from utils.runtime import find_commit
 from utils.writing import write_whole
 
 PEER = 'vit_little_patch16_reg4_gap_256'
@@ -276,6 +277,10 @@ def unpack(packed: Path, folder: Path) -> None:
     content = read_record(packed)
     if not isinstance(content, dict) or not content.keys() >= {'records', 'texts', 'parts'}:
         raise UserError(f'--name: {packed} is not of gpu_suite.sh; give another name')
+    now = find_commit()
+    for commit in (record['machine']['commit'] for record in content['records'].values() if 'machine' in record):
+        if commit != now:
+            raise UserError(f'--name: {packed} has figures of commit {commit}, and this is {now}; give another name')
     done = ended_well(content['parts'])
     # What is in before/ comes first, so that what the same part has measured since then replaces it.
     names = sorted(content['records'], key=lambda name: not name.startswith(BEFORE))

@@ -25,10 +25,11 @@ def compile_model(model: nn.Module, how: str) -> None:
     if not how:
         return
     check_compiler()
-    # A block by itself is smaller than a bucket, and cannot be cut where its rate of dropped paths is an input.
+    # torch.compile cuts a graph at the borders of DDP's buckets. That fails on a block that takes a number as an input,
+    # and gains nothing: a block is smaller than a bucket.
     torch._dynamo.config.optimize_ddp = how != 'blocks'
     if how == 'blocks':
-        for block in _blocks(model):
+        for block in list_blocks(model):
             block.compile()
     else:
         # One graph for one size of images: models of several sizes in one process each have their own.
@@ -44,8 +45,12 @@ def check_compiler() -> None:
         raise UserError('--compile needs a C++ compiler, such as g++; install one, or leave --compile out') from None
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model, and what comes before them where that is a tokens-to-token module."""
+def list_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model, and what comes before them where that is a tokens-to-token module.
+
+    Raises:
+        UserError: it has none.
+    """
     repeated = [child for name in REPEATED for child in getattr(model, name, ())]
     if not repeated:
         raise UserError(f'--compile blocks: {type(model).__name__} has no blocks; say --compile model')

@@ -38,9 +38,10 @@ def wrap_model(model: nn.Module, world: World) -> nn.Module:
     _, size = bucket_sizes(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
     # The gradients of a bucket are copied into it in two launches; older versions of torch take one for each.
     batched: dict[str, Any] = {'batched_grad_copy': True} if 'batched_grad_copy' in SETTINGS_OF_DDP else {}
-    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True,
+    # Nothing is broadcast now: weights are equal since create_state, and ranks may resume with statistics of their own.
+    # Nor are buffers in each step: constants need none, and _share_buffers shares statistics at the end of an epoch.
+    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False,
                                       bucket_cap_mb=None if size == BUCKET else size / 2**20, **batched)
-    # Constants need no broadcast in each step, and _share_buffers shares what batch norms have seen in an epoch.
     wrapped.broadcast_buffers = False
     _settle_buckets(wrapped)
     return wrapped
@@ -49,8 +50,8 @@ def wrap_model(model: nn.Module, world: World) -> nn.Module:
 def bucket_sizes(gradients: float) -> tuple[float, float]:
     """Bytes of DDP's first bucket and of its others, for so many bytes of gradients: DDP's own sizes for most models.
 
-    Nothing hides the sum of the last bucket, which would be nearly all of a small model: that one has eight. None is
-    smaller than DDP's own first one, as torch.compile wants it.
+    The last bucket is summed after the backward pass. A small model would fit into it almost whole, so its gradients
+    are split into up to eight. None is smaller than DDP's own first bucket, since torch.compile refuses that.
     """
     if gradients >= 3 * BUCKET:
         return FIRST_BUCKET, BUCKET
@@ -62,12 +63,13 @@ def _settle_buckets(wrapped: DistributedDataParallel) -> None:
     """Gives DDP the buckets of all steps before the first one, in the order in which a backward pass fills them.
 
     DDP starts with one bucket, and makes more after its first step, in the order in which that step's gradients came.
-    From three ranks on a sum depends on its place in a bucket: a resumed run would differ in its first step. Hence DDP
-    sees a backward pass of zeros before that step, from the last parameter to the first.
+    With three or more ranks, rounding depends on where a gradient lies in its bucket. If buckets changed after the
+    first step, a resumed run would differ. So DDP sees a backward pass of zeros first, from the last parameter to the
+    first.
     """
     wrapped.reducer.prepare_for_backward([])
     for parameter in reversed([parameter for parameter in wrapped.module.parameters() if parameter.requires_grad]):
-        (parameter * 0).sum().backward()
+        parameter.backward(torch.zeros_like(parameter))  # in the parameter's own layout
     wrapped.zero_grad(set_to_none=True)
 
 

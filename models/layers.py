@@ -135,7 +135,6 @@ class Block(nn.Module):
         act_layer: activation of the MLP.
     """
 
-
     def __init__(
             self,
             dim: int,

@@ -7,6 +7,7 @@
 import ast
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 DEVICES = ('cuda', 'cpu')
 ARGUMENTS = ('pin_memory', 'non_blocking')
-METHODS = ('is_pinned', 'pin_memory', 'record_stream')
+METHODS = ('is_pinned', 'pin_memory', 'record_stream', 'cuda')
 Span = tuple[int, int, int, int]  # first line, last line, first column, last column
 
 
@@ -75,12 +76,12 @@ def _is_mark(node: ast.AST) -> bool:
         case ast.Compare():
             values = [value.value for value in ast.walk(node) if isinstance(value, ast.Constant)]
             of_type = any(isinstance(value, ast.Attribute) and value.attr == 'type' for value in ast.walk(node))
-            return 'cuda' in values or ('cpu' in values and of_type)
+            return any(map(_names_gpu, values)) or ('cpu' in values and of_type)
         case ast.Constant():
-            return node.value in ('cuda', 'nccl')
+            return node.value == 'nccl' or _names_gpu(node.value)
         case ast.Attribute():
-            return ast.unparse(node.value) == 'torch.cuda' or ast.unparse(node) == 'torch.version.cuda' or (
-                node.attr == 'CUDA')
+            return ast.unparse(node.value) in ('torch.cuda', 'torch.accelerator') or (
+                ast.unparse(node) == 'torch.version.cuda') or node.attr in ('CUDA', 'is_cuda')
         case ast.ImportFrom():
             return str(node.module).startswith('torch.cuda')
         case ast.keyword():
@@ -88,6 +89,11 @@ def _is_mark(node: ast.AST) -> bool:
         case ast.Call():
             return isinstance(node.func, ast.Attribute) and node.func.attr in METHODS
     return False
+
+
+def _names_gpu(value) -> bool:
+    """'cuda' or 'cuda:0'."""
+    return isinstance(value, str) and re.fullmatch(r'cuda(:\d*)?', value) is not None
 
 
 def _without_inner(marks: list[ast.AST]) -> list[ast.AST]:

@@ -491,6 +491,14 @@ def unconcerned(name):
 """
 
 
+@pytest.mark.parametrize('line', [
+    "x.to('cuda:1')", 'x.cuda()', 'x.is_cuda', "str(device).startswith('cuda')", 'torch.accelerator.synchronize()',
+    'torch.cuda.synchronize()', "device.type != 'cpu'", 'x.pin_memory()'])
+def test_every_spelling_is_found(line, tmp_path):
+    (tmp_path / 'code.py').write_text(f'import torch\n\ndef f(x, device):\n    return {line}\n')
+    assert list(find_places(tmp_path)) == ['code.py::f']
+
+
 def test_places_and_what_has_not_run_are_found(tmp_path):
     file = tmp_path / 'engine/copying.py'
     file.parent.mkdir()

@@ -16,6 +16,7 @@ from PIL import Image
 
 from data.base import ImageDataset
 from data.pipeline import open_training_data
+from engine.optimizer import param_groups
 from tests.conftest import ROOT, run_script, succeeded, write_images
 from tools import doctor, doctor_data, doctor_page, doctor_run, doctor_speed
 from tools.doctor_page import FAIL, LOOK, OK, STOP, Finding
@@ -505,6 +506,24 @@ def test_crash_of_a_check_is_a_mark_of_its_own():
     assert summary['Mend first'].startswith('Time: This is a bug')
     summary = doctor_page.summary([crash, stop], '')
     assert summary['Will it run?'] == 'No: disk; 1 check crashed.' and summary['Mend first'] == 'Disk: Make room.'
+
+
+def test_crash_of_what_the_run_would_do_is_a_stop():
+    def checking(case):
+        yield from param_groups(case, 0.1)
+
+    crash, = doctor_page.examine('Step', checking, None)
+    assert crash.mark == STOP and 'train.py would end there too' in crash.remedy
+    assert 'crashes at engine/optimizer.py:' in crash.figure and 'AttributeError' in crash.figure
+    assert crash.numbers['traceback'].startswith('Traceback')
+
+
+def test_blocks_that_a_model_lacks_cannot_be_compiled(image_folder):
+    case = case_of(image_folder)
+    doctor_data.open_splits(case)
+    case.args = case.args.replacing(model='resnet18', model_kwargs=None, compile='blocks')
+    stop, = doctor_page.examine('Images per second', doctor_speed.look_at_rates, case)
+    assert (stop.mark, stop.remedy) == (STOP, 'Say --compile model.') and 'ResNet has no blocks' in stop.figure
 
 
 def test_crash_in_one_part_of_the_recipe_keeps_the_others(gpu):

@@ -60,6 +60,8 @@ def last_of(content: dict) -> dict[str, str]:
 
 @pytest.mark.parametrize('options, settings, message', [
     ((), {'PARTS': 't14 t14_trian'}, 'PARTS: there is no part t14_trian; there are: t14 '),
+    ((), {'LIMIT': 'abc'}, 'LIMIT=abc: give seconds'), ((), {'PYTHON': '/nowhere'}, 'PYTHON=/nowhere: no such command'),
+    ((), {'PARTS': '*'}, 'PARTS: there is no part *; there are: t14 '),
     ((), {'NAME': '..'}, 'NAME=..: give a name without a folder'), ((), {'NAME': 'a/b'}, 'NAME=a/b: give a name'),
     (('--dryrun',), {}, '--dryrun: the only option is --dry-run')])
 def test_a_mistake_is_one_line(tmp_path, options, settings, message):

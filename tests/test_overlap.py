@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import traceback
+import warnings
 from datetime import timedelta
 from unittest import mock
 
@@ -168,6 +169,26 @@ def test_gradients_are_the_average_of_all_ranks(group, request):
         for first, second, expected in zip(*steps, model.parameters(), strict=True):
             assert torch.equal(first, second), 'a sum must not depend on whether a step is the first after a resume'
             torch.testing.assert_close(first, expected.grad)
+
+
+def buffers_and_warnings(world: World) -> tuple[list[torch.Tensor], int]:
+    """Of a model whose statistics are this rank's own, in another layout than that of a new gradient."""
+    model = make('resnet18', num_classes=5).to(memory_format=torch.channels_last)
+    for buffer in model.buffers():
+        buffer.fill_(world.rank + 1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        wrapped = wrap_model(model, world)
+        wrapped(images_of(world.rank)).square().sum().backward()
+    counts = [buffer for name, buffer in model.named_buffers() if name.endswith('num_batches_tracked')]
+    return counts, len(said)
+
+
+def test_statistics_stay_those_of_their_rank_and_nothing_is_warned_of(two):
+    """A rank resumes with running statistics of its own."""
+    for rank, (counts, said) in enumerate(two(buffers_and_warnings)):
+        assert counts == [rank + 2] * len(counts) and counts, 'what it had, and one batch more'
+        assert not said
 
 
 class Collectives(TorchDispatchMode):

@@ -5,6 +5,7 @@
 Every model has its published depth and width; images are small, so that all of this takes about a minute.
 """
 import ast
+import importlib
 import copy
 import re
 import subprocess
@@ -21,6 +22,8 @@ from torch import nn
 from models import T2TViT, timm_versions
 from tests.conftest import ROOT, run_command, succeeded
 from tests.test_architecture import ROOMS
+from utils import versions
+from utils.errors import UserError
 
 MODELS = [*timm.list_models(module='t2t_vit'), *timm.list_models(module='ablations')]
 # Others with other numbers, and as long to test as all of these; make test-slow.
@@ -321,15 +324,25 @@ except UserError as error:
     assert error == f"timm {timm.__version__} does not save a model's arguments; pip install 'timm>=1.0.31'"
 
 
-def test_a_timm_that_is_too_old_is_named(tmp_path):
-    result = in_a_fresh_process('''
-timm.__version__ = '1.0.9'
-from utils.errors import run_script
-def main():
-    import models
-run_script(main)
-''', tmp_path)
-    assert result.returncode == 2 and 'Traceback' not in result.stderr
-    assert result.stderr.endswith("timm 1.0.9 is too old for these models; pip install 'timm>=1.0.22'\n")
-    numbers = [timm_versions.version_numbers(text) for text in ('0.9.16', '1.0.9', '1.0.22', '1.0.100', '1.1.0.dev0')]
+@pytest.mark.parametrize('script', ['train', 'validate', 'transfer', 'predict', 'visualize', 'export', 'tools/doctor'])
+def test_a_timm_that_is_too_old_is_named(script, tmp_path):
+    """Before anything of it is imported: a timm of 2019 has hardly a name of today's."""
+    (tmp_path / 'timm').mkdir()
+    (tmp_path / 'timm/__init__.py').write_text('raise ImportError("a name is missing")')
+    (tmp_path / 'timm-0.6.13.dist-info').mkdir()
+    (tmp_path / 'timm-0.6.13.dist-info/METADATA').write_text('Metadata-Version: 2.1\nName: timm\nVersion: 0.6.13\n')
+    command = [sys.executable, ROOT / f'{script}.py', '--img-size', '64']
+    result = run_command(command, tmp_path, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 2 and result.stderr.count('\n') == 1
+    assert result.stderr.endswith("timm 0.6.13 is too old for these models; pip install 'timm>=1.0.22'\n")
+
+
+def test_programs_of_others_are_told_as_well(monkeypatch):
+    monkeypatch.setattr(versions, 'version', lambda name: '1.0.20')
+    with pytest.raises(UserError, match="timm 1.0.20 is too old for these models; pip install 'timm>=1.0.22'"):
+        importlib.reload(timm_versions)
+
+
+def test_versions_compare_as_numbers():
+    numbers = [versions.numbers(text) for text in ('0.9.16', '1.0.9', '1.0.22', '1.0.100', '1.1.0.dev0')]
     assert numbers == sorted(numbers) and numbers[-1] == [1, 1, 0]

@@ -147,7 +147,7 @@ def main():
         write_results(stem, {'options': args.as_dict(), 'environment': describe_environment(world.device),
                              'findings': details, 'summary': summary}, rows, '--results-file')
     for finding in everything:
-        if finding.mark == doctor_page.FAIL:
+        if 'traceback' in finding.numbers:
             print(f'\n{finding.title}: {finding.numbers["traceback"]}', end='', file=sys.stderr)
     if any(finding.mark in (doctor_page.STOP, doctor_page.FAIL) for finding in everything):
         raise SystemExit(1)

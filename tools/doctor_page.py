@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+ROOMS_OF_A_RUN = ('data', 'engine', 'models', 'utils')
 OK, LOOK, STOP, FAIL = 'ok', 'look', 'stop', 'fail'
 WIDTH = 100
 INDENT = 27  # where figures begin
@@ -50,16 +51,22 @@ def examine(title: str, check, case) -> list[Finding]:
 
 
 def _crash(title: str, error: Exception) -> Finding:
-    """Names the exception and the last line of ours that it came through; its traceback is among the numbers."""
+    """Names the exception and the last line of ours that it came through; its traceback is among the numbers.
+
+    A line of what a run is made of is one that train.py would come through as well; any other is a bug of the doctor.
+    """
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)
               if Path(frame.filename).is_relative_to(ROOT) and 'site-packages' not in frame.filename]
     where = f'{Path(frames[-1].filename).relative_to(ROOT)}:{frames[-1].lineno}'
     reason = next(iter(str(error).splitlines()), '')
-    figure = f'The check itself crashed at {where} ({type(error).__name__}{": " * bool(reason)}{reason})'
+    what = f'at {where} ({type(error).__name__}{": " * bool(reason)}{reason})'
+    numbers = {'where': where, 'traceback': ''.join(traceback.format_exception(error))}
+    if where.partition('/')[0] in ROOMS_OF_A_RUN:
+        return Finding(STOP, title, f'What the run would do crashes {what}',
+                       'train.py would end there too: see to the traceback that is on standard error.', numbers=numbers)
     remedy = ('This is a bug of the doctor, and says nothing of your run: report it with the traceback that is on '
               'standard error.')
-    numbers = {'where': where, 'traceback': ''.join(traceback.format_exception(error))}
-    return Finding(FAIL, title, figure, remedy, numbers=numbers)
+    return Finding(FAIL, title, f'The check itself crashed {what}', remedy, numbers=numbers)
 
 
 def sentence(text: str) -> str:

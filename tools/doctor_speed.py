@@ -13,6 +13,7 @@ import torch
 
 from data import spread
 from data.pipeline import create_training_input
+from engine.compile import list_blocks
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.run import create_state
@@ -50,6 +51,8 @@ def _prepare(case: 'Case') -> None:
     model = create_model_from_options(args, num_classes=options.resolve_num_classes(args, case.train.classes))
     case.input = create_training_input(args, case.train, case.val or spread(case.train, 1), model.pretrained_cfg,
                                        model.num_classes, case.world)
+    if args.compile == 'blocks':
+        list_blocks(model)  # which says so where it has none
     optimizer = create_optimizer(param_groups(model, args.weight_decay), args)
     create_schedule(optimizer, args, steps_per_epoch=1)[0].step(0)  # at full rate first steps may be too large
     case.state = create_state(args, model, optimizer, case.precision, case.train.classes, case.world)

@@ -283,8 +283,7 @@ class Agent(LocalElasticAgent):
         return result
 
     def _follows_from_others(self) -> bool:
-        """Whether NCCL may have aborted a process of this node for what has happened on another one, of which that
-        node's launcher tells at about the same time."""
+        """Whether NCCL aborted this node's process because of a failure on another one, whose launcher tells it now."""
         nodes, end = self._nodes, time.monotonic() + HEARSAY_SECONDS
         if len(nodes.members) < 2:
             return False
@@ -309,7 +308,7 @@ class Agent(LocalElasticAgent):
         """After what other nodes have brought about: the end where they end, else another meeting with them."""
         nodes = self._nodes
         is_final = not (is_to_join or self._worker_group.spec.max_restarts)
-        # Whoever knows of a hang speaks before those that know of what it has led to.
+        # The launcher that saw the hang reports first; those that saw only what it led to wait twice as long.
         end = time.monotonic() + HEARSAY_SECONDS * (1 if EXIT_HANG in self._codes() else 2)
         while is_final and not nodes.ended and time.monotonic() < end:
             time.sleep(0.1)

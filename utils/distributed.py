@@ -164,8 +164,8 @@ class _Progress:
     def watch(self, mark: Callable[[], Callable[[], bool]]) -> None:
         """Watches a device on which collectives run, and which the main thread may wait for without end.
 
-        The device of a rank that did not come to a collective is idle, wherever its host hangs. So that rank does not
-        say that it waits, and the others name it. gloo needs no watch: its calls raise after their timeout.
+        A rank that never started the collective has an idle device. It does not report waiting, so the others know
+        that it is the missing one. gloo needs no watch: its calls raise after their timeout.
 
         Args:
             mark: as of DeviceWatch.

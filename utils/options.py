@@ -19,6 +19,7 @@ from typing import Any
 
 from utils.errors import UserError, did_you_mean
 from utils.recipes import RecipeParser, read_recipe
+from utils.versions import check_timm
 
 
 class Options(argparse.Namespace):
@@ -232,10 +233,15 @@ def create_parser(description: str, groups, defaults: dict | None = None, gone: 
 
 
 def parse_options(parser: Parser, argv=None) -> Options:
-    """Parses the command line over the recipe it names; read-only from then on."""
+    """Parses the command line over the recipe it names; read-only from then on.
+
+    Raises:
+        UserError: a mistake in either, or a timm that is too old for what scripts import next.
+    """
     take_recipe(parser, argv)
     args = parser.parse_intermixed_args(argv, Options())  # images may stand behind options
     vars(args).pop('local_rank', None)
+    check_timm()
     return args.freeze()
 
 

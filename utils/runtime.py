@@ -95,23 +95,27 @@ def move_model(model: nn.Module, device: torch.device, *, channels_last: bool) -
         model.to(memory_format=torch.channels_last)
 
 
+def find_commit() -> str | None:
+    """The commit of this code; COMMIT names it where the code has come without .git."""
+    if commit := os.environ.get('COMMIT'):
+        return commit
+    root = Path(__file__).resolve().parents[1]
+    try:
+        git = subprocess.run(['git', '-C', root, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
+    except OSError:  # a machine without git
+        return None
+    return git.stdout.strip() or None
+
+
 def describe_environment(device: torch.device) -> dict:
-    """Machine, versions and commit, for records of results; COMMIT names it where the code has come without .git."""
+    """Machine, versions and commit, for records of results."""
     import timm
     import torchvision
-    root = Path(__file__).resolve().parents[1]
-    commit = os.environ.get('COMMIT')
-    if not commit:
-        try:
-            git = subprocess.run(['git', '-C', root, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
-            commit = git.stdout.strip() or None
-        except OSError:  # a machine without git
-            commit = None
     return {
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{os.cpu_count()} CPU cores',
         'python': platform.python_version(), 'torch': torch.__version__,
         'torchvision': torchvision.__version__, 'timm': timm.__version__,
-        'commit': commit,
+        'commit': find_commit(),
     }
 
 

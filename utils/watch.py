@@ -1,7 +1,7 @@
 """Threads watch a device, since the main thread may hang in a launch or a read for ever.
 
-One thread puts marks into the device's work. It hangs as well where the device takes no more work. So another thread
-asks how long the device has stood before the last mark, and judges (see utils/distributed.py).
+One thread puts marks into the device's queue; when the queue is full, that thread hangs too. So a second thread
+measures how long the last mark has been waiting, and judges (see utils/distributed.py).
 """
 import threading
 import time
