@@ -5,8 +5,8 @@
 Every model has its published depth and width; images are small, so that all of this takes about a minute.
 """
 import ast
-import importlib
 import copy
+import importlib
 import re
 import subprocess
 import sys
