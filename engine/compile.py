@@ -29,7 +29,10 @@ def compile_model(model: nn.Module, how: str) -> None:
     # and gains nothing: a block is smaller than a bucket.
     torch._dynamo.config.optimize_ddp = how != 'blocks'
     if how == 'blocks':
-        for block in list_blocks(model):
+        blocks = list_blocks(model)
+        # timm's blocks have a graph for each rate of dropped paths. Beyond the limit, blocks would stay eager.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))
+        for block in blocks:
             block.compile()
     else:
         # One graph for one size of images: models of several sizes in one process each have their own.

@@ -7,8 +7,8 @@ from torch import nn
 class ModelEma(ModelEmaV3):
     """timm's average of all parameters and buffers of one model, as a step of torch's fused SGD.
 
-    average ← average − (1 − decay) (average − weight) is SGD's step, and of all optimizers' steps the fused ones alone
-    can be told on the device to change nothing, to the byte. Nothing in `update` waits for the device, unless the
+    average ← average − (1 − decay) (average − weight) is SGD's step. Only fused optimizers can skip a step without the
+    host knowing, leaving every byte as it was. Nothing in `update` waits for the device, unless the
     average is kept on another one (`device='cpu'`): then all weights are copied there, and waited for once.
 
     Args:

@@ -70,6 +70,16 @@ def test_blocks_of_all_rates_share_their_graphs(graphs):
     assert len(graphs) <= 4
 
 
+def test_no_block_of_timm_stays_eager(graphs):
+    """Each has a rate of its own, and torch.compile makes a graph of each."""
+    model = make('deit_tiny_patch16_224', depth=11, embed_dim=48)
+    with torch._dynamo.config.patch(recompile_limit=8):  # torch's own
+        compile_model(model, 'blocks')
+        for _ in range(2):
+            model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert len(graphs) >= 11
+
+
 def test_drop_path_drops_whole_images_at_its_rate():
     layer, x = DropPath(0.3), torch.ones(4000, 2, 3)
     out = layer(x)
