@@ -278,8 +278,8 @@ def unpack(packed: Path, folder: Path) -> None:
     if not isinstance(content, dict) or not content.keys() >= {'records', 'texts', 'parts'}:
         raise UserError(f'--name: {packed} is not of gpu_suite.sh; give another name')
     now = find_commit()
-    for commit in (record['machine']['commit'] for record in content['records'].values() if 'machine' in record):
-        if commit != now:
+    for record in content['records'].values():
+        if (commit := record['machine']['commit']) != now:
             raise UserError(f'--name: {packed} has figures of commit {commit}, and this is {now}; give another name')
     done = ended_well(content['parts'])
     # What is in before/ comes first, so that what the same part has measured since then replaces it.

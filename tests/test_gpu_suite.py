@@ -15,6 +15,8 @@ import pytest
 
 from benchmarks import targets
 from tests.conftest import ROOT, SECONDS, end_group, run_command, run_script, succeeded
+from utils.errors import UserError
+from utils.runtime import find_commit
 
 SUITE = ROOT / 'benchmarks/gpu_suite.sh'
 PARTS = ['t14', 't14_train', 't14_inference', 'peer', 't_14', 'float16', 'tests', 'fidelity', 'scale', 'sizes',
@@ -161,9 +163,18 @@ def test_a_record_of_something_else_is_left_alone(tmp_path):
     assert (tmp_path / 'other.json').read_text() == '{"machine": {}}'
 
 
+def test_figures_of_another_commit_are_no_part_of_a_rerun(tmp_path, monkeypatch):
+    monkeypatch.setenv('COMMIT', 'bbbbbbb')
+    content = {'records': {'t14': {'machine': {'commit': 'aaaaaaa'}}}, 'texts': {}, 'parts': [['t14', '1', 'well']]}
+    (tmp_path / 'all.json').write_text(json.dumps(content))
+    with pytest.raises(UserError, match='has figures of commit aaaaaaa, and this is bbbbbbb; give another name'):
+        targets.unpack(tmp_path / 'all.json', tmp_path / 'unpacked')
+
+
 def test_what_is_unfinished_is_kept_apart_until_its_part_has_ended_well(tmp_path):
     def packed(lines, **records):
-        return {'records': {name: {'machine': {'device': device}} for name, device in records.items()}, 'texts': {},
+        machines = {name: {'device': device, 'commit': find_commit()} for name, device in records.items()}
+        return {'records': {name: {'machine': machine} for name, machine in machines.items()}, 'texts': {},
                 'parts': [[part, '1', ended] for part, ended in lines]}
 
     (tmp_path / 'all.json').write_text(json.dumps(packed(
