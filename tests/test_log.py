@@ -354,6 +354,10 @@ def test_a_resumed_run_is_compared_by_the_options_it_has_now(tmp_path):
         log.epoch({'epoch': epoch, 'images_seen': epoch + 1, 'train_loss': 1.0, 'loss': 1.0, 'top1': 50.0, 'top5': 1.0})
         log.finish()
         log.close()
+        # TensorBoard sorts files by the second in their names, then by a counter as a text: 10 before 9.
+        ended = int(time.time())
+        while int(time.time()) == ended:
+            time.sleep(0.02)
     events = EventAccumulator(str(tmp_path / 'epochs')).Reload()
     content = events.SummaryMetadata('_hparams_/session_start_info').plugin_data.content
     start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
