@@ -5,13 +5,13 @@ The way of a batch: `datasets` opens images and targets, `samplers` say which of
 mixes them on the device at the moment they are used.
 """
 
-from .base import ImageDataset, Numbered, spread
-from .batch import BatchPreparer, TrainBatchPreparer
-from .classes import read_class_map
-from .datasets import DATASETS, open_eval, open_train_val
-from .loader import Loader, create_loader, explain_worker_death
-from .samplers import EvalSampler, TrainSampler
-from .transforms import create_eval_transform, create_train_transform
+from data.base import ImageDataset, Numbered, spread
+from data.batch import BatchPreparer, TrainBatchPreparer
+from data.classes import read_class_map
+from data.datasets import DATASETS, open_eval, open_train_val
+from data.loader import Loader, create_loader, explain_worker_death
+from data.samplers import EvalSampler, TrainSampler
+from data.transforms import create_eval_transform, create_train_transform
 
 __all__ = [
     'DATASETS',

@@ -23,7 +23,7 @@ from timm.data import auto_augment as timm_augment
 from torch.nn.functional import grid_sample, pad
 from torchvision import transforms
 
-from .decode import as_array
+from data.decode import as_array
 
 ROUNDING = 1 / 1024
 """Added before fractions are cut off, as PIL cuts them: sums of weights that should be one are less by 1e-7."""

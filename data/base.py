@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 from PIL import Image
 
-from .decode import EncodedImage, decode_rgb
+from data.decode import EncodedImage, decode_rgb
 
 
 class ImageDataset(ABC):

@@ -12,9 +12,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
 
+from data.transforms import per_channel
 from utils.errors import UserError
-
-from .transforms import per_channel
 
 
 class BatchPreparer:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 from timm.data import ImageNetInfo
 
+from data.base import ClassView, ImageDataset
 from utils.errors import UserError
-
-from .base import ClassView, ImageDataset
 
 
 def read_class_map(path: str | os.PathLike) -> list[str]:

@@ -27,15 +27,14 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from data.base import ImageDataset
+from data.classes import match_classes, name_some, select_classes
+from data.folders import ImageFolder, check_folder, has_class_folders
+from data.manifest import MANIFEST, Manifest
+from data.remote import Cache, Gone, scheme_of
+from data.shards import PREFIX, Shards, has_manifest, is_pattern, list_tars, open_shards, reader
 from utils.errors import UserError
 from utils.options import DATASETS
-
-from .base import ImageDataset
-from .classes import match_classes, name_some, select_classes
-from .folders import ImageFolder, check_folder, has_class_folders
-from .manifest import MANIFEST, Manifest
-from .remote import Cache, Gone, scheme_of
-from .shards import PREFIX, Shards, has_manifest, is_pattern, list_tars, open_shards, reader
 
 _logger = logging.getLogger(__name__)
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from timm.utils.misc import natural_key
 
+from data.base import ImageDataset, PathList
+from data.classes import name_some
+from data.decode import EXTENSIONS, read_file
 from utils.errors import UserError
-
-from .base import ImageDataset, PathList
-from .classes import name_some
-from .decode import EXTENSIONS, read_file
 
 _logger = logging.getLogger(__name__)
 

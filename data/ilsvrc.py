@@ -16,13 +16,12 @@ from typing import NamedTuple
 import numpy as np
 from torchvision.datasets.imagenet import ARCHIVE_META
 
+from data.base import ImageDataset, PathList
+from data.classes import name_some
+from data.decode import EXTENSIONS, ImageError
+from data.tar import Member, refusal, scan_tar
 from utils.errors import UserError
 from utils.log import progress_bar
-
-from .base import ImageDataset, PathList
-from .classes import name_some
-from .decode import EXTENSIONS, ImageError
-from .tar import Member, refusal, scan_tar
 
 _logger = logging.getLogger(__name__)
 

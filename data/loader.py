@@ -26,16 +26,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
+from data.base import ImageDataset
+from data.decode import ImageError
+from data.memory import BatchMemory
+from data.samplers import EvalSampler, TrainSampler
+from data.seeding import preserved_generators, seed_generators
+from data.transforms import Transform
 from utils.errors import UserError
 from utils.forking import SureForks
 from utils.runtime import keep_freed_memory
-
-from .base import ImageDataset
-from .decode import ImageError
-from .memory import BatchMemory
-from .samplers import EvalSampler, TrainSampler
-from .seeding import preserved_generators, seed_generators
-from .transforms import Transform
 
 _logger = logging.getLogger(__name__)
 

@@ -22,11 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data.decode import MAX_BYTES
+from data.tar import BLOCK, MAX_NAME, Member, check_name, padded, tar_header
 from utils.errors import UserError
 from utils.writing import sync_folder, write_whole
-
-from .decode import MAX_BYTES
-from .tar import BLOCK, MAX_NAME, Member, check_name, padded, tar_header
 
 FORMAT, VERSION = 't2t-shards', 1
 MANIFEST, INDEX = 'manifest.json', 'index.npz'

@@ -26,19 +26,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data.base import PathList
+from data.classes import name_some
+from data.decode import ImageError, decode_rgb, jpeg_size
+from data.folders import ImageFolder
+from data.ilsvrc import Archive
+from data.manifest import CONTROL, MANIFEST, Index, Manifest, Shard, ShardWriter, member_key, sha256, shard_name
+from data.shards import reader
+from data.tar import BLOCK
 from utils.errors import UserError
 from utils.log import progress_bar
 from utils.parallel import in_processes
 from utils.writing import write_whole
-
-from .base import PathList
-from .classes import name_some
-from .decode import ImageError, decode_rgb, jpeg_size
-from .folders import ImageFolder
-from .ilsvrc import Archive
-from .manifest import CONTROL, MANIFEST, Index, Manifest, Shard, ShardWriter, member_key, sha256, shard_name
-from .shards import reader
-from .tar import BLOCK
 
 _logger = logging.getLogger(__name__)
 

@@ -26,9 +26,8 @@ from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from data.tar import COPY_AGAIN
 from utils.errors import UserError
-
-from .tar import COPY_AGAIN
 
 _logger = logging.getLogger(__name__)
 

@@ -10,9 +10,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from data.seeding import derive_seed
 from utils.errors import UserError
-
-from .seeding import derive_seed
 
 MAX_LANES = 32
 """Streams of shards that are read beside one another, see `TrainSampler`; as many, or twice as many, are in use."""

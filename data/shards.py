@@ -24,15 +24,14 @@ import numpy as np
 from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key
 
+from data.base import ImageDataset
+from data.classes import name_some
+from data.decode import EXTENSIONS, ImageError
+from data.manifest import FORMAT, INDEX, MANIFEST, MEND, Index, Manifest, Shard, key_of
+from data.remote import Ahead, Cache, RemoteFile, describe_remote, read_remote, scheme_of
+from data.tar import BLOCK, Member, parse_header, refusal, scan_tar
 from utils.errors import UserError
 from utils.log import progress_bar
-
-from .base import ImageDataset
-from .classes import name_some
-from .decode import EXTENSIONS, ImageError
-from .manifest import FORMAT, INDEX, MANIFEST, MEND, Index, Manifest, Shard, key_of
-from .remote import Ahead, Cache, RemoteFile, describe_remote, read_remote, scheme_of
-from .tar import BLOCK, Member, parse_header, refusal, scan_tar
 
 _logger = logging.getLogger(__name__)
 

@@ -8,9 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from data.decode import MAX_BYTES
 from utils.errors import UserError
-
-from .decode import MAX_BYTES
 
 BLOCK = 512
 """Bytes that tar counts in: a header is one block, what follows is padded to whole ones."""

@@ -22,10 +22,9 @@ from timm.data.transforms import ResizeKeepRatio, str_to_interp_mode
 from torch.nn.functional import interpolate
 from torchvision import transforms
 
+from data.augment import allow_zero_bits, take_tensors
+from data.decode import EncodedImage
 from utils.errors import UserError
-
-from .augment import allow_zero_bits, take_tensors
-from .decode import EncodedImage
 
 _logger = logging.getLogger(__name__)
 

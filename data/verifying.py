@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import BinaryIO
 
+from data.classes import name_some
+from data.decode import ImageError, decode_rgb
+from data.manifest import MANIFEST, Index, Manifest, Shard, key_of
+from data.remote import Cache, Gone, RemoteFile, scheme_of
+from data.shards import NUMBERED, Files, index_shards, list_tars, reader
+from data.tar import Member, scan_tar
 from utils.errors import UserError
 from utils.parallel import in_processes
-
-from .classes import name_some
-from .decode import ImageError, decode_rgb
-from .manifest import MANIFEST, Index, Manifest, Shard, key_of
-from .remote import Cache, Gone, RemoteFile, scheme_of
-from .shards import NUMBERED, Files, index_shards, list_tars, reader
-from .tar import Member, scan_tar
 
 Fault = tuple[str, str]
 """A file of the split, and what is wrong with it."""

@@ -12,10 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from figures.attention import add_title
 from models.explain import ChannelHealth, LayerFeatures
 from utils.pictures import BLUE, ORANGE, SEQUENTIAL, new_figure
-
-from .attention import add_title
 
 CHANNELS_SHOWN = 49  # of each layer
 SIDE = 3.6  # of the square that they fill, inches

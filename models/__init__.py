@@ -1,9 +1,7 @@
 """Architectures and their weights. Importing this package registers them with timm and does nothing else."""
-from utils.files import read_checkpoint
-
-from . import timm_versions  # noqa: F401, first, for it says so where timm is too old
-from .ablations import T2TViTDense
-from .factory import (
+from models import timm_versions  # noqa: F401, first, for it says so where timm is too old
+from models.ablations import T2TViTDense
+from models.factory import (
     TrainedModel,
     create_from_config,
     create_model,
@@ -13,10 +11,10 @@ from .factory import (
     resolve_name,
     split_head,
 )
-from .formats import recorded_classes
-from .identity import Architecture, identify, our_models
-from .t2t_vit import T2TViT
-from .weights import (
+from models.formats import recorded_classes
+from models.identity import Architecture, identify, our_models
+from models.t2t_vit import T2TViT
+from models.weights import (
     LoadReport,
     count_classes,
     fit_to_model,
@@ -24,6 +22,7 @@ from .weights import (
     load_weights,
     state_dict_of,
 )
+from utils.files import read_checkpoint
 
 __all__ = [
     'Architecture',

@@ -36,9 +36,9 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from .layers import Attention, Block, attend
-from .t2t_vit import T2TViT, build_t2t_vit, init_weights, pretrained_cfg
-from .tokens_to_token import SOFT_SPLITS
+from models.layers import Attention, Block, attend
+from models.t2t_vit import T2TViT, build_t2t_vit, init_weights, pretrained_cfg
+from models.tokens_to_token import SOFT_SPLITS
 
 __all__ = ['ConvolutionTokens', 'DenseBlock', 'GhostBlock', 'SEBlock', 'SEViTBlock', 'T2TViTDense', 'Transition']
 

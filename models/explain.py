@@ -18,9 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from utils.errors import UserError
-
-from .tokens_to_token import (
+from models.tokens_to_token import (
     SOFT_SPLITS,
     SoftSplit,
     TokenPerformer,
@@ -28,6 +26,7 @@ from .tokens_to_token import (
     token_grid,
     without_autocast,
 )
+from utils.errors import UserError
 
 Grid = tuple[int, int]
 

@@ -33,11 +33,10 @@ import torch.nn.functional as F
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
 from torch import nn
 
+from models.timm_versions import SAVES_ARGUMENTS
+from models.tokens_to_token import SoftSplit, SplitLinear
 from utils.errors import UserError
 from utils.files import METADATA, read_checkpoint
-
-from .timm_versions import SAVES_ARGUMENTS
-from .tokens_to_token import SoftSplit, SplitLinear
 
 INPUT, OUTPUT = 'image', 'logits'
 AXES = {0: 'batch', 2: 'height', 3: 'width'}

@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from .tokens_to_token import SOFT_SPLITS, token_grid
+from models.tokens_to_token import SOFT_SPLITS, token_grid
 
 MAX_CLASSIFIER_KEYS = 4  # a head and an auxiliary head, weight and bias
 

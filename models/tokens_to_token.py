@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp, register_notrace_function
 from torch import nn
 
-from .layers import attention
+from models.layers import attention
 
 torch.fx.wrap('attention')  # a leaf in this module too
 

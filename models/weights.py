@@ -17,12 +17,11 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import PretrainedCfg
 from torch import nn
 
+from models.formats import StateDict, extract, recorded_arch, recorded_img_size, shortened
+from models.identity import grid_of, identify, patch_size_of
+from models.tokens_to_token import SOFT_SPLITS
 from utils.errors import UserError
 from utils.files import read_checkpoint
-
-from .formats import StateDict, extract, recorded_arch, recorded_img_size, shortened
-from .identity import grid_of, identify, patch_size_of
-from .tokens_to_token import SOFT_SPLITS
 
 # The layers of ours that see pixels, channel by channel as unfold orders them: what they have of each in which
 # dimension is summed for one channel (True) or averaged (False).
