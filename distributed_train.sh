@@ -23,4 +23,4 @@ shift
 export T2T_COMMAND="$0"  # for the line that says how to go on
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 # -P: a folder named utils where this is called from is not ours.
-exec "${PYTHON:-python}" -P -m utils.launch "$num_proc" "$here/${SCRIPT:-train.py}" "$@"
+exec "${PYTHON:-python}" -P -m launch.launcher "$num_proc" "$here/${SCRIPT:-train.py}" "$@"

@@ -8,7 +8,7 @@
     onnx           one file, batch and image size open where the model can; needs requirements-export.txt
     torch-export   the graph of torch.export, batch and image size open where the model can
     aotinductor    compiled for this machine's kind of CPU, batch open; needs a C++ compiler
-    int8           linear layers in 8 bits, for CPUs; models.export.read_int8 reads it
+    int8           linear layers in 8 bits, for CPUs; models.runtimes.read_int8 reads it
 
 Each form is read back from its file and called with random images, of other sizes too where these are open, and with
 the images that are given. A form that should be exact but differs from PyTorch by more than 1e-4 (of the largest logit,
@@ -19,7 +19,7 @@ was asked for by name is missing. With a data set, its evaluation images tell wh
 import logging
 from pathlib import Path
 
-from utils import options
+from options import groups as options
 from utils.errors import UserError, run_script
 
 GROUPS = (options.image_options, options.model_options, options.trained_model_options, options.input_options)
@@ -56,9 +56,9 @@ def main():
 
     from data.pipeline import create_eval_loader, open_images, resolve_input
     from engine.evaluate import evaluate
+    from engine.log.run_log import make_folder, progress_bar
     from models import open_trained_model
-    from models.export import FORMS, Checks, Source, describe, export
-    from utils.log import make_folder, progress_bar
+    from models.runtimes import FORMS, Checks, Source, describe, export
     from utils.results import write_results
     from utils.runtime import describe_environment, start
 

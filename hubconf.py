@@ -8,8 +8,10 @@ The arguments are those of timm.create_model.
 """
 import timm as _timm
 
-from models import create_from_config  # noqa: F401 (an entry point)
-from models import our_models as _our_models
+from models import (
+    create_from_config,  # noqa: F401 (an entry point)
+    our_models as _our_models,
+)
 
 dependencies = ['torch', 'timm', 'safetensors', 'yaml']
 

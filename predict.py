@@ -10,7 +10,7 @@ named and left out. Of a data set the true class is shown as well.
 import logging
 from collections import Counter
 
-from utils import options
+from options import groups as options
 from utils.errors import UserError, run_script
 
 GROUPS = (options.image_options, options.model_options, options.trained_model_options, options.input_options,

@@ -7,7 +7,7 @@
 A run writes one folder, output/train/DATE-MODEL-SIZE: checkpoints, metrics.jsonl, summary.csv, curves.png, args.yaml
 and TensorBoard events. `--resume auto` continues the newest such run.
 """
-from utils import options
+from options import groups as options
 from utils.errors import run_script
 
 GROUPS = (options.data_options, options.training_data_options, options.model_options, options.input_options,

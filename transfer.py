@@ -8,7 +8,7 @@ The classifier learns at --lr, everything else at --transfer-ratio of it, at eve
 the model trains from random weights, all of it at --lr. CIFAR is fetched into ./data_cifar where no DIR is given. The
 defaults are the published recipe, but that biases and norms do not decay.
 """
-from utils import options
+from options import groups as options
 from utils.errors import UserError, run_script
 
 GROUPS = (options.data_options, options.training_data_options, options.model_options, options.input_options,

@@ -10,7 +10,7 @@ to a JSON and a CSV file.
 import json
 import logging
 
-from utils import options
+from options import groups as options
 from utils.errors import run_script
 
 GROUPS = (options.data_options, options.model_options, options.trained_model_options, options.input_options,

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from utils import options
+from options import groups as options
 from utils.errors import UserError, run_script
 
 OF_IMAGES = ['attention', 'tokens', 'features']
@@ -61,9 +61,9 @@ def main():
 
     from data import spread
     from data.pipeline import name_classes, open_images, resolve_input
+    from engine.log.run_log import make_folder
+    from figures.explain import check_layers
     from models import open_trained_model
-    from models.explain import check_layers
-    from utils.log import make_folder
     from utils.runtime import move_model, start
 
     # --- Runtime ------------------------------------------------------------------------------------------------------
@@ -130,8 +130,8 @@ def draw_images(args, wanted: list[str], models: dict, inputs: tuple, dataset, c
 
     from data import Numbered
     from data.pipeline import create_eval_loader
-    from models.explain import NotSeen
-    from utils.log import progress_bar
+    from engine.log.run_log import progress_bar
+    from figures.explain import NotSeen
     model, numbered, wanted = next(iter(models.values())), Numbered(dataset), list(wanted)
     paths = [dataset.path(number) for number in range(len(dataset))]
     stems = file_names(paths, in_class_folders=bool(args.data))
@@ -201,7 +201,7 @@ def draw(name: str, args, model, image, picture, features: dict, index: int, tit
 
 def see_features(args, models: dict, images: list) -> dict:
     """The layers of each model for a batch; those named by --layers where a model has all of them."""
-    from models.explain import layer_features
+    from figures.explain import layer_features
     names = [[n for n, _ in model.named_modules()] for model in models.values()]
     layers = [args.layers if args.layers and set(args.layers) <= set(known) else None for known in names]
     return {title: layer_features(model, batch, chosen)

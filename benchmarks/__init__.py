@@ -1,4 +1,4 @@
-"""What is fast, and how we know: one script for each question; measure.py and records.py are what they share."""
+"""What is fast, and how we know: one script for each question; shared/ is what they share."""
 import os
 
 # What torch's profiler has to say of itself, and of memory that was there before it; it reads this when it is imported.

@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from benchmarks.measure import training_options
-from benchmarks.published import PUBLISHED, PublishedStep, published_model, published_optimizer
-from benchmarks.records import (
+from benchmarks.shared.measure import training_options
+from benchmarks.shared.published import PUBLISHED, PublishedStep, published_model, published_optimizer
+from benchmarks.shared.records import (
     PRECISIONS,
     check_precisions,
     check_record_options,
@@ -50,15 +50,15 @@ from data.samplers import TrainSampler
 from data.seeding import derive_seed, seed_generators
 from data.transforms import create_train_transform
 from engine.compile import compile_model
+from engine.log.run_log import progress_bar
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
 from engine.step import TrainingStep
 from models import create_model
-from utils import options
+from options import groups as options
 from utils.distributed import World
 from utils.errors import run_script
-from utils.log import progress_bar
 from utils.pictures import BLUE, GREEN, ORANGE, new_figure
 from utils.runtime import seed_everything, start
 from utils.timm_model import TimmModel

@@ -34,21 +34,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.measure import training_options
-from benchmarks.records import check_record_options, markdown_table, new_record, record_options, write_record
-from benchmarks.scale import group_of_one
+from benchmarks.cost import group_of_one
+from benchmarks.shared.measure import training_options
+from benchmarks.shared.records import check_record_options, markdown_table, new_record, record_options, write_record
 from benchmarks.traffic import what_is_computed
 from data.batch import BatchPreparer, TrainBatchPreparer
 from engine.evaluate import evaluate
+from engine.log.run_log import RunLog, progress_bar
 from engine.loop import Trainer, wrap_model
 from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
 from engine.step import TrainingStep
 from models import create_model_from_options, layers
-from utils import options
+from options import groups as options
 from utils.distributed import Agreement, World
 from utils.errors import run_script
-from utils.log import RunLog, progress_bar
 from utils.runtime import Precision, seed_everything, start
 
 SEED, SIZE, CLASSES, BATCH, LOADED = 0, 32, 10, 4, 64

@@ -37,9 +37,9 @@ import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from benchmarks.measure import training_options
-from benchmarks.published import PUBLISHED, golden_state, published_model
-from benchmarks.records import (
+from benchmarks.shared.measure import training_options
+from benchmarks.shared.published import PUBLISHED, golden_state, published_model
+from benchmarks.shared.records import (
     PRECISIONS,
     check_precisions,
     check_record_options,
@@ -55,10 +55,10 @@ from data.batch import BatchPreparer
 from data.folders import ImageFiles
 from data.transforms import create_eval_transform
 from engine.compile import compile_model
+from engine.log.run_log import progress_bar
 from models import create_model
-from utils import options
+from options import groups as options
 from utils.errors import run_script
-from utils.log import progress_bar
 from utils.runtime import Precision, seed_everything, start
 from utils.timm_model import TimmModel
 

@@ -17,17 +17,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measure import training_options
-from benchmarks.records import check_record_options, markdown_table, new_record, origin, record_options, write_record
+from benchmarks.shared.measure import training_options
+from benchmarks.shared.records import (
+    check_record_options,
+    markdown_table,
+    new_record,
+    origin,
+    record_options,
+    write_record,
+)
 from data.pipeline import create_training_input, open_training_data
+from engine.log.run_log import progress_bar
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.run import create_state
 from engine.step import TrainingStep
 from models import create_model_from_options, resolve_name
-from utils import options
+from options import groups as options
 from utils.errors import NotFiniteError, run_script
-from utils.log import progress_bar
 from utils.runtime import start
 
 WARMUP_EPOCHS = 2

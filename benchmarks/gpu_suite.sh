@@ -74,7 +74,7 @@ fi
 
 # What is measured.
 step=(benchmarks.step --output "$work" --warmup 5)
-scale=(benchmarks.scale --output "$work" --name scale)
+scale=(benchmarks.cost --output "$work" --name scale)
 fidelity=(benchmarks.fidelity --output "$work" --weights golden)
 float16=(benchmarks.float16 --output "$work" --name float16)
 peer=vit_little_patch16_reg4_gap_256

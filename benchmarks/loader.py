@@ -47,11 +47,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from timm.data import FastCollateMixup
-from timm.data import ImageDataset as TimmImageDataset
-from timm.data import create_loader as create_timm_loader
+from timm.data import FastCollateMixup, ImageDataset as TimmImageDataset, create_loader as create_timm_loader
 
-from benchmarks.records import (
+from benchmarks.shared.records import (
     ROOT,
     check_record_options,
     markdown_table,
@@ -67,9 +65,9 @@ from data.decode import EXTENSIONS, EncodedImage
 from data.loader import create_loader
 from data.samplers import EvalSampler, TrainSampler
 from data.transforms import create_eval_transform, create_train_transform
-from utils import options
+from engine.log.run_log import progress_bar
+from options import groups as options
 from utils.errors import UserError, run_script
-from utils.log import progress_bar
 from utils.runtime import keep_freed_memory
 
 NUM_CLASSES = 1000

@@ -6,7 +6,7 @@
 There is a table for each model, precision and task. Its contenders, all in memory at once, are warmed up, then take
 turns, in another order in each round. What is timed is a window of steps between two synchronisations of the device;
 the figures are the median and the quartiles over the rounds. All have the same batch, on the device: random pixels,
-normalised, and the soft targets of Mixup. `published` is benchmarks/published.py; `default` is what train.py and
+normalised, and the soft targets of Mixup. `published` is benchmarks/shared/published.py; `default` is what train.py and
 validate.py do without further options; `compiled` is the same compiled. Peers are trained and evaluated by the same
 code as `default` and `compiled`.
 
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.measure import (
+from benchmarks.shared.measure import (
     CONTENDERS,
     LEAST_ROUNDS,
     TASKS,
@@ -38,7 +38,7 @@ from benchmarks.measure import (
     start_training,
     training_options,
 )
-from benchmarks.records import (
+from benchmarks.shared.records import (
     PRECISIONS,
     check_precisions,
     check_record_options,
@@ -49,7 +49,7 @@ from benchmarks.records import (
     write_record,
 )
 from models import resolve_name
-from utils import options
+from options import groups as options
 from utils.errors import run_script
 from utils.runtime import start
 

@@ -23,12 +23,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.records import ROOT, check_record_options, markdown_table, read_record, record_options, write_record
-from utils import options
+from benchmarks.shared.records import (
+    ROOT,
+    check_record_options,
+    markdown_table,
+    read_record,
+    record_options,
+    write_record,
+)
+from engine.log.run_log import make_folder
+from options import groups as options
+from utils.disk import write_whole
 from utils.errors import UserError, run_script
-from utils.log import make_folder
 from utils.runtime import find_commit
-from utils.writing import write_whole
 
 PEER = 'vit_little_patch16_reg4_gap_256'
 ABSOLUTE = (('t2t_vit_14', 224, 'train', 9000, 10800), ('t2t_vit_14', 224, 'inference', 26000, 31000),
@@ -92,7 +99,7 @@ class Records:
                 and all(table[key] == value for key, value in wanted.items())]
 
     def parts(self, name: str) -> list[dict]:
-        """The parts of benchmarks/scale.py of that name."""
+        """The parts of benchmarks/cost.py of that name."""
         return [record[name] for record in self.judged if name in record]
 
 

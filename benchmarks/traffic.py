@@ -30,8 +30,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.measure import NOT_COMPUTING, Contender, make_batch, start_training, training_options
-from benchmarks.records import (
+from benchmarks.shared.measure import NOT_COMPUTING, Contender, make_batch, start_training, training_options
+from benchmarks.shared.records import (
     check_record_options,
     markdown_table,
     new_record,
@@ -40,11 +40,11 @@ from benchmarks.records import (
     write_record,
 )
 from engine.compile import compile_model
+from engine.log.run_log import progress_bar
 from models import layers, resolve_name
-from utils import options
+from options import groups as options
 from utils.distributed import World
 from utils.errors import run_script
-from utils.log import progress_bar
 from utils.runtime import start
 
 BATCHES = (2, 4)

@@ -30,11 +30,11 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from data.base import ImageDataset
 from data.classes import match_classes, name_some, select_classes
 from data.folders import ImageFolder, check_folder, has_class_folders
-from data.manifest import MANIFEST, Manifest
-from data.remote import Cache, Gone, scheme_of
-from data.shards import PREFIX, Shards, has_manifest, is_pattern, list_tars, open_shards, reader
+from data.shards.dataset import PREFIX, Shards, has_manifest, is_pattern, list_tars, open_shards, reader
+from data.shards.manifest import MANIFEST, Manifest
+from data.shards.remote import Cache, Gone, scheme_of
+from options.groups import DATASETS
 from utils.errors import UserError
-from utils.options import DATASETS
 
 _logger = logging.getLogger(__name__)
 

@@ -28,12 +28,12 @@ from torch.utils.data._utils import signal_handling
 
 from data.base import ImageDataset
 from data.decode import ImageError
+from data.forking import SureForks
 from data.memory import BatchMemory
 from data.samplers import EvalSampler, TrainSampler
 from data.seeding import preserved_generators, seed_generators
 from data.transforms import Transform
 from utils.errors import UserError
-from utils.forking import SureForks
 from utils.runtime import keep_freed_memory
 
 _logger = logging.getLogger(__name__)

@@ -10,12 +10,12 @@ from data.classes import read_class_map
 from data.datasets import open_eval, open_train_val
 from data.folders import ImageFiles
 from data.loader import Loader, create_loader
-from data.remote import Cache
 from data.samplers import EvalSampler, TrainSampler
+from data.shards.remote import Cache
 from data.transforms import create_eval_transform, create_train_transform
+from options.groups import check_images
 from utils.distributed import World, one_per_machine_first
 from utils.errors import UserError
-from utils.options import check_images
 
 # Statistics of CIFAR's pixels, under the names of timm's configurations.
 CIFAR_STATS = {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)}

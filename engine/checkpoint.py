@@ -8,7 +8,8 @@ A run's folder holds
     .lock                          who writes here
 
 A file appears under its name only when it is whole and on the disk, and `last.pth.tar` points to it only after that.
-Every file ends in its own checksum (see utils.files.verify). A run goes on from the newest file that fits its checksum.
+Every file ends in its own checksum (utils.checkpoint_reader.verify). A run goes on from the newest file
+that fits its checksum.
 """
 import contextlib
 import fcntl
@@ -24,11 +25,11 @@ from pathlib import Path
 
 import torch
 
+from engine.log.run_log import make_folder
+from utils.checkpoint_reader import read_checkpoint, seal, verify
+from utils.disk import sync_folder
 from utils.errors import UserError
 from utils.faults import fault_point
-from utils.files import read_checkpoint, seal, verify
-from utils.log import make_folder
-from utils.writing import sync_folder
 
 _logger = logging.getLogger(__name__)
 

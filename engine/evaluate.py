@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
+from engine.log.run_log import progress_bar
 from utils.distributed import sum_over_ranks
 from utils.errors import UserError
-from utils.log import progress_bar
 
 _logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.evaluate import ConfidentErrors, evaluate
+from engine.log.run_log import IMAGES_SHOWN, RunLog, format_seconds, progress_bar
 from engine.state import TrainState
 from engine.step import ADVICE, TrainingStep
 from engine.writer import CheckpointWriter
@@ -21,7 +22,6 @@ from utils import signals
 from utils.distributed import Agreement, World, mistakes_from_main, overwrite_from_main, sum_over_ranks
 from utils.errors import InterruptedRun, NotFiniteError, UserError
 from utils.faults import fault_point
-from utils.log import IMAGES_SHOWN, RunLog, format_seconds, progress_bar
 from utils.runtime import Precision
 
 _logger = logging.getLogger(__name__)

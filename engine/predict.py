@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils.log import progress_bar
+from engine.log.run_log import progress_bar
 
 _logger = logging.getLogger(__name__)
 

@@ -12,12 +12,14 @@ from torch import nn
 from engine.checkpoint import RunLock, resolve_run
 from engine.compile import compile_model
 from engine.ema import ModelEma
+from engine.log.run_log import RunLog
 from engine.loop import Trainer, wrap_model
 from engine.loss import create_loss
 from engine.optimizer import create_schedule
 from engine.state import TrainState
 from engine.writer import CheckpointWriter
 from utils import signals
+from utils.checkpoint_reader import read_checkpoint
 from utils.distributed import (
     World,
     from_main,
@@ -28,8 +30,6 @@ from utils.distributed import (
     was_restarted,
 )
 from utils.errors import UserError
-from utils.files import read_checkpoint
-from utils.log import RunLog
 from utils.runtime import Precision, describe_environment, move_model
 
 _logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 
-from models.explain import SeenAttention, Stage, classifier_attention, has_soft_splits, token_stages
+from figures.explain import SeenAttention, Stage, classifier_attention, has_soft_splits, token_stages
 from utils.errors import UserError
 from utils.pictures import ORANGE, SEQUENTIAL, drawable, new_figure
 

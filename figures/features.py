@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from figures.attention import add_title
-from models.explain import ChannelHealth, LayerFeatures
+from figures.explain import ChannelHealth, LayerFeatures
 from utils.pictures import BLUE, ORANGE, SEQUENTIAL, new_figure
 
 CHANNELS_SHOWN = 49  # of each layer
@@ -28,7 +28,7 @@ def features_figure(models: Mapping[str, Sequence[LayerFeatures]], index: int = 
     its range over all the images, but at least a twentieth of the layer's typical one, so that noise stays flat.
 
     Args:
-        models: name → layers, as `models.explain.layer_features` gives them.
+        models: name → layers, as `figures.explain.layer_features` gives them.
         index: which of the images that they have seen.
         title: above the figure.
     """

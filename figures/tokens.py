@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from timm.data import IMAGENET_DEFAULT_MEAN
 
 from figures.attention import WIDTH, add_title, check_token, draw_overlay
-from models.explain import Stage, pixel_relevance, receptive_field, token_stages
+from figures.explain import Stage, pixel_relevance, receptive_field, token_stages
 from models.tokens_to_token import SOFT_SPLITS
 from utils.pictures import ORANGE, SEQUENTIAL, new_figure
 

@@ -11,10 +11,10 @@ from models.factory import (
     resolve_name,
     split_head,
 )
-from models.formats import recorded_classes
-from models.identity import Architecture, identify, our_models
 from models.t2t_vit import T2TViT
-from models.weights import (
+from models.weights.formats import recorded_classes
+from models.weights.identity import Architecture, identify, our_models
+from models.weights.loading import (
     LoadReport,
     count_classes,
     fit_to_model,
@@ -22,7 +22,7 @@ from models.weights import (
     load_weights,
     state_dict_of,
 )
-from utils.files import read_checkpoint
+from utils.checkpoint_reader import read_checkpoint
 
 __all__ = [
     'Architecture',

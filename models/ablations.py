@@ -31,9 +31,11 @@ from typing import Any
 import torch
 from timm.layers import calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block as ViTBlock
-from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from timm.models.vision_transformer import (
+    Block as ViTBlock,
+    VisionTransformer,
+    checkpoint_filter_fn as vit_checkpoint_filter_fn,
+)
 from torch import nn
 
 from models.layers import Attention, Block, attend

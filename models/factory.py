@@ -13,13 +13,13 @@ import timm
 from timm.models import split_model_name_tag
 from torch import nn
 
-from models.formats import recorded_arch, recorded_classes, recorded_img_size, recorded_options
-from models.identity import identify
-from models.weights import count_classes, load_weights, published_config, state_dict_of
-from utils import options
+from models.weights.formats import recorded_arch, recorded_classes, recorded_img_size, recorded_options
+from models.weights.identity import identify
+from models.weights.loading import count_classes, load_weights, published_config, state_dict_of
+from options import groups as options
+from options.recipes import check_values, read_recipe
+from utils.checkpoint_reader import read_checkpoint
 from utils.errors import UserError
-from utils.files import read_checkpoint
-from utils.recipes import check_values, read_recipe
 from utils.timm_model import TimmModel
 
 _logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def create_model_from_options(args, *, num_classes: int, transfer_from: str | No
     """The model that a script's options name, with the weights of --initial-checkpoint or `transfer_from`, if any.
 
     Args:
-        args: options of utils.options.model_options and, in scripts that train, those of regularization and batch norm.
+        args: options of options.groups.model_options; in scripts that train, also regularization and batch norm.
         num_classes: rows of the classifier.
         transfer_from: checkpoint of another data set, whose classifier need not fit.
 
@@ -231,7 +231,7 @@ def open_trained_model(args) -> TrainedModel:
     arguments of the model, crop and statistics of the pixels.
 
     Args:
-        args: options of utils.options.model_options, input_options and trained_model_options.
+        args: options of options.groups.model_options, input_options and trained_model_options.
 
     Raises:
         UserError: none or both of these are given, or as read_checkpoint, create_model and load_weights.

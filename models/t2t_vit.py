@@ -28,7 +28,7 @@ from torch import nn
 from models.layers import Block, sinusoid_table
 from models.timm_versions import update_model_input_size
 from models.tokens_to_token import TokensToToken, token_grid
-from models.weights import fit_to_model, state_dict_of
+from models.weights.loading import fit_to_model, state_dict_of
 
 __all__ = ['T2TViT', 'VARIANTS', 'build_t2t_vit', 'checkpoint_filter_fn']
 

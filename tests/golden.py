@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.published import golden_state
+from benchmarks.shared.published import golden_state
 
 SHARED = Path(os.environ.get('T2T_SHARED', Path(__file__).resolve().parents[2] / 'shared'))
 GOLDEN = SHARED / 'golden' / 'official_224.npz'

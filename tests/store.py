@@ -18,7 +18,7 @@ import urllib.parse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from data.manifest import Index, Manifest, ShardWriter
+from data.shards.manifest import Index, Manifest, ShardWriter
 
 os.environ.setdefault('no_proxy', '127.0.0.1')
 

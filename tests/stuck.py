@@ -1,6 +1,6 @@
 """A script whose processes stand still, or end, as those of a training on GPUs do: NCCL never raises.
 
-    python -m utils.launch 3 tests/stuck.py HOW --device cpu
+    python -m launch.launcher 3 tests/stuck.py HOW --device cpu
 
 `device`: rank 0 waits for a collective, rank 2 comes to it later, and rank 1 never does.
 `killed`: rank 1 is killed, and then rank 0 is aborted. `aborted`: rank 1 is aborted, and then rank 0 reports a hang.

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import auto_augment as timm_augment
-from timm.data import create_transform
+from timm.data import auto_augment as timm_augment, create_transform
 
 from data.augment import OPERATIONS, allow_zero_bits, as_image, rotate, take_tensors
 from data.decode import EXTENSIONS, as_array, decode_rgb

@@ -15,8 +15,8 @@ from engine.compile import compile_model
 from engine.evaluate import evaluate
 from models.layers import DropPath
 from tests.conftest import assert_same, launch, run_script, succeeded
+from utils.checkpoint_reader import read_checkpoint
 from utils.errors import UserError
-from utils.files import read_checkpoint
 from utils.runtime import Precision
 
 SMALL = dict(img_size=32, embed_dim=32, depth=6, num_heads=2, num_classes=3, drop_path_rate=0.2)

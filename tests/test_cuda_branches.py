@@ -28,8 +28,9 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.utils.data._utils import pin_memory as pinning
 
-from benchmarks import convergence, measure, published, records, scale, scaling, targets
-from benchmarks import step as step_benchmark
+from benchmarks import convergence, cost as scale, step as step_benchmark, targets
+from benchmarks.scaling import plans as scaling
+from benchmarks.shared import measure, published, records
 from data import pipeline
 from data.batch import BatchPreparer, TrainBatchPreparer
 from data.folders import ImageFolder
@@ -38,17 +39,18 @@ from data.samplers import EvalSampler
 from data.transforms import create_eval_transform
 from engine import loop
 from engine.checks import check_run_options
+from engine.log.run_log import RunLog
 from engine.run import create_state
+from launch import launcher as launch
 from models import layers
 from tests.conftest import ROOT, run_command, succeeded, write_images
 from tests.cuda_places import Trace, find_places, missing
 from tests.cuda_stand_in import GPU, Gpu, Stream, bytes_of, pinned, stand_in
 from tests.test_options import parse
 from tests.test_step import Options, WithStatistics, batch, make
-from utils import distributed, launch, runtime
+from utils import distributed, runtime
 from utils.distributed import World
 from utils.errors import UserError
-from utils.log import RunLog
 from utils.watch import DeviceMarks
 
 CPU = torch.device('cpu')
@@ -377,16 +379,16 @@ def records_of_a_gpu_say_so(gpu: Gpu):
 DOCTOR = 'tests/test_doctor.py::'
 RUN_BY = {
     'benchmarks/convergence.py::_seed_generators': [the_gpu_is_seeded],
-    'benchmarks/measure.py::_graph_pools': [a_contender_is_measured_on_a_gpu],
-    'benchmarks/measure.py::_profile_on_gpu': [a_contender_is_measured_on_a_gpu],
-    'benchmarks/measure.py::_release': [a_contender_is_measured_on_a_gpu],
-    'benchmarks/measure.py::synchronize': [a_contender_is_measured_on_a_gpu],
-    'benchmarks/measure.py::warm_up': [a_contender_is_measured_on_a_gpu],
-    'benchmarks/published.py::PublishedStep.__call__': [the_published_step_waits_before_it_averages],
-    'benchmarks/records.py::check_precisions': [precision_is_what_the_gpu_has],
-    'benchmarks/records.py::describe_machine': [records_of_a_gpu_say_so],
-    'benchmarks/scale.py::group_of_one': [a_group_of_one_is_of_nccl],
-    'benchmarks/scaling.py::measured_steps': [records_of_a_gpu_say_so],
+    'benchmarks/shared/measure.py::_graph_pools': [a_contender_is_measured_on_a_gpu],
+    'benchmarks/shared/measure.py::_profile_on_gpu': [a_contender_is_measured_on_a_gpu],
+    'benchmarks/shared/measure.py::_release': [a_contender_is_measured_on_a_gpu],
+    'benchmarks/shared/measure.py::synchronize': [a_contender_is_measured_on_a_gpu],
+    'benchmarks/shared/measure.py::warm_up': [a_contender_is_measured_on_a_gpu],
+    'benchmarks/shared/published.py::PublishedStep.__call__': [the_published_step_waits_before_it_averages],
+    'benchmarks/shared/records.py::check_precisions': [precision_is_what_the_gpu_has],
+    'benchmarks/shared/records.py::describe_machine': [records_of_a_gpu_say_so],
+    'benchmarks/cost.py::group_of_one': [a_group_of_one_is_of_nccl],
+    'benchmarks/scaling/plans.py::measured_steps': [records_of_a_gpu_say_so],
     'benchmarks/step.py::as_table': [records_of_a_gpu_say_so],
     'benchmarks/step.py::as_text': [records_of_a_gpu_say_so],
     'benchmarks/step.py::main': [records_of_a_gpu_say_so],
@@ -404,23 +406,24 @@ RUN_BY = {
     'engine/loop.py::Trainer._log_line': [a_log_line_says_how_full_the_gpu_was],
     'engine/loop.py::wrap_model': [ddp_is_told_its_gpu],
     'models/layers.py::attention': [attention_on_a_gpu_is_one_kernel],
-    'tools/doctor.py::main': [DOCTOR + 'test_processes_of_the_run_are_the_gpus'],
-    'tools/doctor_run.py::_precision': [DOCTOR + 'test_recipe'],
-    'tools/doctor_run.py::look_at_processes': [DOCTOR + 'test_gpu_memory_is_given_back_before_other_processes_start'],
-    'tools/doctor_run.py::look_at_schedule': [DOCTOR + 'test_schedule_counts_gpu_hours'],
-    'tools/doctor_speed.py::_device_memory': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
-    'tools/doctor_speed.py::_measure_on_gpu': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
-    'tools/doctor_speed.py::_measure_steps': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
-    'tools/doctor_speed.py::_peak': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
-    'tools/doctor_speed.py::_reset_peak': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
-    'tools/doctor_speed.py::_time_steps': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
-    'tools/doctor_speed.py::_who_starves': [DOCTOR + 'test_who_starves'],
-    'tools/doctor_speed.py::device_name': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
-    'tools/doctor_speed.py::look_at_memory': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
+    'tools/doctor/__main__.py::main': [DOCTOR + 'test_processes_of_the_run_are_the_gpus'],
+    'tools/doctor/schedule.py::_precision': [DOCTOR + 'test_recipe'],
+    'tools/doctor/schedule.py::look_at_processes': [
+        DOCTOR + 'test_gpu_memory_is_given_back_before_other_processes_start'],
+    'tools/doctor/schedule.py::look_at_schedule': [DOCTOR + 'test_schedule_counts_gpu_hours'],
+    'tools/doctor/speed.py::_device_memory': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
+    'tools/doctor/speed.py::_measure_on_gpu': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
+    'tools/doctor/speed.py::_measure_steps': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
+    'tools/doctor/speed.py::_peak': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
+    'tools/doctor/speed.py::_reset_peak': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
+    'tools/doctor/speed.py::_time_steps': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
+    'tools/doctor/speed.py::_who_starves': [DOCTOR + 'test_who_starves'],
+    'tools/doctor/speed.py::device_name': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
+    'tools/doctor/speed.py::look_at_memory': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
     'utils/distributed.py::_connect': [ranks_meet_over_nccl_each_on_its_gpu],
     'utils/distributed.py::_device': [devices_by_name],
     'utils/distributed.py::join': [ranks_meet_over_nccl_each_on_its_gpu],
-    'utils/launch.py::launch': [more_processes_than_gpus],
+    'launch/launcher.py::launch': [more_processes_than_gpus],
     'utils/runtime.py::Precision.__init__': [precision_is_what_the_gpu_has],
     'utils/runtime.py::describe_environment': [records_of_a_gpu_say_so],
     'utils/runtime.py::get_rng_state': [generators_of_the_gpu_are_saved_and_put_back],

@@ -19,7 +19,8 @@ from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
 from engine.state import TrainState
 from engine.step import TrainingStep
-from models import create_model, explain
+from figures import explain
+from models import create_model
 from tests.cuda_stand_in import GPU, bytes_of, pinned, stand_in
 from tests.test_step import Options, WithStatistics, make
 from utils.distributed import World

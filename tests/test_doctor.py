@@ -1,4 +1,4 @@
-"""tools/doctor.py: planted faults are named with a remedy, a sound data set has none, and the data stays as it is."""
+"""tools/doctor: planted faults are named with a remedy, a sound data set has none, and the data stays as it is."""
 import copy
 import json
 import logging
@@ -17,10 +17,16 @@ from PIL import Image
 from data.base import ImageDataset
 from data.pipeline import open_training_data
 from engine.optimizer import param_groups
+from options import groups as options
 from tests.conftest import ROOT, run_script, succeeded, write_images
-from tools import doctor, doctor_data, doctor_page, doctor_run, doctor_speed
-from tools.doctor_page import FAIL, LOOK, OK, STOP, Finding
-from utils import options
+from tools.doctor import (
+    __main__ as doctor,
+    data as doctor_data,
+    findings as doctor_page,
+    schedule as doctor_run,
+    speed as doctor_speed,
+)
+from tools.doctor.findings import FAIL, LOOK, OK, STOP, Finding
 from utils.distributed import World
 from utils.errors import UserError
 from utils.runtime import Precision
@@ -66,7 +72,7 @@ def ill(tmp_path_factory):
     folder = tmp_path_factory.mktemp('ill')
     plant_faults(write_images(folder / 'd', {'train': 12, 'val': 5}))
     before = content(folder / 'd')
-    ended = run_script('tools/doctor.py', 'd', *SMALL, '--quick', '--processes', 1, '--price', 3600, '--results-file',
+    ended = run_script('tools/doctor', 'd', *SMALL, '--quick', '--processes', 1, '--price', 3600, '--results-file',
                        'found', cwd=folder)
     assert content(folder / 'd') == before, 'something was written into the data'
     assert sorted(path.name for path in folder.iterdir()) == ['d', 'found.csv', 'found.json'], ended.stderr
@@ -532,7 +538,7 @@ def test_crash_in_one_part_of_the_recipe_keeps_the_others(gpu):
     case.train = range(1_281_167)
     rate, crash = doctor_page.examine('Recipe', doctor_run.look_at_recipe, case)
     assert (rate.mark, rate.title) == (LOOK, 'Learning rate')
-    assert crash.mark == FAIL and 'tools/doctor_speed.py:' in crash.figure and 'the driver is gone' in crash.figure
+    assert crash.mark == FAIL and 'tools/doctor/speed.py:' in crash.figure and 'the driver is gone' in crash.figure
 
 
 def test_page_with_a_crash(image_folder, tmp_path):
@@ -552,7 +558,7 @@ run_script(main)
     ended = run_script(planted, image_folder, *SMALL, '--quick', '--processes', 1, '--results-file', 'r', cwd=tmp_path)
     assert ended.returncode == 1
     words = ' '.join(ended.stdout.split())
-    assert 'fail Images per second The check itself crashed at tools/doctor_speed.py:' in words
+    assert 'fail Images per second The check itself crashed at tools/doctor/speed.py:' in words
     assert 'Not looked at: no training step could be measured, see "Images per second"' in words
     assert 'Will it run? Not known: images per second; 1 check crashed;' in words
     assert 'Images per second: Traceback' in ended.stderr and ended.stderr.endswith('OSError: planted\n')
@@ -571,5 +577,5 @@ def test_without_faults_the_summary_says_so():
 
 
 def test_mistake_in_the_options(tmp_path):
-    ended = run_script('tools/doctor.py', tmp_path / 'nowhere', *SMALL, cwd=tmp_path)
+    ended = run_script('tools/doctor', tmp_path / 'nowhere', *SMALL, cwd=tmp_path)
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and 'does not exist' in ended.stderr

@@ -26,9 +26,9 @@ from engine.state import TrainState
 from models import create_model
 from tests.conftest import assert_same, write_checkpoint
 from utils import distributed
+from utils.checkpoint_reader import read_checkpoint
 from utils.distributed import World
 from utils.errors import UserError
-from utils.files import read_checkpoint
 from utils.runtime import Precision, get_rng_state, seed_everything, set_rng_state
 
 CPU = torch.device('cpu')

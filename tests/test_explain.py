@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import models  # noqa: F401, registers the architectures
-from models.explain import (
+from figures.explain import (
     NotSeen,
     PerformerWeights,
     SoftmaxWeights,

@@ -1,4 +1,4 @@
-"""export.py and models/export.py: what is written is read back, in a fresh process too, and gives PyTorch's logits.
+"""export.py and models/runtimes.py: what is written is read back, in a fresh process too, and gives PyTorch's logits.
 
     python -m pytest tests/test_export.py
 """
@@ -13,8 +13,8 @@ import timm
 import torch
 
 import export as script
-from models import export as exports
-from models.export import FORMS, Checks, Form, Source, describe, export
+from models import runtimes as exports
+from models.runtimes import FORMS, Checks, Form, Source, describe, export
 from tests.conftest import ROOT, run_command, run_script, succeeded
 from utils.errors import UserError
 

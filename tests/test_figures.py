@@ -11,9 +11,9 @@ from matplotlib.text import Text
 
 import models  # noqa: F401, registers the architectures
 from figures.attention import attention_figure, check_blocks
+from figures.explain import ChannelHealth, LayerFeatures, NotSeen, classifier_attention, layer_features, token_stages
 from figures.features import features_figure
 from figures.tokens import main_components, tokens_figure
-from models.explain import ChannelHealth, LayerFeatures, NotSeen, classifier_attention, layer_features, token_stages
 from utils.errors import UserError
 from utils.pictures import BLUE, ORANGE, to_array
 

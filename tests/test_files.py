@@ -1,4 +1,4 @@
-"""Tests of utils/files.py and utils/paddle_files.py: what is no checkpoint, damaged files, and hostile ones.
+"""Tests of utils/checkpoint_reader.py and utils/paddle_reader.py: no checkpoints, damaged ones, hostile ones.
 
     python -m pytest tests/test_files.py
 """
@@ -18,8 +18,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from utils.checkpoint_reader import METADATA, read_checkpoint
 from utils.errors import UserError
-from utils.files import METADATA, read_checkpoint
 
 MEGABYTE = 2 ** 20
 

@@ -1,4 +1,4 @@
-"""utils/launch.py's settings, and the files of launch/: they say what the launcher reads."""
+"""launch/launcher.py's settings, and the files of launch/: they say what the launcher reads."""
 import re
 import shlex
 import subprocess
@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from data.pipeline import check_training_input
+from launch import launcher as launch, nodes
+from options.groups import share_global_batch
 from tests.conftest import ROOT, run_command
 from tests.test_options import parse
-from utils import launch, nodes
 from utils.errors import UserError
-from utils.options import share_global_batch
 
 KUBERNETES = ROOT / 'launch/kubernetes.yaml'
 SLURM = ROOT / 'launch/slurm.sbatch'

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import ImageDataset as TimmImageDataset
-from timm.data import create_loader as create_timm_loader
+from timm.data import ImageDataset as TimmImageDataset, create_loader as create_timm_loader
 
 from data.batch import BatchPreparer
 from data.datasets import open_eval

@@ -1,4 +1,4 @@
-"""utils/log.py: what cannot be written is one warning, and metrics.jsonl loses no line once there is room again."""
+"""engine/log: what cannot be written is one warning, and metrics.jsonl loses no line once there is room again."""
 
 import contextlib
 import csv
@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from engine.log.run_log import RunLog, check_folder, make_folder, read_environment, read_metrics
 from utils import faults
 from utils.errors import UserError
-from utils.log import RunLog, check_folder, make_folder, read_environment, read_metrics
 
 LARGE = {'note': 'x' * 3000}
 
@@ -144,7 +144,7 @@ def test_tensorboard_on_a_full_disk_is_one_warning_without_a_traceback(tmp_path,
 
 
 def test_a_missing_tensorboard_is_a_warning(tmp_path, warnings_of, monkeypatch):
-    monkeypatch.delitem(sys.modules, 'utils.board', raising=False)
+    monkeypatch.delitem(sys.modules, 'engine.log.tensorboard', raising=False)
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
     run(tmp_path)
     assert len(warnings_of()) == 1 and 'TensorBoard' in warnings_of()[0]

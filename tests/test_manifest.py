@@ -1,4 +1,4 @@
-"""data/manifest.py: shards as tar, webdataset and its own reader see them; manifests and tar files that are refused."""
+"""manifest.py: shards as tar, webdataset and its own reader see them; manifests and tar files that are refused."""
 import io
 import json
 import tarfile
@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.manifest import INDEX, MANIFEST, Manifest, ShardWriter, key_of, member_key, sha256
-from data.tar import BLOCK, scan_tar
+from data.shards.manifest import INDEX, MANIFEST, Manifest, ShardWriter, key_of, member_key, sha256
+from data.shards.tar import BLOCK, scan_tar
 from tests.store import write_shards
 from utils.errors import UserError
 

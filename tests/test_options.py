@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils import options
+from options import groups as options
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,6 +1,6 @@
 """DDP: gradients are summed while the backward pass runs, in buckets that stay; they are the average over the ranks.
 
-The numbers that are held to here are written by `python -m benchmarks.overlap`.
+The numbers that are held to here are written by `python -m benchmarks.scaling.overlap`.
 """
 import contextlib
 import json
@@ -18,8 +18,8 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import overlap
-from benchmarks.overlap import EARLY, Link, early_percent, list_hand_overs
+from benchmarks.scaling import overlap
+from benchmarks.scaling.overlap import EARLY, Link, early_percent, list_hand_overs
 from engine.compile import MODES, compile_model
 from engine.loop import bucket_sizes, wrap_model
 from tests.conftest import ROOT, run_script, succeeded
@@ -103,7 +103,7 @@ def hand_overs_of_two_steps(world: World, name: str) -> list[dict]:
 def test_buckets_are_handed_over_while_the_backward_pass_runs(name, two):
     """After as many gradients as committed, in the first step as in all others, and on both ranks."""
     steps = two(hand_overs_of_two_steps, name)
-    assert steps == [[COUNTED[name]] * 2] * 2, 'if this is as you want it, python -m benchmarks.overlap counts anew'
+    assert steps == [[COUNTED[name]] * 2] * 2, 'to count anew: python -m benchmarks.scaling.overlap'
 
 
 @pytest.mark.parametrize('name', COUNTED)
@@ -123,7 +123,8 @@ def test_the_page_is_that_of_the_record():
 
 
 def test_two_processes_are_measured(tmp_path):
-    said = succeeded(run_script('benchmarks/overlap.py', '--model', 't2t_vit_7', '--img-size', '32', '--repeats', '2',
+    said = succeeded(run_script('benchmarks/scaling/overlap.py', '--model', 't2t_vit_7', '--img-size', '32',
+                                '--repeats', '2',
                                 '--delays', '1', '30', '--output', tmp_path, cwd=tmp_path))
     record = json.loads((tmp_path / 'overlap.json').read_text())
     assert record['hand_overs'] == COUNTED and overlap.verdict(record) in said

@@ -1,4 +1,4 @@
-"""Tests of tools/pack.py, data/packing.py, data/verifying.py and data/ilsvrc.py.
+"""Tests of tools/pack.py, data/shards/packing.py, data/shards/verifying.py and data/shards/ilsvrc.py.
 
     python -m pytest tests/test_pack.py
 """
@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import ilsvrc, packing
 from data.decode import decode_rgb
 from data.folders import ImageFolder
-from data.manifest import Manifest, key_of
+from data.shards import ilsvrc, packing
+from data.shards.manifest import Manifest, key_of
 from tests.conftest import run_script, succeeded, write_images
 from tools.pack import main
 from utils.errors import UserError
@@ -34,7 +34,7 @@ SEED = 20211011
 def loggers_of_the_tests():
     """The tool would set up its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('utils.log.setup_logging', lambda **_: None)
+        patch.setattr('engine.log.run_log.setup_logging', lambda **_: None)
         yield
 
 

@@ -1,4 +1,4 @@
-"""Tests of benchmarks/published.py: the yardstick computes what the authors' code computes, and trains as it does.
+"""benchmarks/shared/published.py: the yardstick computes what the authors' code computes, and trains as it does.
 
     python -m pytest tests/test_published.py
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.published import PUBLISHED, PublishedStep, published_model, published_optimizer
+from benchmarks.shared.published import PUBLISHED, PublishedStep, published_model, published_optimizer
 from engine.optimizer import param_groups
 from engine.state import TrainState
 from models import create_model

@@ -1,4 +1,4 @@
-"""tools/report.py: a run as one page, which opens in a real browser without a network and says what is missing."""
+"""tools/report: a run as one page, which opens in a real browser without a network and says what is missing."""
 import re
 import shutil
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 import yaml
 
+from engine.log.run_log import RunLog
 from engine.predict import Predictions
 from models import create_model
+from options import groups as options
 from tests.conftest import run_script, succeeded, write_checkpoint, write_images
 from tests.test_options import parse
-from tools import report, report_sections
-from utils import options
-from utils.log import RunLog
-from utils.page import Html, table
+from tools.report import __main__ as report, sections as report_sections
+from tools.report.html import Html, table
 
 HEADINGS = ['Summary', 'Curves', 'Epochs', 'Options', 'Environment', 'Mistakes', 'Sample predictions', 'Attention']
 CLASSES = ('<img src=x onerror=alert(1)>', 'bee & "wasp"', 'cat')
@@ -46,7 +46,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope='module')
 def written(run, tmp_path_factory):
     page = tmp_path_factory.mktemp('page') / 'report.html'
-    out = succeeded(run_script('tools/report.py', run, '-o', page, '--device', 'cpu', '-j', 0, cwd=page.parent))
+    out = succeeded(run_script('tools/report', run, '-o', page, '--device', 'cpu', '-j', 0, cwd=page.parent))
     assert f'report: {page}' in out
     return page
 
@@ -91,7 +91,7 @@ def test_page_says_what_the_run_recorded(written, visit):
 
 
 def report_on(folder, monkeypatch, *options):
-    """The page that tools/report.py writes, in this process."""
+    """The page that tools/report writes, in this process."""
     monkeypatch.setattr('utils.runtime.setup_logging', lambda **_: None)
     monkeypatch.setattr('sys.argv', ['report.py', str(folder), '--device', 'cpu', '-j', '0', *options])
     report.main()

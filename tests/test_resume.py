@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from engine.run import _report_differences
 from tests.conftest import assert_same, launch, succeeded
-from utils.files import read_checkpoint
+from utils.checkpoint_reader import read_checkpoint
 
 # Every source of randomness: crops, flips, RandAugment, erasing, Mixup, CutMix, dropout, drop path.
 RUN = ('--dataset', 'digits', '--only-classes', '0-2', '--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu',

@@ -1,9 +1,9 @@
-"""benchmarks/scorecard.py: figures are those of the tests' record; what was not shown says so."""
+"""benchmarks/reliability/scorecard.py: figures are those of the tests' record; what was not shown says so."""
 import ast
 
 import pytest
 
-from benchmarks.scorecard import ROOT, ROWS, measured_by_tests
+from benchmarks.reliability.scorecard import ROOT, ROWS, measured_by_tests
 
 RESULTS = {
     'test_a[x]': {'outcome': 'passed', 'seconds': 1.0, 'kills': 1200, 'signal': 'SIGTERM'},

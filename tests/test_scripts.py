@@ -15,8 +15,8 @@ import yaml
 
 from models import create_model
 from tests.conftest import ROOT, launch, run_command, run_script, run_script_cold, succeeded, write_images
+from utils.checkpoint_reader import read_checkpoint
 from utils.errors import UserError
-from utils.files import read_checkpoint
 
 SMALL = ('--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu', '-j', '0')
 TRAIN = (*SMALL, '-b', '6', '--epochs', '2', '--warmup-epochs', '0', '--cooldown-epochs', '0', '--lr', '1e-3',
@@ -302,7 +302,7 @@ def test_launcher_quotes_options_through_and_passes_exit_codes(tmp_path):
         'sys.exit(7 if os.environ["RANK"] == "0" else 0)\n'
     )
     result = run_command(
-        [sys.executable, '-m', 'utils.launch', '1', script, '--device', 'cpu', 'a b', '--x', '$HOME *'],
+        [sys.executable, '-m', 'launch.launcher', '1', script, '--device', 'cpu', 'a b', '--x', '$HOME *'],
         cwd=tmp_path,
         PYTHONPATH=str(ROOT),
     )

@@ -1,4 +1,4 @@
-"""data/shards.py and data/remote.py: shards give what the folder gave that they were packed from, wherever they are."""
+"""data/shards: shards give what the folder gave that they were packed from, wherever they are."""
 import errno
 import fcntl
 import io
@@ -16,17 +16,17 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-import data.remote
-import data.shards
+import data.shards.dataset
+import data.shards.remote
 from data.base import Numbered, Part
 from data.datasets import open_eval, open_train_val
 from data.decode import ImageError
 from data.folders import ImageFolder
 from data.loader import create_loader
-from data.manifest import INDEX, member_key
-from data.remote import Cache, RemoteFile, describe_remote
 from data.samplers import EvalSampler, TrainSampler
-from data.shards import expand, open_shards
+from data.shards.dataset import expand, open_shards
+from data.shards.manifest import INDEX, member_key
+from data.shards.remote import Cache, RemoteFile, describe_remote
 from data.transforms import create_eval_transform, create_train_transform
 from tests.conftest import run_script, succeeded, write_images
 from tests.store import Store, write_shards
@@ -73,7 +73,7 @@ def store(shards):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Cache:
-    monkeypatch.setattr(data.remote, '_last_warning', [-np.inf])
+    monkeypatch.setattr(data.shards.remote, '_last_warning', [-np.inf])
     return Cache(tmp_path / 'cache', patience=20)
 
 
@@ -115,7 +115,7 @@ def test_evaluation_counts_are_exact(shards, world_size):
 def test_a_data_set_of_shards_can_be_sent_to_another_process_and_keeps_few_files_open(shards, monkeypatch):
     dataset = open_eval('', f'wds:{shards}')
     expected = [dataset.stored(k) for k in range(len(dataset))]
-    monkeypatch.setattr(data.shards, 'MAX_OPEN', 2)
+    monkeypatch.setattr(data.shards.dataset, 'MAX_OPEN', 2)
     sent = pickle.loads(pickle.dumps(dataset))
     order = np.random.default_rng(0).permutation(len(dataset)).tolist()
     assert [sent.stored(k) for k in order] == [expected[k] for k in order]
@@ -210,7 +210,7 @@ def test_the_training_split_numbers_the_classes(shards, tmp_path):
     ('wds:http://127.0.0.1:1/x', 'no answer for .*connect'),
 ])
 def test_mistakes_in_paths_are_explained(images, root, message, monkeypatch, cache):
-    monkeypatch.setattr(data.remote, 'OPENING_SECONDS', 1)
+    monkeypatch.setattr(data.shards.remote, 'OPENING_SECONDS', 1)
     with pytest.raises(UserError, match=message):
         open_eval('', root.format(images=images), cache=cache)
 
@@ -280,7 +280,7 @@ def test_headers_are_read_once(tmp_path, cache, monkeypatch):
     path = write_tar(tmp_path / 's.tar', {'a.jpg': b'1', 'a.cls': b'0', 'b.jpg': b'2', 'b.cls': b'1'})
     open_shards(str(path), cache)
     with monkeypatch.context() as patched:
-        patched.setattr(data.shards, 'index_shards', lambda files: pytest.fail('looked through again'))
+        patched.setattr(data.shards.dataset, 'index_shards', lambda files: pytest.fail('looked through again'))
         assert len(open_shards(str(path), cache)) == 2
     write_tar(path, {'a.jpg': b'1', 'a.cls': b'0', 'c.jpg': b'22', 'c.cls': b'1', 'd.jpg': b'2', 'd.cls': b'1'})
     os.utime(path, (1, 1))
@@ -356,7 +356,7 @@ def remote_sampler(dataset, rank, start=0) -> TrainSampler:
 @pytest.mark.parametrize('trouble', [{}, {'drop_after': 70_000}, {'seconds': 0.05}, {'ranges': False}], ids=str)
 @pytest.mark.timeout(60)
 def test_batches_come_whole_through_any_trouble(store, cache, expected, trouble, monkeypatch):
-    monkeypatch.setattr(data.remote, 'PAUSES', (0.01,))
+    monkeypatch.setattr(data.shards.remote, 'PAUSES', (0.01,))
     vars(store).update(trouble)
     dataset = open_train_val('', f'wds:{store.url}', cache=cache)[0]
     assert all(shard.bytes > 70_000 for shard in dataset._files.remote[1]), 'else no connection drops'
@@ -416,8 +416,8 @@ def test_content_that_is_not_what_was_announced_is_fetched_once_more(store, cach
     with pytest.raises(UserError, match=r'shard-000001.tar: its content is not what its manifest says \(SHA-256\)'):
         dataset.stored(10)
     assert store.fetched() == ['shard-000001.tar'] * 2
-    warn = data.remote._warn
-    monkeypatch.setattr(data.remote, '_warn', lambda message: (store.lies.clear(), warn(message)))
+    warn = data.shards.remote._warn
+    monkeypatch.setattr(data.shards.remote, '_warn', lambda message: (store.lies.clear(), warn(message)))
     assert batches(dataset, remote_sampler(dataset, 0)) == expected[0]
 
 
@@ -495,7 +495,7 @@ def test_an_open_shard_outlives_its_removal_from_the_cache(store, cache):
 
 
 def test_shards_are_fetched_in_the_order_of_need_and_no_longer_than_for_the_iteration(store, cache, monkeypatch):
-    monkeypatch.setattr(data.remote, 'FETCHERS', 1)
+    monkeypatch.setattr(data.shards.remote, 'FETCHERS', 1)
     dataset = open_train_val('', f'wds:{store.url}', cache=cache)[0]
     sampler = TrainSampler(len(dataset), 4, starts=dataset.starts(), shuffle=False)
     loader = create_loader(dataset, create_eval_transform(24), sampler, workers=0)
@@ -510,7 +510,7 @@ def test_shards_are_fetched_in_the_order_of_need_and_no_longer_than_for_the_iter
 
 
 def test_what_is_fetched_ahead_leaves_room(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.remote, 'FETCHERS', 1)
+    monkeypatch.setattr(data.shards.remote, 'FETCHERS', 1)
     dataset = open_train_val('', f'wds:{store.url}', cache=Cache(tmp_path, max_bytes=4 * 90_000))[0]
     with dataset.ahead(np.arange(60)) as used:
         time.sleep(0.5)
@@ -547,7 +547,7 @@ def test_a_process_that_is_forked_holds_no_lock_of_its_parent(cache):
     (404, '/val/manifest.json: not found; give the address'), (403, r'access is refused \(403\)'),
     (400, r'refused by the server \(400\)'), (503, 'no answer for .*503')])
 def test_answers_of_a_server_are_explained(store, cache, status, message, monkeypatch):
-    monkeypatch.setattr(data.remote, 'OPENING_SECONDS', 0.2)
+    monkeypatch.setattr(data.shards.remote, 'OPENING_SECONDS', 0.2)
     store.status = status
     with pytest.raises(UserError, match=message):
         open_eval('', f'wds:{store.url}', cache=cache)
@@ -555,7 +555,7 @@ def test_answers_of_a_server_are_explained(store, cache, status, message, monkey
 
 @pytest.mark.parametrize('length', [100_000, 60_000, 0])
 def test_a_shard_that_ends_early_on_the_server_is_named_at_once(shards, tmp_path, cache, length, monkeypatch):
-    monkeypatch.setattr(data.remote, 'MAX_PIECE', 1 << 16)
+    monkeypatch.setattr(data.shards.remote, 'MAX_PIECE', 1 << 16)
     for file in (shards / 'train').iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     whole = (tmp_path / 'shard-000000.tar').stat().st_size
@@ -585,8 +585,8 @@ def test_what_will_not_pass_is_told_from_what_may(cache, monkeypatch, cause, mes
     def fail(url):
         raise FileNotFoundError(url) from cause  # as fsspec has it of any failure
 
-    monkeypatch.setattr(data.remote, 'OPENING_SECONDS', 0.1)
-    monkeypatch.setattr(data.remote, '_filesystem', lambda url: SimpleNamespace(cat_file=fail))
+    monkeypatch.setattr(data.shards.remote, 'OPENING_SECONDS', 0.1)
+    monkeypatch.setattr(data.shards.remote, '_filesystem', lambda url: SimpleNamespace(cat_file=fail))
     with pytest.raises(UserError, match=f'https://host/x/val/manifest.json: {message}'):
         open_eval('', 'wds:https://host/x', cache=cache)
 
@@ -667,7 +667,7 @@ def test_training_over_http(store, tmp_path):
 
 
 def test_a_worker_without_standard_error_warns_nobody(monkeypatch):
-    monkeypatch.setattr(data.remote, '_last_warning', [-np.inf])
-    monkeypatch.setattr(data.remote.multiprocessing, 'parent_process', lambda: SimpleNamespace(pid=1))
+    monkeypatch.setattr(data.shards.remote, '_last_warning', [-np.inf])
+    monkeypatch.setattr(data.shards.remote.multiprocessing, 'parent_process', lambda: SimpleNamespace(pid=1))
     monkeypatch.setattr(sys, '__stderr__', None)
-    data.remote._warn('the server is away')
+    data.shards.remote._warn('the server is away')

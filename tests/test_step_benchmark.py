@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import (
+from benchmarks.shared.measure import (
     LEAST_ROUNDS,
     Contender,
     Running,

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.log.run_log import RunLog
 from tests.conftest import ROOT, run_command, run_script, succeeded
-from utils.log import RunLog
 
 SECONDS = 60  # until the server answers
 OPTIONS = ('--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu', '-j', '0', '-b', '6', '--epochs', '2',

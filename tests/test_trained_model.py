@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from models import create_model, open_trained_model
-from utils import options
+from options import groups as options
 from utils.errors import UserError
 
 SMALL = {'depth': 2, 'embed_dim': 64, 'num_heads': 2}

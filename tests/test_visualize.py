@@ -138,7 +138,7 @@ def test_a_picture_that_cannot_be_written_is_named(call, folder):
 
 
 def test_layers_that_give_no_maps_leave_the_other_pictures(call, folder, monkeypatch, caplog):
-    monkeypatch.setattr('models.explain.default_layers', lambda model: ['head'])
+    monkeypatch.setattr('figures.explain.default_layers', lambda model: ['head'])
     Image.new('RGB', (40, 40)).save(folder / 'grey.png')
     written = call('--figures', 'features', 'tokens', images=(folder / 'grey.png',))
     assert [name for name in written if name.startswith('grey')] == ['grey-tokens.png']

@@ -1,4 +1,4 @@
-"""Tests of models/formats.py, identity.py and weights.py: every kind of checkpoint, loading into other models, reports.
+"""Tests of models/weights: every kind of checkpoint, loading into other models, reports.
 
     python -m pytest tests/test_weights.py
 
@@ -26,8 +26,8 @@ from models import (
     load_weights,
     state_dict_of,
 )
-from models.formats import recorded_img_size
-from models.identity import grid_of, our_models, patch_size_of
+from models.weights.formats import recorded_img_size
+from models.weights.identity import grid_of, our_models, patch_size_of
 from tests.golden import SHARED, relative_error
 from utils.errors import UserError
 

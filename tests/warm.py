@@ -27,10 +27,10 @@ sys.path[0] = str(ROOT)
 import torch._dynamo  # noqa: E402, F401, as every optimizer does
 
 import data.pipeline  # noqa: E402, F401
+import engine.log.curves  # noqa: E402, F401
+import engine.log.tensorboard  # noqa: E402, F401
 import engine.run  # noqa: E402, F401
 import models  # noqa: E402, F401
-import utils.board  # noqa: E402, F401
-import utils.curves  # noqa: E402, F401
 
 request = next_request()
 os.setsid()

@@ -1,4 +1,4 @@
-"""Inspects, converts, averages and strips checkpoints, of every kind that models/formats.py knows.
+"""Inspects, converts, averages and strips checkpoints, of every kind that models/weights/formats.py knows.
 
     python tools/checkpoint.py inspect 81.5_T2T_ViT_14.pth.tar
     python tools/checkpoint.py inspect last.pth.tar --keys --json
@@ -27,8 +27,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from options.groups import Parser, image_size
 from utils.errors import UserError, run_script
-from utils.options import Parser, image_size
 
 WEIGHTS = 'model.safetensors'  # in a folder of timm's form
 SUFFIXES = ('.safetensors', '.pth.tar', '.pth')
@@ -107,8 +107,8 @@ def _plain(value: object) -> object:
 def collect_facts(path: str, use_ema: bool) -> dict:
     """Everything that `inspect` can say; None for what the checkpoint does not tell."""
     from models import count_classes
-    from models.formats import has_ema, has_plain, recorded_arch, recorded_classes, recorded_options
-    from models.weights import count_channels
+    from models.weights.formats import has_ema, has_plain, recorded_arch, recorded_classes, recorded_options
+    from models.weights.loading import count_channels
     checkpoint, weights, identity = _read(path, use_ema)
     name = _resolve_model(None, checkpoint, identity)
     options = recorded_options(checkpoint)
@@ -212,8 +212,8 @@ def convert_checkpoint(args) -> None:
 def _resolve_model(asked: str | None, checkpoint, identity) -> str | None:
     """The model the weights are of: as asked, as their shapes tell, or as they record; None where that is open."""
     from models import resolve_name
-    from models.formats import recorded_arch
-    from models.identity import our_models
+    from models.weights.formats import recorded_arch
+    from models.weights.identity import our_models
     if asked:
         return resolve_name(asked)
     if len(identity.names) == 1:
@@ -235,14 +235,14 @@ class _Builder:
 
     def _in_chans(self) -> int | None:
         """The channels of the images; None for the model's own."""
-        from models.formats import extract
-        from models.weights import count_channels
+        from models.weights.formats import extract
+        from models.weights.loading import count_channels
         return self.identity.in_chans or count_channels(self.name, extract(self.checkpoint, self.use_ema).state)
 
     def build(self, written: Path | None = None):
         """The model with the weights of FILE, or of what was written, in evaluation mode."""
         from models import count_classes, create_model, load_weights
-        from utils.files import read_checkpoint
+        from utils.checkpoint_reader import read_checkpoint
         checkpoint, use_ema, source = self.checkpoint, self.use_ema, self.source
         if written:
             checkpoint, use_ema, source = read_checkpoint(written), True, str(written)
@@ -254,8 +254,8 @@ class _Builder:
 
     def save_config(self, path: Path) -> None:
         """Writes what timm needs to know beside the weights."""
-        from models.export import save_config
-        from models.formats import recorded_classes
+        from models.runtimes import save_config
+        from models.weights.formats import recorded_classes
         model = self.build()
         save_config(model, path, classes=recorded_classes(self.checkpoint), input_size=self._input_size(model))
         with open(path, 'rb') as file:
@@ -350,9 +350,9 @@ def strip_checkpoint(args) -> None:
 
 def _read(path: str, use_ema: bool, img_size: int | tuple[int, int] | None = None):
     """A checkpoint, the weights in it and what they are of."""
-    from models.formats import extract, recorded_img_size
-    from models.identity import identify
-    from utils.files import read_checkpoint
+    from models.weights.formats import extract, recorded_img_size
+    from models.weights.identity import identify
+    from utils.checkpoint_reader import read_checkpoint
     checkpoint = read_checkpoint(path)
     try:
         weights = extract(checkpoint, use_ema)
@@ -369,7 +369,7 @@ def _read(path: str, use_ema: bool, img_size: int | tuple[int, int] | None = Non
 
 def _beside(checkpoint, identity, name: str | None) -> dict:
     """What travels with the weights: the name of the model, those of the classes, the image size."""
-    from models.formats import recorded_classes
+    from models.weights.formats import recorded_classes
     entries = {'arch': name, 'classes': recorded_classes(checkpoint), 'img_size': identity.img_size}
     return {entry: list(value) if isinstance(value, tuple) else value for entry, value in entries.items() if value}
 
@@ -422,7 +422,7 @@ def _write(path: Path, out: Path, state: dict, beside: dict, dtype: str | None =
     """Writes weights and what travels with them to `path`, in the form that the name of `out` asks for."""
     import torch
 
-    from models.export import pack_safetensors
+    from models.runtimes import pack_safetensors
     state = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
     if dtype:
         state = {key: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor

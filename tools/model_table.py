@@ -19,7 +19,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import options  # noqa: E402
+from options import groups as options  # noqa: E402
 from utils.errors import UserError, run_script  # noqa: E402
 
 # Published for the weights of a name, at the size they were trained at: top-1 and top-5 on ImageNet's validation set.
@@ -87,7 +87,7 @@ def count(name: str, img_size: tuple[int, int] | None) -> tuple[Counts, tuple[in
 
 def row(name: str, img_size: tuple[int, int] | None) -> str:
     """One line of the table. Accuracy is shown at the size of the published weights alone."""
-    from models.weights import published_config
+    from models.weights.loading import published_config
 
     counts, size = count(name, img_size)
     recipe = f'configs/{RECIPES.get(name, name)}.yaml'

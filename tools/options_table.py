@@ -14,7 +14,7 @@ import train
 import transfer
 import validate
 import visualize
-from utils import options
+from options import groups as options
 
 
 def table() -> str:

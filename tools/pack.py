@@ -24,8 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from options.groups import Parser, count, number, positive, positive_int, seed
 from utils.errors import EXIT_CTRL_C, UserError, report, run_script
-from utils.options import Parser, count, number, positive, positive_int, seed
 
 EXIT_FAULTS = 1
 
@@ -91,7 +91,7 @@ def check_options(args, parser: argparse.ArgumentParser) -> None:
 
 def pack_all(args) -> list[str]:
     """Packs, or unpacks, every split; returns their folders."""
-    from data.packing import Recipe, pack, unpack
+    from data.shards.packing import Recipe, pack, unpack
     args.out = _check_out(args.out)
     sources = _open_sources(args)
     if args.to == 'folders' and not all(hasattr(source.dataset, 'archive') for source in sources.values()):
@@ -130,9 +130,9 @@ def _shards(manifest) -> str:
 
 def _check_out(out: str) -> str:
     """The path of OUT. Raises UserError, before anything is read, if it is elsewhere or cannot be written."""
-    from data.remote import scheme_of
-    from data.shards import PREFIX
-    from utils.log import check_folder
+    from data.shards.dataset import PREFIX
+    from data.shards.remote import scheme_of
+    from engine.log.run_log import check_folder
     path = out.removeprefix(PREFIX)
     if scheme_of(path):
         raise UserError(f'{out}: shards are written to a folder of this machine; give one, and copy it there')
@@ -144,9 +144,9 @@ def _check_out(out: str) -> str:
 def _open_sources(args) -> dict:
     """The sources by the names of their splits; '' for one that is a split itself."""
     from data.classes import match_classes
-    from data.ilsvrc import ARCHIVES, check_md5, open_archive
-    from data.packing import archive_source, folder_source
-    from data.shards import PREFIX, has_manifest
+    from data.shards.dataset import PREFIX, has_manifest
+    from data.shards.ilsvrc import ARCHIVES, check_md5, open_archive
+    from data.shards.packing import archive_source, folder_source
     given = os.path.expanduser(args.source.removeprefix(PREFIX))
     archives = [given] if os.path.isfile(given) else [
         os.path.join(given, name) for split, name in ARCHIVES.items()
@@ -197,7 +197,7 @@ def verify_all(splits: list[str], args) -> bool:
     """Checks splits and prints what is wrong with them; whether all is well."""
     import numpy as np
 
-    from data.verifying import verify
+    from data.shards.verifying import verify
     is_well = True
     for split in splits:
         manifest, faults = verify(split, jobs=args.jobs, decode=args.decode, patience=args.shard_timeout)
@@ -221,10 +221,10 @@ def _packed_splits(args) -> list[str]:
     """The folder, or address, itself, or those in it that hold a manifest."""
     from data.datasets import EVAL_SPLITS
     from data.folders import check_folder
-    from data.manifest import MANIFEST
-    from data.remote import scheme_of
-    from data.shards import PREFIX
-    from data.verifying import has_split
+    from data.shards.dataset import PREFIX
+    from data.shards.manifest import MANIFEST
+    from data.shards.remote import scheme_of
+    from data.shards.verifying import has_split
     root = args.source.removeprefix(PREFIX).rstrip('/')
     if not scheme_of(root):
         root = check_folder(os.path.expanduser(root))
@@ -241,7 +241,7 @@ def index(args) -> list[str]:
     """Writes the manifest of shards from elsewhere."""
     from data.classes import read_class_map
     from data.folders import check_folder
-    from data.verifying import index_folder
+    from data.shards.verifying import index_folder
     folder = check_folder(os.path.expanduser(args.source))
     manifest = index_folder(folder, jobs=args.jobs, classes=args.class_map and read_class_map(args.class_map))
     print(f'{folder}: {len(manifest.index):,} images of {len(manifest.classes)} classes in {_shards(manifest)}')
@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     check_options(args, parser)
     try:
-        from utils.log import setup_logging
+        from engine.log.run_log import setup_logging
         from utils.parallel import available_cores
         setup_logging(is_main=True)
         args.jobs = args.jobs or available_cores()

@@ -1,1 +1,1 @@
-"""Small things without a field of their own: options, errors, processes, devices, meters, logs."""
+"""How a process starts, talks to others, writes and ends."""

@@ -15,8 +15,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+from engine.log.run_log import progress_bar
 from utils.errors import UserError
-from utils.log import progress_bar
 
 
 def available_cores() -> int:

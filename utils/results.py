@@ -6,8 +6,8 @@ import math
 from datetime import datetime
 from pathlib import Path
 
+from engine.log.run_log import check_folder, make_folder
 from utils.errors import UserError
-from utils.log import check_folder, make_folder
 
 _logger = logging.getLogger(__name__)
 

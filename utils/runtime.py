@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from engine.log.run_log import setup_logging
 from utils.distributed import World, join
 from utils.errors import UserError
-from utils.log import setup_logging
 
 _logger = logging.getLogger(__name__)
 

@@ -37,9 +37,9 @@ from engine.writer import CheckpointWriter, _Snapshot
 from models import create_model
 from tests.conftest import ROOT, assert_same, write_checkpoint
 from utils import faults
+from utils.checkpoint_reader import SEAL, SEAL_LENGTH, read_checkpoint, verify
 from utils.distributed import World
 from utils.errors import UserError
-from utils.files import SEAL, SEAL_LENGTH, read_checkpoint, verify
 from utils.runtime import Precision
 
 # One process that has torch ready, and for every line it reads a fork that saves until a fault ends it.

@@ -256,7 +256,7 @@ def test_evaluation_is_exact_on_real_processes_for_1_to_33_images(tmp_path, reco
     (tmp_path / 'script.py').write_text(EVALUATION)
     results = {}
     script = (tmp_path / 'script.py', *numbers, '--device', 'cpu')
-    together = [sys.executable, '-m', 'utils.launch', 2, *script]
+    together = [sys.executable, '-m', 'launch.launcher', 2, *script]
     for num_proc, run in ((1, lambda: run_script(*script, cwd=ROOT)),
                           (2, lambda: run_command(together, ROOT, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'))):
         out = succeeded(run())

@@ -27,8 +27,8 @@ from models import create_model
 from tests.conftest import ROOT, write_images
 from tests.test_files import Hostile, attacks, write_checkpoint
 from tests.test_options import parse
+from utils.checkpoint_reader import read_checkpoint
 from utils.errors import UserError
-from utils.files import read_checkpoint
 
 SEED = 20211012
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.faults.test_processes import STEP, STOP, Job, _eventually, assert_ends_as, records, state_of
-from utils.files import read_checkpoint
+from utils.checkpoint_reader import read_checkpoint
 
 pytestmark = pytest.mark.faults
 PORT = 29500

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from tqdm import tqdm
 
-from data import packing
+from data.shards import packing
 from tests.conftest import end_group
 from tests.test_pack import content, loggers_of_the_tests, pack  # noqa: F401, a fixture
 from tools.pack import main

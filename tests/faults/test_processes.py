@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.agent import SURVIVAL_SECONDS
 from tests.conftest import ROOT, SECONDS, assert_same, run_command, succeeded
-from utils.agent import SURVIVAL_SECONDS
-from utils.files import read_checkpoint
+from utils.checkpoint_reader import read_checkpoint
 
 RUN = ('--dataset', 'digits', '--only-classes', '0-2', '--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu',
        '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2', '-b', '16', '--epochs', '2',

@@ -1,0 +1,1 @@
+"""What benchmarks share: measuring a step, records of results, and the published formulation."""

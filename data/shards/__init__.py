@@ -1,0 +1,1 @@
+"""Data sets in tar files: reading, fetching, packing, unpacking and verifying them."""

@@ -1,0 +1,209 @@
+"""Checks a split of shards against its manifest and its index, to the last byte, and makes a manifest for others.
+
+    manifest, faults = verify('/shards/imagenet/train', jobs=16, decode=False)    # tools/pack.py --verify
+    for file, what in faults: …
+    manifest = index_folder('/shards/from_elsewhere', jobs=16)                    # tools/pack.py --index
+"""
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import BinaryIO
+
+from data.classes import name_some
+from data.decode import ImageError, decode_rgb
+from data.shards.dataset import NUMBERED, Files, index_shards, list_tars, reader
+from data.shards.manifest import MANIFEST, Index, Manifest, Shard, key_of
+from data.shards.remote import Cache, Gone, RemoteFile, scheme_of
+from data.shards.tar import Member, scan_tar
+from utils.errors import UserError
+from utils.parallel import in_processes
+
+Fault = tuple[str, str]
+"""A file of the split, and what is wrong with it."""
+
+
+def verify(where: str, *, jobs: int, decode: bool, patience: float = 300) -> tuple[Manifest | None, list[Fault]]:
+    """Reads all of a split; the manifest (None if it cannot be read itself) and what is wrong, empty if nothing is.
+
+    Shards are compared with the manifest by bytes and SHA-256, their headers with the index, and class members with
+    its targets.
+
+    where: a folder, or an address, whose shards are fetched one by one for each of `jobs`, never from a cache.
+    decode: every image is decoded too. patience: seconds for which a server may be away.
+    Raises UserError if there is no manifest.
+    """
+    if not has_split(where, patience):
+        raise UserError(f'{where}: no {MANIFEST} in it; a packing that was begun ends with one: start the same '
+                        'command again. Shards made elsewhere get one with --index')
+    try:
+        manifest = Manifest.read(reader(where, patience), where)
+    except UserError as error:
+        return None, [(MANIFEST, str(error))]
+    known = {shard.name for shard in manifest.shards}
+    tars = [] if scheme_of(where) else map(os.path.basename, list_tars(where))
+    faults = [(name, 'is not in the manifest') for name in tars if name not in known]
+    with _opener(where, patience) as opener:
+        for found in in_processes(_Check(manifest, opener, decode), range(len(manifest.shards)), jobs=jobs,
+                                  total=len(manifest.index), desc=os.path.basename(where)):
+            faults += found
+    return manifest, sorted(faults)
+
+
+def has_split(where: str, patience: float) -> bool:
+    """Whether a manifest is there."""
+    if not scheme_of(where):
+        return os.path.isfile(os.path.join(where, MANIFEST))
+    try:
+        return bool(reader(where, patience)(MANIFEST))
+    except Gone:
+        return False
+
+
+@contextlib.contextmanager
+def _opener(where: str, patience: float) -> Iterator[Callable]:
+    """What opens a shard, as a context; of a remote split it is on this machine only while it is open."""
+    if not scheme_of(where):
+        yield lambda shard: open(os.path.join(where, shard.name), 'rb')
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Cache(folder, max_bytes=float('inf'), patience=patience)
+
+        @contextlib.contextmanager
+        def fetched(shard: Shard) -> Iterator[BinaryIO]:
+            remote = RemoteFile(f'{where}/{shard.name}', shard.bytes, shard.sha256)
+            with cache.open(remote) as file:
+                yield file
+            cache.path(remote).unlink()
+
+        yield fetched
+
+
+class _Check:
+    """Checks one shard, in a process of its own."""
+
+    def __init__(self, manifest: Manifest, opener: Callable, decode: bool):
+        self.manifest, self.opener, self.decode = manifest, opener, decode
+        self.starts = manifest.starts
+
+    def __call__(self, number: int, tick) -> list[Fault]:
+        shard = self.manifest.shards[number]
+        samples = range(int(self.starts[number]), int(self.starts[number + 1]))
+        try:
+            with self.opener(shard) as file:
+                faults = list(self._sums(file, shard))
+                try:
+                    members = list(scan_tar(file, shard.name))
+                except UserError as error:
+                    faults.append(str(error).removeprefix(f'{shard.name} '))
+                    members = []  # what cannot be walked through has been said; the rest would follow from it
+                if members:
+                    faults += self._members(file, {member.name: member for member in members}, samples)
+                if members and self.decode:
+                    faults += self._images(file, samples, tick)
+                else:
+                    tick(len(samples), shard.bytes)
+        except OSError as error:
+            faults = [f'cannot be read ({error.strerror or error})']
+        except UserError as error:  # a shard that cannot be fetched
+            faults = [str(error)]
+        return [(shard.name, fault) for fault in faults]
+
+    def _sums(self, file, shard) -> Iterable[str]:
+        size = file.seek(0, os.SEEK_END)
+        if size != shard.bytes:
+            yield f'has {size:,} bytes, in the manifest {shard.bytes:,}'
+            return
+        file.seek(0)
+        # '' is the sum of a shard that nobody has computed it of.
+        if shard.sha256 and hashlib.file_digest(file, 'sha256').hexdigest() != shard.sha256:
+            yield 'has another checksum than in the manifest: its content has changed'
+
+    def _members(self, file: BinaryIO, members: dict[str, Member], samples: range) -> Iterable[str]:
+        """The shard's members against the index, in words for each kind of difference."""
+        index: Index = self.manifest.index
+        missing, misplaced, unlabelled, mislabelled = [], [], [], []
+        labels = {key_of(name)[0]: member for name, member in members.items() if name.endswith('.cls')}
+        for sample in samples:
+            name = index.name(sample)
+            member = members.get(name)
+            if member is None:
+                missing.append(name)
+                continue
+            if (member.offset, member.size) != (index.offset[sample], index.size[sample]):
+                misplaced.append(name)
+            label = labels.get(key_of(name)[0])
+            if self.manifest.packing is None:
+                continue  # elsewhere classes are written in other ways
+            if label is None:
+                unlabelled.append(name)
+            elif _content(file, label) != b'%d' % index.target[sample]:
+                mislabelled.append(name)
+        for names, what in ((missing, 'are in the index, not in it'), (misplaced, 'lie elsewhere than in the index'),
+                            (unlabelled, 'have no class'), (mislabelled, 'have another class than in the index')):
+            if names:
+                yield f'{len(names)} images {what}: {name_some(names, 2)}'
+        if self.manifest.packing is not None and len(members) > 2 * len(samples):
+            yield f'has {len(members)} members, of which the index knows {2 * len(samples)}'
+
+    def _images(self, file: BinaryIO, samples: range, tick) -> Iterable[str]:
+        bad, index = [], self.manifest.index
+        for sample in samples:
+            name = index.name(sample)
+            content = _content(file, Member(name, int(index.offset[sample]), int(index.size[sample])))
+            try:
+                decode_rgb(content, name)
+            except ImageError as error:
+                bad.append(str(error).removeprefix('image '))
+            tick(1, len(content))
+        if bad:
+            yield f'{len(bad)} bad images: {", ".join(bad[:2])}' + (' and others' if len(bad) > 2 else '')
+
+
+def _content(file: BinaryIO, member: Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards from elsewhere
+
+
+def index_folder(folder: str, *, jobs: int, classes: Sequence[str] | None = None) -> Manifest:
+    """Writes manifest and index of the tar files in `folder`, which are only read.
+
+    classes: what the numbers of classes stand for, if they are numbers.
+    Raises UserError for tar files that are refused (`scan_tar`), or if there are none, or a manifest is there, or none
+    can be written.
+    """
+    if os.path.exists(os.path.join(folder, MANIFEST)):
+        raise UserError(f'{folder} has a {MANIFEST} already; remove it first if it is to be made anew')
+    paths = list_tars(folder)
+    if not paths:
+        raise UserError(f'{folder}: no .tar files in it; give the folder of the shards themselves')
+    manifest = index_shards(Files(paths))
+    if classes is not None:
+        if manifest.source != NUMBERED or len(classes) < len(manifest.classes):
+            has = f'numbers up to {len(manifest.classes) - 1}' if manifest.source == NUMBERED else 'names'
+            raise UserError(f'--class-map: it has {len(classes)} classes, and the classes of the shards are {has}; '
+                            'give one that fits, or none')
+        manifest.classes, manifest.source = list(classes), 'tar files from elsewhere'
+    sums = dict(in_processes(lambda number, tick: _sum(number, paths[number], manifest.shards[number], tick),
+                             range(len(paths)), jobs=jobs, total=len(manifest.index), desc='checksums'))
+    manifest.shards = [replace(shard, name=os.path.basename(paths[number]), sha256=sums[number])
+                       for number, shard in enumerate(manifest.shards)]
+    try:
+        manifest.write(folder)
+    except OSError as error:
+        raise UserError(f'{folder} cannot be written ({error.strerror or error}); copy the shards to a folder that '
+                        'can') from None
+    return manifest
+
+
+def _sum(number: int, path: str, shard: Shard, tick) -> tuple[int, str]:
+    with open(path, 'rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    tick(shard.samples, shard.bytes)
+    return number, digest

@@ -1,0 +1,1 @@
+"""Weights from elsewhere: recognise their format, identify their model, load them."""

@@ -1,0 +1,1 @@
+"""Command-line options and recipes. Nothing here imports torch."""

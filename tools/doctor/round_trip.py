@@ -1,0 +1,63 @@
+"""Adds up a gradient's bytes over all processes, and says whether the sum is right and how long it takes.
+
+    SCRIPT=tools/doctor/round_trip.py ./distributed_train.sh 8 --megabytes 86
+
+Over several machines as distributed_train.sh says; tools/doctor/__main__.py does it on one.
+"""
+import json
+import statistics
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from options import groups as options
+from utils.errors import UserError, run_script
+
+REPEATS = 5
+
+
+def main():
+    parser = options.Parser(description='Add up a gradient over all processes.')
+    add = parser.add_argument
+    add('--megabytes', type=options.positive, default=86.0, metavar='MB', help='of float32 numbers; T2T-ViT-14 has 86')
+    add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda or cpu')
+    add('--timeout', type=options.positive, default=60, metavar='SECONDS', help='for one of the processes to come')
+    add('--json', metavar='FILE', help='what was found, for programs')
+    args = parser.parse_args()
+
+    import torch
+
+    from engine.log.run_log import setup_logging
+    from utils.distributed import join, leave, sum_over_ranks
+
+    world = join(args.device, timedelta(seconds=args.timeout))
+    setup_logging(is_main=world.is_main)
+    values = torch.empty(max(1, round(args.megabytes * 1e6 / 4)), device=world.device)
+    expected, seconds = world.size * (world.size + 1) / 2, []
+    for _ in range(1 + REPEATS):  # the first meets connections that are yet to be made
+        values.fill_(world.rank + 1)
+        sum_over_ranks(torch.zeros(1, device=world.device)).item()  # all are here
+        started = time.perf_counter()
+        sum_over_ranks(values)
+        right = bool((values == expected).all())  # waits for the device
+        seconds.append(time.perf_counter() - started)
+        if not right:
+            raise UserError(f'rank {world.rank} got sums from {values.min().item():g} to {values.max().item():g} where '
+                            f'{expected:g} is right; see to the network, or the links between the GPUs')
+    median = statistics.median(seconds[1:])
+    # What each process sends in a ring: all but its own part, twice.
+    rate = 2 * (world.size - 1) / world.size * values.nbytes / median
+    if world.is_main:
+        found = {'processes': world.size, 'bytes': values.nbytes, 'seconds': median, 'bytes_per_second': rate}
+        if args.json:
+            Path(args.json).write_text(json.dumps(found) + '\n', encoding='utf-8')
+        print(f'{world.size} processes, {values.nbytes / 1e6:.1f} MB: {1000 * median:.1f} ms, {rate / 1e9:.2f} GB/s; '
+              'the sum is right')
+    leave()
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,79 @@
+"""Writes a run as one page of HTML: result, curves, options, environment, mistakes, sample predictions, attention.
+
+    python tools/report/__main__.py output/train/demo
+    python tools/report/__main__.py output/train/demo -o demo.html --data /data/moved --samples 5000
+
+The page is one file that needs no network. Of a run in progress, or without its data or checkpoints, it has what there
+is and says what is missing.
+"""
+import logging
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from options import groups as options  # noqa: E402
+from utils.errors import UserError, run_script  # noqa: E402
+
+log = logging.getLogger('__main__')
+
+
+def main():
+    # --- Options ------------------------------------------------------------------------------------------------------
+    parser = options.Parser(description='Write a run as one page of HTML.')
+    add = parser.add_argument
+    add('run', metavar='RUN', help="the run's folder")
+    add('-o', '--output', metavar='FILE', help='the page (default: RUN/report.html)')
+    add('--data', metavar='DIR', help='where the data is (default: where the run had it)')
+    add('--samples', type=options.positive_int, default=2000, metavar='N',
+        help='evaluation images to look at, evenly spread over all')
+    add('-b', '--batch-size', type=options.positive_int, default=64, metavar='N', help='images per batch')
+    add('-j', '--workers', type=options.count, default=2, metavar='N', help='data loader processes')
+    add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
+    given = parser.parse_args()
+    folder = Path(given.run)
+    output = Path(given.output or folder / 'report.html')
+
+    from engine.log.run_log import check_folder
+    from tools.report import sections
+    from tools.report.html import page
+    from utils.runtime import start
+
+    # --- The run ------------------------------------------------------------------------------------------------------
+    run = sections.open_run(folder)
+    check_folder(output.parent, '--output')
+    args = sections.evaluation_options(run, given)
+    world, precision = start(args, alone=True)
+    log.info('%s: %d epochs, %d log lines', folder, len(run.epochs), len(run.steps))
+
+    # --- Its model on its data ----------------------------------------------------------------------------------------
+    model, evaluated, missing = None, None, ''
+    try:
+        model, args, classes = sections.open_model(args)
+        evaluated = sections.evaluate(model.to(world.device), args, classes, given.samples, world, precision)
+    except UserError as error:
+        missing = f'Not shown, because it could not be computed: {error}.'
+        log.warning('no predictions: %s', error)
+
+    # --- The page -----------------------------------------------------------------------------------------------------
+    parts = [sections.summary(run, model), sections.curves(run), sections.epochs(run), sections.used_options(run),
+             sections.environment(run)]
+    for write in (sections.mistakes, sections.samples, sections.attention):
+        log.info('%s …', write.__name__)
+        parts.append(write(evaluated, missing))
+    write_page(output, page(*sections.headline(run), parts))
+    log.info('report: %s (%.1f MB)', output, output.stat().st_size / 1e6)
+
+
+def write_page(output: Path, text: str) -> None:
+    from engine.log.run_log import make_folder
+    make_folder(output.parent, '--output')
+    try:
+        output.write_text(text, encoding='utf-8', errors='replace')
+    except OSError as error:
+        raise UserError(f'--output {output} cannot be written ({error.strerror}); name another file') from None
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,325 @@
+"""What tools/report says of a run: gathers what its folder, its checkpoint and its data hold, and writes sections.
+
+A section is written from what there is; where something is missing it says so.
+"""
+import io
+import math
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import transfer
+import validate
+from data import ImageDataset, Numbered, spread
+from data.base import Part
+from data.pipeline import create_eval_loader, name_classes, open_evaluation_data, resolve_input
+from engine.log.curves import draw_curves
+from engine.log.run_log import ARGS, METRICS, format_seconds, read_environment, read_metrics
+from engine.predict import Predictions, predict
+from figures.attention import draw_overlay
+from figures.explain import NotSeen, classifier_attention
+from figures.mistakes import (
+    accuracy_figure,
+    confusion_figure,
+    confusion_matrix,
+    errors_figure,
+    reliability_figure,
+    shorten,
+)
+from models import open_trained_model
+from options import groups as options
+from options.recipes import read_recipe
+from tools.report.html import Html, Section, facts, image, note, picture, table
+from utils.distributed import World
+from utils.errors import UserError
+from utils.pictures import image_sheet, new_figure
+
+CHECKPOINTS = ('model_best.pth.tar', 'last.pth.tar')
+SHOWN = 8  # images that are right, and as many that are wrong
+ATTENTION = 6
+COLUMNS = {  # of the table of epochs: what a record calls it, what the table does, and how it is written
+    'train_loss': ('training loss', '.4f'), 'loss': ('loss', '.4f'), 'top1': ('top-1, %', '.2f'),
+    'top5': ('top-5, %', '.2f'), 'ema_loss': ('loss (EMA)', '.4f'), 'ema_top1': ('top-1 (EMA), %', '.2f'),
+    'ema_top5': ('top-5 (EMA), %', '.2f'), 'lr': ('learning rate', '.2e'), 'epoch_seconds': ('seconds', ',.1f')}
+
+
+class Run(NamedTuple):
+    """What the folder of a run says: its options, the records of its epochs and log lines, each start's environment."""
+    folder: Path
+    options: dict[str, Any]
+    epochs: list[dict]
+    steps: list[dict]
+    starts: list[dict]
+
+
+class Evaluated(NamedTuple):
+    """A model, its evaluation images and what it says of them."""
+    model: Any
+    args: options.Options
+    dataset: ImageDataset
+    names: list[str]
+    predictions: Predictions
+    total: int
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What there is
+
+
+def open_run(folder: Path) -> Run:
+    """Reads the folder of a run. Raises UserError if there is none."""
+    if not folder.is_dir():
+        raise UserError(f'{folder} is no folder; give that of a run, such as output/train/demo')
+    if not any((folder / name).exists() for name in (ARGS, METRICS, *CHECKPOINTS)):
+        raise UserError(f'{folder} is not the folder of a run: none of {ARGS}, {METRICS} or {CHECKPOINTS[0]} is in it')
+    records = read_metrics(folder)
+    settings = read_recipe(folder / ARGS, training_parser(), complete=False) if (folder / ARGS).exists() else {}
+    return Run(folder, settings, [record for record in records if record['kind'] == 'epoch'],
+               [record for record in records if record['kind'] == 'train'], read_environment(folder))
+
+
+def training_parser() -> options.Parser:
+    """Of the options of train.py and transfer.py together."""
+    return options.create_parser('', (*transfer.GROUPS, transfer.transfer_options))
+
+
+def evaluation_options(run: Run, given) -> options.Options:
+    """The run's options as validate.py would take them, with what this script was given."""
+    parser = options.create_parser('', (*validate.GROUPS, validate.validate_options), validate.DEFAULTS)
+    known = {name: value for name, value in run.options.items() if hasattr(parser.parse_args([]), name)}
+    parser.set_defaults(**known)
+    checkpoint = next((run.folder / name for name in CHECKPOINTS if (run.folder / name).exists()), None)
+    return parser.parse_args([], options.Options()).replacing(
+        eval_checkpoint=checkpoint and str(checkpoint), pretrained=False, initial_checkpoint='', amp=False,
+        data=given.data or known.get('data'), device=given.device, workers=given.workers, batch_size=given.batch_size,
+        validation_batch_size_multiplier=1, class_map=None, download=False)
+
+
+def open_model(args):
+    """The run's model. Raises UserError if the run has no checkpoint yet, or it cannot be opened."""
+    if not args.eval_checkpoint:
+        raise UserError('the run has no checkpoint yet')
+    return open_trained_model(args)
+
+
+def evaluate(model, args, classes, num_samples: int, world, precision) -> Evaluated:
+    """The model's predictions on up to `num_samples` of its evaluation images. Raises UserError without these."""
+    try:
+        whole = open_evaluation_data(args, classes, model.num_classes, world)
+    except UserError as error:
+        if args.data and Path(args.data).exists():
+            raise
+        raise UserError(f'{error}; a report downloads nothing: name the folder of the data with --data') from None
+    dataset = spread(whole, num_samples)
+    args = args.replacing(max_bad_val_images=len(dataset))
+    loader, prepare = create_eval_loader(args, Numbered(dataset), resolve_input(args, model.pretrained_cfg), world)
+    predictions = predict(model, loader, prepare, precision=precision)
+    loader.close()
+    if not len(predictions.indices):
+        raise UserError(f'none of {len(dataset)} evaluation images can be decoded')
+    names = name_classes(args, classes or dataset.classes, model.num_classes)
+    return Evaluated(model, args, dataset, names, predictions, len(whole))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sections
+
+
+def headline(run: Run) -> tuple[str, str]:
+    """The title of the page, and the line below it."""
+    data = run.options.get('data')
+    data = Path(data).name if data else run.options.get('dataset', 'unknown data')
+    best = best_epoch(run)
+    model = run.options.get('model', 'model')
+    result = f': {describe_best(run, best)}' if best else ''
+    return f'{model} on {data}{result}', f'Run {run.folder.name}, report of {datetime.now():%Y-%m-%d %H:%M}.'
+
+
+def best_epoch(run: Run) -> dict | None:
+    """The record of the epoch that the run's best checkpoint is of."""
+    metric = run.options.get('eval_metric', 'top1')
+    sign = -1 if metric == 'loss' else 1
+    have = [record for record in run.epochs if is_finite(deciding_value(record, metric))]
+    return max(have, key=lambda record: sign * deciding_value(record, metric), default=None)
+
+
+def is_finite(value) -> bool:
+    """Whether a value is a number; training takes no other for the best either."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def deciding_value(record: dict, metric: str):
+    """A metric of the averaged weights where these were evaluated, as the training decides what is best."""
+    return record.get(f'ema_{metric}', record.get(metric))
+
+
+def describe_best(run: Run, best: dict) -> str:
+    metric = run.options.get('eval_metric', 'top1')
+    value = deciding_value(best, metric)
+    return f'loss {value:.4f}' if metric == 'loss' else f'{value:.2f} % top-{metric[-1]}'
+
+
+def summary(run: Run, model):
+    best, planned = best_epoch(run), run.options.get('epochs')
+    last = (run.steps or run.epochs or [{}])[-1]
+    size = run.options.get('img_size', 'unknown')
+    size = '{}x{}'.format(*size) if isinstance(size, tuple) else size
+    weights = ' (averaged weights)' if best and any(name.startswith('ema_') for name in best) else ''
+    pairs = [('Best', f'{describe_best(run, best)} after epoch {best["epoch"] + 1}{weights}' if best
+              else 'no epoch has ended'),
+             ('Epochs', f'{len(run.epochs)} of {planned or "unknown"}'),
+             ('Images seen', f'{last["images_seen"]:,}' if 'images_seen' in last else 'not recorded'),
+             ('Steps', f'{last["global_step"]:,}' if 'global_step' in last else 'none'),
+             ('Time of the epochs', format_seconds(sum(record.get('epoch_seconds', 0) for record in run.epochs))),
+             ('Model', run.options.get('model', 'unknown')),
+             ('Parameters', f'{sum(p.numel() for p in model.parameters()):,}' if model else 'no checkpoint'),
+             ('Image size', size)]
+    return Section('Summary', facts(pairs))
+
+
+def curves(run: Run):
+    if not run.steps and not run.epochs:
+        return Section('Curves', note('The run has recorded nothing yet.'))
+    buffer = io.BytesIO()
+    draw_curves([*run.steps, *run.epochs], buffer)
+    return Section('Curves', image(buffer.getvalue(), 'Curves of loss, top-1 accuracy and learning rate against epochs',
+                                   wide=True))
+
+
+def epochs(run: Run):
+    if not run.epochs:
+        return Section('Epochs', note('No epoch has ended yet.'))
+    names = [name for name in COLUMNS if any(name in record for record in run.epochs)]
+    best = best_epoch(run)
+    rows = [[record['epoch'] + 1, 'best' if record is best else '',
+             *(format(record[name], COLUMNS[name][1]) if isinstance(record.get(name), int | float) else '–'
+               for name in names)] for record in run.epochs]
+    marked = [number for number, record in enumerate(run.epochs) if record is best]
+    return Section('Epochs', table(['epoch', '', *(COLUMNS[name][0] for name in names)], rows, marked))
+
+
+def used_options(run: Run):
+    if not run.options:
+        return Section('Options', note('The run has no args.yaml.'))
+    parser = training_parser()
+    defaults = vars(parser.parse_args([]))
+    if 'transfer_ratio' in run.options:
+        defaults |= transfer.DEFAULTS
+    changed = [name for name, value in run.options.items() if value != defaults.get(name)]
+    same = [name for name in run.options if name not in changed]
+    head = ['option', 'value', 'default', '']
+    rows = [[name, describe_value(run.options[name]), describe_value(defaults.get(name)),
+             'changed' if name in changed else ''] for name in (*changed, *same)]
+    script = 'transfer.py' if 'transfer_ratio' in run.options else 'train.py'
+    return Section('Options', Html(
+        note(f'{len(changed)} of {len(rows)} options differ from the defaults of {script}; they come first, marked.')
+        + table(head, rows, range(len(changed)))))
+
+
+def describe_value(value) -> str:
+    """The value of an option as people read it."""
+    if isinstance(value, bool):
+        return 'on' if value else 'off'
+    if isinstance(value, list | tuple):
+        return ' '.join(describe_value(item) for item in value)
+    return f'{value:.6g}' if isinstance(value, float) else '–' if value is None else repr(value) if value == '' \
+        else str(value)
+
+
+def environment(run: Run):
+    if not run.starts:
+        return Section('Environment', note('The run has not recorded what it was computed on.'))
+    names = list(dict.fromkeys(name for start in run.starts for name in start))
+    head = ['', *(f'start {number}' for number in range(1, len(run.starts) + 1))]
+    return Section('Environment', table(head, ([name, *(start.get(name, '–') for start in run.starts)]
+                                               for name in names)))
+
+
+def mistakes(evaluated: Evaluated | None, missing: str):
+    if not evaluated:
+        return Section('Mistakes', note(missing))
+    predictions, names = evaluated.predictions, evaluated.names
+    targets = evaluated.dataset.targets[predictions.indices]
+    matrix = confusion_matrix(targets, predictions.classes[:, 0], len(names))
+    parts = [
+        note(of_how_many(evaluated)),
+        picture(confusion_figure(matrix, names), 'Confusion matrix: true classes in rows, predicted ones in columns'),
+        picture(accuracy_figure(matrix, names), 'Bars of the accuracy of each class'),
+        picture(reliability_figure(predictions, targets), 'Accuracy against confidence, with the number of images'),
+        picture(errors_figure(predictions, targets, names, lambda k: pixels(evaluated.dataset, k)),
+                'The wrong predictions that the model is most sure of')]
+    return Section('Mistakes', Html('\n'.join(parts)))
+
+
+def of_how_many(evaluated: Evaluated) -> str:
+    count, tried = len(evaluated.predictions.indices), len(evaluated.dataset)
+    images = 'image' if count == 1 else 'images'
+    evenly = '' if tried == evaluated.total else f', evenly spread over all {evaluated.total:,}'
+    damaged = f'; {tried - count:,} could not be decoded' if tried > count else ''
+    return (f'Of {count:,} evaluation {images}{evenly}, with the weights of '
+            f'{Path(evaluated.args.eval_checkpoint).name}{damaged}.')
+
+
+def pixels(dataset, index: int):
+    return np.asarray(dataset.image(index))
+
+
+def samples(evaluated: Evaluated | None, missing: str):
+    if not evaluated:
+        return Section('Sample predictions', note(missing))
+    predictions, names = evaluated.predictions, evaluated.names
+    targets = evaluated.dataset.targets[predictions.indices]
+    right = predictions.classes[:, 0] == targets
+    parts = []
+    for rows, title in ((np.flatnonzero(right), 'Right'), (np.flatnonzero(~right), 'Wrong')):
+        if not len(rows):
+            parts.append(note(f'{title}: none of {len(right):,} images.'))
+            continue
+        shown = [int(rows[k * len(rows) // SHOWN]) for k in range(SHOWN)] if len(rows) > SHOWN else rows.tolist()
+        said = [(names[targets[row]], names[predictions.classes[row, 0]], predictions.probabilities[row, 0])
+                for row in shown]
+        titles = [f'is {shorten(true, 26)}\nsaid {shorten(guess, 20)} ({100 * probability:.1f} %)'
+                  for true, guess, probability in said]
+        sheet = image_sheet((pixels(evaluated.dataset, int(predictions.indices[row])) for row in shown), titles,
+                            title=f'{title}: evenly spread over all that are')
+        description = '; '.join(f'is {true}, said {guess}' for true, guess, _ in said)
+        parts.append(picture(sheet, f'{title} predictions: {description}'))
+    return Section('Sample predictions', Html('\n'.join(parts)))
+
+
+def attention(evaluated: Evaluated | None, missing: str):
+    if not evaluated:
+        return Section('Attention', note(missing))
+    model, args, found = evaluated.model, evaluated.args, evaluated.predictions.indices
+    device = next(model.parameters()).device
+    decodable = Part(evaluated.dataset, found)
+    loader, prepare = create_eval_loader(args.replacing(workers=0, batch_size=ATTENTION), spread(decodable, ATTENTION),
+                                         resolve_input(args, model.pretrained_cfg), World(0, 0, 1, device))
+    images, targets = next(iter(loader))
+    loader.close()
+    try:
+        figure = attention_sheet(model, prepare(images, targets)[0], images.permute(0, 2, 3, 1).numpy(),
+                                 [evaluated.names[target] for target in targets])
+    except NotSeen as error:
+        return Section('Attention', note(f'{error}.'))
+    return Section('Attention', Html(
+        note("Attention rollout: how much of each part of the image reaches the classifier through all blocks; of each "
+             'image as a part of its largest value.')
+        + picture(figure, f'Attention of {len(images)} images: each image above its attention rollout', wide=True)))
+
+
+def attention_sheet(model, images, pictures, names):
+    """Pictures [B, H, W, 3] in a row, and below each the rollout of its image in `images` [B, C, H, W]."""
+    height = 1.7 * pictures.shape[1] / pictures.shape[2]
+    figure = new_figure(11, 2 * height + 0.5)
+    axes = figure.subplots(2, len(pictures), squeeze=False)
+    for k, shown in enumerate(pictures):
+        rollout = classifier_attention(model, images[k:k + 1]).rollout.float().cpu().numpy()
+        axes[0, k].imshow(shown, interpolation='nearest')
+        axes[0, k].set_title(shorten(names[k], 22), fontsize=9, parse_math=False)
+        axes[0, k].set_axis_off()
+        overlay = draw_overlay(axes[1, k], shown, rollout / rollout.max(), vmin=0, vmax=1)
+    figure.colorbar(overlay, ax=axes[1], fraction=0.02, pad=0.01)
+    return figure

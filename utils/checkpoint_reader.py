@@ -1,0 +1,185 @@
+"""Reading checkpoint files, from wherever they come, without running anything that is in them."""
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import re
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+from utils import paddle_reader as paddle_files
+from utils.errors import UserError
+
+# What people have in place of the file they meant: how it begins, what it is, what to do.
+IMPOSTORS = (
+    (b'version https://git-lfs', 'a Git LFS pointer', 'fetch the file itself with git lfs pull'),
+    (b'/annex/objects/', 'a git-annex pointer', 'fetch the file itself with git annex get'),
+    (b'<!doctype html', 'a web page', 'download the file itself'),
+    (b'<html', 'a web page', 'download the file itself'),
+)
+
+# The entry of a safetensors file's metadata, JSON, under which ours keep what belongs to the weights: the entries that
+# a checkpoint of PyTorch would have beside its 'state_dict'.
+METADATA = 't2t_vit'
+
+# A checkpoint of a run ends in its own checksum: the comment of the zip archive that torch writes, two bytes of length
+# and then SEAL with the SHA-256 of all that comes before the length. Copies, links and renames keep it.
+SEAL = b'sha256:'
+SEAL_LENGTH = len(SEAL) + 2 * hashlib.sha256().digest_size
+END_OF_ARCHIVE = b'PK\5\6'
+
+
+def read_checkpoint(path: str | os.PathLike, *, verified: bool = False) -> dict[str, Any]:
+    """Read a PyTorch, PaddlePaddle or safetensors file onto the CPU and return the dict it holds.
+
+    Told apart by content. Weights are tensors, in a PaddlePaddle file numpy arrays. A safetensors file is a
+    flat state dict, or, with METADATA of ours, a dict with 'state_dict'.
+
+    Nothing in the file is executed: only tensors, arrays, plain containers and `argparse.Namespace` (the options in
+    the authors' checkpoints) are allowed, and there is no fallback.
+
+    Args:
+        verified: the file must have a checksum, as every checkpoint of a run has. Where there is one, it must fit.
+    Raises:
+        UserError: the file is missing, is not a checkpoint, is damaged, or holds other objects.
+    """
+    path = os.fspath(path)
+    head = _file_start(path)
+    verify(path, required=verified)
+    if head[8:9] == b'{':  # a safetensors file: eight bytes of length, then JSON
+        return _read_safetensors(path)
+    try:
+        if paddle_files.is_bare_pickle(head):
+            return _read_paddle(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(_explain_unpickling(path, error)) from error
+    except Exception as error:  # a damaged file makes the reader raise nearly anything: KeyError, EOFError, …
+        raise UserError(f'{path} is damaged, incomplete or not a PyTorch checkpoint ({_first_line(error)}); '
+                        'compare its size with the original and copy it again') from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint; '
+                        'save a dict, such as model.state_dict()')
+    return checkpoint
+
+
+def seal(digest: str) -> bytes:
+    """The end of a file whose SHA-256 up to here is `digest`; torch would end it with two zeros instead."""
+    return SEAL_LENGTH.to_bytes(2, 'little') + SEAL + digest.encode()
+
+
+def verify(path: str | os.PathLike, *, required: bool = True) -> None:
+    """Compare a file with the checksum at its end. torch itself notices no changed bit of a weight.
+
+    Raises:
+        UserError: it is damaged; or, where a checksum is `required`, it has none; or it is no file that can be read.
+    """
+    path = os.fspath(path)
+    _file_start(path)
+    try:
+        with open(path, 'rb') as file:
+            size = file.seek(0, os.SEEK_END)
+            length = SEAL_LENGTH + 2
+            file.seek(max(0, size - length - len(END_OF_ARCHIVE) - 16))
+            end = file.read()
+            if not _is_sealed(end):
+                if required:
+                    raise UserError(f'{path} has no checksum, as every checkpoint of a run has: it is damaged or of '
+                                    'another kind; resume another one, or start from its weights with '
+                                    '--initial-checkpoint')
+                return
+            digest = _hash(file, max(0, size - length))
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror}); check the disk') from error
+    if end[-length:] != seal(digest):
+        raise UserError(f'{path} is damaged: its content does not fit its checksum; '
+                        'copy it again, or take another checkpoint of the run')
+
+
+def _is_sealed(end: bytes) -> bool:
+    """Whether the last bytes of a file are, or were before a bit changed or the end was cut off, a checksum."""
+    archive = end.rfind(END_OF_ARCHIVE)
+    announced = archive >= 0 and end[archive + 20:archive + 22] == SEAL_LENGTH.to_bytes(2, 'little')
+    return announced or end[-SEAL_LENGTH:].startswith(SEAL)
+
+
+def _hash(file, length: int) -> str:
+    """SHA-256 of the first `length` bytes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(2 ** 22))
+    file.seek(0)
+    while length > 0:
+        count = file.readinto(buffer[:min(length, len(buffer))])
+        if not count:
+            break  # it has become shorter since; the checksum will not fit
+        digest.update(buffer[:count])
+        length -= count
+    return digest.hexdigest()
+
+
+def _file_start(path: str) -> bytes:
+    """Return the first bytes of a file, or raise UserError where it cannot be a checkpoint of any kind."""
+    if not os.path.exists(path):
+        raise UserError(f'checkpoint {path} does not exist; check the path')
+    if os.path.isdir(path):
+        raise UserError(f'{path} is a folder; give the path of a checkpoint file in it')
+    try:
+        with open(path, 'rb') as file:
+            head = file.read(256)
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror}); check its permissions') from error
+    if not head:
+        raise UserError(f'{path} is empty; copy or download it again')
+    for start, what, remedy in IMPOSTORS:
+        if head.lstrip().lower().startswith(start):
+            raise UserError(f'{path} is {what}, not a checkpoint; {remedy}')
+    return head
+
+
+def _read_paddle(path: str) -> dict[str, Any]:
+    """Read a file of paddle.save: a state dict of numpy arrays, or a dict with one in it."""
+    with open(path, 'rb') as file:
+        content = paddle_files.load(file.read())
+    # In the dict itself, as (name, array) pairs, or one dict further down.
+    values = list(content.values()) if isinstance(content, dict) else []
+    values += [part for value in values for part in (value.values() if isinstance(value, dict) else ())]
+    values += [part for value in values if isinstance(value, tuple) for part in value]
+    if not any(isinstance(value, np.ndarray) for value in values):
+        raise UserError(f'{path} is not a PyTorch checkpoint, and as a PaddlePaddle file it holds no arrays; '
+                        'give a file saved by torch.save, paddle.save or safetensors')
+    return content
+
+
+def _read_safetensors(path: str) -> dict[str, Any]:
+    """Read a safetensors file: a flat state dict and, in ours, what belongs to it as text."""
+    try:
+        with safetensors.safe_open(path, 'pt') as file:
+            metadata = file.metadata() or {}
+        state = safetensors.torch.load_file(path)
+        beside = dict(json.loads(metadata[METADATA])) if METADATA in metadata else None
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f'{path} is damaged or incomplete ({_first_line(error)}); '
+                        'compare its size with the original and copy it again') from error
+    return state if beside is None else {**beside, 'state_dict': state}
+
+
+def _explain_unpickling(path: str, error: pickle.UnpicklingError) -> str:
+    """Say in one line why torch refused a pickle: what it would have called, or that it holds no weights."""
+    refused = re.search(r'GLOBAL ([\w.$]+)', str(error))
+    if refused:
+        return (f'{path} was not read because it refers to {refused.group(1)}, which could run code; '
+                'if you trust it, save the weights alone: torch.save(model.state_dict(), path)')
+    return f'{path} is damaged or not a PyTorch checkpoint; give a file saved by torch.save, paddle.save or safetensors'
+
+
+def _first_line(error: Exception) -> str:
+    """Return an error's name and the first line of its message, shortened."""
+    return f'{type(error).__name__}: {error}'.splitlines()[0][:160]
