@@ -19,14 +19,11 @@ was asked for by name is missing. With a data set, its evaluation images tell wh
 import logging
 from pathlib import Path
 
-from options import groups as options
+from options.checks import check_images, check_trained_model
+from options.parser import parse_options
+from options.scripts import FORMATS, export_parser
 from utils.errors import UserError, run_script
 
-GROUPS = (options.image_options, options.model_options, options.trained_model_options, options.input_options)
-# What is for other machines is compared in float32 on the CPU, whatever this machine has.
-DEFAULTS = {**options.TRAINED_MODEL, 'batch_size': 16, 'samples': 1000, 'workers': 2, 'device': 'cpu', 'amp': False,
-            'amp_dtype': 'auto', 'deterministic': True, 'timeout': 1800, 'seed': 42}
-FORMATS = ('safetensors', 'onnx', 'torch-export', 'aotinductor', 'int8')
 COLUMNS = {'format': 'format', 'file': 'file', 'megabytes': 'MB', 'axes': 'open axes',
            'difference_random': '|Δ| random', 'difference_real': '|Δ| real', 'same_top1': 'same top-1',
            'top1': 'top-1', 'ms_per_image': 'ms/image', 'export_seconds': 'seconds', 'note': ''}
@@ -36,21 +33,13 @@ WRITTEN = {'megabytes': '.1f', 'difference_random': '.1e', 'difference_real': '.
 log = logging.getLogger(__name__)
 
 
-def export_options(parser):
-    add = parser.add_argument_group('Export').add_argument
-    add('--format', dest='formats', nargs='+', choices=FORMATS, metavar='FORMAT',
-        help=f'{", ".join(FORMATS)} (default: all that this machine can make)')
-    add('-o', '--output-dir', metavar='DIR', help='where the files go (default: output/export/MODEL-SIZE)')
-
-
 def main():
     # --- Options ------------------------------------------------------------------------------------------------------
-    parser = options.create_parser('Export a trained model.', (*GROUPS, export_options), DEFAULTS)
-    args = options.parse_options(parser)
+    args = parse_options(export_parser())
     has_images = bool(args.images or args.data or args.dataset != 'folder')
     if has_images:
-        options.check_images(args)
-    options.check_trained_model(args)
+        check_images(args)
+    check_trained_model(args)
 
     import torch
 

@@ -10,31 +10,21 @@ named and left out. Of a data set the true class is shown as well.
 import logging
 from collections import Counter
 
-from options import groups as options
+from options.checks import check_images, check_trained_model
+from options.parser import parse_options
+from options.scripts import predict_parser
 from utils.errors import UserError, run_script
 
-GROUPS = (options.image_options, options.model_options, options.trained_model_options, options.input_options,
-          options.device_options)
-# Of images that cannot be decoded all are left out, unless the option says otherwise.
-DEFAULTS = {**options.TRAINED_MODEL, 'log_interval': 10, 'max_bad_val_images': None}
 LINES = 20  # of images, and of classes, that the console shows
 
 log = logging.getLogger(__name__)
 
 
-def predict_options(parser):
-    add = parser.add_argument_group('Prediction').add_argument
-    add('-k', '--top-k', type=options.positive_int, default=5, metavar='K', help='classes for each image')
-    add('-o', '--results-file', metavar='FILE',
-        help='results as FILE.json and FILE.csv (default: output/predict/DATE-MODEL-SIZE)')
-
-
 def main():
     # --- Options ------------------------------------------------------------------------------------------------------
-    parser = options.create_parser('Predict the classes of images.', (*GROUPS, predict_options), DEFAULTS)
-    args = options.parse_options(parser)
-    options.check_images(args)
-    options.check_trained_model(args)
+    args = parse_options(predict_parser())
+    check_images(args)
+    check_trained_model(args)
 
     from data import Numbered
     from data.pipeline import create_eval_loader, name_classes, open_images, resolve_input

@@ -7,20 +7,15 @@
 A run writes one folder, output/train/DATE-MODEL-SIZE: checkpoints, metrics.jsonl, summary.csv, curves.png, args.yaml
 and TensorBoard events. `--resume auto` continues the newest such run.
 """
-from options import groups as options
+from options.checks import resolve_num_classes, share_global_batch
+from options.parser import parse_options
+from options.scripts import train_parser
 from utils.errors import run_script
-
-GROUPS = (options.data_options, options.training_data_options, options.model_options, options.input_options,
-          options.optimizer_options, options.schedule_options, options.augmentation_options,
-          options.batch_norm_options, options.ema_options, options.device_options, options.compile_options,
-          options.run_options)
-GONE = {'--eval-checkpoint': 'evaluation is: python validate.py DIR --model MODEL --eval-checkpoint PATH'}
 
 
 def main():
     # --- Options ------------------------------------------------------------------------------------------------------
-    parser = options.create_parser('Train a T2T-ViT or any model of timm.', GROUPS, gone=GONE)
-    args = options.parse_options(parser)
+    args = parse_options(train_parser())
 
     # Whatever imports torch takes seconds: --help and a misspelled option have been answered before.
     from data.pipeline import check_training_input, create_training_input, open_training_data
@@ -33,7 +28,7 @@ def main():
 
     # --- Runtime: this process among its peers, its seed, its precision -----------------------------------------------
     world, precision = start(args)
-    args = options.share_global_batch(args, world.size)
+    args = share_global_batch(args, world.size)
     # What is wrong with the options should not wait for the data to be scanned.
     resolve_name(args.model)
     check_training_input(args)
@@ -43,7 +38,7 @@ def main():
     train_set, val_set = open_training_data(args, world)
 
     # --- Model, with weights where some are given ---------------------------------------------------------------------
-    model = create_model_from_options(args, num_classes=options.resolve_num_classes(args, train_set.classes))
+    model = create_model_from_options(args, num_classes=resolve_num_classes(args, train_set.classes))
 
     # --- Batches as this model wants them -----------------------------------------------------------------------------
     batches = create_training_input(args, train_set, val_set, model.pretrained_cfg, model.num_classes, world)

@@ -8,38 +8,15 @@ The classifier learns at --lr, everything else at --transfer-ratio of it, at eve
 the model trains from random weights, all of it at --lr. CIFAR is fetched into ./data_cifar where no DIR is given. The
 defaults are the published recipe, but that biases and norms do not decay.
 """
-from options import groups as options
+from options.checks import resolve_num_classes, share_global_batch
+from options.parser import parse_options
+from options.scripts import transfer_parser
 from utils.errors import UserError, run_script
-
-GROUPS = (options.data_options, options.training_data_options, options.model_options, options.input_options,
-          options.optimizer_options, options.schedule_options, options.augmentation_options,
-          options.batch_norm_options, options.ema_options, options.device_options, options.compile_options,
-          options.run_options)
-
-# The published transfer recipe: SGD with plain momentum (timm's 'sgd' is Nesterov's), a cosine without warm-up, padded
-# crops and flips, plain cross-entropy.
-DEFAULTS = dict(
-    dataset='cifar10', opt='momentum', lr=0.01, weight_decay=5e-4, batch_size=128,
-    epochs=60, warmup_epochs=0, cooldown_epochs=0, min_lr=2e-4, train_crop_mode='pad', train_interpolation='bilinear',
-    interpolation='bilinear', crop_pct=1.0, aa='', color_jitter=0.0, reprob=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0,
-    model_ema=False)
-
-
-def transfer_options(parser):
-    add = parser.add_argument_group('Transfer').add_argument
-    add('--transfer-learning', type=options.truth, nargs='?', const=True, default=False, metavar='True|False',
-        help='start from --transfer-model, or from --pretrained weights')
-    add('--transfer-model', metavar='PATH', help='checkpoint to start from; its classifier may be of any size')
-    add('--transfer-ratio', type=options.rate, default=0.01, metavar='R',
-        help='learning rate of all but the classifier, as a part of --lr')
-    add('--pixel-stats', default='imagenet', choices=['imagenet', 'cifar'],
-        help="normalisation: that of the weights' training (imagenet), or the target's, as published (cifar)")
 
 
 def main():
     # --- Options ------------------------------------------------------------------------------------------------------
-    parser = options.create_parser('Transfer a model to another data set.', (*GROUPS, transfer_options), DEFAULTS)
-    args = options.parse_options(parser)
+    args = parse_options(transfer_parser())
     if args.transfer_learning and not (args.transfer_model or args.pretrained):
         raise UserError('--transfer-learning True: from what? give --transfer-model PATH or --pretrained')
     if args.transfer_model and not args.transfer_learning:
@@ -59,7 +36,7 @@ def main():
 
     # --- Runtime, data ------------------------------------------------------------------------------------------------
     world, precision = start(args)
-    args = options.share_global_batch(args, world.size)
+    args = share_global_batch(args, world.size)
     # What is wrong with the options should not wait for the data to be scanned.
     resolve_name(args.model)
     check_training_input(args)
@@ -67,7 +44,7 @@ def main():
     train_set, val_set = open_training_data(args, world)
 
     # --- Model: weights of the source, a classifier for the target ----------------------------------------------------
-    num_classes = options.resolve_num_classes(args, train_set.classes)
+    num_classes = resolve_num_classes(args, train_set.classes)
     model = create_model_from_options(args, num_classes=num_classes, transfer_from=args.transfer_model)
     batches = create_training_input(args, train_set, val_set, model.pretrained_cfg, num_classes, world)
 

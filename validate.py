@@ -10,27 +10,18 @@ to a JSON and a CSV file.
 import json
 import logging
 
-from options import groups as options
+from options.checks import check_trained_model
+from options.parser import parse_options
+from options.scripts import validate_parser
 from utils.errors import run_script
-
-GROUPS = (options.data_options, options.model_options, options.trained_model_options, options.input_options,
-          options.device_options, options.compile_options)
-DEFAULTS = {**options.TRAINED_MODEL, 'log_interval': 10}
 
 log = logging.getLogger(__name__)
 
 
-def validate_options(parser):
-    parser.add_argument_group('Evaluation').add_argument(
-        '--results-file', metavar='FILE',
-        help='results as FILE.json and FILE.csv (default: output/validate/DATE-MODEL-SIZE)')
-
-
 def main():
     # --- Options ------------------------------------------------------------------------------------------------------
-    parser = options.create_parser('Evaluate a model.', (*GROUPS, validate_options), DEFAULTS)
-    args = options.parse_options(parser)
-    options.check_trained_model(args)
+    args = parse_options(validate_parser())
+    check_trained_model(args)
 
     from data.pipeline import create_eval_loader, open_evaluation_data, resolve_input
     from engine.compile import compile_model

@@ -16,16 +16,11 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from options import groups as options
+from options.checks import check_images, check_trained_model
+from options.parser import parse_options
+from options.scripts import FIGURES_OF_IMAGES, visualize_parser
 from utils.errors import UserError, run_script
 
-OF_IMAGES = ['attention', 'tokens', 'features']
-FIGURES = (*OF_IMAGES, 'mistakes')
-GROUPS = (options.image_options, options.model_options, options.trained_model_options, options.input_options,
-          options.device_options)
-# Which channels say nothing is judged over the images of a batch, whose maps are in memory together.
-# Of files that cannot be decoded all are left out, of a data set none, unless the option says otherwise.
-DEFAULTS = {**options.TRAINED_MODEL, 'batch_size': 16, 'max_bad_val_images': None}
 LINES, DPI = 20, 110  # files that the console names; pixels per inch of the pictures
 NAME_BYTES = 200  # of a picture's name, at most, that come from its image; file systems take 255
 SAMPLES = 3  # images of a data set that are shown, unless --samples says otherwise
@@ -33,27 +28,11 @@ SAMPLES = 3  # images of a data set that are shown, unless --samples says otherw
 log = logging.getLogger(__name__)
 
 
-def visualize_options(parser):
-    add = parser.add_argument_group('Pictures').add_argument
-    add('--figures', nargs='+', choices=FIGURES, default=OF_IMAGES, metavar='FIGURE',
-        help='which pictures: attention, tokens, features of each image (default: these three), mistakes of a data set')
-    add('--blocks', type=options.positive_int, nargs='+', metavar='N',
-        help='attention: blocks whose heads to show, counted from 1 (default: 4 5, as published)')
-    add('--token', type=options.count, nargs=2, metavar=('ROW', 'COL'),
-        help='attention, tokens: a token of the last grid, counted from 0 (default: the middle)')
-    add('--layers', nargs='+', metavar='NAME',
-        help='features: layers of the model (default: an early, a middle and a late one)')
-    add('--beside', nargs='+', default=[], metavar='MODEL[=CHECKPOINT|=pretrained]',
-        help='features: models to show beside it; without a checkpoint their weights are random')
-    add('-o', '--output-dir', default='output/visualize', metavar='DIR', help='where the pictures go')
-
-
 def main():
     # --- Options ------------------------------------------------------------------------------------------------------
-    parser = options.create_parser('Show what a model sees.', (*GROUPS, visualize_options), DEFAULTS)
-    args = given = options.parse_options(parser)
-    options.check_images(args)
-    options.check_trained_model(args)
+    args = given = parse_options(visualize_parser())
+    check_images(args)
+    check_trained_model(args)
     check_figures(args)
     if 'mistakes' in args.figures and args.images:
         raise UserError('--figures mistakes needs images whose classes are known: give a data set (--data DIR, '
@@ -86,7 +65,7 @@ def main():
         move_model(each, world.device, channels_last=args.channels_last)
 
     # --- Pictures of single images ------------------------------------------------------------------------------------
-    wanted = [name for name in args.figures if name in OF_IMAGES]
+    wanted = [name for name in args.figures if name in FIGURES_OF_IMAGES]
     shown = dataset if args.images or args.samples else spread(dataset, SAMPLES)
     files: list[Path] = []
     left_out = 0

@@ -20,12 +20,9 @@ NAME.json, the record with every loss, NAME.md, the table, and NAME.png, the cur
 """
 import itertools
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -56,7 +53,9 @@ from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
 from engine.step import TrainingStep
 from models import create_model
-from options import groups as options
+from options.groups import compile_options
+from options.parser import create_parser, parse_options
+from options.types import count, image_size, number, positive, positive_int, seed
 from utils.distributed import World
 from utils.errors import run_script
 from utils.pictures import BLUE, GREEN, ORANGE, new_figure
@@ -72,15 +71,15 @@ def convergence_options(parser) -> None:
     add = parser.add_argument_group('What is trained').add_argument
     add('--data', required=True, metavar='DIR', help='class folders with images')
     add('--model', default='t2t_vit_7', choices=PUBLISHED, metavar='MODEL', help='a published T2T-ViT, by name')
-    add('--img-size', type=options.image_size, default=64, metavar='N', help='input size in pixels, or HxW')
-    add('-b', '--batch-size', type=options.positive_int, default=64, metavar='N', help='images per step')
-    add('--steps', type=options.number(int, low=2), default=300, metavar='N', help='steps of each run')
-    add('--seeds', type=options.number(int, low=2), default=3, metavar='N', help='runs of each path')
-    add('--lr', type=options.positive, default=5e-4, metavar='LR', help='learning rate after the warm-up')
+    add('--img-size', type=image_size, default=64, metavar='N', help='input size in pixels, or HxW')
+    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per step')
+    add('--steps', type=number(int, low=2), default=300, metavar='N', help='steps of each run')
+    add('--seeds', type=number(int, low=2), default=3, metavar='N', help='runs of each path')
+    add('--lr', type=positive, default=5e-4, metavar='LR', help='learning rate after the warm-up')
     add('--precision', default='fp32', choices=list(PRECISIONS), help='of all paths')
-    add('-j', '--workers', type=options.count, default=0, metavar='N', help='data loader processes')
+    add('-j', '--workers', type=count, default=0, metavar='N', help='data loader processes')
     add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
-    add('--seed', type=options.seed, default=42, metavar='S', help='of the initialisation and of all seeds')
+    add('--seed', type=seed, default=42, metavar='S', help='of the initialisation and of all seeds')
     record_options(parser, 'convergence')
 
 
@@ -268,8 +267,8 @@ def draw(losses: dict[str, list[list[float]]], path: Path) -> None:
 
 
 def main() -> None:
-    args = options.parse_options(options.create_parser(
-        'Compare the losses of our step with the yardstick’s.', (convergence_options, options.compile_options)))
+    args = parse_options(create_parser(
+        'Compare the losses of our step with the yardstick’s.', (convergence_options, compile_options)))
     folder = check_record_options(args)
     logging.disable(logging.INFO)  # the bar and the table are enough
     world, _ = start(training_options('--device', args.device, '--seed', str(args.seed)), alone=True)

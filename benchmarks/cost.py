@@ -31,8 +31,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -69,7 +67,8 @@ from engine.log.run_log import progress_bar
 from engine.loop import wrap_model
 from models import resolve_name
 from models.tokens_to_token import SOFT_SPLITS, TokenPerformer, TokenTransformer, token_grid
-from options import groups as options
+from options.parser import create_parser, parse_options
+from options.types import image_size, number, positive_int, rate, seed
 from utils.distributed import World, from_main, leave
 from utils.errors import UserError, run_script
 from utils.pictures import BLUE, GREEN, ORANGE, new_figure
@@ -95,26 +94,26 @@ def scale_options(parser) -> None:
         help='what `compiled` is (see train.py)')
     add('--task', default='train', choices=[*TASKS, 'both'], help='of the parts size, batch and tokens')
     add('--precision', default='fp32', choices=list(PRECISIONS), help='of all parts')
-    add('--img-sizes', nargs='+', type=options.image_size, default=[224, 280, 336, 392, 448], metavar='N',
+    add('--img-sizes', nargs='+', type=image_size, default=[224, 280, 336, 392, 448], metavar='N',
         help='pixels a side, in part size')
-    add('--batch-sizes', nargs='+', type=options.positive_int, default=[1, 2, 4], metavar='N',
+    add('--batch-sizes', nargs='+', type=positive_int, default=[1, 2, 4], metavar='N',
         help='images per step, in part batch')
-    add('--ddp-batch-size', type=options.positive_int, default=8, metavar='N',
+    add('--ddp-batch-size', type=positive_int, default=8, metavar='N',
         help='images per step and rank, in parts overhead and ranks')
-    add('--token-sizes', nargs='+', type=options.image_size, default=[112, 160, 224, 320, 448], metavar='N',
+    add('--token-sizes', nargs='+', type=image_size, default=[112, 160, 224, 320, 448], metavar='N',
         help='pixels a side, in part tokens; there are N²/16 tokens')
-    add('--ranks', nargs='+', type=options.number(int, low=2), default=[2], metavar='N',
+    add('--ranks', nargs='+', type=number(int, low=2), default=[2], metavar='N',
         help='processes, in part ranks')
-    add('-b', '--batch-size', type=options.positive_int, default=1, metavar='N', help='of part size')
-    add('--img-size', type=options.image_size, default=224, metavar='N',
+    add('-b', '--batch-size', type=positive_int, default=1, metavar='N', help='of part size')
+    add('--img-size', type=image_size, default=224, metavar='N',
         help='of parts batch, overhead and ranks')
     add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
     add = parser.add_argument_group('How').add_argument
-    add('--repeats', type=options.positive_int, default=3, metavar='N', help='rounds of the parts size, batch, tokens')
-    add('--pairs', type=options.positive_int, default=16, metavar='N', help='rounds of the parts overhead and ranks')
-    add('--window', type=options.rate, default=0.2, metavar='S', help='seconds of a window, which has a step at least')
-    add('--warmup', type=options.positive_int, default=1, metavar='N', help='steps before anything is measured')
-    add('--seed', type=options.seed, default=42, metavar='S', help='of weights, images and the order of a round')
+    add('--repeats', type=positive_int, default=3, metavar='N', help='rounds of the parts size, batch, tokens')
+    add('--pairs', type=positive_int, default=16, metavar='N', help='rounds of the parts overhead and ranks')
+    add('--window', type=rate, default=0.2, metavar='S', help='seconds of a window, which has a step at least')
+    add('--warmup', type=positive_int, default=1, metavar='N', help='steps before anything is measured')
+    add('--seed', type=seed, default=42, metavar='S', help='of weights, images and the order of a round')
     record_options(parser, 'scale')
 
 
@@ -476,8 +475,8 @@ def draw(record: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = options.create_parser('Measure what T2T-ViT costs as images, batches and ranks grow.', (scale_options,))
-    args = options.parse_options(parser)
+    parser = create_parser('Measure what T2T-ViT costs as images, batches and ranks grow.', (scale_options,))
+    args = parse_options(parser)
     args = args.replacing(channels_last=False, peers=[], seconds=None, profile=0)  # which measure.py asks for
     for name in args.models:
         resolve_name(name)

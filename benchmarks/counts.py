@@ -25,8 +25,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
 from timm.loss import SoftTargetCrossEntropy
@@ -46,7 +44,7 @@ from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
 from engine.step import TrainingStep
 from models import create_model_from_options, layers
-from options import groups as options
+from options.parser import create_parser, parse_options
 from utils.distributed import Agreement, World
 from utils.errors import run_script
 from utils.runtime import Precision, seed_everything, start
@@ -307,9 +305,9 @@ def _list(counter: dict[str, int]) -> str:
 
 
 def main() -> None:
-    parser = options.create_parser('Count what the host does in a training step.',
+    parser = create_parser('Count what the host does in a training step.',
                                    (lambda parser: record_options(parser, 'counts'),))
-    args = options.parse_options(parser)
+    args = parse_options(parser)
     folder = check_record_options(args)
     logging.disable(logging.INFO)  # the table is enough
     start(training_options('--device', 'cpu'), alone=True)

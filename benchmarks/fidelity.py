@@ -26,11 +26,7 @@ import copy
 import itertools
 import logging
 import math
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -57,7 +53,9 @@ from data.transforms import create_eval_transform
 from engine.compile import compile_model
 from engine.log.run_log import progress_bar
 from models import create_model
-from options import groups as options
+from options.groups import compile_options
+from options.parser import create_parser, parse_options
+from options.types import image_size, number, seed
 from utils.errors import run_script
 from utils.runtime import Precision, seed_everything, start
 from utils.timm_model import TimmModel
@@ -76,10 +74,10 @@ def fidelity_options(parser) -> None:
     add('--precision', nargs='+', default=['fp32', 'bf16'], choices=list(PRECISIONS), help='a table for each')
     add('--weights', nargs='+', default=list(WEIGHTS), choices=WEIGHTS, help='where they come from')
     add('--data', metavar='DIR', help='folder with photographs, at any depth (default: random images alone)')
-    add('--images', type=options.number(int, low=2), default=4, metavar='N', help='images of a kind, in one batch')
-    add('--img-size', type=options.image_size, default=224, metavar='N', help='input size in pixels, or HxW')
+    add('--images', type=number(int, low=2), default=4, metavar='N', help='images of a kind, in one batch')
+    add('--img-size', type=image_size, default=224, metavar='N', help='input size in pixels, or HxW')
     add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
-    add('--seed', type=options.seed, default=0, metavar='S', help='of initial weights and images')
+    add('--seed', type=seed, default=0, metavar='S', help='of initial weights and images')
     record_options(parser, 'fidelity')
 
 
@@ -257,8 +255,8 @@ def as_text(record: dict) -> str:
 
 
 def main() -> None:
-    parser = options.create_parser('Measure the errors of all paths.', (fidelity_options, options.compile_options))
-    args = options.parse_options(parser)
+    parser = create_parser('Measure the errors of all paths.', (fidelity_options, compile_options))
+    args = parse_options(parser)
     folder = check_record_options(args)
     logging.disable(logging.INFO)  # the bar and the tables are enough
     world, _ = start(training_options('--device', args.device, '--seed', str(args.seed)), alone=True)

@@ -11,11 +11,7 @@ NAME.json, the record with a line for every --log-interval steps, and NAME.md, i
 import itertools
 import logging
 import math
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shared.measure import training_options
 from benchmarks.shared.records import (
@@ -33,7 +29,8 @@ from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.run import create_state
 from engine.step import TrainingStep
 from models import create_model_from_options, resolve_name
-from options import groups as options
+from options.parser import create_parser, parse_options
+from options.types import count, image_size, positive, positive_int
 from utils.errors import NotFiniteError, run_script
 from utils.runtime import start
 
@@ -43,15 +40,15 @@ WARMUP_EPOCHS = 2
 def float16_options(parser) -> None:
     add = parser.add_argument_group('What is trained').add_argument
     add('--model', default='t2t_vit_14', metavar='MODEL', help='by name')
-    add('-b', '--batch-size', type=options.positive_int, default=64, metavar='N', help='images per step')
-    add('--img-size', type=options.image_size, default=224, metavar='N', help='input size in pixels, or HxW')
-    add('--lr', type=options.positive, default=5e-4, metavar='RATE', help='after the warm-up')
-    add('-j', '--workers', type=options.count, default=4, metavar='N', help='processes that prepare images')
+    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per step')
+    add('--img-size', type=image_size, default=224, metavar='N', help='input size in pixels, or HxW')
+    add('--lr', type=positive, default=5e-4, metavar='RATE', help='after the warm-up')
+    add('-j', '--workers', type=count, default=4, metavar='N', help='processes that prepare images')
     add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
     add = parser.add_argument_group('How long').add_argument
-    add('--steps', type=options.positive_int, default=506, metavar='N', help='steps at most')
-    add('--seconds', type=options.positive, default=60, metavar='S', help='begin no step after so long')
-    add('--log-interval', type=options.positive_int, default=10, metavar='N', help='steps of a line')
+    add('--steps', type=positive_int, default=506, metavar='N', help='steps at most')
+    add('--seconds', type=positive, default=60, metavar='S', help='begin no step after so long')
+    add('--log-interval', type=positive_int, default=10, metavar='N', help='steps of a line')
     record_options(parser, 'float16')
 
 
@@ -107,8 +104,8 @@ def as_text(record: dict) -> str:
 
 
 def main() -> None:
-    parser = options.create_parser('Train for some steps in float16.', (float16_options,))
-    args = options.parse_options(parser)
+    parser = create_parser('Train for some steps in float16.', (float16_options,))
+    args = parse_options(parser)
     folder = check_record_options(args)
     resolve_name(args.model)
     # A CPU trains in bfloat16.

@@ -43,8 +43,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
 from timm.data import FastCollateMixup, ImageDataset as TimmImageDataset, create_loader as create_timm_loader
@@ -66,7 +64,8 @@ from data.loader import create_loader
 from data.samplers import EvalSampler, TrainSampler
 from data.transforms import create_eval_transform, create_train_transform
 from engine.log.run_log import progress_bar
-from options import groups as options
+from options.parser import create_parser, parse_options
+from options.types import positive_int, seed
 from utils.errors import UserError, run_script
 from utils.runtime import keep_freed_memory
 
@@ -80,16 +79,16 @@ def loader_options(parser) -> None:
     add = parser.add_argument_group('What is measured').add_argument
     add('data', metavar='DIR', help='folder of class folders, or of splits of them, or a tar of either')
     add('--split', default='train', metavar='NAME', help='folder below DIR, where there is one of this name')
-    add('--images', type=options.positive_int, default=1000, metavar='N', help='of DIR; fewer are repeated')
-    add('--workers', nargs='+', type=options.positive_int, metavar='N',
+    add('--images', type=positive_int, default=1000, metavar='N', help='of DIR; fewer are repeated')
+    add('--workers', nargs='+', type=positive_int, metavar='N',
         help='worker processes, a table for each (default: 1, 2 and as many as there are cores)')
-    add('-b', '--batch-size', type=options.positive_int, default=64, metavar='N', help='images per batch')
-    add('--img-size', type=options.positive_int, default=224, metavar='N', help='input size in pixels')
-    add('--short-side', type=options.positive_int, default=256, metavar='N', help='of the images resized once')
+    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per batch')
+    add('--img-size', type=positive_int, default=224, metavar='N', help='input size in pixels')
+    add('--short-side', type=positive_int, default=256, metavar='N', help='of the images resized once')
     add = parser.add_argument_group('How').add_argument
-    add('--rounds', type=options.positive_int, default=9, metavar='N', help='turns of each contender')
-    add('--batches', type=options.positive_int, default=4, metavar='N', help='of each worker in a turn')
-    add('--seed', type=options.seed, default=42, metavar='S', help='of augmentation and of the order of a round')
+    add('--rounds', type=positive_int, default=9, metavar='N', help='turns of each contender')
+    add('--batches', type=positive_int, default=4, metavar='N', help='of each worker in a turn')
+    add('--seed', type=seed, default=42, metavar='S', help='of augmentation and of the order of a round')
     record_options(parser, 'loader')
 
 
@@ -367,8 +366,8 @@ def conclusion(record: dict) -> str:
 
 
 def main() -> None:
-    parser = options.create_parser(__doc__.split('\n\n')[0], (loader_options,))
-    args = options.parse_options(parser)
+    parser = create_parser(__doc__.split('\n\n')[0], (loader_options,))
+    args = parse_options(parser)
     folder = check_record_options(args)
     source, cores = Path(args.data).expanduser(), len(os.sched_getaffinity(0))
     if not source.exists():

@@ -21,10 +21,7 @@ soon as there are rows, and again as these get better; a table says so as long a
 """
 import itertools
 import logging
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -49,7 +46,9 @@ from benchmarks.shared.records import (
     write_record,
 )
 from models import resolve_name
-from options import groups as options
+from options.groups import FLAG
+from options.parser import create_parser, parse_options
+from options.types import count, image_size, positive, positive_int, rate, recipe_kind, seed
 from utils.errors import run_script
 from utils.runtime import start
 
@@ -58,11 +57,11 @@ PEERS = ('deit_small_patch16_224', 'vit_little_patch16_reg4_gap_256', 'vit_littl
 NAME_SHOWN = 100  # letters of a kernel's name
 
 
-@options.recipe_kind(str)
+@recipe_kind(str)
 def peer(text: str) -> str:
     """'resnet50' or 'resnet50@256', left as it is."""
     if '@' in text:
-        options.image_size(text.partition('@')[2])
+        image_size(text.partition('@')[2])
     return text
 
 
@@ -78,18 +77,18 @@ def step_options(parser) -> None:
         help="models of timm beside them, at --img-size or at SIZE; 'none' for none")
     add('--task', default='both', choices=[*TASKS, 'both'], help='train, inference or both')
     add('--precision', nargs='+', default=['bf16'], choices=list(PRECISIONS), help='a table for each')
-    add('-b', '--batch-size', type=options.positive_int, default=64, metavar='N', help='images per step')
-    add('--img-size', type=options.image_size, default=224, metavar='N', help='input size in pixels, or HxW')
-    add('--channels-last', action=options.FLAG, default=False, help='channels-last memory layout, for all')
+    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per step')
+    add('--img-size', type=image_size, default=224, metavar='N', help='input size in pixels, or HxW')
+    add('--channels-last', action=FLAG, default=False, help='channels-last memory layout, for all')
     add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
     add = parser.add_argument_group('How').add_argument
-    add('--repeats', type=options.positive_int, default=20, metavar='N', help='rounds, and windows of each contender')
-    add('--seconds', type=options.positive, metavar='S',
+    add('--repeats', type=positive_int, default=20, metavar='N', help='rounds, and windows of each contender')
+    add('--seconds', type=positive, metavar='S',
         help=f'begin no round after so long, once there are {LEAST_ROUNDS} (default: no limit)')
-    add('--window', type=options.rate, default=0.2, metavar='S', help='seconds of a window, which has a step at least')
-    add('--warmup', type=options.positive_int, default=3, metavar='N', help='steps before anything is measured')
-    add('--seed', type=options.seed, default=42, metavar='S', help='of weights, images and the order of a round')
-    add('--profile', type=options.count, default=0, metavar='N', help='list the N longest kernels of each contender')
+    add('--window', type=rate, default=0.2, metavar='S', help='seconds of a window, which has a step at least')
+    add('--warmup', type=positive_int, default=3, metavar='N', help='steps before anything is measured')
+    add('--seed', type=seed, default=42, metavar='S', help='of weights, images and the order of a round')
+    add('--profile', type=count, default=0, metavar='N', help='list the N longest kernels of each contender')
     record_options(parser, 'step')
 
 
@@ -146,8 +145,8 @@ def as_text(record: dict, device: torch.device) -> str:
 
 
 def main() -> None:
-    parser = options.create_parser('Measure steps of training and inference, side by side.', (step_options,))
-    args = options.parse_options(parser)
+    parser = create_parser('Measure steps of training and inference, side by side.', (step_options,))
+    args = parse_options(parser)
     args = args.replacing(peers=[] if args.peers == ['none'] else args.peers)
     for name in [*args.models, *(name.partition('@')[0] for name in args.peers)]:
         resolve_name(name)

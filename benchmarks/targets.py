@@ -15,13 +15,10 @@ do not count.
 """
 import logging
 import os
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shared.records import (
     ROOT,
@@ -32,7 +29,8 @@ from benchmarks.shared.records import (
     write_record,
 )
 from engine.log.run_log import make_folder
-from options import groups as options
+from options.groups import FLAG
+from options.parser import create_parser, parse_options
 from utils.disk import write_whole
 from utils.errors import UserError, run_script
 from utils.runtime import find_commit
@@ -55,8 +53,8 @@ LOOK_SECONDS = 0.5
 def targets_options(parser) -> None:
     add = parser.add_argument_group('Records').add_argument
     add('--records', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder with the records')
-    add('--follow', action=options.FLAG, default=False, help='write whenever they change, until the caller has ended')
-    add('--unpack', action=options.FLAG, default=False, help='write the folder --records out of NAME.json instead')
+    add('--follow', action=FLAG, default=False, help='write whenever they change, until the caller has ended')
+    add('--unpack', action=FLAG, default=False, help='write the folder --records out of NAME.json instead')
     record_options(parser, 'targets')
 
 
@@ -300,8 +298,8 @@ def unpack(packed: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = options.create_parser('Hold what was measured against the targets.', (targets_options,))
-    args = options.parse_options(parser)
+    parser = create_parser('Hold what was measured against the targets.', (targets_options,))
+    args = parse_options(parser)
     folder = Path(args.records).expanduser()
     output = check_record_options(args)
     logging.disable(logging.INFO)

@@ -17,12 +17,8 @@ as written, that adds one time too many.
 """
 import itertools
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -42,7 +38,9 @@ from benchmarks.shared.records import (
 from engine.compile import compile_model
 from engine.log.run_log import progress_bar
 from models import layers, resolve_name
-from options import groups as options
+from options.groups import FLAG
+from options.parser import create_parser, parse_options
+from options.types import image_size, positive, positive_int, seed
 from utils.distributed import World
 from utils.errors import run_script
 from utils.runtime import start
@@ -53,12 +51,12 @@ BATCHES = (2, 4)
 def traffic_options(parser) -> None:
     add = parser.add_argument_group('What is counted').add_argument
     add('--models', nargs='+', default=['t2t_vit_14', 't2t_vit_7', 't2t_vit_t_14'], metavar='MODEL')
-    add('--compiled', action=options.FLAG, default=True, help='also of the compiled step: minutes for each model')
+    add('--compiled', action=FLAG, default=True, help='also of the compiled step: minutes for each model')
     add('--precision', default='bf16', choices=['fp32', 'bf16'])
-    add('-b', '--batch-size', type=options.positive_int, default=256, metavar='N', help='images per step')
-    add('--img-size', type=options.image_size, default=224, metavar='N', help='input size in pixels, or HxW')
-    add('--bandwidth', type=options.positive, default=4.3, metavar='TB/S', help='of the memory (H200: 4.3)')
-    add('--seed', type=options.seed, default=42, metavar='S')
+    add('-b', '--batch-size', type=positive_int, default=256, metavar='N', help='images per step')
+    add('--img-size', type=image_size, default=224, metavar='N', help='input size in pixels, or HxW')
+    add('--bandwidth', type=positive, default=4.3, metavar='TB/S', help='of the memory (H200: 4.3)')
+    add('--seed', type=seed, default=42, metavar='S')
     record_options(parser, 'traffic')
 
 
@@ -170,8 +168,8 @@ def as_text(record: dict) -> str:
 
 
 def main():
-    parser = options.create_parser('Count what a training step reads and writes.', (traffic_options,))
-    args = options.parse_options(parser)
+    parser = create_parser('Count what a training step reads and writes.', (traffic_options,))
+    args = parse_options(parser)
     for model in args.models:
         resolve_name(model)
     folder = check_record_options(args)

@@ -13,7 +13,7 @@ from data.loader import Loader, create_loader
 from data.samplers import EvalSampler, TrainSampler
 from data.shards.remote import Cache
 from data.transforms import create_eval_transform, create_train_transform
-from options.groups import check_images
+from options.checks import check_images
 from utils.distributed import World, one_per_machine_first
 from utils.errors import UserError
 

@@ -24,7 +24,9 @@ from datetime import datetime
 from pathlib import Path
 from unittest import mock
 
-from options.groups import Parser, count, multiples_around, number, positive, positive_int, take_recipe
+from options.checks import multiples_around
+from options.parser import Parser, take_recipe
+from options.types import count, number, positive, positive_int
 from utils.errors import DECISIONS, UserError, leave_at_once, report, run_script
 
 DEFAULT_PORT = 29500

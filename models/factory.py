@@ -16,8 +16,11 @@ from torch import nn
 from models.weights.formats import recorded_arch, recorded_classes, recorded_img_size, recorded_options
 from models.weights.identity import identify
 from models.weights.loading import count_classes, load_weights, published_config, state_dict_of
-from options import groups as options
+from options.checks import check_trained_model
+from options.groups import augmentation_options, batch_norm_options, input_options, model_options
+from options.parser import Options, create_parser
 from options.recipes import check_values, read_recipe
+from options.types import keywords
 from utils.checkpoint_reader import read_checkpoint
 from utils.errors import UserError
 from utils.timm_model import TimmModel
@@ -194,8 +197,8 @@ def create_from_config(path: str | os.PathLike, **overrides: Any) -> TimmModel:
     Raises:
         UserError: no such file, a value of the wrong type, no model in it, and as create_model and load_weights.
     """
-    groups = (options.model_options, options.augmentation_options, options.batch_norm_options)
-    parser = options.create_parser('', groups)
+    groups = (model_options, augmentation_options, batch_norm_options)
+    parser = create_parser('', groups)
     recipe = read_recipe(Path(path), parser, complete=False)
     if 'model' not in recipe:
         raise UserError(f'{path} names no model; add a line such as "model: t2t_vit_14"')
@@ -206,7 +209,7 @@ def create_from_config(path: str | os.PathLike, **overrides: Any) -> TimmModel:
     overrides = {name: 'x'.join(map(str, value)) if isinstance(value, tuple) else value
                  for name, value in overrides.items()}
     overrides = check_values(overrides, parser, source='create_from_config')
-    args = options.Options(**{**defaults, **recipe, **overrides}).freeze()
+    args = Options(**{**defaults, **recipe, **overrides}).freeze()
     return create_model_from_options(args, num_classes=args.num_classes)
 
 
@@ -216,7 +219,7 @@ class TrainedModel(NamedTuple):
     `classes` is in the order of the logits, None where the checkpoint does not tell.
     """
     model: TimmModel
-    args: options.Options
+    args: Options
     classes: list[str] | None
 
 
@@ -236,13 +239,13 @@ def open_trained_model(args) -> TrainedModel:
     Raises:
         UserError: none or both of these are given, or as read_checkpoint, create_model and load_weights.
     """
-    options.check_trained_model(args)
+    check_trained_model(args)
     checkpoint = read_checkpoint(args.eval_checkpoint) if args.eval_checkpoint else {}
     source = args.eval_checkpoint
     recorded = {name: list(value) if isinstance(value, tuple) else value
                 for name, value in recorded_options(checkpoint).items()
                 if name in RECORDED and value and not getattr(args, name)}
-    parser = options.create_parser('', (options.model_options, options.input_options))
+    parser = create_parser('', (model_options, input_options))
     recorded = check_values(recorded, parser, source=f'{source}, options of its training')
     if args.model and resolve_name(args.model) != (recorded_arch(checkpoint) or '').lower():
         recorded = {name: recorded[name] for name in recorded.keys() - {'model_kwargs', 'gp'}}  # another model's
@@ -314,7 +317,7 @@ def split_head(model: TimmModel) -> tuple[TimmModel, nn.Module]:
 
 def _further_arguments(args) -> dict[str, Any]:
     """The arguments of --model-kwargs; those that have an option of their own are refused."""
-    further = options.keywords(args.model_kwargs)
+    further = keywords(args.model_kwargs)
     named = {'num_classes': '--num-classes', 'img_size': '--img-size', 'global_pool': '--gp', 'drop_rate': '--drop',
              'drop_path_rate': '--drop-path', 'pretrained': '--pretrained', 'drop_block_rate': '--drop-block',
              'bn_momentum': '--bn-momentum', 'bn_eps': '--bn-eps'}

@@ -50,10 +50,11 @@ class Warm:
             [sys.executable, ROOT / 'tests/warm.py'], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, 'HF_HUB_OFFLINE': '1'})
 
-    def run(self, command: list, cwd: Path, **environment) -> subprocess.CompletedProcess:
+    def run(self, command: list, cwd: Path, *, module: str = '', **environment) -> subprocess.CompletedProcess:
         """As `run_command`."""
         with tempfile.NamedTemporaryFile('r') as out, tempfile.NamedTemporaryFile('r') as err:
-            request = {'command': [str(word) for word in command], 'cwd': str(cwd), 'out': out.name, 'err': err.name,
+            request = {'command': [str(word) for word in command], 'cwd': str(cwd), 'module': module,
+                       'out': out.name, 'err': err.name,
                        'environment': {**os.environ, 'PYTHON': sys.executable, 'HF_HUB_OFFLINE': '1', **environment}}
             self._server.stdin.write(json.dumps(request).encode() + b'\n')
             pid = int(self._server.stdout.readline())
@@ -72,6 +73,11 @@ _warm = functools.cache(Warm)
 def run_script(script: str, *options, cwd: Path, **environment) -> subprocess.CompletedProcess:
     """SCRIPT OPTIONS…, from another folder than the project's, without the wait for torch."""
     return _warm().run([ROOT / script, *options], cwd, **environment)
+
+
+def run_module(module: str, *options, cwd: Path, **environment) -> subprocess.CompletedProcess:
+    """python -m MODULE OPTIONS…, as `run_script`."""
+    return _warm().run([module, *options], cwd, module=module, **environment)
 
 
 def run_script_cold(script: str, *options, cwd: Path, **environment) -> subprocess.CompletedProcess:

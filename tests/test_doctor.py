@@ -17,7 +17,8 @@ from PIL import Image
 from data.base import ImageDataset
 from data.pipeline import open_training_data
 from engine.optimizer import param_groups
-from options import groups as options
+from options.parser import parse_options
+from options.scripts import doctor_parser
 from tests.conftest import ROOT, run_script, succeeded, write_images
 from tools.doctor import (
     __main__ as doctor,
@@ -36,8 +37,8 @@ SMALL = ('--model', 't2t_vit_7', '--img-size', '32', '--model-kwargs', 'embed_di
 
 
 def case_of(*words, processes=1, samples=1000, device='cpu') -> doctor.Case:
-    parser = options.create_parser('', (*doctor.GROUPS, doctor.doctor_options))
-    args = options.parse_options(parser, [*map(str, words), *SMALL])
+    parser = doctor_parser()
+    args = parse_options(parser, [*map(str, words), *SMALL])
     cpu = torch.device('cpu')
     return doctor.Case(args, World(0, 0, 1, torch.device(device)), Precision(cpu, enabled=False), processes, 2, samples,
                        0.2)
@@ -546,7 +547,7 @@ def test_page_with_a_crash(image_folder, tmp_path):
     planted.write_text(f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from tools.doctor import main
+from tools.doctor.__main__ import main
 from utils.errors import run_script
 
 def planted():

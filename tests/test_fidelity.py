@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.convergence import compare
 from benchmarks.fidelity import MEASURES, add_ratios, as_summary, as_table, errors, make_images, make_models, measure
-from tests.conftest import ROOT, run_command, run_script, succeeded
+from tests.conftest import ROOT, run_command, run_module, succeeded
 from utils.runtime import Precision
 
 CPU = torch.device('cpu')
@@ -95,8 +95,8 @@ def test_tables_say_where_the_largest_ratio_is():
 
 
 def test_fidelity_reads_photographs_and_writes_its_record(image_folder, tmp_path):
-    out = succeeded(run_script(
-        'benchmarks/fidelity.py', '--models', 't2t_vit_7', '--img-size', '32', '--images', '2', '--precision', 'fp32',
+    out = succeeded(run_module(
+        'benchmarks.fidelity', '--models', 't2t_vit_7', '--img-size', '32', '--images', '2', '--precision', 'fp32',
         '--weights', 'golden', '--data', image_folder, '--device', 'cpu', '--output', tmp_path, cwd=tmp_path))
     record, text = json.loads((tmp_path / 'fidelity.json').read_text()), (tmp_path / 'fidelity.md').read_text()
     assert [(row['images'], row['path']) for row in record['rows']] == [
@@ -114,8 +114,8 @@ def test_fidelity_reads_photographs_and_writes_its_record(image_folder, tmp_path
 def trained(image_folder, tmp_path_factory):
     """The record of a run of few steps, its text and the folder that has its picture."""
     folder = tmp_path_factory.mktemp('convergence')
-    out = succeeded(run_script(
-        'benchmarks/convergence.py', '--data', image_folder / 'train', '--img-size', '32', '-b', '8', '--steps', '6',
+    out = succeeded(run_module(
+        'benchmarks.convergence', '--data', image_folder / 'train', '--img-size', '32', '-b', '8', '--steps', '6',
         '--seeds', '2', '--lr', '1e-3', '--device', 'cpu', '--output', folder, cwd=folder))
     return SimpleNamespace(out=out, folder=folder, record=json.loads((folder / 'convergence.json').read_text()),
                            text=(folder / 'convergence.md').read_text())
@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_a_number_is_not_within():
     ('convergence', ('--seeds', '1'), 'argument --seeds: 1 is too small: at least 2'),
     ('convergence', ('--name', 'a/b'), '--name a/b: give a name without a folder; the folder is --output')])
 def test_a_mistake_is_one_line(tmp_path, script, options, message):
-    result = run_script(f'benchmarks/{script}.py', '--data', tmp_path / 'none', '--output', tmp_path / 'results',
+    result = run_module(f'benchmarks.{script}', '--data', tmp_path / 'none', '--output', tmp_path / 'results',
                         '--device', 'cpu', *options, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and result.stderr.count('\n') == 1
     assert not (tmp_path / 'results').exists()

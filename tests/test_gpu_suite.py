@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import targets
-from tests.conftest import ROOT, SECONDS, end_group, run_command, run_script, succeeded
+from tests.conftest import ROOT, SECONDS, end_group, run_command, run_module, succeeded
 from utils.errors import UserError
 from utils.runtime import find_commit
 
@@ -192,7 +192,7 @@ def test_what_is_unfinished_is_kept_apart_until_its_part_has_ended_well(tmp_path
 
 @pytest.mark.parametrize('limit, steps', [(('--steps', 5), 5), (('--seconds', 0.001), 1)])
 def test_float16_ends_in_time_and_saves_no_weights(tmp_path, limit, steps):
-    succeeded(run_script('benchmarks/float16.py', '--model', 't2t_vit_7', '--img-size', 32, '-b', 16, '-j', 0,
+    succeeded(run_module('benchmarks.float16', '--model', 't2t_vit_7', '--img-size', 32, '-b', 16, '-j', 0,
                          '--device', 'cpu', '--log-interval', 2, *limit, '--output', tmp_path / 'out', cwd=tmp_path))
     record = json.loads((tmp_path / 'out/float16.json').read_text())
     assert [line['step'] for line in record['lines']] == [step for step in (1, 2, 4, 5) if step <= steps]
@@ -203,7 +203,7 @@ def test_float16_ends_in_time_and_saves_no_weights(tmp_path, limit, steps):
 
 
 def test_float16_that_is_not_finite_is_in_the_record(tmp_path):
-    result = run_script('benchmarks/float16.py', '--model', 't2t_vit_7', '--img-size', 32, '-b', 4, '-j', 0, '--device',
+    result = run_module('benchmarks.float16', '--model', 't2t_vit_7', '--img-size', 32, '-b', 4, '-j', 0, '--device',
                         'cpu', '--steps', 90, '--output', tmp_path, cwd=tmp_path, T2T_FAULTS='loss@1+=nan')
     assert result.returncode == 3, result.stderr
     record = json.loads((tmp_path / 'float16.json').read_text())

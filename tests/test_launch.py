@@ -9,7 +9,7 @@ import yaml
 
 from data.pipeline import check_training_input
 from launch import launcher as launch, nodes
-from options.groups import share_global_batch
+from options.checks import share_global_batch
 from tests.conftest import ROOT, run_command
 from tests.test_options import parse
 from utils.errors import UserError

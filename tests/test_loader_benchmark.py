@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks import loader as benchmark
 from data.datasets import open_eval
-from tests.conftest import run_script, succeeded
+from tests.conftest import run_module, succeeded
 from utils.errors import UserError
 
 ARGS = SimpleNamespace(batch_size=4, img_size=32, seed=1)
@@ -101,7 +101,7 @@ def test_one_contender_that_fails_ends_them_all(folder):
 @pytest.mark.slow
 def test_the_command_ends_with_the_ratios(folder, tmp_path):
     small = ('--workers', '1', '-b', '4', '--img-size', '32', '--rounds', '1', '--batches', '1', '--short-side', '40')
-    out = succeeded(run_script('benchmarks/loader.py', folder, *small, '--output', tmp_path, cwd=tmp_path))
+    out = succeeded(run_module('benchmarks.loader', folder, *small, '--output', tmp_path, cwd=tmp_path))
     last = out.strip().splitlines()[-1]
     assert re.fullmatch(r'training, ours / timm: folders \d+\.\d\d, shards \d+\.\d\d', last)
     record = json.loads((tmp_path / 'loader.json').read_text())

@@ -1,12 +1,13 @@
 """Options: published names and defaults, recipes under the command line, and what a mistake is answered with."""
 
-import importlib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from options import groups as options
+from options.checks import resolve_num_classes, share_global_batch
+from options.parser import Options, parse_options
+from options.scripts import SCRIPTS
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,19 +89,8 @@ PUBLISHED = dict(
 )
 
 
-def parser_of(script: str) -> options.Parser:
-    module = importlib.import_module(script)
-    if script == 'train':
-        return options.create_parser('', module.GROUPS, gone=module.GONE)
-    if script == 'transfer':
-        return options.create_parser('', (*module.GROUPS, module.transfer_options), module.DEFAULTS)
-    if script == 'validate':
-        return options.create_parser('', (*module.GROUPS, module.validate_options))
-    return options.create_parser('', (*module.GROUPS, getattr(module, f'{script}_options')), module.DEFAULTS)
-
-
-def parse(*argv, script='train') -> options.Options:
-    return options.parse_options(parser_of(script), list(argv))
+def parse(*argv, script='train') -> Options:
+    return parse_options(SCRIPTS[script](), list(argv))
 
 
 def test_published_defaults():
@@ -159,10 +149,10 @@ def test_resolved_options_are_a_recipe_that_repeats_the_run(tmp_path):
 
 
 def test_a_run_with_a_global_batch_leaves_a_recipe_that_repeats_it(tmp_path):
-    args = options.share_global_batch(parse('/data', '-b', '16', '--global-batch-size', '64'), 2)
+    args = share_global_batch(parse('/data', '-b', '16', '--global-batch-size', '64'), 2)
     assert (args.batch_size, args.accum_steps) == (16, 2)
     (tmp_path / 'args.yaml').write_text(yaml.safe_dump(args.as_dict()))
-    assert options.share_global_batch(parse('-c', str(tmp_path / 'args.yaml')), 2).as_dict() == args.as_dict()
+    assert share_global_batch(parse('-c', str(tmp_path / 'args.yaml')), 2).as_dict() == args.as_dict()
 
 
 def test_recipe_under_command_line(tmp_path):
@@ -256,35 +246,35 @@ def test_bad_command_lines(argv, said):
 
 
 def test_number_of_classes_follows_the_data():
-    assert options.resolve_num_classes(parse('/data'), ['a', 'b']) == 2
-    assert options.resolve_num_classes(parse('/data', '--num-classes', '1000'), ['a', 'b']) == 1000
+    assert resolve_num_classes(parse('/data'), ['a', 'b']) == 2
+    assert resolve_num_classes(parse('/data', '--num-classes', '1000'), ['a', 'b']) == 1000
     with pytest.raises(UserError, match='--num-classes 1: the data set has 2 classes'):
-        options.resolve_num_classes(parse('/data', '--num-classes', '1'), ['a', 'b'])
+        resolve_num_classes(parse('/data', '--num-classes', '1'), ['a', 'b'])
 
 
 @pytest.mark.parametrize(('processes', 'batch_size', 'accum_steps'),
                          [(1, 64, 16), (8, 64, 2), (16, 64, 1), (32, 32, 1)])
 def test_a_global_batch_is_shared_by_however_many_processes(processes, batch_size, accum_steps):
-    args = options.share_global_batch(parse('/data', '-b', '64', '--global-batch-size', '1024'), processes)
+    args = share_global_batch(parse('/data', '-b', '64', '--global-batch-size', '1024'), processes)
     assert (args.batch_size, args.accum_steps) == (batch_size, accum_steps)
     assert args.batch_size * args.accum_steps * processes == args.global_batch_size
 
 
 def test_a_global_batch_that_cannot_be_shared_is_an_error_with_numbers_that_fit():
     # The most that fit below -b 64 and divide 96.
-    args = options.share_global_batch(parse('/data', '-b', '64', '--global-batch-size', '96'), 1)
+    args = share_global_batch(parse('/data', '-b', '64', '--global-batch-size', '96'), 1)
     assert (args.batch_size, args.accum_steps) == (48, 2)
     # Two batches of 15 would be fewer; Mixup pairs images.
-    args = options.share_global_batch(parse('/data', '-b', '16', '--global-batch-size', '30'), 1)
+    args = share_global_batch(parse('/data', '-b', '16', '--global-batch-size', '30'), 1)
     assert (args.batch_size, args.accum_steps) == (10, 3)
     with pytest.raises(UserError, match='size 1024: 24 processes cannot share it; give 1008 or 1032, or start 1, 2, 4'):
-        options.share_global_batch(parse('/data', '--global-batch-size', '1024'), 24)
+        share_global_batch(parse('/data', '--global-batch-size', '1024'), 24)
     with pytest.raises(UserError, match='size 4: 8 processes cannot share it; give 8, or start 1, 2, 4 of them'):
-        options.share_global_batch(parse('/data', '--global-batch-size', '4'), 8)
+        share_global_batch(parse('/data', '--global-batch-size', '4'), 8)
     with pytest.raises(UserError, match='--accum-steps 2 beside --global-batch-size 64'):
-        options.share_global_batch(parse('/data', '--global-batch-size', '64', '--accum-steps', '2'), 1)
+        share_global_batch(parse('/data', '--global-batch-size', '64', '--accum-steps', '2'), 1)
     args = parse('/data', '--accum-steps', '2')
-    assert options.share_global_batch(args, 7) is args
+    assert share_global_batch(args, 7) is args
 
 
 def test_images_may_stand_on_both_sides_of_an_option():

@@ -22,7 +22,7 @@ from benchmarks.scaling import overlap
 from benchmarks.scaling.overlap import EARLY, Link, early_percent, list_hand_overs
 from engine.compile import MODES, compile_model
 from engine.loop import bucket_sizes, wrap_model
-from tests.conftest import ROOT, run_script, succeeded
+from tests.conftest import ROOT, run_module, succeeded
 from utils.distributed import World
 
 CPU = torch.device('cpu')
@@ -123,7 +123,7 @@ def test_the_page_is_that_of_the_record():
 
 
 def test_two_processes_are_measured(tmp_path):
-    said = succeeded(run_script('benchmarks/scaling/overlap.py', '--model', 't2t_vit_7', '--img-size', '32',
+    said = succeeded(run_module('benchmarks.scaling.overlap', '--model', 't2t_vit_7', '--img-size', '32',
                                 '--repeats', '2',
                                 '--delays', '1', '30', '--output', tmp_path, cwd=tmp_path))
     record = json.loads((tmp_path / 'overlap.json').read_text())

@@ -9,11 +9,11 @@ import yaml
 from engine.log.run_log import RunLog
 from engine.predict import Predictions
 from models import create_model
-from options import groups as options
+from options.parser import Options
 from tests.conftest import run_script, succeeded, write_checkpoint, write_images
 from tests.test_options import parse
 from tools.report import __main__ as report, sections as report_sections
-from tools.report.html import Html, table
+from tools.report.page import Html, table
 
 HEADINGS = ['Summary', 'Curves', 'Epochs', 'Options', 'Environment', 'Mistakes', 'Sample predictions', 'Attention']
 CLASSES = ('<img src=x onerror=alert(1)>', 'bee & "wasp"', 'cat')
@@ -130,7 +130,7 @@ def test_best_epoch_is_that_of_the_metric_that_decides():
 def test_damaged_images_are_not_taken_for_left_out_ones():
     def said(found, tried, total):
         return report_sections.of_how_many(report_sections.Evaluated(
-            None, options.Options(eval_checkpoint='a/m.tar'), range(tried), [], Predictions([0] * found, None, None),
+            None, Options(eval_checkpoint='a/m.tar'), range(tried), [], Predictions([0] * found, None, None),
             total))
 
     assert said(12, 13, 13) == 'Of 12 evaluation images, with the weights of m.tar; 1 could not be decoded.'

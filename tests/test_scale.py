@@ -26,8 +26,8 @@ from benchmarks.targets import (
     memory,
     scaling,
 )
-from options import groups as options
-from tests.conftest import run_script, succeeded
+from options.parser import create_parser, parse_options
+from tests.conftest import run_module, succeeded
 from utils.distributed import World
 from utils.runtime import Precision
 
@@ -41,7 +41,7 @@ QUICK = ('--models', 't2t_vit_7', '--img-size', '32', '--img-sizes', '32', '48',
 def measured(tmp_path_factory):
     """One run of all parts but that of the ranks."""
     folder = tmp_path_factory.mktemp('scale')
-    out = succeeded(run_script('benchmarks/cost.py', *QUICK, '--parts', 'size', 'batch', 'tokens', 'overhead',
+    out = succeeded(run_module('benchmarks.cost', *QUICK, '--parts', 'size', 'batch', 'tokens', 'overhead',
                                '--output', folder / 'results', '--name', 'quick', cwd=folder))
     assert sorted(path.name for path in (folder / 'results').iterdir()) == ['quick.json', 'quick.md', 'quick.png']
     return SimpleNamespace(folder=folder / 'results', out=out, text=(folder / 'results/quick.md').read_text(),
@@ -100,7 +100,7 @@ def test_overhead_is_of_pairs(measured):
 def test_what_is_called_ddp_is(monkeypatch):
     seen = []
     monkeypatch.setattr('benchmarks.shared.measure.TrainingStep', lambda state, model, **_: seen.append(type(model)))
-    training_args = options.parse_options(options.create_parser('', TRAINING), ['--device', 'cpu'])
+    training_args = parse_options(create_parser('', TRAINING), ['--device', 'cpu'])
     args = SimpleNamespace(seed=1, batch_size=1, channels_last=False)
     with group_of_one(CPU):
         assert dist.get_world_size() == 1
@@ -127,7 +127,7 @@ def test_pictures_have_curves(measured):
 
 @pytest.mark.slow
 def test_two_ranks_against_one(tmp_path):
-    succeeded(run_script('benchmarks/cost.py', *QUICK, '--parts', 'ranks', '--output', tmp_path, cwd=tmp_path,
+    succeeded(run_module('benchmarks.cost', *QUICK, '--parts', 'ranks', '--output', tmp_path, cwd=tmp_path,
                          OMP_NUM_THREADS='1'))
     found, = json.loads((tmp_path / 'scale.json').read_text())['ranks']
     assert (found['ranks'], found['threads_per_rank'], found['threads_of_one_rank']) == (2, 1, 2)
@@ -142,7 +142,7 @@ def test_two_ranks_against_one(tmp_path):
     (('--img-sizes', '8'), '--img-sizes: an image of 8 × 8 pixels is too small'),
     (('--precision', 'fp16'), '--precision fp16: a CPU computes in fp32 or bf16')])
 def test_a_mistake_is_one_line(tmp_path, options, message):
-    result = run_script('benchmarks/cost.py', *QUICK, '--output', tmp_path / 'results', *options, cwd=tmp_path)
+    result = run_module('benchmarks.cost', *QUICK, '--output', tmp_path / 'results', *options, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and result.stderr.count('\n') == 1
     assert not (tmp_path / 'results').exists()
 
@@ -242,5 +242,5 @@ def test_an_error_that_is_not_finite_is_missed(tmp_path, ours, published, found)
 
 
 def test_the_records_of_this_repository_can_be_judged(tmp_path):
-    succeeded(run_script('benchmarks/targets.py', '--output', tmp_path, cwd=tmp_path))
+    succeeded(run_module('benchmarks.targets', '--output', tmp_path, cwd=tmp_path))
     assert '| t2t_vit_14, inference: default at least 1.25 × published |' in (tmp_path / 'targets.md').read_text()

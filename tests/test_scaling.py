@@ -32,8 +32,8 @@ from benchmarks.scaling.cluster import (
     training_parts,
     waiting_factor,
 )
-from options import groups as options
-from tests.conftest import ROOT, run_script, succeeded
+from options.parser import create_parser, parse_options
+from tests.conftest import ROOT, run_module, succeeded
 
 GRADIENTS = tuple(((index + 1) / 8, 20e6) for index in range(8))
 WORK = Work(1e6, 1e8, local_batch=100, gradients=GRADIENTS)
@@ -237,8 +237,8 @@ def test_hours_have_all_their_parts():
 def planned(tmp_path_factory):
     folder = tmp_path_factory.mktemp('scaling')
     write_records(folder / 'records')
-    out = succeeded(run_script(
-        'benchmarks/scaling/plans.py', '--plans', 'shards', 'batch4096', '--gpus', 8, 64, 8192, '--network-gbit', 25,
+    out = succeeded(run_module(
+        'benchmarks.scaling.plans', '--plans', 'shards', 'batch4096', '--gpus', 8, 64, 8192, '--network-gbit', 25,
         '--records', folder / 'records', '--output', folder / 'results', '--name', 'quick', cwd=folder))
     assert sorted(path.name for path in (folder / 'results').iterdir()) == ['quick.json', 'quick.md', 'quick.png']
     return SimpleNamespace(folder=folder / 'results', out=out, text=(folder / 'results/quick.md').read_text(),
@@ -300,8 +300,8 @@ def test_units_are_those_of_the_model(planned):
 
 
 def test_the_checkpoint_has_the_bytes_of_its_model():
-    parser = options.create_parser('', (scaling.plan_options,))
-    args = options.parse_options(parser, ['--model', 't2t_vit_7'])
+    parser = create_parser('', (scaling.plan_options,))
+    args = parse_options(parser, ['--model', 't2t_vit_7'])
     saving = {'checkpoint_megabytes': 16 * 4_255_694 / 1e6 * 10, 'lost_seconds_per_save': [1, 2],
               'written_after_seconds': [10, 5]}
     figures = scaling.find_figures(args, {'saving': saving})
@@ -331,7 +331,7 @@ def test_the_picture_is_one(planned):
 
 
 def test_every_figure_has_its_option(tmp_path):
-    said = succeeded(run_script('benchmarks/scaling/plans.py', '--help', cwd=tmp_path))
+    said = succeeded(run_module('benchmarks.scaling.plans', '--help', cwd=tmp_path))
     assert all(f'  {figure.option} ' in said for figure in scaling.FIGURES)
     assert "a GPU's time for a step (default: a record, else 1)" in ' '.join(said.split())
 
@@ -343,7 +343,7 @@ def test_every_figure_has_its_option(tmp_path):
     (['--plans', 'batch4096', '--gpus', '5000'], '--gpus 5000: the plan batch4096 has 4,096 images per step'),
     (['--records', 'nowhere'], '--records nowhere: no such folder')])
 def test_a_mistake_is_one_line(tmp_path, words, message):
-    result = run_script('benchmarks/scaling/plans.py', *words, '--output', tmp_path / 'results', cwd=tmp_path)
+    result = run_module('benchmarks.scaling.plans', *words, '--output', tmp_path / 'results', cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and result.stderr.count('\n') == 1
     assert not (tmp_path / 'results').exists()
 
@@ -381,7 +381,7 @@ def test_a_line_never_falls_below_zero():
 
 @pytest.mark.slow
 def test_two_processes_are_measured(tmp_path):
-    out = succeeded(run_script('benchmarks/scaling/check.py', '--img-size', 32, '--batch-sizes', 1, 2, '--rounds', 2,
+    out = succeeded(run_module('benchmarks.scaling.check', '--img-size', 32, '--batch-sizes', 1, 2, '--rounds', 2,
                                '--steps', 1, '--output', tmp_path, cwd=tmp_path))
     record = json.loads((tmp_path / 'scaling_check.json').read_text())
     assert {(point['batch_size'], point['kind']): np.shape(point['milliseconds'])
@@ -420,7 +420,7 @@ def test_the_record_is_what_the_command_makes_now():
     """Of two plans, for the numbers of GPUs on the page."""
     record = json.loads((ROOT / 'benchmarks/results/scaling.json').read_text())
     assert record['command'].removesuffix(' --page docs/scaling.md') == 'python -m benchmarks.scaling.plans'
-    args = options.parse_options(options.create_parser('', (scaling.plan_options,)), [
+    args = parse_options(create_parser('', (scaling.plan_options,)), [
         '--plans', 'batch4096', 'laion400m', '--gpus', *map(str, scaling.SHOWN)])
     figures = {figure['name']: scaling.Figure(**figure) for figure in record['figures']}
     assert figures.keys() == {figure.name for figure in scaling.FIGURES}

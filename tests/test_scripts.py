@@ -290,7 +290,7 @@ def test_launcher_says_a_mistake_once_with_exit_code_2(tmp_path, image_folder):
     for name, result in one_line.items():
         assert result.returncode == 2, f'{name}: {result}'
         assert len(result.stderr.strip().splitlines()) == 1, f'{name}: {result.stderr}'
-        assert result.stderr.startswith(('launch.py: error: ', 'train.py: error: ')), f'{name}: {result.stderr}'
+        assert result.stderr.startswith(('launcher.py: error: ', 'train.py: error: ')), f'{name}: {result.stderr}'
     assert "'nothing_like_it' does not exist" in one_line['model'].stderr
     assert not list(tmp_path.iterdir())
 

@@ -24,7 +24,7 @@ from benchmarks.shared.measure import (
     measure,
     note_finiteness,
 )
-from tests.conftest import run_script, succeeded
+from tests.conftest import run_module, succeeded
 
 ROUNDS, BATCH, PROFILED = 2, 2, 4
 QUICK = ('--models', 't2t_vit_7', '--img-size', '32', '-b', BATCH, '--repeats', ROUNDS, '--window', '0.01',
@@ -35,8 +35,8 @@ QUICK = ('--models', 't2t_vit_7', '--img-size', '32', '-b', BATCH, '--repeats', 
 def measured(tmp_path_factory):
     """One run with the yardstick, the default and a peer that cannot take images of 8 pixels."""
     folder = tmp_path_factory.mktemp('step')
-    out = succeeded(run_script(
-        'benchmarks/step.py', *QUICK, '--contenders', 'published', 'default', '--peers', 'vit_tiny_patch16_224@8',
+    out = succeeded(run_module(
+        'benchmarks.step', *QUICK, '--contenders', 'published', 'default', '--peers', 'vit_tiny_patch16_224@8',
         '--profile', PROFILED, '--output', folder / 'results', '--name', 'quick', cwd=folder))
     assert sorted(path.name for path in (folder / 'results').iterdir()) == ['quick.json', 'quick.md']
     record = json.loads((folder / 'results/quick.json').read_text())
@@ -117,14 +117,15 @@ def test_a_contender_that_fails_is_a_row_that_says_so(measured):
     (('--peers', 'resnet50@big'), "--peers: 'big' is not an image size"),
     (('--name', 'a/b'), '--name a/b: give a name without a folder; the folder is --output')])
 def test_a_mistake_is_one_line(tmp_path, options, message):
-    result = run_script('benchmarks/step.py', *QUICK, '--output', tmp_path / 'results', *options, cwd=tmp_path)
+    result = run_module('benchmarks.step', *QUICK, '--output', tmp_path / 'results', *options, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and result.stderr.count('\n') == 1
     assert not (tmp_path / 'results').exists()
 
 
 @pytest.mark.slow
 def test_the_compiled_model_is_measured(tmp_path):
-    succeeded(run_script('benchmarks/step.py', *QUICK, '--contenders', 'default', 'compiled', '--peers', 'none',
+    succeeded(run_module(
+        'benchmarks.step', *QUICK, '--contenders', 'default', 'compiled', '--peers', 'none',
                          '--task', 'inference', '--output', tmp_path, cwd=tmp_path))
     table, = json.loads((tmp_path / 'step.json').read_text())['tables']
     default, compiled = table['rows']

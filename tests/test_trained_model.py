@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from models import create_model, open_trained_model
-from options import groups as options
+from options.groups import input_options, model_options, trained_model_options
+from options.parser import create_parser, parse_options
+from options.scripts import FROM_CHECKPOINT
 from utils.errors import UserError
 
 SMALL = {'depth': 2, 'embed_dim': 64, 'num_heads': 2}
@@ -26,9 +28,9 @@ def write(model, path, recorded, **content):
 
 
 def opened(*words):
-    groups = (options.model_options, options.trained_model_options, options.input_options)
-    parser = options.create_parser('', groups, options.TRAINED_MODEL)
-    return open_trained_model(options.parse_options(parser, [str(word) for word in words]))
+    groups = (model_options, trained_model_options, input_options)
+    parser = create_parser('', groups, FROM_CHECKPOINT)
+    return open_trained_model(parse_options(parser, [str(word) for word in words]))
 
 
 def test_what_was_recorded_holds_where_nothing_else_is_asked_for(model, tmp_path):

@@ -41,6 +41,10 @@ os.chdir(request['cwd'])
 os.environ.clear()
 os.environ.update(request['environment'])
 sys.argv = request['command']
-sys.path[0] = str(Path(sys.argv[0]).parent)
+module = request['module']
+sys.path[0] = str(ROOT if module else Path(sys.argv[0]).parent)
 # At the level of the module, so that whatever the script ends with ends this process as it would end the script's.
-runpy.run_path(sys.argv[0], run_name='__main__')
+if module:
+    runpy.run_module(module, run_name='__main__', alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name='__main__')

@@ -27,7 +27,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options.groups import Parser, image_size
+from options.parser import Parser
+from options.types import image_size
 from utils.errors import UserError, run_script
 
 WEIGHTS = 'model.safetensors'  # in a folder of timm's form

@@ -16,11 +16,12 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options import groups as options  # noqa: E402
-from utils.errors import UserError, run_script  # noqa: E402
+from options.parser import Parser
+from options.types import image_size
+from utils.disk import ROOT
+from utils.errors import UserError, run_script
 
 # Published for the weights of a name, at the size they were trained at: top-1 and top-5 on ImageNet's validation set.
 PUBLISHED = {
@@ -121,9 +122,9 @@ def table(patterns: list[str], img_size: tuple[int, int] | None = None) -> str:
 
 
 def main():
-    parser = options.Parser(description='Print a table of models.')
+    parser = Parser(description='Print a table of models.')
     parser.add_argument('models', nargs='*', metavar='MODEL', help='name or pattern (default: all of this project)')
-    parser.add_argument('--img-size', type=options.image_size, metavar='N',
+    parser.add_argument('--img-size', type=image_size, metavar='N',
                         help="pixels, or HxW (default: that of each model's weights)")
     parser.add_argument('-o', '--output', metavar='FILE', help='write the table to this file too')
     args = parser.parse_args()

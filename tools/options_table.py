@@ -8,26 +8,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import export
-import predict
-import train
-import transfer
-import validate
-import visualize
-from options import groups as options
+from options.scripts import SCRIPTS, TRANSFER_DEFAULTS
 
 
 def table() -> str:
     """Markdown: one row for each option of train.py, and below those that only other scripts have."""
-    groups = {
-        'train.py': train.GROUPS,
-        'transfer.py': (*transfer.GROUPS, transfer.transfer_options),
-        'validate.py': (*validate.GROUPS, validate.validate_options),
-        'predict.py': (*predict.GROUPS, predict.predict_options),
-        'visualize.py': (*visualize.GROUPS, visualize.visualize_options),
-        'export.py': (*export.GROUPS, export.export_options),
-    }
-    parsers = {script: options.create_parser('', of_script) for script, of_script in groups.items()}
+    parsers = {f'{script}.py': parser() for script, parser in SCRIPTS.items()}
     having: dict[str | None, list[str]] = {}  # a group's title → the scripts that have it
     for script, parser in parsers.items():
         for group in parser._action_groups:
@@ -42,7 +28,7 @@ def table() -> str:
             where = '' if 'train.py' in having[group.title] else f" ({', '.join(having[group.title])})"
             lines += [f'| **{group.title}**{where} | | |'] + [_row(action) for action in actions]
             seen |= {(action.dest, action.help) for action in actions}
-    changed = ', '.join(f'`{_written(name, value)}`' for name, value in transfer.DEFAULTS.items())
+    changed = ', '.join(f'`{_written(name, value)}`' for name, value in TRANSFER_DEFAULTS.items())
     return '\n'.join(['| option | default | meaning |', '|---|---|---|', *lines, '',
                       f'transfer.py starts from other defaults: {changed}.']) + '\n'
 

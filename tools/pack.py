@@ -24,7 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options.groups import Parser, count, number, positive, positive_int, seed
+from options.parser import Parser
+from options.types import count, number, positive, positive_int, seed
 from utils.errors import EXIT_CTRL_C, UserError, report, run_script
 
 EXIT_FAULTS = 1

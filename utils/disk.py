@@ -2,6 +2,8 @@
 import os
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]  # the folder of this project
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file under another name and renames it: if there is no room for it, or on the way, the one before stays.

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from utils.disk import ROOT
 from utils.errors import HangError, PeerLostError, UserError, fail
 from utils.watch import BEAT, DeviceMarks, DeviceWatch
 
 HERE = Path(__file__).resolve()
-ROOT = HERE.parents[1]
 # Where processes that start at the same time may be apart: imports, a cold disk.
 START = timedelta(minutes=10)
 # Processes that wait in vain for the same one notice it within this many seconds of each other.

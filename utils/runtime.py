@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from engine.log.run_log import setup_logging
+from utils.disk import ROOT
 from utils.distributed import World, join
 from utils.errors import UserError
 
@@ -99,9 +100,8 @@ def find_commit() -> str | None:
     """The commit of this code; COMMIT names it where the code has come without .git."""
     if commit := os.environ.get('COMMIT'):
         return commit
-    root = Path(__file__).resolve().parents[1]
     try:
-        git = subprocess.run(['git', '-C', root, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
+        git = subprocess.run(['git', '-C', ROOT, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
     except OSError:  # a machine without git
         return None
     return git.stdout.strip() or None

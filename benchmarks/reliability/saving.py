@@ -1,7 +1,7 @@
 """Measures the training time that is lost to saving checkpoints: steps of a fixed length, with saves and without.
 
-    python benchmarks/reliability/saving.py                     # t2t_vit_24, a save per minute: 2.5 minutes
-    python benchmarks/reliability/saving.py --interval 10 --saves 3
+    python -m benchmarks.reliability.saving                     # t2t_vit_24, a save per minute: 2.5 minutes
+    python -m benchmarks.reliability.saving --interval 10 --saves 3
 
 A step is a sleep, as a GPU's step leaves the CPU idle; what it cannot show is a CPU that the loader has filled. The
 state is all that a run saves: weights, their average and AdamW's moments. Beside the lost time: how long one save holds
@@ -12,12 +12,9 @@ import json
 import logging
 import os
 import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 

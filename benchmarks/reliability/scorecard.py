@@ -1,9 +1,9 @@
 """Writes the scorecard of reliability, benchmarks/results/reliability.md, from what was measured.
 
     make test-faults                                 # leaves output/faults.json
-    python benchmarks/reliability/saving.py --output benchmarks/results/saving.json
-    python benchmarks/reliability/soak.py --faults 50 --seed 1   # writes results/soak.json and the scorecard
-    python benchmarks/reliability/scorecard.py                   # writes it again
+    python -m benchmarks.reliability.saving --output benchmarks/results/saving.json
+    python -m benchmarks.reliability.soak --faults 50 --seed 1   # writes results/soak.json and the scorecard
+    python -m benchmarks.reliability.scorecard                   # writes it again
 
 A row whose tests did not all pass, or that was not measured, says so.
 """
@@ -13,7 +13,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from utils.disk import ROOT
+
 RESULTS = ROOT / 'benchmarks/results'
 FAULTS = 'pytest tests/faults'
 
@@ -98,10 +99,10 @@ def rows() -> list[tuple[str, str, str, str]]:
     if saving:
         figure = f'{saving["lost_percent"]:.2f} %, one save per {saving["interval_seconds"]:g} s'
     table.append(('training time lost to saving, batches of 0.2 s, 64 M parameters', '≤ 1 %', figure,
-                  '`python benchmarks/reliability/saving.py`'))
+                  '`python -m benchmarks.reliability.saving`'))
 
     soak = read(RESULTS / 'soak.json')
-    command = f'`{soak["command"]}`' if soak else '`python benchmarks/reliability/soak.py`'
+    command = f'`{soak["command"]}`' if soak else '`python -m benchmarks.reliability.soak`'
     same = soak and not soak['tensors_that_differ'] and not soak['log_lines_that_differ']
     killed = sum('kill' in fault['plan'] for fault in soak['faults']) if soak else 0
     table += [
@@ -120,7 +121,7 @@ def write_scorecard(path: Path = RESULTS / 'reliability.md') -> str:
     """Writes the scorecard and returns it."""
     soak = read(RESULTS / 'soak.json')
     machine = ', '.join(f'{name} {soak[name]}' for name in ('device', 'python', 'torch', 'timm') if name in soak)
-    lines = ['# Reliability', '', f'Written by `python benchmarks/reliability/scorecard.py`; {machine}.', '',
+    lines = ['# Reliability', '', f'Written by `python -m benchmarks.reliability.scorecard`; {machine}.', '',
              '| what | goal | measured | command |', '|---|---|---|---|']
     lines += ['| ' + ' | '.join(cell.replace('|', '\\|') for cell in row) + ' |' for row in rows()]
     text = '\n'.join(lines) + '\n'

@@ -1,7 +1,7 @@
 """Runs a tiny model for 310 epochs, whole and with random faults, and compares where the two end.
 
-    python benchmarks/reliability/soak.py --faults 50 --seed 1         # about a quarter of an hour on two cores
-    python benchmarks/reliability/soak.py --faults 3 --epochs 12                   # a minute
+    python -m benchmarks.reliability.soak --faults 50 --seed 1         # about a quarter of an hour on two cores
+    python -m benchmarks.reliability.soak --faults 3 --epochs 12                   # a minute
 
 The faults are drawn from the seed: processes killed in a step, in every part of a save and in the evaluation, signals
 to workers and to the launcher, a full disk, and damage to the newest checkpoint between two starts. After each the
@@ -23,8 +23,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from utils.disk import ROOT
 
 RUN = ('--dataset', 'digits', '--only-classes', '0-1', '--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu',
        '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2', 'token_dim=16',
@@ -186,7 +185,7 @@ def main() -> None:
     import torch
 
     from utils.runtime import describe_environment
-    command = f'python benchmarks/reliability/soak.py --faults {args.faults} --seed {args.seed}'
+    command = f'python -m benchmarks.reliability.soak --faults {args.faults} --seed {args.seed}'
     record = {'command': command, 'epochs': args.epochs,
               'steps': steps, 'seconds': round(time.perf_counter() - begun), 'faults': faults,
               'tensors_that_differ': unequal, 'log_lines': len(logs[0]), 'log_lines_that_differ': lines,

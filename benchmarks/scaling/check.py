@@ -20,12 +20,9 @@ NAME.json, the record, and NAME.md, the tables, go to --output; benchmarks/scali
 import logging
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
@@ -44,7 +41,8 @@ from benchmarks.shared.records import (
     record_options,
     write_record,
 )
-from options import groups as options
+from options.parser import create_parser, parse_options
+from options.types import image_size, positive_int, seed
 from utils.distributed import leave
 from utils.errors import UserError, run_script
 from utils.runtime import seed_everything, start
@@ -59,14 +57,14 @@ TARGET = 15  # per cent that a prediction may be wrong
 def check_options(parser) -> None:
     add = parser.add_argument_group('What is measured').add_argument
     add('--model', default='t2t_vit_7', choices=TOKEN_SHARES, metavar='MODEL', help=f'of {", ".join(TOKEN_SHARES)}')
-    add('--img-size', type=options.image_size, default=64, metavar='N', help='pixels a side')
-    add('--batch-sizes', nargs='+', type=options.positive_int, default=[4, 8, 16], metavar='N',
+    add('--img-size', type=image_size, default=64, metavar='N', help='pixels a side')
+    add('--batch-sizes', nargs='+', type=positive_int, default=[4, 8, 16], metavar='N',
         help='images per step and process; two at least')
-    add('--rounds', type=options.positive_int, default=8, metavar='N', help='in which all take turns')
-    add('--steps', type=options.positive_int, default=4, metavar='N', help='of each, in a round')
+    add('--rounds', type=positive_int, default=8, metavar='N', help='in which all take turns')
+    add('--steps', type=positive_int, default=4, metavar='N', help='of each, in a round')
     add('--device', default='cpu', choices=['cpu'], help='the processes share its cores')
     add('--parts', default='', choices=['', 'ranks'], help='ranks: what the command starts for itself')
-    add('--seed', type=options.seed, default=42, metavar='S', help='of weights and images')
+    add('--seed', type=seed, default=42, metavar='S', help='of weights and images')
     record_options(parser, 'scaling_check')
 
 
@@ -217,8 +215,8 @@ def as_text(record: dict) -> str:
 
 
 def main() -> None:
-    parser = options.create_parser('Hold the model of many GPUs against two processes.', (check_options,))
-    args = options.parse_options(parser)
+    parser = create_parser('Hold the model of many GPUs against two processes.', (check_options,))
+    args = parse_options(parser)
     if len(set(args.batch_sizes)) < 2:
         raise UserError(f'--batch-sizes {args.batch_sizes[0]}: a line needs two points; give another batch size too')
     folder = check_record_options(args)

@@ -21,13 +21,10 @@ import functools
 import logging
 import queue
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
@@ -47,7 +44,8 @@ from benchmarks.shared.records import (
 )
 from engine.loop import wrap_model
 from models import create_model
-from options import groups as options
+from options.parser import create_parser, parse_options
+from options.types import count, image_size, positive_int, seed
 from utils.distributed import World, leave
 from utils.errors import UserError, run_script
 from utils.runtime import seed_everything, start
@@ -63,14 +61,14 @@ EXPOSED, JUDGED, EARLY = 1 / 3, 5, 80
 def overlap_options(parser) -> None:
     add = parser.add_argument_group('What is measured').add_argument
     add('--model', default='t2t_vit_14', metavar='MODEL', help='by name')
-    add('--img-size', type=options.image_size, default=224, metavar='N', help='pixels a side')
-    add('-b', '--batch-size', type=options.positive_int, default=2, metavar='N', help='images per step and process')
-    add('--delays', nargs='+', type=options.count, default=[0, 5, 20], metavar='MS',
+    add('--img-size', type=image_size, default=224, metavar='N', help='pixels a side')
+    add('-b', '--batch-size', type=positive_int, default=2, metavar='N', help='images per step and process')
+    add('--delays', nargs='+', type=count, default=[0, 5, 20], metavar='MS',
         help='milliseconds that each bucket takes beside its way over loopback')
-    add('--repeats', type=options.positive_int, default=12, metavar='N', help='rounds, and steps of each contender')
+    add('--repeats', type=positive_int, default=12, metavar='N', help='rounds, and steps of each contender')
     add('--device', default='cpu', choices=['cpu'], help='the processes share its cores')
     add('--parts', default='', choices=['', 'ranks'], help='ranks: what the command starts for itself')
-    add('--seed', type=options.seed, default=42, metavar='S', help='of weights and images')
+    add('--seed', type=seed, default=42, metavar='S', help='of weights and images')
     record_options(parser, 'overlap')
 
 
@@ -275,8 +273,8 @@ def _hand_overs_table(counted: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = options.create_parser('Measure how much of the sum of gradients is hidden.', (overlap_options,))
-    args = options.parse_options(parser)
+    parser = create_parser('Measure how much of the sum of gradients is hidden.', (overlap_options,))
+    args = parse_options(parser)
     folder = check_record_options(args)
     training_args = training_options('--batch-size', str(args.batch_size), '--device', args.device,
                                      '--seed', str(args.seed))

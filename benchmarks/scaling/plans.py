@@ -13,11 +13,8 @@ the tables of that page.
 """
 import math
 import re
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from matplotlib.ticker import FuncFormatter
@@ -35,7 +32,8 @@ from benchmarks.shared.records import (
 from benchmarks.targets import ABSOLUTE
 from engine.log.run_log import progress_bar
 from models import create_model
-from options import groups as options
+from options.parser import create_parser, parse_options
+from options.types import fraction, positive, positive_int, rate
 from utils.disk import write_whole
 from utils.errors import UserError, run_script
 from utils.pictures import BLUE, GREEN, ORANGE, new_figure
@@ -100,8 +98,8 @@ FIGURES = (
 
 MAY_BE_ZERO = ('fixed_ms', 'launches', 'launch_us', 'jitter', 'node_us', 'network_us', 'memory_gb', 'save_s', 'write_s',
                'restart_s', 'dollars')
-BOUNDS = {name: options.rate for name in MAY_BE_ZERO} | {
-    'token_share': options.fraction, 'gpus_per_node': options.positive_int}
+BOUNDS = {name: rate for name in MAY_BE_ZERO} | {
+    'token_share': fraction, 'gpus_per_node': positive_int}
 
 
 @dataclass(frozen=True)
@@ -136,12 +134,12 @@ def plan_options(parser) -> None:
     add = parser.add_argument_group('What is planned').add_argument
     add('--plans', nargs='+', default=list(PLANS), choices=PLANS, metavar='PLAN', help=f'of {", ".join(PLANS)}')
     add('--model', default='t2t_vit_14', choices=TOKEN_SHARES, metavar='MODEL', help=f'of {", ".join(TOKEN_SHARES)}')
-    add('--gpus', nargs='+', type=options.positive_int, default=[2**power for power in range(11)], metavar='N',
+    add('--gpus', nargs='+', type=positive_int, default=[2**power for power in range(11)], metavar='N',
         help='of each table')
-    add('--local-batch', type=options.positive_int, default=256, metavar='N', help='images per step and GPU')
+    add('--local-batch', type=positive_int, default=256, metavar='N', help='images per step and GPU')
     add = parser.add_argument_group('What the plan is fed with').add_argument
     for figure in FIGURES:
-        add(figure.option, type=BOUNDS.get(figure.name, options.positive),
+        add(figure.option, type=BOUNDS.get(figure.name, positive),
             metavar=figure.unit.replace('%', 'PERCENT') or 'N',
             help=f'{figure.text} (default: a record, else {figure.value:g})'.replace('%', '%%'))
     add('--records', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder of the records')
@@ -457,8 +455,8 @@ def draw(record: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = options.create_parser('Plan trainings past one machine.', (plan_options,))
-    args = options.parse_options(parser)
+    parser = create_parser('Plan trainings past one machine.', (plan_options,))
+    args = parse_options(parser)
     folder, records = check_record_options(args), Path(args.records).expanduser()
     if not records.is_dir():
         raise UserError(f'--records {records}: no such folder; name one with records of benchmarks/')

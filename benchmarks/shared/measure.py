@@ -31,16 +31,14 @@ from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
 from engine.step import TrainingStep
 from models import create_model_from_options
-from options import groups as options
+from options.parser import parse_options
+from options.scripts import train_parser
+from options.types import image_size
 from utils.distributed import World
 from utils.errors import UserError
 from utils.runtime import Precision, move_model, seed_everything
 from utils.timm_model import TimmModel
 
-# The options of train.py, whose defaults the contenders have.
-TRAINING = (options.data_options, options.training_data_options, options.model_options, options.input_options,
-            options.optimizer_options, options.schedule_options, options.augmentation_options,
-            options.batch_norm_options, options.ema_options, options.device_options, options.run_options)
 CONTENDERS = ('published', 'default', 'compiled')
 TASKS = {'train': 'training', 'inference': 'inference'}
 NUM_CLASSES = 1000
@@ -109,7 +107,7 @@ class Contender:
 
 def training_options(*words: str):
     """The options of train.py, those that `words` say and the defaults."""
-    return options.parse_options(options.create_parser('', TRAINING), list(words))
+    return parse_options(train_parser(), list(words))
 
 
 def list_contenders(model: str, args) -> list[Contender]:
@@ -118,7 +116,7 @@ def list_contenders(model: str, args) -> list[Contender]:
             for name in CONTENDERS if name in args.contenders]
     for name_and_size in args.peers:
         name, _, size = name_and_size.partition('@')
-        size = options.image_size(size) if size else args.img_size
+        size = image_size(size) if size else args.img_size
         label = name if size == args.img_size else f'{name} at {size}'
         rows += [Contender(label + ', compiled' * is_compiled, name, size, is_compiled=is_compiled)
                  for kind, is_compiled in (('default', False), ('compiled', True)) if kind in args.contenders]

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 
 from engine.log.run_log import check_folder, format_seconds, make_folder
-from utils.disk import write_whole
+from utils.disk import ROOT, write_whole
 from utils.errors import UserError
 from utils.results import finite
 from utils.runtime import Precision, describe_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 PRECISIONS = {'fp32': 'auto', 'bf16': 'bfloat16', 'fp16': 'float16'}
 
 

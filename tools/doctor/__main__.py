@@ -1,7 +1,7 @@
 """Looks a long run over before it is started: data, speed, memory, time, cost, disk, processes, recipe, on one page.
 
-    python tools/doctor/__main__.py /data/imagenet -c configs/t2t_vit_14.yaml --processes 8 --price 2.50
-    python tools/doctor/__main__.py -c configs/demo.yaml --quick
+    python tools/doctor /data/imagenet -c configs/t2t_vit_14.yaml --processes 8 --price 2.50
+    python tools/doctor -c configs/demo.yaml --quick
 
 It takes the options of train.py: put the command of the run behind it. Each line of the page is marked ok; look, where
 something is wasted or may be meant otherwise; stop, where the run would end early or its result be wrong; or fail,
@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from options import groups as options
+from options.checks import share_global_batch
+from options.parser import Options, parse_options
+from options.scripts import QUICK_SAMPLES, SAMPLES, doctor_parser
 from utils.errors import UserError, run_script
 
 if TYPE_CHECKING:
@@ -31,12 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger('__main__')
 
-GROUPS = (options.data_options, options.training_data_options, options.model_options, options.input_options,
-          options.optimizer_options, options.schedule_options, options.augmentation_options,
-          options.batch_norm_options, options.ema_options, options.device_options, options.compile_options,
-          options.run_options)
-SAMPLES, SECONDS = 1000, 10.0
-QUICK_SAMPLES, QUICK_SECONDS = 200, 1.0
+SECONDS, QUICK_SECONDS = 10.0, 1.0
 
 
 @dataclass
@@ -49,7 +46,7 @@ class Case:
     Rates are images per second: of the loader with the workers of one process (loader_rate) and of all (supply), of the
         model in one process (step_rate, forward_rate), of the run (total_rate).
     """
-    args: options.Options
+    args: Options
     world: 'World'
     precision: 'Precision'
     processes: int
@@ -79,19 +76,8 @@ class Case:
     starving: str = 'Not known: loader and training step could not both be measured.'
 
 
-def doctor_options(parser) -> None:
-    add = parser.add_argument_group('Doctor').add_argument
-    add('--processes', type=options.positive_int, metavar='N',
-        help='processes of the run on this machine (default: its GPUs, or 1 and, to exchange a gradient, 2 on a CPU)')
-    add('--price', type=options.positive, metavar='MONEY', help='of one GPU for an hour')
-    add('--quick', action='store_true', help=f'decode {QUICK_SAMPLES} images instead of {SAMPLES:,}, and measure the '
-                                             'loader for a shorter time')
-    add('--results-file', metavar='FILE', help='what was found as FILE.json and FILE.csv too')
-
-
 def main():
-    parser = options.create_parser('Look a long run over before it is started.', (*GROUPS, doctor_options))
-    args = options.parse_options(parser)
+    args = parse_options(doctor_parser())
 
     import torch
 
@@ -109,7 +95,7 @@ def main():
         logging.getLogger(room).setLevel(logging.ERROR)  # what they would say is on the page
     gpus = torch.cuda.device_count() if world.device.type == 'cuda' else 0
     processes = args.processes or gpus or 1
-    args = options.share_global_batch(args, processes)
+    args = share_global_batch(args, processes)
     resolve_name(args.model)
     check_training_input(args)
     with tempfile.TemporaryDirectory() as folder:  # the run's own is for the page to speak of

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.disk import ROOT
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 ROOMS_OF_A_RUN = ('data', 'engine', 'models', 'utils')
 OK, LOOK, STOP, FAIL = 'ok', 'look', 'stop', 'fail'
 WIDTH = 100

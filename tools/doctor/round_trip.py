@@ -13,18 +13,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from options import groups as options
+from options.parser import Parser
+from options.types import positive
 from utils.errors import UserError, run_script
 
 REPEATS = 5
 
 
 def main():
-    parser = options.Parser(description='Add up a gradient over all processes.')
+    parser = Parser(description='Add up a gradient over all processes.')
     add = parser.add_argument
-    add('--megabytes', type=options.positive, default=86.0, metavar='MB', help='of float32 numbers; T2T-ViT-14 has 86')
+    add('--megabytes', type=positive, default=86.0, metavar='MB', help='of float32 numbers; T2T-ViT-14 has 86')
     add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda or cpu')
-    add('--timeout', type=options.positive, default=60, metavar='SECONDS', help='for one of the processes to come')
+    add('--timeout', type=positive, default=60, metavar='SECONDS', help='for one of the processes to come')
     add('--json', metavar='FILE', help='what was found, for programs')
     args = parser.parse_args()
 

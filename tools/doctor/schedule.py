@@ -20,12 +20,12 @@ from engine.checkpoint import KEEP_AT_LEAST, RunLock, save_checkpoint
 from engine.optimizer import create_schedule
 from tools.doctor.findings import LOOK, OK, STOP, Finding, NotMeasured, duration, gib, plural
 from tools.doctor.speed import RATES, device_name
+from utils.disk import ROOT
 from utils.errors import UserError
 
 if TYPE_CHECKING:
     from tools.doctor.__main__ import Case
 
-ROOT = Path(__file__).resolve().parents[2]
 ROUND_TRIP_SECONDS = 60
 LONG = 14 * 86400  # seconds of training, beyond which one would rather know
 PUBLISHED_RATE = 5e-4 / 512  # of learning, for each image of a step

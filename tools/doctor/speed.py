@@ -20,7 +20,7 @@ from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.run import create_state
 from engine.step import TrainingStep
 from models import create_model_from_options
-from options import groups as options
+from options.checks import resolve_num_classes
 from tools.doctor.findings import LOOK, OK, STOP, Finding, NotMeasured, duration, gib, plural
 from utils.errors import UserError
 
@@ -48,7 +48,7 @@ def look_at_rates(case: 'Case'):
 def _prepare(case: 'Case') -> None:
     """The model and its batches, as train.py makes them; bad images, of which the page has spoken, end nothing here."""
     args = case.args.replacing(max_bad_images=len(case.train), max_bad_val_images=len(case.val or ()))
-    model = create_model_from_options(args, num_classes=options.resolve_num_classes(args, case.train.classes))
+    model = create_model_from_options(args, num_classes=resolve_num_classes(args, case.train.classes))
     case.input = create_training_input(args, case.train, case.val or spread(case.train, 1), model.pretrained_cfg,
                                        model.num_classes, case.world)
     if args.compile == 'blocks':

@@ -1,7 +1,7 @@
 """Writes a run as one page of HTML: result, curves, options, environment, mistakes, sample predictions, attention.
 
-    python tools/report/__main__.py output/train/demo
-    python tools/report/__main__.py output/train/demo -o demo.html --data /data/moved --samples 5000
+    python tools/report output/train/demo
+    python tools/report output/train/demo -o demo.html --data /data/moved --samples 5000
 
 The page is one file that needs no network. Of a run in progress, or without its data or checkpoints, it has what there
 is and says what is missing.
@@ -10,26 +10,26 @@ import logging
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from options import groups as options  # noqa: E402
-from utils.errors import UserError, run_script  # noqa: E402
+from options.parser import Parser
+from options.types import count, positive_int
+from utils.errors import UserError, run_script
 
 log = logging.getLogger('__main__')
 
 
 def main():
     # --- Options ------------------------------------------------------------------------------------------------------
-    parser = options.Parser(description='Write a run as one page of HTML.')
+    parser = Parser(description='Write a run as one page of HTML.')
     add = parser.add_argument
     add('run', metavar='RUN', help="the run's folder")
     add('-o', '--output', metavar='FILE', help='the page (default: RUN/report.html)')
     add('--data', metavar='DIR', help='where the data is (default: where the run had it)')
-    add('--samples', type=options.positive_int, default=2000, metavar='N',
+    add('--samples', type=positive_int, default=2000, metavar='N',
         help='evaluation images to look at, evenly spread over all')
-    add('-b', '--batch-size', type=options.positive_int, default=64, metavar='N', help='images per batch')
-    add('-j', '--workers', type=options.count, default=2, metavar='N', help='data loader processes')
+    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per batch')
+    add('-j', '--workers', type=count, default=2, metavar='N', help='data loader processes')
     add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
     given = parser.parse_args()
     folder = Path(given.run)
@@ -37,7 +37,7 @@ def main():
 
     from engine.log.run_log import check_folder
     from tools.report import sections
-    from tools.report.html import page
+    from tools.report.page import page
     from utils.runtime import start
 
     # --- The run ------------------------------------------------------------------------------------------------------

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import transfer
-import validate
 from data import ImageDataset, Numbered, spread
 from data.base import Part
 from data.pipeline import create_eval_loader, name_classes, open_evaluation_data, resolve_input
@@ -29,9 +27,10 @@ from figures.mistakes import (
     shorten,
 )
 from models import open_trained_model
-from options import groups as options
+from options.parser import Options
 from options.recipes import read_recipe
-from tools.report.html import Html, Section, facts, image, note, picture, table
+from options.scripts import SCRIPTS, recorded_parser, validate_parser
+from tools.report.page import Html, Section, facts, image, note, picture, table
 from utils.distributed import World
 from utils.errors import UserError
 from utils.pictures import image_sheet, new_figure
@@ -57,7 +56,7 @@ class Run(NamedTuple):
 class Evaluated(NamedTuple):
     """A model, its evaluation images and what it says of them."""
     model: Any
-    args: options.Options
+    args: Options
     dataset: ImageDataset
     names: list[str]
     predictions: Predictions
@@ -75,23 +74,18 @@ def open_run(folder: Path) -> Run:
     if not any((folder / name).exists() for name in (ARGS, METRICS, *CHECKPOINTS)):
         raise UserError(f'{folder} is not the folder of a run: none of {ARGS}, {METRICS} or {CHECKPOINTS[0]} is in it')
     records = read_metrics(folder)
-    settings = read_recipe(folder / ARGS, training_parser(), complete=False) if (folder / ARGS).exists() else {}
+    settings = read_recipe(folder / ARGS, recorded_parser(), complete=False) if (folder / ARGS).exists() else {}
     return Run(folder, settings, [record for record in records if record['kind'] == 'epoch'],
                [record for record in records if record['kind'] == 'train'], read_environment(folder))
 
 
-def training_parser() -> options.Parser:
-    """Of the options of train.py and transfer.py together."""
-    return options.create_parser('', (*transfer.GROUPS, transfer.transfer_options))
-
-
-def evaluation_options(run: Run, given) -> options.Options:
+def evaluation_options(run: Run, given) -> Options:
     """The run's options as validate.py would take them, with what this script was given."""
-    parser = options.create_parser('', (*validate.GROUPS, validate.validate_options), validate.DEFAULTS)
+    parser = validate_parser()
     known = {name: value for name, value in run.options.items() if hasattr(parser.parse_args([]), name)}
     parser.set_defaults(**known)
     checkpoint = next((run.folder / name for name in CHECKPOINTS if (run.folder / name).exists()), None)
-    return parser.parse_args([], options.Options()).replacing(
+    return parser.parse_args([], Options()).replacing(
         eval_checkpoint=checkpoint and str(checkpoint), pretrained=False, initial_checkpoint='', amp=False,
         data=given.data or known.get('data'), device=given.device, workers=given.workers, batch_size=given.batch_size,
         validation_batch_size_multiplier=1, class_map=None, download=False)
@@ -203,18 +197,15 @@ def epochs(run: Run):
 def used_options(run: Run):
     if not run.options:
         return Section('Options', note('The run has no args.yaml.'))
-    parser = training_parser()
-    defaults = vars(parser.parse_args([]))
-    if 'transfer_ratio' in run.options:
-        defaults |= transfer.DEFAULTS
+    script = 'transfer' if 'transfer_ratio' in run.options else 'train'
+    defaults = vars(SCRIPTS[script]().parse_args([]))
     changed = [name for name, value in run.options.items() if value != defaults.get(name)]
     same = [name for name in run.options if name not in changed]
     head = ['option', 'value', 'default', '']
     rows = [[name, describe_value(run.options[name]), describe_value(defaults.get(name)),
              'changed' if name in changed else ''] for name in (*changed, *same)]
-    script = 'transfer.py' if 'transfer_ratio' in run.options else 'train.py'
     return Section('Options', Html(
-        note(f'{len(changed)} of {len(rows)} options differ from the defaults of {script}; they come first, marked.')
+        note(f'{len(changed)} of {len(rows)} options differ from the defaults of {script}.py; they come first, marked.')
         + table(head, rows, range(len(changed)))))
 
 
