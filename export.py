@@ -22,7 +22,8 @@ from pathlib import Path
 from options.checks import check_images, check_trained_model
 from options.parser import parse_options
 from options.scripts import FORMATS, export_parser
-from utils.errors import UserError, run_script
+from utils.errors import UserError
+from utils.script import run_script
 
 COLUMNS = {'format': 'format', 'file': 'file', 'megabytes': 'MB', 'axes': 'open axes',
            'difference_random': '|Δ| random', 'difference_real': '|Δ| real', 'same_top1': 'same top-1',
@@ -45,9 +46,10 @@ def main():
 
     from data.pipeline import create_eval_loader, open_images, resolve_input
     from engine.evaluate import evaluate
-    from engine.log.run_log import make_folder, progress_bar
     from models import open_trained_model
     from models.runtimes import FORMS, Checks, Source, describe, export
+    from utils.console import progress_bar
+    from utils.disk import make_folder
     from utils.results import write_results
     from utils.runtime import describe_environment, start
 

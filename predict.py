@@ -13,7 +13,8 @@ from collections import Counter
 from options.checks import check_images, check_trained_model
 from options.parser import parse_options
 from options.scripts import predict_parser
-from utils.errors import UserError, run_script
+from utils.errors import UserError
+from utils.script import run_script
 
 LINES = 20  # of images, and of classes, that the console shows
 

@@ -10,7 +10,7 @@ and TensorBoard events. `--resume auto` continues the newest such run.
 from options.checks import resolve_num_classes, share_global_batch
 from options.parser import parse_options
 from options.scripts import train_parser
-from utils.errors import run_script
+from utils.script import run_script
 
 
 def main():

@@ -11,7 +11,8 @@ defaults are the published recipe, but that biases and norms do not decay.
 from options.checks import resolve_num_classes, share_global_batch
 from options.parser import parse_options
 from options.scripts import transfer_parser
-from utils.errors import UserError, run_script
+from utils.errors import UserError
+from utils.script import run_script
 
 
 def main():

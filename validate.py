@@ -13,7 +13,7 @@ import logging
 from options.checks import check_trained_model
 from options.parser import parse_options
 from options.scripts import validate_parser
-from utils.errors import run_script
+from utils.script import run_script
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from options.checks import check_images, check_trained_model
 from options.parser import parse_options
 from options.scripts import FIGURES_OF_IMAGES, visualize_parser
-from utils.errors import UserError, run_script
+from utils.errors import UserError
+from utils.script import run_script
 
 LINES, DPI = 20, 110  # files that the console names; pixels per inch of the pictures
 NAME_BYTES = 200  # of a picture's name, at most, that come from its image; file systems take 255
@@ -40,9 +41,9 @@ def main():
 
     from data import spread
     from data.pipeline import name_classes, open_images, resolve_input
-    from engine.log.run_log import make_folder
     from figures.explain import check_layers
     from models import open_trained_model
+    from utils.disk import make_folder
     from utils.runtime import move_model, start
 
     # --- Runtime ------------------------------------------------------------------------------------------------------
@@ -109,8 +110,8 @@ def draw_images(args, wanted: list[str], models: dict, inputs: tuple, dataset, c
 
     from data import Numbered
     from data.pipeline import create_eval_loader
-    from engine.log.run_log import progress_bar
     from figures.explain import NotSeen
+    from utils.console import progress_bar
     model, numbered, wanted = next(iter(models.values())), Numbered(dataset), list(wanted)
     paths = [dataset.path(number) for number in range(len(dataset))]
     stems = file_names(paths, in_class_folders=bool(args.data))

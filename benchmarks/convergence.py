@@ -47,7 +47,6 @@ from data.samplers import TrainSampler
 from data.seeding import derive_seed, seed_generators
 from data.transforms import create_train_transform
 from engine.compile import compile_model
-from engine.log.run_log import progress_bar
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
@@ -56,10 +55,11 @@ from models import create_model
 from options.groups import compile_options
 from options.parser import create_parser, parse_options
 from options.types import count, image_size, number, positive, positive_int, seed
+from utils.console import progress_bar
 from utils.distributed import World
-from utils.errors import run_script
 from utils.pictures import BLUE, GREEN, ORANGE, new_figure
 from utils.runtime import seed_everything, start
+from utils.script import run_script
 from utils.timm_model import TimmModel
 
 SMOOTHED, LAST = 20, 50  # steps

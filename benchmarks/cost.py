@@ -63,16 +63,17 @@ from benchmarks.shared.records import (
     record_options,
     write_record,
 )
-from engine.log.run_log import progress_bar
 from engine.loop import wrap_model
 from models import resolve_name
 from models.tokens_to_token import SOFT_SPLITS, TokenPerformer, TokenTransformer, token_grid
 from options.parser import create_parser, parse_options
 from options.types import image_size, number, positive_int, rate, seed
+from utils.console import progress_bar
 from utils.distributed import World, from_main, leave
-from utils.errors import UserError, run_script
+from utils.errors import UserError
 from utils.pictures import BLUE, GREEN, ORANGE, new_figure
 from utils.runtime import Precision, seed_everything, start
+from utils.script import run_script
 
 PARTS = ('size', 'batch', 'tokens', 'overhead', 'ranks')
 TOKEN_DIM = 64

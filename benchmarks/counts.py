@@ -38,16 +38,17 @@ from benchmarks.shared.records import check_record_options, markdown_table, new_
 from benchmarks.traffic import what_is_computed
 from data.batch import BatchPreparer, TrainBatchPreparer
 from engine.evaluate import evaluate
-from engine.log.run_log import RunLog, progress_bar
+from engine.log.run_log import RunLog
 from engine.loop import Trainer, wrap_model
 from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
 from engine.step import TrainingStep
 from models import create_model_from_options, layers
 from options.parser import create_parser, parse_options
+from utils.console import progress_bar
 from utils.distributed import Agreement, World
-from utils.errors import run_script
 from utils.runtime import Precision, seed_everything, start
+from utils.script import run_script
 
 SEED, SIZE, CLASSES, BATCH, LOADED = 0, 32, 10, 4, 64
 DEVICE = torch.device('cpu')

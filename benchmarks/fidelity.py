@@ -51,13 +51,13 @@ from data.batch import BatchPreparer
 from data.folders import ImageFiles
 from data.transforms import create_eval_transform
 from engine.compile import compile_model
-from engine.log.run_log import progress_bar
 from models import create_model
 from options.groups import compile_options
 from options.parser import create_parser, parse_options
 from options.types import image_size, number, seed
-from utils.errors import run_script
+from utils.console import progress_bar
 from utils.runtime import Precision, seed_everything, start
+from utils.script import run_script
 from utils.timm_model import TimmModel
 
 WEIGHTS = ('golden', 'initial')

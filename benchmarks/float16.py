@@ -23,7 +23,6 @@ from benchmarks.shared.records import (
     write_record,
 )
 from data.pipeline import create_training_input, open_training_data
-from engine.log.run_log import progress_bar
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.run import create_state
@@ -31,8 +30,10 @@ from engine.step import TrainingStep
 from models import create_model_from_options, resolve_name
 from options.parser import create_parser, parse_options
 from options.types import count, image_size, positive, positive_int
-from utils.errors import NotFiniteError, run_script
+from utils.console import progress_bar
+from utils.errors import NotFiniteError
 from utils.runtime import start
+from utils.script import run_script
 
 WARMUP_EPOCHS = 2
 

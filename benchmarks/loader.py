@@ -63,11 +63,12 @@ from data.decode import EXTENSIONS, EncodedImage
 from data.loader import create_loader
 from data.samplers import EvalSampler, TrainSampler
 from data.transforms import create_eval_transform, create_train_transform
-from engine.log.run_log import progress_bar
 from options.parser import create_parser, parse_options
 from options.types import positive_int, seed
-from utils.errors import UserError, run_script
+from utils.console import progress_bar
+from utils.errors import UserError
 from utils.runtime import keep_freed_memory
+from utils.script import run_script
 
 NUM_CLASSES = 1000
 CPU = torch.device('cpu')

@@ -49,8 +49,8 @@ from models import resolve_name
 from options.groups import FLAG
 from options.parser import create_parser, parse_options
 from options.types import count, image_size, positive, positive_int, rate, recipe_kind, seed
-from utils.errors import run_script
 from utils.runtime import start
+from utils.script import run_script
 
 PEERS = ('deit_small_patch16_224', 'vit_little_patch16_reg4_gap_256', 'vit_little_patch16_reg4_gap_256@256',
          'swin_tiny_patch4_window7_224', 'convnext_tiny', 'resnet50')

@@ -28,12 +28,12 @@ from benchmarks.shared.records import (
     record_options,
     write_record,
 )
-from engine.log.run_log import make_folder
 from options.groups import FLAG
 from options.parser import create_parser, parse_options
-from utils.disk import write_whole
-from utils.errors import UserError, run_script
+from utils.disk import make_folder, write_whole
+from utils.errors import UserError
 from utils.runtime import find_commit
+from utils.script import run_script
 
 PEER = 'vit_little_patch16_reg4_gap_256'
 ABSOLUTE = (('t2t_vit_14', 224, 'train', 9000, 10800), ('t2t_vit_14', 224, 'inference', 26000, 31000),

@@ -36,14 +36,14 @@ from benchmarks.shared.records import (
     write_record,
 )
 from engine.compile import compile_model
-from engine.log.run_log import progress_bar
 from models import layers, resolve_name
 from options.groups import FLAG
 from options.parser import create_parser, parse_options
 from options.types import image_size, positive, positive_int, seed
+from utils.console import progress_bar
 from utils.distributed import World
-from utils.errors import run_script
 from utils.runtime import start
+from utils.script import run_script
 
 BATCHES = (2, 4)
 

@@ -25,9 +25,8 @@ from pathlib import Path
 
 import torch
 
-from engine.log.run_log import make_folder
 from utils.checkpoint_reader import read_checkpoint, seal, verify
-from utils.disk import sync_folder
+from utils.disk import make_folder, sync_folder
 from utils.errors import UserError
 from utils.faults import fault_point
 

@@ -6,10 +6,10 @@ from torch import nn
 
 from engine.checkpoint import check_resume
 from engine.compile import check_compiler
-from engine.log.run_log import check_folder
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule
 from utils.checkpoint_reader import read_checkpoint
+from utils.disk import check_folder
 from utils.distributed import World, was_restarted
 from utils.errors import UserError
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.log.run_log import progress_bar
+from utils.console import progress_bar
 from utils.distributed import sum_over_ranks
 from utils.errors import UserError
 

@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.evaluate import ConfidentErrors, evaluate
-from engine.log.run_log import IMAGES_SHOWN, RunLog, format_seconds, progress_bar
+from engine.log.run_log import IMAGES_SHOWN, RunLog
 from engine.state import TrainState
 from engine.step import ADVICE, TrainingStep
 from engine.writer import CheckpointWriter
 from utils import signals
+from utils.console import format_seconds, progress_bar
 from utils.distributed import Agreement, World, mistakes_from_main, overwrite_from_main, sum_over_ranks
 from utils.errors import InterruptedRun, NotFiniteError, UserError
 from utils.faults import fault_point

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from engine.log.run_log import progress_bar
+from utils.console import progress_bar
 
 _logger = logging.getLogger(__name__)
 

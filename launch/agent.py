@@ -28,16 +28,8 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
 from launch.nodes import Ended, Nodes, OutOfReach
-from utils.errors import (
-    DECISIONS,
-    EXIT_BUG,
-    EXIT_CTRL_C,
-    EXIT_HANG,
-    EXIT_INTERRUPTED,
-    EXIT_PEER_LOST,
-    leave_at_once,
-    report,
-)
+from utils.errors import DECISIONS, EXIT_BUG, EXIT_CTRL_C, EXIT_HANG, EXIT_INTERRUPTED, EXIT_PEER_LOST
+from utils.exits import leave_at_once, report
 from utils.signals import ECHO_SECONDS, stoppable
 
 # How long a crash's survivors may take to notice it, or to finish a checkpoint that they write, before they are killed.

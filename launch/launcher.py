@@ -27,7 +27,9 @@ from unittest import mock
 from options.checks import multiples_around
 from options.parser import Parser, take_recipe
 from options.types import count, number, positive, positive_int
-from utils.errors import DECISIONS, UserError, leave_at_once, report, run_script
+from utils.errors import DECISIONS, UserError
+from utils.exits import leave_at_once, report
+from utils.script import run_script
 
 DEFAULT_PORT = 29500
 RESUMING = ('train.py', 'transfer.py')

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils import distributed  # noqa: E402
-from utils.errors import HangError, run_script  # noqa: E402
+from utils.errors import HangError
+from utils.script import run_script  # noqa: E402
 
 TIMEOUT = timedelta(seconds=9)
 LATE = 4.5  # more than ranks may be apart that wait for the same one

@@ -34,7 +34,7 @@ SEED = 20211011
 def loggers_of_the_tests():
     """The tool would set up its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('engine.log.run_log.setup_logging', lambda **_: None)
+        patch.setattr('utils.console.setup_logging', lambda **_: None)
         yield
 
 

@@ -197,11 +197,11 @@ def test_threads_do_not_report_at_the_same_time(monkeypatch, tmp_path):
     path = tmp_path / 'error'
     monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(path))
     leaving, ended = threading.Event(), threading.Event()
-    monkeypatch.setattr(errors, 'leave_at_once', lambda code: (leaving.set(), ended.wait(30)))
-    first = threading.Thread(target=errors.report, args=('first', 4))
+    monkeypatch.setattr(exits, 'leave_at_once', lambda code: (leaving.set(), ended.wait(30)))
+    first = threading.Thread(target=exits.report, args=('first', 4))
     first.start()
     leaving.wait()
-    second = threading.Thread(target=errors.report, args=('second', 4))
+    second = threading.Thread(target=exits.report, args=('second', 4))
     second.start()
     second.join(0.3)
     assert json.loads(path.read_text())['message'] == 'first'

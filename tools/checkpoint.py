@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options.parser import Parser
 from options.types import image_size
-from utils.errors import UserError, run_script
+from utils.errors import UserError
+from utils.script import run_script
 
 WEIGHTS = 'model.safetensors'  # in a folder of timm's form
 SUFFIXES = ('.safetensors', '.pth.tar', '.pth')

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from options.parser import Parser
 from options.types import image_size
 from utils.disk import ROOT
-from utils.errors import UserError, run_script
+from utils.errors import UserError
+from utils.script import run_script
 
 # Published for the weights of a name, at the size they were trained at: top-1 and top-5 on ImageNet's validation set.
 PUBLISHED = {

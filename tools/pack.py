@@ -26,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options.parser import Parser
 from options.types import count, number, positive, positive_int, seed
-from utils.errors import EXIT_CTRL_C, UserError, report, run_script
+from utils.errors import EXIT_CTRL_C, UserError
+from utils.exits import report
+from utils.script import run_script
 
 EXIT_FAULTS = 1
 
@@ -133,7 +135,7 @@ def _check_out(out: str) -> str:
     """The path of OUT. Raises UserError, before anything is read, if it is elsewhere or cannot be written."""
     from data.shards.dataset import PREFIX
     from data.shards.remote import scheme_of
-    from engine.log.run_log import check_folder
+    from utils.disk import check_folder
     path = out.removeprefix(PREFIX)
     if scheme_of(path):
         raise UserError(f'{out}: shards are written to a folder of this machine; give one, and copy it there')
@@ -254,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     check_options(args, parser)
     try:
-        from engine.log.run_log import setup_logging
+        from utils.console import setup_logging
         from utils.parallel import available_cores
         setup_logging(is_main=True)
         args.jobs = args.jobs or available_cores()

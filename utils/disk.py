@@ -1,6 +1,9 @@
 """Files that are whole or not there, and stay through a loss of power."""
 import os
+import tempfile
 from pathlib import Path
+
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]  # the folder of this project
 
@@ -29,3 +32,24 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Makes a folder that the user named by `option`, or raises UserError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UserError(f'{option}: {folder} cannot be written ({e.strerror}); name another folder') from None
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Raises the UserError of `make_folder` if that folder could not be made or written, but makes nothing."""
+    folder = folder.absolute()
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as e:
+        raise UserError(f'{option}: {folder} cannot be written ({e.strerror}); name another folder') from None

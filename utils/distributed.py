@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from utils.disk import ROOT
-from utils.errors import HangError, PeerLostError, UserError, fail
+from utils.errors import HangError, PeerLostError, UserError
+from utils.exits import fail
 from utils.watch import BEAT, DeviceMarks, DeviceWatch
 
 HERE = Path(__file__).resolve()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from engine.log.run_log import progress_bar
+from utils.console import progress_bar
 from utils.errors import UserError
 
 

@@ -6,7 +6,7 @@ import math
 from datetime import datetime
 from pathlib import Path
 
-from engine.log.run_log import check_folder, make_folder
+from utils.disk import check_folder, make_folder
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.log.run_log import setup_logging
+from utils.console import setup_logging
 from utils.disk import ROOT
 from utils.distributed import World, join
 from utils.errors import UserError

@@ -67,7 +67,8 @@ def _handle(handler, names) -> None:
 
 
 def _end_at_once(number: int, frame) -> None:
-    from utils.errors import EXIT_INTERRUPTED, report  # which import this module
+    from utils.errors import EXIT_INTERRUPTED
+    from utils.exits import report  # which import this module
     report(f'{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name}; the same command starts it '
            'again', EXIT_INTERRUPTED)
 
@@ -81,7 +82,8 @@ def _note(number: int, frame) -> None:
     if _interrupted_at is None:
         _interrupted_at = now
     elif now - _interrupted_at > ECHO_SECONDS:
-        from utils.errors import EXIT_CTRL_C, report
+        from utils.errors import EXIT_CTRL_C
+        from utils.exits import report
         report(f'{os.path.basename(sys.argv[0])}: interrupted twice, ended at once; --resume auto goes on from the '
                'last checkpoint', EXIT_CTRL_C)
 

@@ -44,8 +44,9 @@ from benchmarks.shared.records import (
 from options.parser import create_parser, parse_options
 from options.types import image_size, positive_int, seed
 from utils.distributed import leave
-from utils.errors import UserError, run_script
+from utils.errors import UserError
 from utils.runtime import seed_everything, start
+from utils.script import run_script
 
 RANKS = 2
 KINDS = ('alone', 'apart', 'DDP')

@@ -47,8 +47,9 @@ from models import create_model
 from options.parser import create_parser, parse_options
 from options.types import count, image_size, positive_int, seed
 from utils.distributed import World, leave
-from utils.errors import UserError, run_script
+from utils.errors import UserError
 from utils.runtime import seed_everything, start
+from utils.script import run_script
 
 RANKS = 2
 ALONE = 'no communication'

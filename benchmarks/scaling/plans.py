@@ -30,13 +30,14 @@ from benchmarks.shared.records import (
     write_record,
 )
 from benchmarks.targets import ABSOLUTE
-from engine.log.run_log import progress_bar
 from models import create_model
 from options.parser import create_parser, parse_options
 from options.types import fraction, positive, positive_int, rate
+from utils.console import progress_bar
 from utils.disk import write_whole
-from utils.errors import UserError, run_script
+from utils.errors import UserError
 from utils.pictures import BLUE, GREEN, ORANGE, new_figure
+from utils.script import run_script
 
 # Part of a step that the tokens-to-token module takes, in the published eager code; its backward pass comes last.
 TOKEN_SHARES = {'t2t_vit_7': 0.48, 't2t_vit_14': 0.22, 't2t_vit_19': 0.16, 't2t_vit_24': 0.10, 't2t_vit_t_14': 0.51}

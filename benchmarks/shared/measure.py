@@ -25,7 +25,6 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.shared.published import PublishedStep, published_model, published_optimizer
 from benchmarks.shared.records import precision_of
 from engine.compile import compile_model
-from engine.log.run_log import progress_bar
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
@@ -34,6 +33,7 @@ from models import create_model_from_options
 from options.parser import parse_options
 from options.scripts import train_parser
 from options.types import image_size
+from utils.console import progress_bar
 from utils.distributed import World
 from utils.errors import UserError
 from utils.runtime import Precision, move_model, seed_everything

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from engine.log.run_log import check_folder, format_seconds, make_folder
-from utils.disk import ROOT, write_whole
+from utils.console import format_seconds
+from utils.disk import ROOT, check_folder, make_folder, write_whole
 from utils.errors import UserError
 from utils.results import finite
 from utils.runtime import Precision, describe_environment

@@ -30,7 +30,7 @@ from data.decode import EXTENSIONS, ImageError
 from data.shards.manifest import FORMAT, INDEX, MANIFEST, MEND, Index, Manifest, Shard, key_of
 from data.shards.remote import Ahead, Cache, RemoteFile, describe_remote, read_remote, scheme_of
 from data.shards.tar import BLOCK, Member, parse_header, refusal, scan_tar
-from engine.log.run_log import progress_bar
+from utils.console import progress_bar
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from data.base import ImageDataset, PathList
 from data.classes import name_some
 from data.decode import EXTENSIONS, ImageError
 from data.shards.tar import Member, refusal, scan_tar
-from engine.log.run_log import progress_bar
+from utils.console import progress_bar
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)

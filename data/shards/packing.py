@@ -34,7 +34,7 @@ from data.shards.dataset import reader
 from data.shards.ilsvrc import Archive
 from data.shards.manifest import CONTROL, MANIFEST, Index, Manifest, Shard, ShardWriter, member_key, sha256, shard_name
 from data.shards.tar import BLOCK
-from engine.log.run_log import progress_bar
+from utils.console import progress_bar
 from utils.disk import write_whole
 from utils.errors import UserError
 from utils.parallel import in_processes

@@ -14,11 +14,8 @@ import json
 import logging
 import math
 import os
-import sys
-import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,9 +24,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 import yaml
-from tqdm import tqdm
 
-from utils.disk import write_whole
+from utils.disk import make_folder, write_whole
 from utils.errors import UserError
 from utils.faults import fault_point
 
@@ -43,72 +39,6 @@ ENVIRONMENT = 'environment.json'
 BOARD = 'TensorBoard events'
 SECONDS_BETWEEN_DRAWINGS = 30
 IMAGES_SHOWN, PIXELS_SHOWN = 16, 112
-
-
-class _ConsoleHandler(logging.Handler):
-    """Lines to standard output, above the progress bar where there is one."""
-
-    def emit(self, record):
-        if sys.stdout is None:  # closed by who started this
-            return
-        try:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
-        except BrokenPipeError:  # nobody reads any more, which is no reason to stop
-            sys.stdout = None
-
-
-def setup_logging(*, is_main: bool) -> None:
-    """Rank 0 speaks; the others speak up only when something is wrong."""
-    handler = _ConsoleHandler()
-    handler.setFormatter(_Formatter('%(message)s'))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
-    for room in ('models', 'data', 'engine', 'options', 'utils', '__main__'):
-        logging.getLogger(room).setLevel(logging.INFO if is_main else logging.WARNING)
-    logging.captureWarnings(True)
-    # The published default of 8 workers is more than a small machine has cores; the user can say otherwise.
-    warnings.filterwarnings('ignore', message='This DataLoader will create')
-
-
-class _Formatter(logging.Formatter):
-    def format(self, record):
-        text = super().format(record)
-        return text if record.levelno < logging.WARNING else f'{record.levelname.lower()}: {text}'
-
-
-def progress_bar(**kwargs) -> tqdm:
-    """A bar with the time left, on rank 0 and only where a person can see it."""
-    hidden = int(os.environ.get('RANK', 0)) > 0 or not sys.stderr.isatty()
-    return tqdm(disable=hidden, leave=False, dynamic_ncols=True, **kwargs)
-
-
-def format_seconds(seconds: float) -> str:
-    """5025 → '1:23:45'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f'{minutes // 60}:{minutes % 60:02d}:{seconds:02d}'
-
-
-def make_folder(folder: Path, option: str) -> None:
-    """Makes a folder that the user named by `option`, or raises UserError if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as e:
-        raise UserError(f'{option}: {folder} cannot be written ({e.strerror}); name another folder') from None
-
-
-def check_folder(folder: Path, option: str) -> None:
-    """Raises the UserError of `make_folder` if that folder could not be made or written, but makes nothing."""
-    folder = folder.absolute()
-    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as e:
-        raise UserError(f'{option}: {folder} cannot be written ({e.strerror}); name another folder') from None
 
 
 class RunLog:

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from options.checks import share_global_batch
 from options.parser import Options, parse_options
 from options.scripts import QUICK_SAMPLES, SAMPLES, doctor_parser
-from utils.errors import UserError, run_script
+from utils.errors import UserError
+from utils.script import run_script
 
 if TYPE_CHECKING:
     import torch
@@ -83,9 +84,9 @@ def main():
 
     from data.pipeline import check_training_input
     from engine.checks import check_run_options
-    from engine.log.run_log import progress_bar
     from models import resolve_name
     from tools.doctor import data as doctor_data, findings as doctor_page, schedule as doctor_run, speed as doctor_speed
+    from utils.console import progress_bar
     from utils.results import results_stem, write_results
     from utils.runtime import describe_environment, start
 

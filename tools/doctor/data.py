@@ -28,8 +28,8 @@ from data.datasets import EVAL_SPLITS
 from data.decode import EXTENSIONS, FORMATS, ImageError, decode_rgb
 from data.folders import ImageFiles
 from data.pipeline import open_evaluation_data, open_training_data
-from engine.log.run_log import progress_bar
 from tools.doctor.findings import LOOK, OK, STOP, Finding, name_up_to, plural, sentence
+from utils.console import progress_bar
 from utils.errors import UserError
 
 if TYPE_CHECKING:

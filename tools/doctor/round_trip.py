@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from options.parser import Parser
 from options.types import positive
-from utils.errors import UserError, run_script
+from utils.errors import UserError
+from utils.script import run_script
 
 REPEATS = 5
 
@@ -31,7 +32,7 @@ def main():
 
     import torch
 
-    from engine.log.run_log import setup_logging
+    from utils.console import setup_logging
     from utils.distributed import join, leave, sum_over_ranks
 
     world = join(args.device, timedelta(seconds=args.timeout))

@@ -14,7 +14,6 @@ import torch
 from data import spread
 from data.pipeline import create_training_input
 from engine.compile import list_blocks
-from engine.log.run_log import progress_bar
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.run import create_state
@@ -22,6 +21,7 @@ from engine.step import TrainingStep
 from models import create_model_from_options
 from options.checks import resolve_num_classes
 from tools.doctor.findings import LOOK, OK, STOP, Finding, NotMeasured, duration, gib, plural
+from utils.console import progress_bar
 from utils.errors import UserError
 
 if TYPE_CHECKING:

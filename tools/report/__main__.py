@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from options.parser import Parser
 from options.types import count, positive_int
-from utils.errors import UserError, run_script
+from utils.errors import UserError
+from utils.script import run_script
 
 log = logging.getLogger('__main__')
 
@@ -35,9 +36,9 @@ def main():
     folder = Path(given.run)
     output = Path(given.output or folder / 'report.html')
 
-    from engine.log.run_log import check_folder
     from tools.report import sections
     from tools.report.page import page
+    from utils.disk import check_folder
     from utils.runtime import start
 
     # --- The run ------------------------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ def main():
 
 
 def write_page(output: Path, text: str) -> None:
-    from engine.log.run_log import make_folder
+    from utils.disk import make_folder
     make_folder(output.parent, '--output')
     try:
         output.write_text(text, encoding='utf-8', errors='replace')

@@ -14,7 +14,7 @@ from data import ImageDataset, Numbered, spread
 from data.base import Part
 from data.pipeline import create_eval_loader, name_classes, open_evaluation_data, resolve_input
 from engine.log.curves import draw_curves
-from engine.log.run_log import ARGS, METRICS, format_seconds, read_environment, read_metrics
+from engine.log.run_log import ARGS, METRICS, read_environment, read_metrics
 from engine.predict import Predictions, predict
 from figures.attention import draw_overlay
 from figures.explain import NotSeen, classifier_attention
@@ -31,6 +31,7 @@ from options.parser import Options
 from options.recipes import read_recipe
 from options.scripts import SCRIPTS, recorded_parser, validate_parser
 from tools.report.page import Html, Section, facts, image, note, picture, table
+from utils.console import format_seconds
 from utils.distributed import World
 from utils.errors import UserError
 from utils.pictures import image_sheet, new_figure

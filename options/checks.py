@@ -1,0 +1,62 @@
+"""Check options against each other, the data set and the number of processes."""
+from options.parser import Options
+from utils.errors import UserError
+
+
+def resolve_num_classes(args, classes) -> int:
+    """The size of the classifier: --num-classes, or one for each class of the data set.
+
+    Raises:
+        UserError: the data set has more classes than that.
+    """
+    if args.num_classes is not None and args.num_classes < len(classes):
+        raise UserError(f'--num-classes {args.num_classes}: the data set has {len(classes)} classes; '
+                        'give at least as many, or leave the option out')
+    return args.num_classes or len(classes)
+
+
+def share_global_batch(args: Options, processes: int) -> Options:
+    """The options with --batch-size and --accum-steps as --global-batch-size asks for on so many processes, if it does.
+
+    Of the ways to make a step of exactly as many images, that of the fewest batches, and of even ones where there are
+    any: Mixup pairs images. Without it, `args`.
+
+    Raises:
+        UserError: the processes cannot share it, or --accum-steps is given as well.
+    """
+    total = args.global_batch_size
+    if total is None:
+        return args
+    if args.batch_size * args.accum_steps * processes == total:  # as in the args.yaml of a run
+        return args
+    if args.accum_steps != 1:
+        raise UserError(f'--accum-steps {args.accum_steps} beside --global-batch-size {total}, which finds it by '
+                        'itself; leave one of them out, or say --accum-steps 1')
+    if total % processes:
+        fitting = ', '.join(str(n) for n in range(1, total + 1) if total % n == 0)
+        raise UserError(f'--global-batch-size {total}: {processes} processes cannot share it; give '
+                        f'{multiples_around(total, processes)}, or start {fitting} of them')
+    share = total // processes
+    numbers = [n for n in range(-(-share // args.batch_size), share + 1) if share % n == 0]
+    accum_steps = next((n for n in numbers if share // n % 2 == 0), numbers[0])
+    return args.replacing(batch_size=share // accum_steps, accum_steps=accum_steps)
+
+
+def multiples_around(number: int, unit: int) -> str:
+    """The multiples of `unit` next to `number`, which is none of them, as '8 or 16'; 0 is not one."""
+    below = number - number % unit
+    return ' or '.join(str(multiple) for multiple in (below, below + unit) if multiple)
+
+
+def check_images(args) -> None:
+    """Raises UserError unless the options name either files or a data set."""
+    has_data_set = bool(args.data) or args.dataset != 'folder'
+    if bool(args.images) == has_data_set:
+        raise UserError('which images? give files or folders, or a data set (--data DIR, --dataset digits)'
+                        + (', not both' if args.images else ''))
+
+
+def check_trained_model(args) -> None:
+    """Raises UserError unless the options name exactly one source of weights."""
+    if bool(args.eval_checkpoint) + args.pretrained != 1 or args.initial_checkpoint:
+        raise UserError('which weights? give --checkpoint PATH, or --pretrained for the published ones')

@@ -1,0 +1,158 @@
+"""The parser of each script. Tools, benchmarks and tests take parsers from here, so that none imports a script.
+
+    args = parse_options(train_parser())
+"""
+from options import groups
+from options.parser import Parser, create_parser
+from options.types import count, positive, positive_int, rate, truth
+
+TRAINING = (groups.data_options, groups.training_data_options, groups.model_options, groups.input_options,
+            groups.optimizer_options, groups.schedule_options, groups.augmentation_options,
+            groups.batch_norm_options, groups.ema_options, groups.device_options, groups.compile_options,
+            groups.run_options)
+TRAINED_MODEL = (groups.model_options, groups.trained_model_options, groups.input_options)
+# Model and image size are read from the checkpoint unless they are given.
+FROM_CHECKPOINT = {'model': None, 'img_size': None}
+
+
+# --- train.py ---------------------------------------------------------------------------------------------------------
+
+def train_parser() -> Parser:
+    return create_parser('Train a T2T-ViT or any model of timm.', TRAINING, gone={
+        '--eval-checkpoint': 'evaluation is: python validate.py DIR --model MODEL --eval-checkpoint PATH'})
+
+
+# --- transfer.py ------------------------------------------------------------------------------------------------------
+
+# The published transfer recipe: SGD with plain momentum (timm's 'sgd' is Nesterov's), a cosine without warm-up, padded
+# crops and flips, plain cross-entropy.
+TRANSFER_DEFAULTS = dict(
+    dataset='cifar10', opt='momentum', lr=0.01, weight_decay=5e-4, batch_size=128,
+    epochs=60, warmup_epochs=0, cooldown_epochs=0, min_lr=2e-4, train_crop_mode='pad', train_interpolation='bilinear',
+    interpolation='bilinear', crop_pct=1.0, aa='', color_jitter=0.0, reprob=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0,
+    model_ema=False)
+
+
+def transfer_parser() -> Parser:
+    return create_parser('Transfer a model to another data set.', (*TRAINING, _transfer_options), TRANSFER_DEFAULTS)
+
+
+def _transfer_options(parser: Parser) -> None:
+    add = parser.add_argument_group('Transfer').add_argument
+    add('--transfer-learning', type=truth, nargs='?', const=True, default=False, metavar='True|False',
+        help='start from --transfer-model, or from --pretrained weights')
+    add('--transfer-model', metavar='PATH', help='checkpoint to start from; its classifier may be of any size')
+    add('--transfer-ratio', type=rate, default=0.01, metavar='R',
+        help='learning rate of all but the classifier, as a part of --lr')
+    add('--pixel-stats', default='imagenet', choices=['imagenet', 'cifar'],
+        help="normalisation: that of the weights' training (imagenet), or the target's, as published (cifar)")
+
+
+def recorded_parser() -> Parser:
+    """Return a parser of all options that the args.yaml of a run may hold, of train.py or of transfer.py."""
+    return create_parser('', (*TRAINING, _transfer_options))
+
+
+# --- validate.py ------------------------------------------------------------------------------------------------------
+
+def validate_parser() -> Parser:
+    return create_parser(
+        'Evaluate a model.',
+        (groups.data_options, *TRAINED_MODEL, groups.device_options, groups.compile_options, _validate_options),
+        {**FROM_CHECKPOINT, 'log_interval': 10})
+
+
+def _validate_options(parser: Parser) -> None:
+    parser.add_argument_group('Evaluation').add_argument(
+        '--results-file', metavar='FILE',
+        help='results as FILE.json and FILE.csv (default: output/validate/DATE-MODEL-SIZE)')
+
+
+# --- predict.py -------------------------------------------------------------------------------------------------------
+
+def predict_parser() -> Parser:
+    # Without --max-bad-val-images, every image that cannot be decoded is left out.
+    return create_parser(
+        'Predict the classes of images.',
+        (groups.image_options, *TRAINED_MODEL, groups.device_options, _predict_options),
+        {**FROM_CHECKPOINT, 'log_interval': 10, 'max_bad_val_images': None})
+
+
+def _predict_options(parser: Parser) -> None:
+    add = parser.add_argument_group('Prediction').add_argument
+    add('-k', '--top-k', type=positive_int, default=5, metavar='K', help='classes for each image')
+    add('-o', '--results-file', metavar='FILE',
+        help='results as FILE.json and FILE.csv (default: output/predict/DATE-MODEL-SIZE)')
+
+
+# --- visualize.py -----------------------------------------------------------------------------------------------------
+
+FIGURES_OF_IMAGES = ['attention', 'tokens', 'features']
+FIGURES = (*FIGURES_OF_IMAGES, 'mistakes')
+
+
+def visualize_parser() -> Parser:
+    # The batch decides which channels are silent: their maps are in memory together.
+    # Without --max-bad-val-images, files that cannot be decoded are left out, but no image of a data set is.
+    return create_parser(
+        'Show what a model sees.',
+        (groups.image_options, *TRAINED_MODEL, groups.device_options, _visualize_options),
+        {**FROM_CHECKPOINT, 'batch_size': 16, 'max_bad_val_images': None})
+
+
+def _visualize_options(parser: Parser) -> None:
+    add = parser.add_argument_group('Pictures').add_argument
+    add('--figures', nargs='+', choices=FIGURES, default=FIGURES_OF_IMAGES, metavar='FIGURE',
+        help='which pictures: attention, tokens, features of each image (default: these three), mistakes of a data set')
+    add('--blocks', type=positive_int, nargs='+', metavar='N',
+        help='attention: blocks whose heads to show, counted from 1 (default: 4 5, as published)')
+    add('--token', type=count, nargs=2, metavar=('ROW', 'COL'),
+        help='attention, tokens: a token of the last grid, counted from 0 (default: the middle)')
+    add('--layers', nargs='+', metavar='NAME',
+        help='features: layers of the model (default: an early, a middle and a late one)')
+    add('--beside', nargs='+', default=[], metavar='MODEL[=CHECKPOINT|=pretrained]',
+        help='features: models to show beside it; without a checkpoint their weights are random')
+    add('-o', '--output-dir', default='output/visualize', metavar='DIR', help='where the pictures go')
+
+
+# --- export.py --------------------------------------------------------------------------------------------------------
+
+FORMATS = ('safetensors', 'onnx', 'torch-export', 'aotinductor', 'int8')
+
+
+def export_parser() -> Parser:
+    # Files are for other machines, so they are compared in float32 on the CPU, whatever this machine has.
+    return create_parser(
+        'Export a trained model.', (groups.image_options, *TRAINED_MODEL, _export_options),
+        {**FROM_CHECKPOINT, 'batch_size': 16, 'samples': 1000, 'workers': 2, 'device': 'cpu', 'amp': False,
+         'amp_dtype': 'auto', 'deterministic': True, 'timeout': 1800, 'seed': 42})
+
+
+def _export_options(parser: Parser) -> None:
+    add = parser.add_argument_group('Export').add_argument
+    add('--format', dest='formats', nargs='+', choices=FORMATS, metavar='FORMAT',
+        help=f'{", ".join(FORMATS)} (default: all that this machine can make)')
+    add('-o', '--output-dir', metavar='DIR', help='where the files go (default: output/export/MODEL-SIZE)')
+
+
+# --- tools/doctor -----------------------------------------------------------------------------------------------------
+
+SAMPLES, QUICK_SAMPLES = 1000, 200
+
+
+def doctor_parser() -> Parser:
+    return create_parser('Look a long run over before it is started.', (*TRAINING, _doctor_options))
+
+
+def _doctor_options(parser: Parser) -> None:
+    add = parser.add_argument_group('Doctor').add_argument
+    add('--processes', type=positive_int, metavar='N',
+        help='processes of the run on this machine (default: its GPUs, or 1 and, to exchange a gradient, 2 on a CPU)')
+    add('--price', type=positive, metavar='MONEY', help='of one GPU for an hour')
+    add('--quick', action='store_true', help=f'decode {QUICK_SAMPLES} images instead of {SAMPLES:,}, and measure the '
+                                             'loader for a shorter time')
+    add('--results-file', metavar='FILE', help='what was found as FILE.json and FILE.csv too')
+
+
+SCRIPTS = {'train': train_parser, 'transfer': transfer_parser, 'validate': validate_parser, 'predict': predict_parser,
+           'visualize': visualize_parser, 'export': export_parser}

@@ -1,0 +1,103 @@
+"""Types of option values. Each carries `kind`, the Python type that a recipe may give for it."""
+import argparse
+import ast
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+MAX_IMAGE_SIZE = 8192  # beyond it no memory holds the tokens
+
+
+class Converter:
+    """A function that reads the text of an option, with the Python type or types that a recipe may give for it."""
+
+    def __init__(self, convert: Callable[[Any], Any], kind: type | tuple[type, ...]):
+        self._convert, self.kind = convert, kind
+
+    def __call__(self, text):
+        return self._convert(text)
+
+
+def recipe_kind(*kinds: type) -> Callable[[Callable[[Any], Any]], Converter]:
+    """Decorates a function that reads the text of an option."""
+    return lambda convert: Converter(convert, kinds if len(kinds) > 1 else kinds[0])
+
+
+def number(kind: type[int] | type[float], low=None, high=None, above=None, below=None) -> Converter:
+    """A converter to int or float that holds bounds: low and high inclusive, `above` and `below` exclusive."""
+
+    @recipe_kind(kind)
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'{text!r} is not {"an integer" if kind is int else "a number"}') from None
+        # Written so that NaN fails every bound.
+        if low is not None and not value >= low:
+            raise argparse.ArgumentTypeError(f'{text} is too small: at least {low}')
+        if above is not None and not value > above:
+            raise argparse.ArgumentTypeError(f'{text} is too small: it must be more than {above}')
+        if high is not None and not value <= high:
+            raise argparse.ArgumentTypeError(f'{text} is too large: at most {high}')
+        if below is not None and not value < below:
+            raise argparse.ArgumentTypeError(f'{text} is too large: it must be less than {below}')
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f'{text} is not a finite number')
+        if kind is int and abs(value) >= 2**63:
+            raise argparse.ArgumentTypeError(f'{text[:20]}… is too large')
+        return value
+
+    return convert
+
+
+count = number(int, low=0)
+positive_int = number(int, low=1)
+real = number(float)
+rate = number(float, low=0)
+positive = number(float, above=0)
+probability = number(float, low=0, high=1)
+fraction = number(float, low=0, below=1)
+seed = number(int, low=0, high=2**32 - 1)
+
+
+@recipe_kind(int, str)
+def image_size(text):
+    """'224' → 224; '192x256' (height x width) → (192, 256)."""
+    match = re.fullmatch(r'(\d+)(?:x(\d+))?', str(text))
+    if not match:
+        raise argparse.ArgumentTypeError(f'{text!r} is not an image size: give 224, or height x width as 192x256')
+    height, width = int(match[1]), int(match[2] or match[1])
+    if not 1 <= min(height, width) <= max(height, width) <= MAX_IMAGE_SIZE:
+        raise argparse.ArgumentTypeError(f'{text} is out of range: give 1 to {MAX_IMAGE_SIZE} pixels')
+    return height if height == width else (height, width)
+
+
+@recipe_kind(bool)
+def truth(text):
+    """'True', 'yes', '1', … → True; 'False', 'no', '0', … → False (the published script read 'False' as true)."""
+    if str(text).lower() in ('true', 'yes', 'on', '1'):
+        return True
+    if str(text).lower() in ('false', 'no', 'off', '0'):
+        return False
+    raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
+
+
+def keyword(text):
+    """'name=value', left as it is: `keywords` reads the values."""
+    name, equals, _ = text.partition('=')
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f'{text!r} is no argument: give NAME=VALUE, such as aux_weight=0.25')
+    return text
+
+
+def keywords(arguments) -> dict:
+    """['aux_weight=0.25', 'norm=None'] → {'aux_weight': 0.25, 'norm': None}; what is no Python literal is a string."""
+    values = {}
+    for argument in arguments or ():
+        name, _, value = argument.partition('=')
+        try:
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value
+    return values

@@ -1,0 +1,49 @@
+"""Run a script's `main()`: a user's mistake ends it with one line, a bug with a traceback."""
+import io
+import os
+import select
+import sys
+import traceback
+from pathlib import Path
+
+from utils import signals
+from utils.errors import EXIT_BUG, EXIT_CTRL_C, UserError
+from utils.exits import fail, leave_at_once, report
+
+
+def run_script(main) -> None:
+    """Calls a script's `main()` and ends the process with the exit code that says how it went."""
+    name = Path(sys.argv[0]).name
+    signals.prepare()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a name that the console cannot show ends nothing
+    try:
+        main()
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+    except UserError as e:
+        fail(e)
+    except KeyboardInterrupt:
+        report(f'{name}: interrupted; the same command starts it again', EXIT_CTRL_C)
+    except Exception as e:
+        # Only a process that has torch has peers; this module stays light for those that have none.
+        distributed = sys.modules.get('utils.distributed')
+        if distributed is None or not distributed.is_distributed():
+            raise
+        if explained := distributed.explain(e):
+            fail(explained)
+        traceback.print_exc()
+        leave_at_once(EXIT_BUG)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output goes into a pipe whose other end is closed, as behind `| head`; then it is given up."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    return True
