@@ -68,6 +68,7 @@ from models import resolve_name
 from models.tokens_to_token import SOFT_SPLITS, TokenPerformer, TokenTransformer, token_grid
 from options.parser import create_parser, parse_options
 from options.types import image_size, number, positive_int, rate, seed
+from utils import job
 from utils.console import progress_bar
 from utils.distributed import World, from_main, leave
 from utils.errors import UserError
@@ -489,7 +490,7 @@ def main() -> None:
     folder = check_record_options(args)
     training_args = training_options('--device', args.device, '--seed', str(args.seed))
     logging.disable(logging.INFO)  # the bar and the tables are enough
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:  # started by `launch_ranks`
+    if job.world_size() > 1:  # started by `launch_ranks`
         act_as_rank(args, training_args)
         return
     world, _ = start(training_args, alone=True)

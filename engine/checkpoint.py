@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from utils import job
 from utils.checkpoint_reader import read_checkpoint, seal, verify
 from utils.disk import make_folder, sync_folder
 from utils.errors import UserError
@@ -305,7 +306,7 @@ def resolve_run(*, output: str, kind: str, experiment: str, resume: str, name: s
     With `resume` a path, the run goes on in that checkpoint's folder, unless `experiment` names another. With
     'auto' it goes on from the newest whole checkpoint of output/kind/experiment, or, where no experiment is named, of
     the newest run called `*-name`; where there is none, it starts a new run. A new run is named after the time, that of
-    T2T_STARTED where the launcher has set it, so that processes started again find their folder.
+    the launcher where there is one, so that processes started again find their folder.
 
     Args:
         restarted: these processes take the place of others that have crashed: the run goes on from the newest whole
@@ -314,7 +315,7 @@ def resolve_run(*, output: str, kind: str, experiment: str, resume: str, name: s
         UserError: the path to resume from is no whole checkpoint, or a new run would overwrite another.
     """
     runs = Path(output).expanduser() / kind
-    started = os.environ.get('T2T_STARTED') or f'{datetime.now():%Y%m%d-%H%M%S}'
+    started = job.start_time() or f'{datetime.now():%Y%m%d-%H%M%S}'
     new = runs / (experiment or f'{started}-{name}')
     if restarted:
         own = _folder_of_resume(resume, experiment, new)

@@ -8,9 +8,10 @@ from engine.checkpoint import check_resume
 from engine.compile import check_compiler
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule
+from utils import job
 from utils.checkpoint_reader import read_checkpoint
 from utils.disk import check_folder
-from utils.distributed import World, was_restarted
+from utils.distributed import World
 from utils.errors import UserError
 
 
@@ -31,7 +32,7 @@ def check_run_options(args, world: World, *, kind: str) -> None:
         raise UserError(f'--compile graphs with --accum-steps {args.accum_steps}: each batch would write its gradient '
                         'over that of the one before; use --compile model')
     folder = Path(args.output).expanduser() / kind / args.experiment
-    if args.resume not in ('', 'auto') and not was_restarted():
+    if args.resume not in ('', 'auto') and not job.was_restarted():
         start = check_resume(args.resume)
         folder = folder if args.experiment else start
     if world.is_main:

@@ -18,7 +18,7 @@ from engine.loss import create_loss
 from engine.optimizer import create_schedule
 from engine.state import TrainState
 from engine.writer import CheckpointWriter
-from utils import signals
+from utils import job, signals
 from utils.checkpoint_reader import read_checkpoint
 from utils.distributed import (
     World,
@@ -27,7 +27,6 @@ from utils.distributed import (
     hang_explained,
     mistakes_from_main,
     overwrite_from_main,
-    was_restarted,
 )
 from utils.errors import UserError
 from utils.runtime import Precision, describe_environment, move_model
@@ -77,17 +76,17 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
     with mistakes_from_main():
         found = resolve_run(
             output=args.output, kind=kind, experiment=args.experiment, resume=args.resume,
-            name=f'{state.arch}-{size}', restarted=was_restarted()) if world.is_main else None
+            name=f'{state.arch}-{size}', restarted=job.was_restarted()) if world.is_main else None
     folder, checkpoint = from_main(found)
     if checkpoint:
         content = read_checkpoint(checkpoint, verified=True)
         # What was asked for once is not to be done again where the launcher starts the processes anew.
-        again = was_restarted() and not content['args'].get('resume_opt', True)
+        again = job.was_restarted() and not content['args'].get('resume_opt', True)
         state.load_state_dict(content, source=checkpoint, with_optimizer=args.resume_opt or again)
         if world.is_main:
             _report_differences(content['args'], state.options)
         _logger.info('resumed from %s: epoch %d, step %d', checkpoint, state.epoch, state.step)
-    went_on = was_restarted() and checkpoint and content['args'].get('start_epoch') == args.start_epoch
+    went_on = job.was_restarted() and checkpoint and content['args'].get('start_epoch') == args.start_epoch
     if args.start_epoch is not None and not went_on:
         state.start_at(args.start_epoch, steps_per_epoch)
     compile_model(state.model, args.compile)
@@ -95,7 +94,7 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
                       num_epochs=num_epochs, precision=precision, args=args, folder=folder)
     # From here on the folder is this run's, and a signal has the state saved first.
     with mistakes_from_main():
-        patience = _lock_patience(args) if was_restarted() else 0
+        patience = _lock_patience(args) if job.was_restarted() else 0
         lock = RunLock(folder, patience=patience) if world.is_main else None
     _check_all_see(folder, world)
     writer = CheckpointWriter(folder, keep=args.checkpoint_hist, resumed=checkpoint) if world.is_main else None

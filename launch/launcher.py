@@ -27,6 +27,7 @@ from unittest import mock
 from options.checks import multiples_around
 from options.parser import Parser, take_recipe
 from options.types import count, number, positive, positive_int
+from utils import job
 from utils.errors import DECISIONS, UserError
 from utils.exits import leave_at_once, report
 from utils.script import run_script
@@ -68,8 +69,8 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, available_cores() // num_proc)))
     words, nodes = _find_nodes()
     # Whoever is started again finds the run's folder by the time at which the first were started.
-    os.environ['T2T_STARTED'] = nodes.agree('started', os.environ.get('T2T_STARTED', f'{datetime.now():%Y%m%d-%H%M%S}'))
-    os.environ['T2T_LAUNCHER'] = str(os.getpid())
+    os.environ[job.STARTED] = nodes.agree('started', job.start_time() or f'{datetime.now():%Y%m%d-%H%M%S}')
+    os.environ[job.LAUNCHER] = str(os.getpid())
     os.environ.pop('RANK', None)  # of this machine, where a scheduler has set it, and of no process
     # The agent reports a failed worker with a page of logs; what the worker said is enough.
     logging.disable()

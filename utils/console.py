@@ -1,10 +1,11 @@
 """Lines on the console, and progress bars. Rank 0 speaks; the others only warn."""
 import logging
-import os
 import sys
 import warnings
 
 from tqdm import tqdm
+
+from utils import job
 
 
 class _ConsoleHandler(logging.Handler):
@@ -42,7 +43,7 @@ class _Formatter(logging.Formatter):
 
 def progress_bar(**kwargs) -> tqdm:
     """A bar with the time left, on rank 0 and only where a person can see it."""
-    hidden = int(os.environ.get('RANK', 0)) > 0 or not sys.stderr.isatty()
+    hidden = job.rank() > 0 or not sys.stderr.isatty()
     return tqdm(disable=hidden, leave=False, dynamic_ncols=True, **kwargs)
 
 

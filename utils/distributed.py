@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from utils import job
 from utils.disk import ROOT
 from utils.errors import HangError, PeerLostError, UserError
 from utils.exits import fail
@@ -62,8 +63,8 @@ def join(device_name: str, timeout: timedelta = timedelta(minutes=30)) -> World:
         PeerLostError: not all processes have come.
     """
     global _host_group
-    rank, size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    local_rank, local_size = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    rank, size = job.rank(), job.world_size()
+    local_rank, local_size = job.local_rank(), job.local_world_size()
     device = _device(device_name, local_rank, local_size)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
@@ -84,7 +85,7 @@ def _meet(rank: int, size: int) -> dist.Store:
     """The store that all ranks share, once they have all come."""
     store, _, _ = next(dist.rendezvous('env://', timeout=START))
     # The launcher's store holds what the processes before a restart have said, their addresses too.
-    store = dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+    store = dist.PrefixStore(f'restart_{job.restart_count()}', store)
     # Only now the time of --timeout, which may be short, begins to count.
     store.set(f'joined/{rank}', '')
     store.wait([f'joined/{other}' for other in range(size)], START)
@@ -132,11 +133,6 @@ def leave() -> None:
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def was_restarted() -> bool:
-    """True where the launcher has started this process in the place of one that has crashed."""
-    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
 
 
 # --- A process that does not come ------------------------------------------------------------------------------------

@@ -13,11 +13,10 @@ Exit codes, of the scripts and of distributed_train.sh alike:
   128+n  killed by signal n
 """
 import difflib
-import os
-import shlex
 import signal
-import sys
 from collections.abc import Iterable
+
+from utils import job
 
 EXIT_BUG = 1
 EXIT_USER_ERROR = 2
@@ -68,7 +67,7 @@ class InterruptedRun(UserError):
 
     def __init__(self, number: int, *, epoch: int, step: int, folder):
         super().__init__(f'interrupted by {signal.Signals(number).name}; the state is saved, at epoch {epoch}, step '
-                         f'{step}. To go on: {resume_command(folder)}')
+                         f'{step}. To go on: {job.resume_command(folder)}')
         self.exit_code = EXIT_CTRL_C if number == signal.SIGINT else EXIT_INTERRUPTED
 
 
@@ -77,22 +76,3 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     return f'; did you mean {near[0]}?' if near else ''
 
-
-def resume_command(folder) -> str:
-    """The command that this process, or its job, was started with, with --resume `folder` at its end."""
-    options = sys.argv[1:]
-    for index in reversed(range(len(options))):
-        name, equals, _ = options[index].partition('=')
-        name = name.replace('_', '-')
-        if name in ('--resume', '--start-epoch'):  # this one, and the one below, were meant for once
-            del options[index:index + (1 if equals else 2)]
-        elif name == '--no-resume-opt':
-            del options[index]
-    command = ['python', sys.argv[0]]
-    if 'TORCHELASTIC_RUN_ID' in os.environ:
-        names = ['SCRIPT'] if os.environ.get('SCRIPT') else []
-        if os.environ.get('NNODES', '1') != '1':
-            names += ['NNODES', 'RDZV_ENDPOINT', 'RDZV_ID']
-        command = [f'{name}={os.environ[name]}' for name in names if name in os.environ]
-        command += [os.environ.get('T2T_COMMAND', './distributed_train.sh'), os.environ['LOCAL_WORLD_SIZE']]
-    return shlex.join([*command, *options, '--resume', str(folder)])

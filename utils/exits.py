@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from utils import signals
+from utils import job
 from utils.errors import UserError
 
 # Held by the thread that reports, until the process has ended; a signal's handler may interrupt it, and report too.
@@ -26,16 +26,16 @@ def report(line: str, exit_code: int) -> NoReturn:
     its own prints it, and so does rank 0 when the launcher is gone.
     """
     with _reporting:
-        error_file = os.environ.get('TORCHELASTIC_ERROR_FILE')
-        if error_file and not signals.is_orphan():
+        error_file = job.error_file()
+        if error_file and not job.is_orphan():
             # By way of a rename: the launcher must not find half of it, should this process be killed now.
-            written = Path(f'{error_file}.new')
+            written = error_file.with_name(f'{error_file.name}.new')
             try:
                 written.write_text(json.dumps({'message': line, 'timestamp': int(time.time())}))
                 written.replace(error_file)
             except OSError:  # a full disk; this may be what the line is about
                 print(line, file=sys.stderr)
-        elif os.environ.get('RANK', '0') == '0':
+        elif job.rank() == 0:
             print(line, file=sys.stderr)
         leave_at_once(exit_code)
 

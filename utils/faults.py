@@ -11,6 +11,8 @@ import os
 import signal
 from pathlib import Path
 
+from utils import job
+
 SIGNALS = {'kill': signal.SIGKILL, 'stop': signal.SIGSTOP, 'term': signal.SIGTERM, 'int': signal.SIGINT,
            'usr1': signal.SIGUSR1}
 # What the place of the fault makes of it itself.
@@ -34,10 +36,10 @@ def fault_point(name: str) -> str | None:
         always = where.endswith('!')
         where, _, rank = where.rstrip('!').partition('#')
         point, _, passing = where.partition('@')
-        first = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) == 0
+        first = job.restart_count() == 0
         wanted = int(passing.rstrip('+') or 1)
         is_now = _passed[name] == wanted or (passing.endswith('+') and _passed[name] > wanted)
-        if point == name and is_now and (first or always) and rank in ('', os.environ.get('RANK', '0')):
+        if point == name and is_now and (first or always) and rank in ('', str(job.rank())):
             return _act(action)
     return None
 
@@ -61,7 +63,7 @@ def _kill_job() -> None:
     me, launcher = os.getpid(), os.getppid()
     siblings = [int(pid) for task in Path(f'/proc/{launcher}/task').iterdir()
                 for pid in (task / 'children').read_text().split()]
-    if 'TORCHELASTIC_RUN_ID' in os.environ:  # else there is no launcher, and the parent is whoever started us
+    if job.is_launched():  # else there is no launcher, and the parent is whoever started us
         for pid in (launcher, *(pid for pid in siblings if pid != me)):
             os.kill(pid, signal.SIGKILL)
     os.kill(me, signal.SIGKILL)

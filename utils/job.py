@@ -40,6 +40,11 @@ def restart_count() -> int:
     return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
+def was_restarted() -> bool:
+    """Tell whether the launcher has started this process in place of one that crashed."""
+    return restart_count() > 0
+
+
 def start_time() -> str | None:
     """Return the time at which the job was first started, as YYYYMMDD-HHMMSS; restarted processes get the same one."""
     return os.environ.get(STARTED)

@@ -16,6 +16,10 @@ import sys
 import threading
 import time
 
+from utils import job
+from utils.errors import EXIT_CTRL_C, EXIT_INTERRUPTED
+from utils.exits import report
+
 # SIGUSR1 is Slurm's warning before the end of the time limit (--signal=USR1@120).
 STOPPING = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGQUIT')
 # One Ctrl-C reaches a process twice where its job's launcher passes on what the terminal or srun sent to all.
@@ -24,7 +28,6 @@ PR_SET_PDEATHSIG = 1
 
 _received = 0
 _interrupted_at: float | None = None
-_launcher: int | None = None
 
 
 def prepare() -> None:
@@ -55,11 +58,6 @@ def stoppable() -> list[signal.Signals]:
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
-def is_orphan() -> bool:
-    """True where this process had a launcher and has outlived it."""
-    return _launcher is not None and os.getppid() != _launcher
-
-
 def _handle(handler, names) -> None:
     for number in stoppable():
         if number.name in names:
@@ -67,8 +65,6 @@ def _handle(handler, names) -> None:
 
 
 def _end_at_once(number: int, frame) -> None:
-    from utils.errors import EXIT_INTERRUPTED
-    from utils.exits import report  # which import this module
     report(f'{os.path.basename(sys.argv[0])}: stopped by {signal.Signals(number).name}; the same command starts it '
            'again', EXIT_INTERRUPTED)
 
@@ -82,20 +78,15 @@ def _note(number: int, frame) -> None:
     if _interrupted_at is None:
         _interrupted_at = now
     elif now - _interrupted_at > ECHO_SECONDS:
-        from utils.errors import EXIT_CTRL_C
-        from utils.exits import report
         report(f'{os.path.basename(sys.argv[0])}: interrupted twice, ended at once; --resume auto goes on from the '
                'last checkpoint', EXIT_CTRL_C)
 
 
 def _follow_launcher() -> None:
     """Has the kernel send SIGTERM when the launcher dies, however it does (Linux; elsewhere its workers live on)."""
-    global _launcher
-    launcher = os.environ.pop('T2T_LAUNCHER', None)  # not for the children of this process
-    if launcher is None:
+    if job.take_launcher() is None:
         return
-    _launcher = int(launcher)
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-        if is_orphan():  # it died before we asked
+        if job.is_orphan():  # it died before we asked
             _end_at_once(signal.SIGTERM, None)

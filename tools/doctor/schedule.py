@@ -22,6 +22,7 @@ from tools.doctor.findings import LOOK, OK, STOP, Finding, NotMeasured, duration
 from tools.doctor.speed import RATES, device_name
 from utils.disk import ROOT
 from utils.errors import UserError
+from utils.job import without_job
 
 if TYPE_CHECKING:
     from tools.doctor.__main__ import Case
@@ -190,10 +191,8 @@ def add_up(count: int, megabytes: float, kind: str) -> tuple[dict | None, str]:
                    '--megabytes', f'{megabytes:.6f}', '--device', kind, '--timeout', str(ROUND_TRIP_SECONDS // 2),
                    '--json', str(result)]
         # Of a job that this process may itself be in, the others must know nothing.
-        clean = {name: value for name, value in os.environ.items()
-                 if not name.startswith(('TORCHELASTIC', 'MASTER_', 'NNODES', 'RDZV_', 'PET_', 'T2T_'))
-                 and name not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE')}
-        process = subprocess.Popen(command, cwd=ROOT, env={**clean, 'GRACE': '2', 'MAX_RESTARTS': '0'}, text=True,
+        environment = {**without_job(os.environ), 'GRACE': '2', 'MAX_RESTARTS': '0'}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
         try:
             _, said = process.communicate(timeout=ROUND_TRIP_SECONDS)
