@@ -12,22 +12,17 @@ Every file ends in its own checksum (utils.checkpoint_reader.verify). A run goes
 that fits its checksum.
 """
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
 import shutil
-import socket
-import time
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from utils import job
 from utils.checkpoint_reader import read_checkpoint, seal, verify
-from utils.disk import make_folder, sync_folder
+from utils.disk import sync_folder
 from utils.errors import UserError
 from utils.faults import fault_point
 
@@ -193,7 +188,7 @@ def save_checkpoint(content: dict, folder: Path, *, global_step: int, keep: int,
     _point(folder / LAST, path)
     sync_folder(folder)
     fault_point('save.linked_last')
-    for old in _newest_first(folder)[max(keep, KEEP_AT_LEAST):]:
+    for old in newest_first(folder)[max(keep, KEEP_AT_LEAST):]:
         fault_point('save.removing')
         old.unlink(missing_ok=True)
     fault_point('save.removed')
@@ -218,7 +213,7 @@ def go_on_from(resumed: Path, folder: Path) -> None:
 
 def set_aside_later(folder: Path, global_step: int) -> None:
     """Renames the checkpoints of later steps: a run that went back has left them, and must not go on from them."""
-    for path in (path for path in _newest_first(folder) if (_step(path) or 0) > global_step):
+    for path in (path for path in newest_first(folder) if (_step(path) or 0) > global_step):
         aside = path.with_name(path.name + ASIDE)
         os.replace(path, aside)
         _logger.warning('%s is of a later step than %d, from which this run goes on; it is now %s', path, global_step,
@@ -237,7 +232,7 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def newest_first(folder: Path) -> list[Path]:
     """The numbered checkpoints of a folder, by their steps: times of files do not survive copying."""
     steps = {path: step for path in folder.glob(NUMBERED) if (step := _step(path)) is not None}
     return sorted(steps, key=steps.__getitem__, reverse=True)
@@ -275,7 +270,7 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 def _candidates(folder: Path) -> list[Path]:
     """The checkpoints of a folder, newest first, each file under one name."""
-    numbered = _newest_first(folder)
+    numbered = newest_first(folder)
     # Usually another name of the newest; alone where the user has taken the others away, or brought only this one.
     last = [path for path in (folder / LAST,) if path.is_file() and not any(_same(path, p) for p in numbered)]
     best = [path for path in (folder / BEST,) if path.is_file() and not any(_same(path, p) for p in numbered + last)]
@@ -298,165 +293,3 @@ def _same(one: Path, other: Path) -> bool:
 
 
 # --- Where a run goes ------------------------------------------------------------------------------------------------
-
-def resolve_run(*, output: str, kind: str, experiment: str, resume: str, name: str,
-                restarted: bool = False) -> tuple[Path, Path | None]:
-    """The folder of this run, and the checkpoint it continues from (None for a new run). Creates nothing. Rank 0 only.
-
-    With `resume` a path, the run goes on in that checkpoint's folder, unless `experiment` names another. With
-    'auto' it goes on from the newest whole checkpoint of output/kind/experiment, or, where no experiment is named, of
-    the newest run called `*-name`; where there is none, it starts a new run. A new run is named after the time, that of
-    the launcher where there is one, so that processes started again find their folder.
-
-    Args:
-        restarted: these processes take the place of others that have crashed: the run goes on from the newest whole
-            checkpoint of its own folder, whatever `resume` says, once it has one.
-    Raises:
-        UserError: the path to resume from is no whole checkpoint, or a new run would overwrite another.
-    """
-    runs = Path(output).expanduser() / kind
-    started = job.start_time() or f'{datetime.now():%Y%m%d-%H%M%S}'
-    new = runs / (experiment or f'{started}-{name}')
-    if restarted:
-        own = _folder_of_resume(resume, experiment, new)
-        found = find_checkpoint(own)
-        if found:
-            return own, found
-    if not resume:
-        if not restarted:
-            _refuse_to_overwrite(new)
-        return new, None
-    if resume == 'auto':
-        folders = [new] if experiment else [folder for folder in runs.glob(f'*-{name}') if _has_checkpoint(folder)]
-        folder = max(folders, key=_changed, default=new)
-        found = find_checkpoint(folder)
-        if found:
-            return folder, found
-        _logger.info('--resume auto: no checkpoint in %s, starting a new run', new if experiment else runs)
-        return new, None
-    path = _asked_for(resume)
-    if not experiment or new.resolve() == path.resolve().parent:
-        return path.resolve().parent, path
-    if not restarted:
-        _refuse_to_overwrite(new)
-    return new, path
-
-
-def _folder_of_resume(resume: str, experiment: str, new: Path) -> Path:
-    """The folder in which a run goes on, as it was chosen when it first started."""
-    if experiment or resume in ('', 'auto'):
-        return new
-    path = Path(resume).expanduser()  # which the run itself may have removed since, after newer ones
-    return (path if path.is_dir() else path.parent).resolve()
-
-
-def check_resume(resume: str) -> Path:
-    """The folder of --resume PATH, without reading what is in it, for a check before the data is scanned.
-
-    Raises:
-        UserError: no checkpoint is there.
-    """
-    path = Path(resume).expanduser()
-    folder = path if path.is_dir() else path.parent
-    if not path.is_file() and not ((path.is_dir() or path.name == LAST) and _has_checkpoint(folder)):
-        raise UserError(f"--resume {resume}: no such checkpoint; give a file such as {LAST}, or 'auto'")
-    return folder.resolve()
-
-
-def _asked_for(resume: str) -> Path:
-    """The checkpoint of --resume PATH: that file; of a folder, or for its LAST, the newest whole one in it."""
-    path, folder = Path(resume).expanduser(), check_resume(resume)
-    if path.is_dir() or path.name == LAST:
-        if newest := find_checkpoint(path if path.is_dir() else path.parent):
-            return newest
-        raise UserError(f'--resume {resume}: its last checkpoint has just been removed')
-    try:
-        verify(path)
-    except UserError as e:
-        try:
-            found = find_checkpoint(folder)
-        except UserError:
-            found = None
-        beside = f'; the newest whole one beside it is {found}' if found else ''
-        raise UserError(f'--resume {resume}: {e}{beside}') from None
-    return path
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    return bool(_newest_first(folder)) or any((folder / name).is_file() for name in (LAST, BEST))
-
-
-def _changed(folder: Path) -> int:
-    """When the newest checkpoint of a folder was written."""
-    times = [0]
-    for path in (folder / LAST, *folder.glob(NUMBERED)):
-        with contextlib.suppress(FileNotFoundError):
-            times.append(path.stat().st_mtime_ns)
-    return max(times)
-
-
-def _refuse_to_overwrite(folder: Path) -> None:
-    if (folder / LAST).exists() or _newest_first(folder):
-        raise UserError(f'--experiment {folder.name}: that run exists in {folder.parent}; --resume auto continues it, '
-                        'another name starts a new one')
-
-
-def _lock(handle: int, patience: float) -> None:
-    """Raises BlockingIOError where another holds the lock for `patience` seconds."""
-    end = time.monotonic() + patience
-    while True:
-        try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                raise
-        time.sleep(0.5)
-
-
-class RunLock:
-    """One run, one folder: held from here until `release` or the end of this process, however it ends. Rank 0 only.
-
-    The folder is made where it is missing. The file stays; what is in it counts only while a process holds it.
-
-    Args:
-        patience: seconds to wait for the holder to let go.
-    Raises:
-        UserError: another run writes into the folder, or nothing can be written there.
-    """
-
-    def __init__(self, folder: Path, *, patience: float = 0):
-        make_folder(folder, '--output')
-        self._handle = None
-        path = folder / LOCK
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as e:
-            self._warn(path, e)
-            return
-        try:
-            _lock(handle, patience)
-        except BlockingIOError:
-            holder = os.read(handle, 300).decode(errors='replace').strip() or 'unknown'
-            os.close(handle)
-            raise UserError(f'{folder}: another run writes here ({holder}); wait for it or end it, or start this one '
-                            'under another --experiment') from None
-        except OSError as e:
-            os.close(handle)
-            self._warn(path, e)
-            return
-        self._handle = handle
-        # A loader process that outlives this one must not keep the lock that it was born with.
-        os.register_at_fork(after_in_child=self.release)
-        with contextlib.suppress(OSError):  # the name of the holder is a help; a full disk must not stop a run
-            os.truncate(handle, 0)
-            os.write(handle, f'host {socket.gethostname()}, process {os.getpid()}\n'.encode())
-
-    @staticmethod
-    def _warn(path: Path, error: OSError) -> None:
-        _logger.warning('%s cannot be locked (%s): nothing keeps a second run from writing into this folder', path,
-                        error.strerror)
-
-    def release(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None

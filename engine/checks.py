@@ -4,10 +4,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.checkpoint import check_resume
 from engine.compile import check_compiler
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule
+from engine.run_folder import check_resume
 from utils import job
 from utils.checkpoint_reader import read_checkpoint
 from utils.disk import check_folder

@@ -1,21 +1,16 @@
 """One run from its options: the state it starts with, and the way from there to its last epoch."""
-import contextlib
 import logging
-import os
-import socket
-import time
-from pathlib import Path
 
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from engine.checkpoint import RunLock, resolve_run
 from engine.compile import compile_model
 from engine.ema import ModelEma
 from engine.log.run_log import RunLog
 from engine.loop import Trainer, wrap_model
 from engine.loss import create_loss
 from engine.optimizer import create_schedule
+from engine.run_folder import RunLock, check_all_see, lock_patience, resolve_run
 from engine.state import TrainState
 from engine.writer import CheckpointWriter
 from utils import job, signals
@@ -23,12 +18,10 @@ from utils.checkpoint_reader import read_checkpoint
 from utils.distributed import (
     World,
     from_main,
-    gather,
     hang_explained,
     mistakes_from_main,
     overwrite_from_main,
 )
-from utils.errors import UserError
 from utils.runtime import Precision, describe_environment, move_model
 
 _logger = logging.getLogger(__name__)
@@ -37,10 +30,6 @@ _logger = logging.getLogger(__name__)
 HARMLESS = {'data', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download',
             'checkpoint_steps', 'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier',
             'max_bad_images', 'max_bad_val_images', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'timeout'}
-
-LOCK_PATIENCE = 120  # seconds; a file server gives the lock of a machine that it has lost away after 90
-SHARED = '.seen'  # a file that all machines must see
-SIGHT_SECONDS = 10  # for a network file system to show what another machine has written
 
 
 def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str],
@@ -94,9 +83,9 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
                       num_epochs=num_epochs, precision=precision, args=args, folder=folder)
     # From here on the folder is this run's, and a signal has the state saved first.
     with mistakes_from_main():
-        patience = _lock_patience(args) if job.was_restarted() else 0
+        patience = lock_patience(args) if job.was_restarted() else 0
         lock = RunLock(folder, patience=patience) if world.is_main else None
-    _check_all_see(folder, world)
+    check_all_see(folder, world)
     writer = CheckpointWriter(folder, keep=args.checkpoint_hist, resumed=checkpoint) if world.is_main else None
     signals.install()
     _logger.info('run folder: %s', folder)
@@ -117,40 +106,6 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
             lock.release()
     _logger.info('checkpoints, curves.png and summary.csv are in %s', folder)
     return state
-
-
-def _lock_patience(args) -> float:
-    """Seconds for what is left of a machine that was lost to let go of the run's folder; the other ranks wait, too."""
-    return min(LOCK_PATIENCE, args.timeout / 2)
-
-
-def _check_all_see(folder: Path, world: World) -> None:
-    """Raises UserError on every rank where a machine does not see the run's folder as that of rank 0 does.
-
-    Each goes on from a checkpoint there, and rank 0 may be on another one after a restart.
-    """
-    hosts = gather(socket.gethostname() if world.local_rank == 0 else None)
-    if len(hosts) - hosts.count(None) < 2:
-        return
-    token = folder / SHARED
-    with mistakes_from_main():
-        try:
-            if world.is_main:
-                token.touch()
-        except OSError as e:
-            raise UserError(f'{token} cannot be written ({e.strerror})') from None
-    end = time.monotonic() + SIGHT_SECONDS
-    while not token.exists() and time.monotonic() < end:
-        time.sleep(0.1)
-        with contextlib.suppress(OSError):
-            os.listdir(folder)  # has a network file system look again
-    seen = gather(token.exists())
-    if world.is_main:
-        token.unlink(missing_ok=True)
-    blind = [str(host) for host, sees in zip(hosts, seen, strict=True) if host is not None and not sees]
-    if blind:
-        raise UserError(f"the run's folder {folder} is not the same on every machine ({', '.join(blind)} does not see "
-                        'what rank 0 writes there); give an --output that all machines share')
 
 
 def _environment(world: World, precision: Precision) -> dict:

@@ -16,12 +16,13 @@ from data.batch import BatchPreparer
 from data.loader import create_loader
 from data.samplers import EvalSampler
 from engine import checkpoint as checkpoint_files
-from engine.checkpoint import BEST, LAST, resolve_run, save_checkpoint
+from engine.checkpoint import BEST, LAST, save_checkpoint
 from engine.checks import check_run_options
 from engine.evaluate import ConfidentErrors, evaluate
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.run import create_state
+from engine.run_folder import resolve_run
 from engine.state import TrainState
 from models import create_model
 from tests.conftest import assert_same, write_checkpoint

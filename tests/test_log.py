@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from engine.log.run_log import RunLog, read_environment, read_metrics
+from engine.log.metrics import read_environment, read_metrics
+from engine.log.run_log import RunLog
 from utils import faults
 from utils.disk import check_folder, make_folder
 from utils.errors import UserError

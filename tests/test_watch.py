@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.conftest import ROOT, launch, run_command
-from utils import distributed, watch
+from utils import distributed, exits, watch
 
 STUCK = {'SCRIPT': 'tests/stuck.py', 'OMP_NUM_THREADS': '1'}
 

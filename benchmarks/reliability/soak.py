@@ -117,7 +117,7 @@ def processes_of(name: str) -> list[int]:
 
 
 def metrics(folder: Path) -> list[dict]:
-    from engine.log.run_log import read_metrics
+    from engine.log.metrics import read_metrics
     return [{name: value for name, value in record.items() if name not in TIMES} for record in read_metrics(folder)]
 
 

@@ -22,16 +22,8 @@ import torch
 from timm.utils import ModelEmaV3
 
 from engine import checkpoint as checkpoint_files
-from engine.checkpoint import (
-    BEST,
-    LAST,
-    SAVE_POINTS,
-    RunLock,
-    check_resume,
-    find_checkpoint,
-    resolve_run,
-    save_checkpoint,
-)
+from engine.checkpoint import BEST, LAST, SAVE_POINTS, find_checkpoint, save_checkpoint
+from engine.run_folder import RunLock, check_resume, resolve_run
 from engine.state import TrainState
 from engine.writer import CheckpointWriter, _Snapshot
 from models import create_model

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.checkpoint import KEEP_AT_LEAST, RunLock, save_checkpoint
+from engine.checkpoint import KEEP_AT_LEAST, save_checkpoint
 from engine.optimizer import create_schedule
+from engine.run_folder import RunLock
 from tools.doctor.findings import LOOK, OK, STOP, Finding, NotMeasured, duration, gib, plural
 from tools.doctor.speed import RATES, device_name
 from utils.disk import ROOT

@@ -14,7 +14,7 @@ from data import ImageDataset, Numbered, spread
 from data.base import Part
 from data.pipeline import create_eval_loader, name_classes, open_evaluation_data, resolve_input
 from engine.log.curves import draw_curves
-from engine.log.run_log import ARGS, METRICS, read_environment, read_metrics
+from engine.log.metrics import ARGS, METRICS, read_environment, read_metrics
 from engine.predict import Predictions, predict
 from figures.attention import draw_overlay
 from figures.explain import NotSeen, classifier_attention
