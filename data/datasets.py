@@ -23,24 +23,31 @@ import logging
 import os
 from collections.abc import Sequence
 
-import numpy as np
-from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100
-
+from data.arrays import _CIFAR, _open_part
 from data.base import ImageDataset
-from data.classes import match_classes, name_some, select_classes
-from data.folders import ImageFolder, check_folder, has_class_folders
-from data.shards.dataset import PREFIX, Shards, has_manifest, is_pattern, list_tars, open_shards, reader
+from data.classes import match_classes, select_classes
+from data.folders import ImageFolder, has_class_folders
+from data.places import (
+    EVAL_SPLITS,
+    PREFIX,
+    _check_root,
+    _describe_content,
+    _has_splits,
+    _join,
+    _parse_root,
+    has_manifest,
+    is_pattern,
+    list_tars,
+    scheme_of,
+)
+from data.shards.cache import Cache
+from data.shards.dataset import Shards, open_shards, reader
 from data.shards.manifest import MANIFEST, Manifest
-from data.shards.remote import Cache, Gone, scheme_of
+from data.shards.remote import Gone
 from options.groups import DATASETS
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
-
-EVAL_SPLITS = ('val', 'validation', 'test')
-"""Folders that are tried, in this order, where no evaluation split is named."""
-
 
 def open_train_val(
     name: str,
@@ -145,30 +152,8 @@ def _resolve_name(name: str, root: str, is_wds: bool) -> str:
     return name
 
 
-def _has_splits(root: str) -> bool:
-    return any(os.path.isdir(os.path.join(root, split)) for split in ('train', *EVAL_SPLITS))
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Image folders and shards
-
-
-def _parse_root(root: str | None) -> tuple[str, bool]:
-    """The path or address of a data set, and whether it has been said to consist of shards."""
-    root = os.fspath(root or '')
-    if not root.startswith(PREFIX):
-        if '://' in root:
-            raise UserError(f'{root}: what is elsewhere is read as shards: give {PREFIX}{root}')
-        return os.path.expanduser(root), False
-    path = root.removeprefix(PREFIX)
-    if not path or path.startswith('pipe:'):
-        raise UserError(f'{root}: ' + ('commands are not run' if path else 'no path')
-                        + f'; give shards as {PREFIX}/data/imagenet or {PREFIX}https://host/imagenet')
-    return path if scheme_of(path) else os.path.expanduser(path.removeprefix('file://')), True
-
-
-def _check_root(root: str) -> str:
-    return root if scheme_of(root) or is_pattern(root) else check_folder(root)
 
 
 def _open_split(path: str, is_wds: bool, cache: Cache) -> ImageFolder | Shards:
@@ -229,10 +214,6 @@ def _name_numbers(dataset: ImageFolder | Shards, classes: Sequence[str] | None, 
         dataset.name_numbers(classes, map_source)
 
 
-def _join(root: str, split: str) -> str:
-    return f'{root.rstrip("/")}/{split}' if scheme_of(root) else os.path.join(root, split)
-
-
 def _find_split(root: str, split: str, cache: Cache) -> str:
     """The path of the folder `split` in `root`. Raises UserError that says what is in `root` instead."""
     folder = _join(root, split)
@@ -268,20 +249,6 @@ def _find_address(addresses: list[str], cache: Cache) -> str:
     raise UserError(f'{reasons[0]}; give the address of a folder that tools/pack.py has written, or name the split')
 
 
-def _describe_content(root: str) -> str:
-    """What to say of a `root` that lacks a split: the usual mistakes, or simply what it holds."""
-    if has_manifest(root):
-        return f'; it is a split itself: give {os.path.dirname(os.path.abspath(root))!r} instead'
-    if has_class_folders(root):
-        return f'; it looks like a split itself: give {os.path.dirname(os.path.abspath(root))!r} instead'
-    content = sorted(name for name in os.listdir(root) if not name.startswith('.'))
-    for name in content:
-        if _has_splits(os.path.join(root, name)):
-            return f'; did you mean {os.path.join(root, name)!r}?'
-    found = name_some(content) if content else 'nothing'
-    return f', but {found}; give the folder that holds the splits, or name the split'
-
-
 def _check_two_classes(dataset: ImageFolder | Shards):
     if len(dataset.classes) < 2:
         kind = 'class' if isinstance(dataset, Shards) else 'class folder'
@@ -291,94 +258,3 @@ def _check_two_classes(dataset: ImageFolder | Shards):
 
 # ----------------------------------------------------------------------------------------------------------
 # Datasets that are not folders
-
-_CIFAR = {'cifar10': CIFAR10, 'cifar100': CIFAR100}
-
-
-class ArrayImages(ImageDataset):
-    """Images in an array: uint8 [N, H, W, 3], or [N, H, W] for greyscale. `name` is for messages."""
-
-    def __init__(self, name: str, images: np.ndarray, classes: Sequence[str], targets: Sequence[int]):
-        super().__init__(classes, targets)
-        self._name = name
-        self._images = images
-
-    def stored(self, index: int) -> Image.Image:
-        image = Image.fromarray(self._images[index])
-        return image if image.mode == 'RGB' else image.convert('RGB')
-
-    def path(self, index: int) -> str:
-        return f'{self._name}[{index}]'
-
-
-class SyntheticImages(ImageDataset):
-    """Random pictures: smooth fields of colours with noise on them, each from a generator of (seed, index).
-
-    image_size: pixels, an int or (height, width). num_classes: targets go round through them.
-    """
-
-    def __init__(
-        self,
-        num_images: int = 1024,
-        image_size: int | Sequence[int] = 224,
-        num_classes: int = 1000,
-        seed: int = 0,
-    ):
-        if min(num_images, num_classes, *np.atleast_1d(image_size)) < 1:
-            raise UserError(f'synthetic data of {num_images} images, {image_size} pixels, {num_classes} '
-                            'classes; each must be at least 1')
-        super().__init__([f'class{k}' for k in range(num_classes)], np.arange(num_images) % num_classes)
-        self._size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        self._seed = seed
-
-    def stored(self, index: int) -> Image.Image:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        random = np.random.default_rng((self._seed, int(index)))
-        height, width = self._size
-        coarse = Image.fromarray(random.integers(0, 224, (8, 8, 3), dtype=np.uint8))
-        field = np.asarray(coarse.resize((width, height), Image.Resampling.BILINEAR))
-        return Image.fromarray(field + random.integers(0, 32, (height, width, 3), dtype=np.uint8))
-
-    def path(self, index: int) -> str:
-        return f'synthetic[{index}]'
-
-
-def _open_part(name: str, root: str, split: str | None, download: bool, synthetic: tuple) -> ImageDataset:
-    """A part of a dataset without folders: for training if `split` is 'train', else for evaluation."""
-    if split not in (None, 'train', *EVAL_SPLITS):
-        raise UserError(f'dataset {name!r} has no split {split!r}; choose train or val')
-    is_train = split == 'train'
-    if name == 'synthetic':
-        num_images, image_size, num_classes = synthetic
-        return SyntheticImages(num_images, image_size, num_classes, seed=0 if is_train else 1)
-    if name == 'digits':
-        return open_digits(is_train)
-    return _open_cifar(name, root, is_train, download)
-
-
-def open_digits(is_train: bool) -> ArrayImages:
-    """The embedded digits: 1,438 images to train on or 359 to evaluate with; ink 0…16 becomes 0…255."""
-    with np.load(os.path.join(os.path.dirname(__file__), 'digits.npz'), allow_pickle=False) as file:
-        chosen = file['is_val'] != is_train
-        images, targets = file['images'][chosen], file['targets'][chosen]
-    images = np.rint(images * (255 / 16)).astype(np.uint8)
-    return ArrayImages(f'digits/{"train" if is_train else "val"}', images, list('0123456789'), targets)
-
-
-def _open_cifar(name: str, root: str, is_train: bool, download: bool) -> ArrayImages:
-    """CIFAR from torchvision, which checks the MD5 of the files, pickles all of them, before reading them."""
-    if not root:
-        raise UserError(f'dataset {name!r} needs a data folder; give one that holds it or is to hold it')
-    try:
-        source = _CIFAR[name](root, train=is_train, download=download)
-    except (RuntimeError, OSError) as error:  # not found, damaged; no network, no right to write
-        if download:
-            raise UserError(f'dataset {name!r} could not be downloaded to {root} ({error}); download '
-                            f'{_CIFAR[name].url} elsewhere and unpack it there') from None
-        folder = os.path.join(root, _CIFAR[name].base_folder)
-        state = 'damaged or incomplete' if os.path.isdir(folder) else 'missing, and there is no train/ either'
-        remedy = 'check the data folder or allow the download'
-        raise UserError(f'dataset {name!r}: {folder} is {state}; {remedy}') from None
-    part = 'train' if is_train else 'test'
-    return ArrayImages(f'{name}/{part}', source.data, source.classes, source.targets)

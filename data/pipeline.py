@@ -11,7 +11,7 @@ from data.datasets import open_eval, open_train_val
 from data.folders import ImageFiles
 from data.loader import Loader, create_loader
 from data.samplers import EvalSampler, TrainSampler
-from data.shards.remote import Cache
+from data.shards.cache import Cache
 from data.transforms import create_eval_transform, create_train_transform
 from options.checks import check_images
 from utils.distributed import World, one_per_machine_first

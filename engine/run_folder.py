@@ -8,7 +8,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from engine.checkpoint import BEST, LAST, LOCK, NUMBERED, newest_first, find_checkpoint
+from engine.checkpoint import BEST, LAST, LOCK, NUMBERED, find_checkpoint, newest_first
 from utils import job
 from utils.checkpoint_reader import verify
 from utils.disk import make_folder

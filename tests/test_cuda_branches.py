@@ -407,11 +407,11 @@ RUN_BY = {
     'engine/loop.py::wrap_model': [ddp_is_told_its_gpu],
     'models/layers.py::attention': [attention_on_a_gpu_is_one_kernel],
     'tools/doctor/__main__.py::main': [DOCTOR + 'test_processes_of_the_run_are_the_gpus'],
-    'tools/doctor/schedule.py::_precision': [DOCTOR + 'test_recipe'],
-    'tools/doctor/schedule.py::look_at_processes': [
+    'tools/doctor/recipe.py::_precision': [DOCTOR + 'test_recipe'],
+    'tools/doctor/processes.py::look_at_processes': [
         DOCTOR + 'test_gpu_memory_is_given_back_before_other_processes_start'],
     'tools/doctor/schedule.py::look_at_schedule': [DOCTOR + 'test_schedule_counts_gpu_hours'],
-    'tools/doctor/speed.py::_device_memory': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
+    'tools/doctor/memory.py::_device_memory': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
     'tools/doctor/speed.py::_measure_on_gpu': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
     'tools/doctor/speed.py::_measure_steps': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
     'tools/doctor/speed.py::_peak': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
@@ -419,7 +419,7 @@ RUN_BY = {
     'tools/doctor/speed.py::_time_steps': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
     'tools/doctor/speed.py::_who_starves': [DOCTOR + 'test_who_starves'],
     'tools/doctor/speed.py::device_name': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
-    'tools/doctor/speed.py::look_at_memory': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
+    'tools/doctor/memory.py::look_at_memory': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
     'utils/distributed.py::_connect': [ranks_meet_over_nccl_each_on_its_gpu],
     'utils/distributed.py::_device': [devices_by_name],
     'utils/distributed.py::join': [ranks_meet_over_nccl_each_on_its_gpu],

@@ -11,9 +11,9 @@ import torchvision.datasets as tv_datasets
 from PIL import Image
 
 from data import open_eval, open_train_val, read_class_map
+from data.arrays import ArrayImages, SyntheticImages
 from data.base import ClassView, PathList
 from data.classes import select_classes
-from data.datasets import ArrayImages, SyntheticImages
 from data.folders import ImageFolder
 from utils.errors import UserError
 

@@ -23,10 +23,15 @@ from tests.conftest import ROOT, run_script, succeeded, write_images
 from tools.doctor import (
     __main__ as doctor,
     data as doctor_data,
-    findings as doctor_page,
-    schedule as doctor_run,
+    disk as doctor_disk,
+    findings as doctor_findings,
+    memory as doctor_memory,
+    processes as doctor_processes,
+    recipe as doctor_recipe,
+    schedule as doctor_schedule,
     speed as doctor_speed,
 )
+from tools.doctor.case import Case
 from tools.doctor.findings import FAIL, LOOK, OK, STOP, Finding
 from utils.distributed import World
 from utils.errors import UserError
@@ -36,15 +41,15 @@ SMALL = ('--model', 't2t_vit_7', '--img-size', '32', '--model-kwargs', 'embed_di
          'token_dim=16', '-b', '8', '-j', '1', '--device', 'cpu', '--epochs', '3', '--warmup-epochs', '1')
 
 
-def case_of(*words, processes=1, samples=1000, device='cpu') -> doctor.Case:
+def case_of(*words, processes=1, samples=1000, device='cpu') -> Case:
     parser = doctor_parser()
     args = parse_options(parser, [*map(str, words), *SMALL])
     cpu = torch.device('cpu')
-    return doctor.Case(args, World(0, 0, 1, torch.device(device)), Precision(cpu, enabled=False), processes, 2, samples,
+    return Case(args, World(0, 0, 1, torch.device(device)), Precision(cpu, enabled=False), processes, 2, samples,
                        0.2)
 
 
-def look_at_data(case: doctor.Case) -> list[Finding]:
+def look_at_data(case: Case) -> list[Finding]:
     doctor_data.open_splits(case)
     return list(doctor_data.look_at_data(case))
 
@@ -286,7 +291,7 @@ def gpu(monkeypatch):
     return torch.cuda
 
 
-def on_gpus(case: doctor.Case, *, processes: int = 1, **changes) -> doctor.Case:
+def on_gpus(case: Case, *, processes: int = 1, **changes) -> Case:
     changed = copy.copy(case)
     for name, value in {'world': World(0, 0, 1, torch.device('cuda')), 'processes': processes, **changes}.items():
         setattr(changed, name, value)
@@ -333,7 +338,7 @@ def test_steps_on_a_gpu_are_halved_until_they_fit(gpu, prepared):
     gpu.empty_cache.assert_called_once_with()
     assert gpu.reset_peak_memory_stats.call_count == 3  # of 8, 4 and 2 images
     gpu.max_memory_allocated.assert_called_with(torch.device('cuda'))
-    memory, _ = doctor_speed.look_at_memory(case)
+    memory, _ = doctor_memory.look_at_memory(case)
     assert (memory.mark, memory.title) == (STOP, 'Memory of the GPU') and '10.0 GiB of 80.0 GiB' in memory.figure
     assert memory.numbers['largest_batch'] == 70  # 2 GiB, and 1 GiB for each image, of nine tenths of 80 GiB
 
@@ -355,7 +360,7 @@ def test_schedule_counts_gpu_hours(prepared, tmp_path):
     args = prepared.args.replacing(output=str(tmp_path), batch_size=1, price=2.5, model_ema=True)
     case = on_gpus(prepared, processes=4, args=args, saved=None, total_rate=0.01, forward_rate=1.0, loader_rate=1.0,
                    eval_loader_rate=1.0, supply=9.0)
-    whole, reckoned = doctor_run.look_at_schedule(case)
+    whole, reckoned = doctor_schedule.look_at_schedule(case)
     # 36 images at 0.01 a second; then 15 to evaluate with, twice for the averaged weights, by four GPUs.
     seconds = whole.numbers['epochs'] * (36 / 0.01 + 2 * 15 / 4)
     assert whole.numbers['seconds'] == pytest.approx(seconds)
@@ -363,7 +368,7 @@ def test_schedule_counts_gpu_hours(prepared, tmp_path):
     assert f'{4 * seconds / 3600:.1f} GPU-hours; at --price 2.5' in whole.figure
     assert 'as many times as fast' in reckoned.figure
     case.args = args.replacing(price=None)
-    assert 'GPU-hours; --price says what they cost' in next(doctor_run.look_at_schedule(case)).figure
+    assert 'GPU-hours; --price says what they cost' in next(doctor_schedule.look_at_schedule(case)).figure
 
 
 def test_gpu_memory_is_given_back_before_other_processes_start(gpu, prepared, monkeypatch):
@@ -371,9 +376,9 @@ def test_gpu_memory_is_given_back_before_other_processes_start(gpu, prepared, mo
         gpu.empty_cache.assert_called_once_with()
         return {'seconds': 0.01, 'bytes_per_second': 1e9}, ''
 
-    add_up = create_autospec(doctor_run.add_up, side_effect=started)
-    monkeypatch.setattr(doctor_run, 'add_up', add_up)
-    finding, = doctor_run.look_at_processes(on_gpus(prepared, step_seconds=0.1))
+    add_up = create_autospec(doctor_processes.add_up, side_effect=started)
+    monkeypatch.setattr(doctor_processes, 'add_up', add_up)
+    finding, = doctor_processes.look_at_processes(on_gpus(prepared, step_seconds=0.1))
     assert finding.mark == OK and '10 % of a step, most of it while the gradient is computed' in finding.figure
     assert add_up.call_args.args == (2, prepared.gradient_bytes / 1e6, 'cuda')
 
@@ -382,10 +387,10 @@ def test_too_small_a_disk(prepared, tmp_path, monkeypatch):
     prepared.args = prepared.args.replacing(output=str(tmp_path / 'out'))
     prepared.saved = None
     checks = {}
-    size = doctor_run.checkpoint_of(prepared)['bytes']
+    size = doctor_disk.checkpoint_of(prepared)['bytes']
     for free in (3 * size, 7 * size, 9 * size):
-        monkeypatch.setattr(doctor_run.shutil, 'disk_usage', lambda path, free=free: types.SimpleNamespace(free=free))
-        checks[free] = next(doctor_run.look_at_disk(prepared))
+        monkeypatch.setattr(doctor_disk.shutil, 'disk_usage', lambda path, free=free: types.SimpleNamespace(free=free))
+        checks[free] = next(doctor_disk.look_at_disk(prepared))
     assert [finding.mark for finding in checks.values()] == [STOP, LOOK, OK]
     stop = checks[3 * size]
     assert str(tmp_path) in stop.figure and '--output' in stop.remedy and 'Make room for' in stop.remedy
@@ -400,8 +405,8 @@ def test_disk_that_takes_no_checkpoint(prepared, tmp_path, monkeypatch):
 
     prepared.args = prepared.args.replacing(output=str(tmp_path))
     prepared.saved = None
-    monkeypatch.setattr(doctor_run, 'save_checkpoint', full)
-    finding, = doctor_run.look_at_disk(prepared)
+    monkeypatch.setattr(doctor_disk, 'save_checkpoint', full)
+    finding, = doctor_disk.look_at_disk(prepared)
     assert finding.mark == STOP and f'{tmp_path} (No space left on device)' in finding.figure
     assert list(tmp_path.iterdir()) == []
     prepared.saved = None
@@ -424,37 +429,37 @@ def test_who_starves(monkeypatch):
 def test_lines_through_two_batches():
     assert doctor_speed._at(64, {16: 2.0, 32: 3.0}) == 5.0
     assert doctor_speed._at(32, {16: 2.0, 32: 3.0}) == 3.0
-    assert doctor_speed._largest_batch({32: 4 << 30, 64: 6 << 30}, 80 << 30) == 1120  # 2 GiB, and 1/16 of one each
-    assert doctor_speed._largest_batch({64: 6 << 30}, 80 << 30) is None
+    assert doctor_memory._largest_batch({32: 4 << 30, 64: 6 << 30}, 80 << 30) == 1120  # 2 GiB, and 1/16 of one each
+    assert doctor_memory._largest_batch({64: 6 << 30}, 80 << 30) is None
 
 
 def test_memory_that_does_not_suffice(prepared, monkeypatch):
     monkeypatch.setattr(prepared, 'steps', {4: (0.1, 6 << 30), 2: (0.1, 4 << 30)})
-    monkeypatch.setattr(doctor_speed, '_device_memory', lambda device: 9 << 30)
-    memory, batches = doctor_speed.look_at_memory(prepared)
+    monkeypatch.setattr(doctor_memory, '_device_memory', lambda device: 9 << 30)
+    memory, batches = doctor_memory.look_at_memory(prepared)
     assert memory.mark == STOP and memory.numbers['largest_batch'] == 6  # 8 would take 10 GiB, and 6 take 8
     assert '-b 6 --global-batch-size 8:' in memory.remedy
     # One worker: two batches that wait, one on its way and one in use, of uint8 pixels.
     assert batches.mark == OK and batches.numbers['bytes'] == 4 * prepared.batch[0].nbytes == 4 * 8 * 3 * 32 * 32
-    monkeypatch.setattr(doctor_speed.shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=100))
-    assert doctor_speed._shared_memory(prepared).mark == STOP
+    monkeypatch.setattr(doctor_memory.shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=100))
+    assert doctor_memory._shared_memory(prepared).mark == STOP
 
 
 def test_processes_that_do_not_come_are_ended(monkeypatch, tmp_path):
     sleeper = tmp_path / 'python'
     sleeper.write_text('#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 60\n')
     sleeper.chmod(0o755)
-    monkeypatch.setattr(doctor_run.sys, 'executable', str(sleeper))
-    monkeypatch.setattr(doctor_run, 'ROUND_TRIP_SECONDS', 1)
+    monkeypatch.setattr(doctor_processes.sys, 'executable', str(sleeper))
+    monkeypatch.setattr(doctor_processes, 'ROUND_TRIP_SECONDS', 1)
     case = case_of()
-    finding, = doctor_run.look_at_processes(case)
+    finding, = doctor_processes.look_at_processes(case)
     assert finding.mark == STOP and 'not done after 1 s' in finding.figure and finding.remedy
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / 'python.pid').read_text()), 0)
 
 
 def test_round_trip(tmp_path):
-    found, problem = doctor_run.add_up(2, 1.0, 'cpu')
+    found, problem = doctor_processes.add_up(2, 1.0, 'cpu')
     assert not problem and found['processes'] == 2 and found['bytes'] == 1_000_000
     assert found['bytes_per_second'] == pytest.approx(1e6 / found['seconds'])  # each sends half of it, twice
 
@@ -465,7 +470,7 @@ def test_recipe(gpu):
         case.train, case.total_steps = range(images), steps
         if case.args.amp:
             case.precision = types.SimpleNamespace(dtype=getattr(torch, case.args.amp_dtype))
-        return {finding.title: finding.remedy for finding in doctor_run.look_at_recipe(case)}
+        return {finding.title: finding.remedy for finding in doctor_recipe.look_at_recipe(case)}
 
     assert list(look('--lr', '6.25e-5')) == ['Recipe']  # 5e-4 for 512 images: 8 × 8 of them
     assert list(look('--lr', '1.25e-4')) == ['Recipe']  # twice that, as the smallest models had it
@@ -476,7 +481,7 @@ def test_recipe(gpu):
     assert 'Averaged weights' not in look(*right, steps=310 * 2502)
     remedy = look(*right, steps=1000)['Averaged weights']
     decay = float(re.search(r'--model-ema-decay (\S+),', remedy)[1])
-    assert decay ** 200 == pytest.approx(doctor_run.FORGOTTEN, rel=0.3)
+    assert decay ** 200 == pytest.approx(doctor_recipe.FORGOTTEN, rel=0.3)
     assert 'Say --amp' in look(*right, device='cuda')['Precision']
     assert 'bfloat16 needs' in look(*right, '--amp', '--amp-dtype', 'float16', device='cuda')['Precision']
     assert 'Precision' not in look(*right, '--amp', '--amp-dtype', 'bfloat16', device='cuda')
@@ -490,10 +495,10 @@ def test_check_that_fails_is_a_finding():
     def mistaken(case):
         raise UserError('--what is wrong; say what is right')
 
-    assert doctor_page.examine('Time', mistaken, None) == [
+    assert doctor_findings.examine('Time', mistaken, None) == [
         Finding(STOP, 'Time', '--what is wrong', 'Say what is right.')]
-    for look in (doctor_speed.look_at_memory, doctor_run.look_at_schedule, doctor_run.look_at_disk):
-        found, = doctor_page.examine('Memory', look, case_of())
+    for look in (doctor_memory.look_at_memory, doctor_schedule.look_at_schedule, doctor_disk.look_at_disk):
+        found, = doctor_findings.examine('Memory', look, case_of())
         assert found.mark == LOOK and found.figure.endswith('see "Images per second"')
 
 
@@ -503,15 +508,15 @@ def test_crash_of_a_check_is_a_mark_of_its_own():
         json.loads('')  # the exception comes from outside of the project
 
     line = crashing.__code__.co_firstlineno + 2
-    first, crash = doctor_page.examine('Time', crashing, None)
+    first, crash = doctor_findings.examine('Time', crashing, None)
     assert first.title == 'First' and (crash.mark, crash.title) == (FAIL, 'Time')
     assert f'tests/test_doctor.py:{line} (JSONDecodeError: Expecting value' in crash.figure and 'bug' in crash.remedy
     assert crash.numbers['traceback'].startswith('Traceback') and '/json/' in crash.numbers['traceback']
     look, stop = Finding(LOOK, 'Size', 'large', 'Make it small.'), Finding(STOP, 'Disk', 'full', 'Make room.')
-    summary = doctor_page.summary([first, look, crash], '')
+    summary = doctor_findings.summary([first, look, crash], '')
     assert summary['Will it run?'] == 'Not known: time; 1 check crashed; 1 finding to look at.'
     assert summary['Mend first'].startswith('Time: This is a bug')
-    summary = doctor_page.summary([crash, stop], '')
+    summary = doctor_findings.summary([crash, stop], '')
     assert summary['Will it run?'] == 'No: disk; 1 check crashed.' and summary['Mend first'] == 'Disk: Make room.'
 
 
@@ -519,7 +524,7 @@ def test_crash_of_what_the_run_would_do_is_a_stop():
     def checking(case):
         yield from param_groups(case, 0.1)
 
-    crash, = doctor_page.examine('Step', checking, None)
+    crash, = doctor_findings.examine('Step', checking, None)
     assert crash.mark == STOP and 'train.py would end there too' in crash.remedy
     assert 'crashes at engine/optimizer.py:' in crash.figure and 'AttributeError' in crash.figure
     assert crash.numbers['traceback'].startswith('Traceback')
@@ -529,7 +534,7 @@ def test_blocks_that_a_model_lacks_cannot_be_compiled(image_folder):
     case = case_of(image_folder)
     doctor_data.open_splits(case)
     case.args = case.args.replacing(model='resnet18', model_kwargs=None, compile='blocks')
-    stop, = doctor_page.examine('Images per second', doctor_speed.look_at_rates, case)
+    stop, = doctor_findings.examine('Images per second', doctor_speed.look_at_rates, case)
     assert (stop.mark, stop.remedy) == (STOP, 'Say --compile model.') and 'ResNet has no blocks' in stop.figure
 
 
@@ -537,7 +542,7 @@ def test_crash_in_one_part_of_the_recipe_keeps_the_others(gpu):
     gpu.get_device_name.side_effect = RuntimeError('the driver is gone')
     case = case_of('--lr', '5e-4', '--no-amp', device='cuda', processes=8)
     case.train = range(1_281_167)
-    rate, crash = doctor_page.examine('Recipe', doctor_run.look_at_recipe, case)
+    rate, crash = doctor_findings.examine('Recipe', doctor_recipe.look_at_recipe, case)
     assert (rate.mark, rate.title) == (LOOK, 'Learning rate')
     assert crash.mark == FAIL and 'tools/doctor/speed.py:' in crash.figure and 'the driver is gone' in crash.figure
 
@@ -548,7 +553,7 @@ def test_page_with_a_crash(image_folder, tmp_path):
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 from tools.doctor.__main__ import main
-from utils.errors import run_script
+from utils.script import run_script
 
 def planted():
     raise OSError('planted')
@@ -571,10 +576,10 @@ run_script(main)
 
 
 def test_without_faults_the_summary_says_so():
-    assert doctor_page.summary([Finding(OK, 'a', 'b')], 'x') == {
+    assert doctor_findings.summary([Finding(OK, 'a', 'b')], 'x') == {
         'Will it run?': 'Yes, by all that was looked at.', 'What starves?': 'x', 'Mend first': 'Nothing.'}
-    assert doctor_page.duration(90) == '90 seconds' and doctor_page.duration(5025) == '1.4 hours'
-    assert doctor_page.duration(310 * 86400) == '310.0 days'
+    assert doctor_findings.duration(90) == '90 seconds' and doctor_findings.duration(5025) == '1.4 hours'
+    assert doctor_findings.duration(310 * 86400) == '310.0 days'
 
 
 def test_mistake_in_the_options(tmp_path):

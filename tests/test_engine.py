@@ -15,7 +15,7 @@ from data.base import ImageDataset
 from data.batch import BatchPreparer
 from data.loader import create_loader
 from data.samplers import EvalSampler
-from engine import checkpoint as checkpoint_files
+from engine import checkpoint as checkpoint_files, run_folder
 from engine.checkpoint import BEST, LAST, save_checkpoint
 from engine.checks import check_run_options
 from engine.evaluate import ConfidentErrors, evaluate
@@ -218,14 +218,14 @@ def test_where_a_run_goes(tmp_path):
 
 def test_a_checkpoint_that_goes_while_it_is_looked_for(tmp_path, monkeypatch):
     write_checkpoint({'global_step': 1}, tmp_path / LAST)
-    found = checkpoint_files._has_checkpoint
+    found = run_folder._has_checkpoint
 
     def then_it_goes(folder) -> bool:
         there = found(folder)
         (folder / LAST).unlink()
         return there
 
-    monkeypatch.setattr(checkpoint_files, '_has_checkpoint', then_it_goes)
+    monkeypatch.setattr(run_folder, '_has_checkpoint', then_it_goes)
     with pytest.raises(UserError, match='has just been removed'):
         resolve_run(output=str(tmp_path), kind='train', name='x', experiment='', resume=str(tmp_path))
 

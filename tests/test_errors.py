@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import ROOT
 
 SCRIPT = """
-from utils.errors import run_script
+from utils.script import run_script
 
 def main():
     print('caf\\u00e9 \\udce9')

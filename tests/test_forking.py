@@ -14,7 +14,7 @@ from data.datasets import ArrayImages
 from data.loader import create_loader
 from data.samplers import EvalSampler
 from data.transforms import create_eval_transform
-from utils import forking
+from data import forking
 
 def fork():
     with open(sys.argv[1], 'a') as forks:

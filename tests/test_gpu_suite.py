@@ -107,7 +107,7 @@ def test_every_part_on_a_cpu(tmp_path):
 def hanging(folder: Path) -> Path:
     """An interpreter whose benchmarks.step never gets beyond the tables of training; it leaves its process's id."""
     path = folder / 'python'
-    code = ('import sys, time; import benchmarks.step as step; from utils.errors import run_script; '
+    code = ('import sys, time; import benchmarks.step as step; from utils.script import run_script; '
             'step.start_inference = lambda *_: time.sleep(600); sys.argv[0] = step.__file__; run_script(step.main)')
     path.write_text(f'''#!/bin/sh
 if [ "$2" = benchmarks.step ]; then

@@ -154,8 +154,9 @@ BUSY = '''
 import sys
 from datetime import timedelta
 import torch.distributed as dist
-from utils import distributed, launch, nodes
-from utils.errors import run_script
+from launch import launcher, nodes
+from utils import distributed
+from utils.script import run_script
 
 def in_the_store(*_):
     """Most of its time a thread is here, as one that looks into a slow store is."""
@@ -175,7 +176,7 @@ class Nodes(nodes.Nodes):
         pass
 
 nodes.Nodes = Nodes
-run_script(launch.main)
+run_script(launcher.main)
 ''',
     'process': '''
 class Store:

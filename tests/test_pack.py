@@ -20,7 +20,7 @@ from PIL import Image
 
 from data.decode import decode_rgb
 from data.folders import ImageFolder
-from data.shards import ilsvrc, packing
+from data.shards import ilsvrc, packing, plan
 from data.shards.manifest import Manifest, key_of
 from tests.conftest import run_script, succeeded, write_images
 from tools.pack import main
@@ -202,7 +202,7 @@ def test_larger_images_are_resized_once_and_others_copied(resized):
 def test_images_that_would_be_too_long_for_jpeg_are_copied(side, is_resized):
     buffer = io.BytesIO()
     Image.new('L', (331 * 199, 331)).save(buffer, 'PNG')
-    content, resized = packing.prepare(buffer.getvalue(), '', packing.Recipe(short_side=side), packing.Loss())
+    content, resized = plan.prepare(buffer.getvalue(), '', plan.Recipe(short_side=side), plan.Loss())
     assert resized is is_resized is (content != buffer.getvalue())
 
 

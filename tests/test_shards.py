@@ -16,6 +16,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+import data.shards.cache
 import data.shards.dataset
 import data.shards.remote
 from data.base import Numbered, Part
@@ -23,10 +24,12 @@ from data.datasets import open_eval, open_train_val
 from data.decode import ImageError
 from data.folders import ImageFolder
 from data.loader import create_loader
+from data.places import expand
 from data.samplers import EvalSampler, TrainSampler
-from data.shards.dataset import expand, open_shards
+from data.shards.cache import Cache
+from data.shards.dataset import open_shards
 from data.shards.manifest import INDEX, member_key
-from data.shards.remote import Cache, RemoteFile, describe_remote
+from data.shards.remote import RemoteFile, describe_remote
 from data.transforms import create_eval_transform, create_train_transform
 from tests.conftest import run_script, succeeded, write_images
 from tests.store import Store, write_shards
@@ -210,7 +213,7 @@ def test_the_training_split_numbers_the_classes(shards, tmp_path):
     ('wds:http://127.0.0.1:1/x', 'no answer for .*connect'),
 ])
 def test_mistakes_in_paths_are_explained(images, root, message, monkeypatch, cache):
-    monkeypatch.setattr(data.shards.remote, 'OPENING_SECONDS', 1)
+    monkeypatch.setattr(data.shards.cache, 'OPENING_SECONDS', 1)
     with pytest.raises(UserError, match=message):
         open_eval('', root.format(images=images), cache=cache)
 
@@ -416,8 +419,8 @@ def test_content_that_is_not_what_was_announced_is_fetched_once_more(store, cach
     with pytest.raises(UserError, match=r'shard-000001.tar: its content is not what its manifest says \(SHA-256\)'):
         dataset.stored(10)
     assert store.fetched() == ['shard-000001.tar'] * 2
-    warn = data.shards.remote._warn
-    monkeypatch.setattr(data.shards.remote, '_warn', lambda message: (store.lies.clear(), warn(message)))
+    warn = data.shards.cache._warn
+    monkeypatch.setattr(data.shards.cache, '_warn', lambda message: (store.lies.clear(), warn(message)))
     assert batches(dataset, remote_sampler(dataset, 0)) == expected[0]
 
 
@@ -495,7 +498,7 @@ def test_an_open_shard_outlives_its_removal_from_the_cache(store, cache):
 
 
 def test_shards_are_fetched_in_the_order_of_need_and_no_longer_than_for_the_iteration(store, cache, monkeypatch):
-    monkeypatch.setattr(data.shards.remote, 'FETCHERS', 1)
+    monkeypatch.setattr(data.shards.cache, 'FETCHERS', 1)
     dataset = open_train_val('', f'wds:{store.url}', cache=cache)[0]
     sampler = TrainSampler(len(dataset), 4, starts=dataset.starts(), shuffle=False)
     loader = create_loader(dataset, create_eval_transform(24), sampler, workers=0)
@@ -510,7 +513,7 @@ def test_shards_are_fetched_in_the_order_of_need_and_no_longer_than_for_the_iter
 
 
 def test_what_is_fetched_ahead_leaves_room(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.shards.remote, 'FETCHERS', 1)
+    monkeypatch.setattr(data.shards.cache, 'FETCHERS', 1)
     dataset = open_train_val('', f'wds:{store.url}', cache=Cache(tmp_path, max_bytes=4 * 90_000))[0]
     with dataset.ahead(np.arange(60)) as used:
         time.sleep(0.5)
@@ -547,7 +550,7 @@ def test_a_process_that_is_forked_holds_no_lock_of_its_parent(cache):
     (404, '/val/manifest.json: not found; give the address'), (403, r'access is refused \(403\)'),
     (400, r'refused by the server \(400\)'), (503, 'no answer for .*503')])
 def test_answers_of_a_server_are_explained(store, cache, status, message, monkeypatch):
-    monkeypatch.setattr(data.shards.remote, 'OPENING_SECONDS', 0.2)
+    monkeypatch.setattr(data.shards.cache, 'OPENING_SECONDS', 0.2)
     store.status = status
     with pytest.raises(UserError, match=message):
         open_eval('', f'wds:{store.url}', cache=cache)
@@ -555,7 +558,7 @@ def test_answers_of_a_server_are_explained(store, cache, status, message, monkey
 
 @pytest.mark.parametrize('length', [100_000, 60_000, 0])
 def test_a_shard_that_ends_early_on_the_server_is_named_at_once(shards, tmp_path, cache, length, monkeypatch):
-    monkeypatch.setattr(data.shards.remote, 'MAX_PIECE', 1 << 16)
+    monkeypatch.setattr(data.shards.cache, 'MAX_PIECE', 1 << 16)
     for file in (shards / 'train').iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     whole = (tmp_path / 'shard-000000.tar').stat().st_size
@@ -585,7 +588,7 @@ def test_what_will_not_pass_is_told_from_what_may(cache, monkeypatch, cause, mes
     def fail(url):
         raise FileNotFoundError(url) from cause  # as fsspec has it of any failure
 
-    monkeypatch.setattr(data.shards.remote, 'OPENING_SECONDS', 0.1)
+    monkeypatch.setattr(data.shards.cache, 'OPENING_SECONDS', 0.1)
     monkeypatch.setattr(data.shards.remote, '_filesystem', lambda url: SimpleNamespace(cat_file=fail))
     with pytest.raises(UserError, match=f'https://host/x/val/manifest.json: {message}'):
         open_eval('', 'wds:https://host/x', cache=cache)

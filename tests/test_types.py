@@ -23,7 +23,7 @@ PROPER_IGNORE = re.compile(r'# type: ignore\[[a-z-]+\]  # \w')
 FAULTS = '''
 import torch
 
-from tools.doctor import Case
+from tools.doctor.case import Case
 
 
 def unknown_function(device):

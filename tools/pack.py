@@ -94,7 +94,9 @@ def check_options(args, parser: argparse.ArgumentParser) -> None:
 
 def pack_all(args) -> list[str]:
     """Packs, or unpacks, every split; returns their folders."""
-    from data.shards.packing import Recipe, pack, unpack
+    from data.shards.packing import pack
+    from data.shards.plan import Recipe
+    from data.shards.unpacking import unpack
     args.out = _check_out(args.out)
     sources = _open_sources(args)
     if args.to == 'folders' and not all(hasattr(source.dataset, 'archive') for source in sources.values()):
@@ -133,8 +135,7 @@ def _shards(manifest) -> str:
 
 def _check_out(out: str) -> str:
     """The path of OUT. Raises UserError, before anything is read, if it is elsewhere or cannot be written."""
-    from data.shards.dataset import PREFIX
-    from data.shards.remote import scheme_of
+    from data.places import PREFIX, scheme_of
     from utils.disk import check_folder
     path = out.removeprefix(PREFIX)
     if scheme_of(path):
@@ -147,9 +148,9 @@ def _check_out(out: str) -> str:
 def _open_sources(args) -> dict:
     """The sources by the names of their splits; '' for one that is a split itself."""
     from data.classes import match_classes
-    from data.shards.dataset import PREFIX, has_manifest
+    from data.places import PREFIX, has_manifest
     from data.shards.ilsvrc import ARCHIVES, check_md5, open_archive
-    from data.shards.packing import archive_source, folder_source
+    from data.shards.plan import archive_source, folder_source
     given = os.path.expanduser(args.source.removeprefix(PREFIX))
     archives = [given] if os.path.isfile(given) else [
         os.path.join(given, name) for split, name in ARCHIVES.items()
@@ -181,8 +182,8 @@ def _open_sources(args) -> dict:
 
 def _splits(folder: str, asked: list[str] | None) -> list[str]:
     """The splits in a folder, or [''] if it is one itself."""
-    from data.datasets import EVAL_SPLITS
     from data.folders import check_folder
+    from data.places import EVAL_SPLITS
     check_folder(folder)
     if asked:
         missing = [name for name in asked if not os.path.isdir(os.path.join(folder, name))]
@@ -222,11 +223,9 @@ def verify_all(splits: list[str], args) -> bool:
 
 def _packed_splits(args) -> list[str]:
     """The folder, or address, itself, or those in it that hold a manifest."""
-    from data.datasets import EVAL_SPLITS
     from data.folders import check_folder
-    from data.shards.dataset import PREFIX
+    from data.places import EVAL_SPLITS, PREFIX, scheme_of
     from data.shards.manifest import MANIFEST
-    from data.shards.remote import scheme_of
     from data.shards.verifying import has_split
     root = args.source.removeprefix(PREFIX).rstrip('/')
     if not scheme_of(root):

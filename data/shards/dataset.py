@@ -10,62 +10,31 @@ of image folders. What lies elsewhere is fetched shard by shard, ahead of need, 
 import bisect
 import contextlib
 import hashlib
-import json
 import logging
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from timm.data import ImageNetInfo
-from timm.utils.misc import natural_key
 
 from data.base import ImageDataset
-from data.classes import name_some
-from data.decode import EXTENSIONS, ImageError
-from data.shards.manifest import FORMAT, INDEX, MANIFEST, MEND, Index, Manifest, Shard, key_of
-from data.shards.remote import Ahead, Cache, RemoteFile, describe_remote, read_remote, scheme_of
-from data.shards.tar import BLOCK, Member, parse_header, refusal, scan_tar
-from utils.console import progress_bar
+from data.decode import ImageError
+from data.places import expand, has_manifest, is_pattern, list_tars, scheme_of
+from data.shards.cache import Ahead, Cache, Files, remote_files
+from data.shards.foreign import NUMBERED, index_shards
+from data.shards.manifest import INDEX, MEND, Manifest
+from data.shards.remote import RemoteFile, describe_remote, read_remote
+from data.shards.tar import BLOCK, parse_header
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
-PREFIX = 'wds:'
-"""What a data set's path begins with to say that it consists of shards."""
-
 MAX_OPEN = 128
 """Shards that a process keeps open: twice as many as an order with locality has in use, see samplers."""
-
-NUMBERED = 'tar files without a manifest, whose classes are numbers'
-"""The source in a manifest of such: the names of its classes are no names."""
-
-MAX_LABEL = 1 << 20
-"""Longer labels, in bytes, are refused."""
-
-
-class Files(NamedTuple):
-    """The tar files of a split: their names for messages, and what has to be fetched, and where to.
-
-    remote: None for files of this machine, whose names are their paths.
-    """
-    names: list[str]
-    remote: tuple[Cache, list[RemoteFile]] | None = None
-
-    def open(self, number: int) -> BinaryIO:
-        if self.remote is None:
-            return open(self.names[number], 'rb', buffering=0)
-        cache, files = self.remote
-        return cache.open(files[number])
-
-
-def remote_files(cache: Cache, files: list[RemoteFile]) -> Files:
-    return Files([file.url for file in files], (cache, files))
-
 
 class Shards(ImageDataset):
     """The images that `manifest` has found in the tar files `files`, in their order there.
@@ -158,29 +127,6 @@ def _may_be_named(found: str, name: str) -> bool:
 # Opening
 
 
-def is_pattern(path: str) -> bool:
-    """Whether a path names tar files rather than a folder of shards."""
-    return path.endswith('.tar') or '{' in path
-
-
-def has_manifest(folder: str) -> bool:
-    """Whether a folder of this machine is a split that tools/pack.py has written: others have manifests, too."""
-    try:
-        with open(os.path.join(folder, MANIFEST), 'rb') as file:
-            return FORMAT.encode() in file.read(4096) or bool(list_tars(folder))
-    except OSError:
-        return False
-
-
-def list_tars(folder: str) -> list[str]:
-    """The tar files in a folder of this machine, in natural order; none where it is no folder."""
-    try:
-        names = [name for name in os.listdir(folder) if name.endswith('.tar') and not name.startswith('.')]
-    except OSError:
-        return []
-    return [os.path.join(folder, name) for name in sorted(sorted(names), key=natural_key)]
-
-
 def open_shards(path: str, cache: Cache) -> Shards:
     """The split in shards at `path`: a folder or an address with a manifest, or tar files without one, as a folder of
     this machine or a pattern with braces.
@@ -261,25 +207,6 @@ def _reported(dataset: Shards) -> Shards:
     return dataset
 
 
-def expand(pattern: str) -> list[str]:
-    """'a-{08..10}.tar' → a-08.tar, a-09.tar, a-10.tar; '{a,b}.tar' → a.tar, b.tar; braces may come more than once."""
-    match = re.search(r'\{([^{}]*)\}', pattern)
-    if not match:
-        if '{' in pattern or '}' in pattern:
-            raise UserError(f'{pattern}: a brace is left open; write train-{{000000..000146}}.tar')
-        return [pattern]
-    if ends := re.fullmatch(r'(\d+)\.\.(\d+)', match[1]):
-        first, last, width = int(ends[1]), int(ends[2]), len(ends[1])
-        if not 0 <= last - first < 1_000_000:
-            raise UserError(f'{pattern}: {match[0]} is no range of at most a million, from the smaller to the larger')
-        choices = [f'{number:0{width}d}' for number in range(first, last + 1)]
-    else:
-        choices = match[1].split(',')
-    # The inner ones come first, so that of '{a,{b,c}}' there is an a for each of b and c.
-    return list(dict.fromkeys(
-        path for choice in choices for path in expand(pattern[:match.start()] + choice + pattern[match.end():])))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Tar files without a manifest
 
@@ -315,101 +242,3 @@ def _mark(path: str) -> str:
     except OSError as error:
         raise UserError(f'{path}: {error.strerror}; check the path, or the numbers in its braces') from None
     return f'{os.path.abspath(path)}\n{status.st_size}\n{status.st_mtime_ns}'
-
-
-def index_shards(files: Files) -> Manifest:
-    """A manifest of tar files in WebDataset's manner, by their headers: images with their class as .cls, or in a .json.
-
-    Classes are names, in natural order, or numbers from 0; see `Shards.name_numbers` for what those stand for.
-    Raises UserError as `scan_tar`, for an image without a class, and for classes that are partly names.
-    """
-    shards, members, labels = [], [], []
-    with progress_bar(desc='looking through shards', total=len(files.names), unit='shard') as bar:
-        for number, where in enumerate(files.names):
-            try:
-                with files.open(number) as file:
-                    found = _index_tar(file, where)
-                    size = file.seek(0, os.SEEK_END)
-            except OSError as error:
-                raise UserError(f'{where} cannot be read ({error.strerror or error}); check the file') from None
-            shards.append(Shard(_plain_name(number), size, len(found), ''))
-            members += [member for member, _ in found]
-            labels += [label for _, label in found]
-            bar.update()
-    if not members:
-        raise UserError(f'{files.names[0]}: no images ({", ".join(EXTENSIONS)}) with a class (.cls or .json) in it'
-                        f'{f" and {len(shards) - 1} more" if len(shards) > 1 else ""}')
-    kinds = {type(label) for label in labels}
-    if len(kinds) > 1:
-        names = sorted({label for label in labels if isinstance(label, str)})
-        raise UserError(f'{files.names[0]}: classes are partly numbers, partly names ({name_some(names)}); '
-                        'pack the images again with either')
-    if kinds == {int}:
-        classes, targets, source = [str(number) for number in range(max(labels) + 1)], labels, NUMBERED
-    else:
-        source = 'tar files without a manifest'
-        classes = sorted(sorted(set(labels)), key=natural_key)
-        position = {name: target for target, name in enumerate(classes)}
-        targets = [position[label] for label in labels]
-    return Manifest(classes, shards, Index.of(members, targets), source)
-
-
-def _plain_name(number: int) -> str:
-    """A name that a manifest may hold: those of files from elsewhere may be anything, and come twice."""
-    return f'{number:06d}.tar'
-
-
-def _index_tar(file: BinaryIO, where: str) -> list[tuple]:
-    """The images of a tar file with their labels: [(Member, int or str)]."""
-    found, key = [], ''
-    done: set[str] = set()
-    group: dict[str, Member] = {}
-    for member in (*scan_tar(file, where), None):
-        next_key, ending = key_of(member.name) if member else ('', '')
-        if member and not (ending and os.path.basename(next_key)):  # a hidden file, or without ending, is of no sample
-            continue
-        if next_key != key:
-            if image := _image_of(group, where):
-                found.append((image, _label_of(group, file, where, image)))
-            done.add(key)
-            if member and next_key in done:
-                raise refusal(where, member.name, 'apart from the others of its key')
-            key, group = next_key, {}
-        if member:
-            group[ending.lower()] = member
-    return found
-
-
-def _image_of(group: dict, where: str):
-    images = [member for ending, member in group.items() if f'.{ending}' in EXTENSIONS]
-    if len(images) > 1:
-        raise UserError(f'{where}: {images[0].name!r} and {images[1].name!r}: two images of one key; keep one')
-    return images[0] if images else None
-
-
-def _label_of(group: dict, file: BinaryIO, where: str, image) -> int | str:
-    """The class of a sample, from its .cls or its .json; a number where it looks like one."""
-    label = None
-    for ending in ('cls', 'json'):
-        if ending in group and label is None:
-            member = group[ending]
-            if member.size > MAX_LABEL:
-                raise refusal(where, member.name, f'{member.size:,} bytes long, which is no label')
-            file.seek(member.offset)
-            try:
-                text = file.read(member.size).decode().strip()
-                if ending == 'json':
-                    content = json.loads(text)
-                    text = next((content[name] for name in ('cls', 'label', 'class') if name in content), '')
-            except (ValueError, TypeError, RecursionError):
-                raise UserError(f'{where}: {member.name!r} is no label: a number or a name is expected in a .cls, '
-                                '{"label": …} in a .json') from None
-            label = str(text) if isinstance(text, str | int) and str(text).isprintable() and str(text) else None
-    if label is None:
-        raise UserError(f'{where}: {image.name!r} has no class, neither as .cls nor as "label" in a .json; '
-                        'training and evaluation need one')
-    if not label.isdecimal():
-        return label
-    if len(label) > 100 or int(label) >= 1 << 20:
-        raise UserError(f'{where}: {image.name!r} is of class {label[:20]}; numbers of classes begin with 0')
-    return int(label)

@@ -14,9 +14,12 @@ from typing import BinaryIO
 
 from data.classes import name_some
 from data.decode import ImageError, decode_rgb
-from data.shards.dataset import NUMBERED, Files, index_shards, list_tars, reader
+from data.places import list_tars, scheme_of
+from data.shards.cache import Cache, Files
+from data.shards.dataset import reader
+from data.shards.foreign import NUMBERED, index_shards
 from data.shards.manifest import MANIFEST, Index, Manifest, Shard, key_of
-from data.shards.remote import Cache, Gone, RemoteFile, scheme_of
+from data.shards.remote import Gone, RemoteFile
 from data.shards.tar import Member, scan_tar
 from utils.errors import UserError
 from utils.parallel import in_processes

@@ -1,9 +1,11 @@
 """metrics.jsonl, the record of a run, and summary.csv."""
 import json
+import logging
 from pathlib import Path
 
-from engine.log.run_log import _logger
 from utils.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 METRICS, SUMMARY, CURVES, ARGS = 'metrics.jsonl', 'summary.csv', 'curves.png', 'args.yaml'
 ENVIRONMENT = 'environment.json'

@@ -21,7 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.datasets import SyntheticImages, open_eval
+from data.arrays import SyntheticImages
+from data.datasets import open_eval
 from data.loader import create_loader
 from data.samplers import EvalSampler, TrainSampler
 from data.transforms import create_eval_transform, create_train_transform

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from data.folders import ImageFolder
+from data.shards.cache import Cache
 from data.shards.dataset import open_shards
-from data.shards.remote import Cache
 from data.shards.tar import BLOCK, tar_header
 from tests.conftest import run_script, write_images
 from tests.faults.test_processes import STEP, Job, assert_ends_as

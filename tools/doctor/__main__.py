@@ -11,70 +11,24 @@ into the data. Exit code: 0, 1 where something says stop or fail, 2 for a mistak
 import logging
 import sys
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from options.checks import share_global_batch
-from options.parser import Options, parse_options
+from options.parser import parse_options
 from options.scripts import QUICK_SAMPLES, SAMPLES, doctor_parser
-from utils.errors import UserError
+from tools.doctor.case import Case
 from utils.script import run_script
 
 if TYPE_CHECKING:
-    import torch
 
-    from data.base import ImageDataset
-    from data.pipeline import TrainingInput
-    from engine.state import TrainState
-    from utils.distributed import World
-    from utils.runtime import Precision
+    pass
 
 log = logging.getLogger('__main__')
 
 SECONDS, QUICK_SECONDS = 10.0, 1.0
-
-
-@dataclass
-class Case:
-    """The run that is looked at, and what each section has found out for those behind it.
-
-    processes: of the run. together: that are started to exchange a gradient. samples: images to decode.
-    seconds: for the loader. problem: what train.py would say to the data set, if anything.
-    input, state: what train.py would make. steps: (seconds, bytes) by images of a step.
-    Rates are images per second: of the loader with the workers of one process (loader_rate) and of all (supply), of the
-        model in one process (step_rate, forward_rate), of the run (total_rate).
-    """
-    args: Options
-    world: 'World'
-    precision: 'Precision'
-    processes: int
-    together: int
-    samples: int
-    seconds: float
-    train: 'ImageDataset' = field(init=False)
-    val: 'ImageDataset | None' = None
-    problem: UserError | None = None
-    input: 'TrainingInput' = field(init=False)
-    state: 'TrainState' = field(init=False)
-    batch: 'tuple[torch.Tensor, torch.Tensor]' = field(init=False)
-    eval_batch: 'tuple[torch.Tensor, torch.Tensor] | None' = None
-    gradient_bytes: int = 0
-    loader_rate: float = 0.0
-    eval_loader_rate: float = 0.0
-    rate_per_core: float = 0.0
-    supply: float = 0.0
-    steps: dict[int, tuple[float, int]] = field(default_factory=dict)
-    too_large: int | None = None
-    step_seconds: float = 0.0
-    step_rate: float = 0.0
-    forward_rate: float = 0.0
-    total_rate: float = 0.0
-    total_steps: int = 0
-    saved: dict | None = None
-    starving: str = 'Not known: loader and training step could not both be measured.'
 
 
 def main():
@@ -85,7 +39,14 @@ def main():
     from data.pipeline import check_training_input
     from engine.checks import check_run_options
     from models import resolve_name
-    from tools.doctor import data as doctor_data, findings as doctor_page, schedule as doctor_run, speed as doctor_speed
+    from tools.doctor import findings as page
+    from tools.doctor.data import look_at_data, look_at_images, open_splits
+    from tools.doctor.disk import look_at_disk
+    from tools.doctor.memory import look_at_memory
+    from tools.doctor.processes import look_at_processes
+    from tools.doctor.recipe import look_at_recipe
+    from tools.doctor.schedule import look_at_schedule
+    from tools.doctor.speed import RATES, look_at_rates
     from utils.console import progress_bar
     from utils.results import results_stem, write_results
     from utils.runtime import describe_environment, start
@@ -107,23 +68,23 @@ def main():
 
     # --- The page, a section at a time --------------------------------------------------------------------------------
     log.info('a run of %s at %s pixels: %s of %s, %s a step', args.model, args.img_size,
-             doctor_page.plural(processes, 'process', 'processes'), doctor_page.plural(args.batch_size, 'image'),
-             doctor_page.plural(processes * args.batch_size * args.accum_steps, 'image'))
-    doctor_data.open_splits(case)
-    sections = {'Data': doctor_data.look_at_data, 'Images': doctor_data.look_at_images,
-                doctor_speed.RATES: doctor_speed.look_at_rates, 'Memory': doctor_speed.look_at_memory,
-                'Time and cost': doctor_run.look_at_schedule, 'Disk': doctor_run.look_at_disk,
-                'Processes': doctor_run.look_at_processes, 'Recipe': doctor_run.look_at_recipe}
+             page.plural(processes, 'process', 'processes'), page.plural(args.batch_size, 'image'),
+             page.plural(processes * args.batch_size * args.accum_steps, 'image'))
+    open_splits(case)
+    sections = {'Data': look_at_data, 'Images': look_at_images,
+                RATES: look_at_rates, 'Memory': look_at_memory,
+                'Time and cost': look_at_schedule, 'Disk': look_at_disk,
+                'Processes': look_at_processes, 'Recipe': look_at_recipe}
     found = {}
     with progress_bar(total=len(sections), desc='doctor', unit='section') as bar:
         for number, (title, look) in enumerate(sections.items(), 1):
             bar.set_postfix_str(title)
-            found[title] = doctor_page.examine(title, look, case)
-            log.info(doctor_page.section_text(number, title, found[title]))
+            found[title] = page.examine(title, look, case)
+            log.info(page.section_text(number, title, found[title]))
             bar.update()
     everything = [finding for findings in found.values() for finding in findings]
-    summary = doctor_page.summary(everything, case.starving)
-    log.info(doctor_page.summary_text(summary))
+    summary = page.summary(everything, case.starving)
+    log.info(page.summary_text(summary))
 
     # --- For programs -------------------------------------------------------------------------------------------------
     if stem:
@@ -136,7 +97,7 @@ def main():
     for finding in everything:
         if 'traceback' in finding.numbers:
             print(f'\n{finding.title}: {finding.numbers["traceback"]}', end='', file=sys.stderr)
-    if any(finding.mark in (doctor_page.STOP, doctor_page.FAIL) for finding in everything):
+    if any(finding.mark in (page.STOP, page.FAIL) for finding in everything):
         raise SystemExit(1)
 
 

@@ -24,16 +24,16 @@ from timm.utils.misc import natural_key
 from data import ImageDataset, spread
 from data.base import Part
 from data.classes import name_some
-from data.datasets import EVAL_SPLITS
 from data.decode import EXTENSIONS, FORMATS, ImageError, decode_rgb
 from data.folders import ImageFiles
 from data.pipeline import open_evaluation_data, open_training_data
+from data.places import EVAL_SPLITS
 from tools.doctor.findings import LOOK, OK, STOP, Finding, name_up_to, plural, sentence
 from utils.console import progress_bar
 from utils.errors import UserError
 
 if TYPE_CHECKING:
-    from tools.doctor.__main__ import Case
+    from tools.doctor.case import Case
 
 IMAGENET = {'train': 1_281_167, 'val': 50_000}
 NEARLY_IMAGENET = 900  # classes, all of them ImageNet's: then it is ImageNet that is meant

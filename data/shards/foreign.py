@@ -1,0 +1,118 @@
+"""An index of tar files in WebDataset's format that have no manifest."""
+import json
+import os
+from typing import BinaryIO
+
+from timm.utils.misc import natural_key
+
+from data.classes import name_some
+from data.decode import EXTENSIONS
+from data.shards.cache import Files
+from data.shards.manifest import Index, Manifest, Shard, key_of
+from data.shards.tar import Member, refusal, scan_tar
+from utils.console import progress_bar
+from utils.errors import UserError
+
+NUMBERED = 'tar files without a manifest, whose classes are numbers'
+"""The source in a manifest of such: the names of its classes are no names."""
+
+MAX_LABEL = 1 << 20
+"""Longer labels, in bytes, are refused."""
+
+
+def index_shards(files: Files) -> Manifest:
+    """A manifest of tar files in WebDataset's manner, by their headers: images with their class as .cls, or in a .json.
+
+    Classes are names, in natural order, or numbers from 0; see `Shards.name_numbers` for what those stand for.
+    Raises UserError as `scan_tar`, for an image without a class, and for classes that are partly names.
+    """
+    shards, members, labels = [], [], []
+    with progress_bar(desc='looking through shards', total=len(files.names), unit='shard') as bar:
+        for number, where in enumerate(files.names):
+            try:
+                with files.open(number) as file:
+                    found = _index_tar(file, where)
+                    size = file.seek(0, os.SEEK_END)
+            except OSError as error:
+                raise UserError(f'{where} cannot be read ({error.strerror or error}); check the file') from None
+            shards.append(Shard(_plain_name(number), size, len(found), ''))
+            members += [member for member, _ in found]
+            labels += [label for _, label in found]
+            bar.update()
+    if not members:
+        raise UserError(f'{files.names[0]}: no images ({", ".join(EXTENSIONS)}) with a class (.cls or .json) in it'
+                        f'{f" and {len(shards) - 1} more" if len(shards) > 1 else ""}')
+    kinds = {type(label) for label in labels}
+    if len(kinds) > 1:
+        names = sorted({label for label in labels if isinstance(label, str)})
+        raise UserError(f'{files.names[0]}: classes are partly numbers, partly names ({name_some(names)}); '
+                        'pack the images again with either')
+    if kinds == {int}:
+        classes, targets, source = [str(number) for number in range(max(labels) + 1)], labels, NUMBERED
+    else:
+        source = 'tar files without a manifest'
+        classes = sorted(sorted(set(labels)), key=natural_key)
+        position = {name: target for target, name in enumerate(classes)}
+        targets = [position[label] for label in labels]
+    return Manifest(classes, shards, Index.of(members, targets), source)
+
+
+def _plain_name(number: int) -> str:
+    """A name that a manifest may hold: those of files from elsewhere may be anything, and come twice."""
+    return f'{number:06d}.tar'
+
+
+def _index_tar(file: BinaryIO, where: str) -> list[tuple]:
+    """The images of a tar file with their labels: [(Member, int or str)]."""
+    found, key = [], ''
+    done: set[str] = set()
+    group: dict[str, Member] = {}
+    for member in (*scan_tar(file, where), None):
+        next_key, ending = key_of(member.name) if member else ('', '')
+        if member and not (ending and os.path.basename(next_key)):  # a hidden file, or without ending, is of no sample
+            continue
+        if next_key != key:
+            if image := _image_of(group, where):
+                found.append((image, _label_of(group, file, where, image)))
+            done.add(key)
+            if member and next_key in done:
+                raise refusal(where, member.name, 'apart from the others of its key')
+            key, group = next_key, {}
+        if member:
+            group[ending.lower()] = member
+    return found
+
+
+def _image_of(group: dict, where: str):
+    images = [member for ending, member in group.items() if f'.{ending}' in EXTENSIONS]
+    if len(images) > 1:
+        raise UserError(f'{where}: {images[0].name!r} and {images[1].name!r}: two images of one key; keep one')
+    return images[0] if images else None
+
+
+def _label_of(group: dict, file: BinaryIO, where: str, image) -> int | str:
+    """The class of a sample, from its .cls or its .json; a number where it looks like one."""
+    label = None
+    for ending in ('cls', 'json'):
+        if ending in group and label is None:
+            member = group[ending]
+            if member.size > MAX_LABEL:
+                raise refusal(where, member.name, f'{member.size:,} bytes long, which is no label')
+            file.seek(member.offset)
+            try:
+                text = file.read(member.size).decode().strip()
+                if ending == 'json':
+                    content = json.loads(text)
+                    text = next((content[name] for name in ('cls', 'label', 'class') if name in content), '')
+            except (ValueError, TypeError, RecursionError):
+                raise UserError(f'{where}: {member.name!r} is no label: a number or a name is expected in a .cls, '
+                                '{"label": …} in a .json') from None
+            label = str(text) if isinstance(text, str | int) and str(text).isprintable() and str(text) else None
+    if label is None:
+        raise UserError(f'{where}: {image.name!r} has no class, neither as .cls nor as "label" in a .json; '
+                        'training and evaluation need one')
+    if not label.isdecimal():
+        return label
+    if len(label) > 100 or int(label) >= 1 << 20:
+        raise UserError(f'{where}: {image.name!r} is of class {label[:20]}; numbers of classes begin with 0')
+    return int(label)
