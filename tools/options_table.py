@@ -1,4 +1,4 @@
-"""Prints the README's table of options, from the parsers themselves.
+"""Write docs/options.md, the table of all options, from the parsers themselves.
 
     python tools/options_table.py
 """
@@ -9,6 +9,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options.scripts import SCRIPTS, TRANSFER_DEFAULTS
+
+PAGE = Path(__file__).resolve().parents[1] / 'docs/options.md'
+INTRODUCTION = """# Options
+
+```sh
+python train.py --help
+python tools/options_table.py       # writes this page
+```
+
+Names and defaults are those of the published `main.py`, with two exceptions: `--num-classes` follows the data, and
+`--pin-mem` is on. Removed options fail with a message naming the replacement.
+
+- Hyphens and underscores are the same: `--eval_checkpoint` is `--eval-checkpoint`.
+- An option that is `on` or `off` has a negative form: `--no-aug`.
+- A recipe (`-c FILE.yaml`) gives defaults; its keys are option names. The command line overrides it.
+
+Most groups belong to `train.py` and to other scripts. A group with scripts in parentheses belongs only to these.
+
+"""
 
 
 def table() -> str:
@@ -57,5 +76,11 @@ def _row(action: argparse.Action) -> str:
     return f'| {names} | {default} | {text} |'
 
 
+def page() -> str:
+    """Return the content of docs/options.md."""
+    return INTRODUCTION + table()
+
+
 if __name__ == '__main__':
-    print(table(), end='')
+    PAGE.write_text(page(), encoding='utf-8')
+    print(PAGE)
