@@ -1,7 +1,7 @@
 """What the channels of layers show of an image, models side by side, and which channels say nothing.
 
     from figures.features import features_figure
-    from models.explain import layer_features
+    from figures.explain import layer_features
     features_figure({'T2T-ViT': layer_features(model, images)}).savefig('features.png')
 """
 import math

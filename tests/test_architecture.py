@@ -1,66 +1,113 @@
-"""Which way imports go: root scripts → {models, data, engine} → utils, figures → {models, utils}; nothing else."""
-
+"""Which way imports go, between rooms and between modules: docs/architecture.md has the rules."""
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ('models', 'data', 'engine', 'figures', 'utils')
+# What each room may import, beside itself. Tools and benchmarks may import every room, but not one another.
 MAY_IMPORT = {
-    'models': {'models', 'utils'},
-    'data': {'data', 'utils'},
-    'engine': {'engine', 'utils'},
-    'figures': {'figures', 'models', 'utils'},
-    'utils': {'utils'},
+    'utils': set(),
+    'options': {'utils'},
+    'launch': {'options', 'utils'},
+    'models': {'options', 'utils'},
+    'data': {'options', 'utils'},
+    'engine': {'utils'},
+    'figures': {'models', 'utils'},
+    'tools': {'options', 'models', 'data', 'engine', 'figures', 'utils'},
+    'benchmarks': {'options', 'models', 'data', 'engine', 'figures', 'utils'},
 }
+ROOMS = ('models', 'data', 'engine', 'figures', 'launch', 'options', 'utils')
 SCRIPTS = sorted(ROOT.glob('*.py'))
 
 
-def imported_modules(path: Path, package: str = '') -> set[str]:
-    """Top-level names of what `path` imports, at its head or inside its functions."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split('.')[0] for alias in node.names}
+def module_name(file: Path) -> str:
+    return '.'.join(file.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+
+
+MODULES = {module_name(file): file for room in MAY_IMPORT for file in (ROOT / room).rglob('*.py')}
+
+
+def imported_modules(file: Path, *, for_types: bool = True) -> set[str]:
+    """Names of the modules that `file` imports, at its head or in its functions; `for_types`: also for annotations."""
+    names, skipped = set(), set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == 'TYPE_CHECKING' and not for_types:
+            skipped |= set(node.body)
+        elif node in skipped:
+            continue
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(package if node.level == 1 else node.module.split('.')[0])
+            assert node.level == 0, f'{file.relative_to(ROOT)}:{node.lineno}: imports are absolute'
+            inner = {f'{node.module}.{alias.name}' for alias in node.names}
+            names |= (inner & MODULES.keys()) | ({node.module} if inner - MODULES.keys() else set())
     return names
 
 
-@pytest.mark.parametrize('room', ROOMS)
+def rooms_of(names: set[str]) -> set[str]:
+    return {name.partition('.')[0] for name in names}
+
+
+@pytest.mark.parametrize('room', MAY_IMPORT)
 def test_rooms_import_only_what_lies_below(room):
     files = sorted((ROOT / room).rglob('*.py'))
     assert files
     for file in files:
-        forbidden = imported_modules(file, room) & set(ROOMS) - MAY_IMPORT[room]
+        forbidden = rooms_of(imported_modules(file)) & set(MAY_IMPORT) - MAY_IMPORT[room] - {room}
         assert not forbidden, f'{file.relative_to(ROOT)} imports {forbidden}'
 
 
 def test_nothing_imports_a_script():
     scripts = {path.stem for path in SCRIPTS}
     assert {'train', 'validate', 'transfer'} <= scripts
-    for file in [*SCRIPTS, *(f for room in ROOMS for f in (ROOT / room).rglob('*.py'))]:
-        assert not imported_modules(file) & scripts, f'{file.relative_to(ROOT)} imports a script'
+    for file in [*SCRIPTS, *MODULES.values()]:
+        assert not rooms_of(imported_modules(file)) & scripts, f'{file.relative_to(ROOT)} imports a script'
+
+
+def test_scripts_import_no_tools():
+    for file in SCRIPTS:
+        assert not rooms_of(imported_modules(file)) & {'tools', 'benchmarks', 'launch'}, file.name
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    imports = {name: imported_modules(file, for_types=False) & MODULES.keys() for name, file in MODULES.items()}
+    assert sum(map(len, imports.values())) > 300
+    while ends := [name for name, names in imports.items() if not names]:
+        for name in ends:
+            del imports[name]
+        for names in imports.values():
+            names -= set(ends)
+    assert not imports, f'a circle among these: {", ".join(imports)}'
+
+
+def test_the_end_of_a_process_is_a_chain():
+    chain = ('utils.job', 'utils.errors', 'utils.exits', 'utils.signals', 'utils.script')
+    for below, module in enumerate(chain):
+        assert imported_modules(MODULES[module]) & set(chain) <= set(chain[:below]), module
 
 
 def test_options_import_no_torch():
-    reached, queue = set(), [ROOT / 'utils' / 'options.py']
+    reached, queue = set(), [name for name in MODULES if name.startswith('options')]
     while queue:
-        file = queue.pop()
-        for node in ast.walk(ast.parse(file.read_text())):
-            modules = (
-                [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-            for module in modules:
-                reached.add(module.split('.')[0])
-                if module.startswith('utils.'):
-                    queue.append(ROOT / (module.replace('.', '/') + '.py'))
-    assert 'torch' not in reached and 'argparse' in reached
+        name = queue.pop()
+        reached.add(name)
+        queue += (imported_modules(MODULES[name]) if name in MODULES else set()) - reached
+    assert 'torch' not in rooms_of(reached) and {'argparse', 'utils.errors'} <= reached
+
+
+def test_tools_hide_no_module_of_python():
+    """`python tools/doctor` makes its files importable by their bare names."""
+    for file in (ROOT / 'tools').rglob('*.py'):
+        assert file.stem == '__main__' or file.stem not in sys.stdlib_module_names, file.name
+
+
+def test_one_module_reads_what_the_launcher_sets():
+    names = ('TORCHELASTIC_', "'RANK'", "'LOCAL_RANK'", "'WORLD_SIZE'", "'LOCAL_WORLD_SIZE'", 'T2T_STARTED',
+             'T2T_LAUNCHER', 'T2T_COMMAND')
+    readers = {name for name, file in MODULES.items() if any(text in file.read_text() for text in names)}
+    assert readers == {'utils.job', 'launch.launcher'}  # which takes the scheduler's RANK away
 
 
 @pytest.mark.parametrize(('name', 'home'), [('DataLoader', 'data/loader.py'), ('Figure', 'utils/pictures.py')])

@@ -34,7 +34,7 @@ logits = {'onnx': [session.run(['logits'], {'image': i.numpy()})[0] for i in ima
 assert 'timm' not in sys.modules
 sys.path.insert(0, ROOT)
 import timm
-from models.export import read_int8
+from models.runtimes import read_int8
 folder, int8 = timm.create_model('local-dir:out/timm', pretrained=True).eval(), read_int8('out/model.int8.pth')
 with torch.no_grad():
     logits['safetensors'] = [folder(i).numpy() for i in images]

@@ -27,7 +27,7 @@ from matplotlib import rcParams
 from matplotlib.font_manager import FontEntry, fontManager
 fontManager.ttflist.append(FontEntry(name='PingFang SC'))
 before = dict(rcParams)
-import figures.mistakes, utils.curves
+import figures.mistakes, engine.log.curves, utils.pictures
 assert rcParams == before
 utils.pictures.new_figure(1, 1)
 assert 'PingFang SC' in rcParams['font.family']

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.cost import fit_exponents, group_of_one, median_with_interval, start_ddp
-from benchmarks.shared.measure import TRAINING, Contender
+from benchmarks.shared.measure import Contender
 from benchmarks.targets import (
     Records,
     absolute,
@@ -26,7 +26,8 @@ from benchmarks.targets import (
     memory,
     scaling,
 )
-from options.parser import create_parser, parse_options
+from options.parser import parse_options
+from options.scripts import train_parser
 from tests.conftest import run_module, succeeded
 from utils.distributed import World
 from utils.runtime import Precision
@@ -100,7 +101,7 @@ def test_overhead_is_of_pairs(measured):
 def test_what_is_called_ddp_is(monkeypatch):
     seen = []
     monkeypatch.setattr('benchmarks.shared.measure.TrainingStep', lambda state, model, **_: seen.append(type(model)))
-    training_args = parse_options(create_parser('', TRAINING), ['--device', 'cpu'])
+    training_args = parse_options(train_parser(), ['--device', 'cpu'])
     args = SimpleNamespace(seed=1, batch_size=1, channels_last=False)
     with group_of_one(CPU):
         assert dist.get_world_size() == 1

@@ -435,8 +435,8 @@ def test_the_record_is_what_the_command_makes_now():
 
 def test_the_page_names_what_is_there():
     text = PAGE.read_text()
-    for command in re.findall(r'python -m benchmarks\.(\w+)', text):
-        assert (ROOT / f'benchmarks/{command}.py').exists()
+    for command in re.findall(r'python -m (benchmarks[\w.]+)\b', text):
+        assert (ROOT / f'{command.replace(".", "/")}.py').exists()
     known = {figure.option for figure in scaling.FIGURES} | {
         '--plans', '--gpus', '--model', '--local-batch', '--page'}
     elsewhere = {'--compile', '--checkpoint-steps', '--opt', '--batch-size', '--precision'}  # train.py and step.py

@@ -309,7 +309,7 @@ def test_without_what_only_the_newest_timm_has(tmp_path):
 sys.modules['timm.models._input'] = None
 vars(timm.models).pop('get_model_args', None)
 import models
-from models.export import describe
+from models.runtimes import describe
 from utils.errors import UserError
 model = timm.create_model('t2t_vit_7', img_size=64, num_classes=3)
 model.set_input_size((48, 32))
@@ -324,14 +324,15 @@ except UserError as error:
     assert error == f"timm {timm.__version__} does not save a model's arguments; pip install 'timm>=1.0.31'"
 
 
-@pytest.mark.parametrize('script', ['train', 'validate', 'transfer', 'predict', 'visualize', 'export', 'tools/doctor'])
+@pytest.mark.parametrize('script', [
+    'train.py', 'validate.py', 'transfer.py', 'predict.py', 'visualize.py', 'export.py', 'tools/doctor'])
 def test_a_timm_that_is_too_old_is_named(script, tmp_path):
     """Before anything of it is imported: a timm of 2019 has hardly a name of today's."""
     (tmp_path / 'timm').mkdir()
     (tmp_path / 'timm/__init__.py').write_text('raise ImportError("a name is missing")')
     (tmp_path / 'timm-0.6.13.dist-info').mkdir()
     (tmp_path / 'timm-0.6.13.dist-info/METADATA').write_text('Metadata-Version: 2.1\nName: timm\nVersion: 0.6.13\n')
-    command = [sys.executable, ROOT / f'{script}.py', '--img-size', '64']
+    command = [sys.executable, ROOT / script, '--img-size', '64']
     result = run_command(command, tmp_path, PYTHONPATH=str(tmp_path))
     assert result.returncode == 2 and result.stderr.count('\n') == 1
     assert result.stderr.endswith("timm 0.6.13 is too old for these models; pip install 'timm>=1.0.22'\n")

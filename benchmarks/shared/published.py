@@ -1,6 +1,6 @@
 """The yardstick: T2T-ViT and its training step in the formulation of the published code, operation by operation.
 
-    from benchmarks.published import published_model
+    from benchmarks.shared.published import published_model
     model = published_model('t2t_vit_14')  # keys, shapes and initial weights of models.create_model('t2t_vit_14')
 
 Patches are unfolded and normalised before they are projected; the Performer is four einsums without any shift of its
