@@ -58,8 +58,8 @@ def main():
 
     # --- Weights, and images numbered as they were trained ------------------------------------------------------------
     model, args, known_classes = open_trained_model(args)
-    image = resolve_input(args, model.pretrained_cfg)
-    folder = Path(args.output_dir or 'output/export/{}-{}x{}'.format(args.model, *image.img_size))
+    config = resolve_input(args, model.pretrained_cfg)
+    folder = Path(args.output_dir or 'output/export/{}-{}x{}'.format(args.model, *config.img_size))
     make_folder(folder, '--output-dir')
     names = args.formats or FORMATS
     in_the_way = [FORMS[name].file for name in names if (folder / FORMS[name].file).exists()]
@@ -68,11 +68,11 @@ def main():
                         'name another folder')
     dataset = open_images(args, known_classes, model.num_classes, world) if has_images else None
     labels = label_classes(args, known_classes or (dataset.classes if dataset else None), model.num_classes)
-    source = Source(model, describe(model, **labels, input_size=(3, *image.img_size), mean=image.mean, std=image.std,
-                                    crop_pct=image.crop_pct, interpolation=image.interpolation), image.img_size)
+    source = Source(model, describe(model, **labels, input_size=(3, *config.img_size), mean=config.mean, std=config.std,
+                                    crop_pct=config.crop_pct, interpolation=config.interpolation), config.img_size)
 
     # --- Exports, each compared with PyTorch --------------------------------------------------------------------------
-    checks = Checks(model, image.img_size, first_batch(args, dataset, image, world) if dataset else None)
+    checks = Checks(model, config.img_size, first_batch(args, dataset, config, world) if dataset else None)
     rows = {'pytorch': {'format': 'pytorch', 'ms_per_image': checks.milliseconds(model)}}
     bar = progress_bar(total=len(names))
     for name in names:
@@ -83,14 +83,14 @@ def main():
 
     # --- The accuracy that 8 bits cost --------------------------------------------------------------------------------
     if dataset and (dataset.targets >= 0).all() and 'int8' in rows and 'failure' not in rows['int8']:
-        loader, prepare = create_eval_loader(args, dataset, image, world)
+        loader, prepare = create_eval_loader(args, dataset, config, world)
         for name, candidate in (('pytorch', model), ('int8', FORMS['int8'].read(folder / FORMS['int8'].file))):
             rows[name].update(evaluate(candidate, loader, prepare, precision=precision, name=name).as_dict())
         loader.close()
 
     # --- Results ------------------------------------------------------------------------------------------------------
     record = {
-        'model': args.model, 'checkpoint': args.eval_checkpoint or 'pretrained', 'img_size': list(image.img_size),
+        'model': args.model, 'checkpoint': args.eval_checkpoint or 'pretrained', 'img_size': list(config.img_size),
         'real_images': checks.num_real, 'timed_images': len(checks.timed), 'threads': torch.get_num_threads(),
         **describe_environment(world.device), 'exports': list(rows.values())}
     columns = dict.fromkeys(name for row in rows.values() for name in row)
@@ -117,12 +117,12 @@ def label_classes(args, classes: list[str] | None, num_classes: int) -> dict:
             'descriptions': {name: word for name, word in zip(classes, words, strict=True) if name != word}}
 
 
-def first_batch(args, dataset, image, world):
+def first_batch(args, dataset, config, world):
     """A batch of the images, evenly spread over them, float32 [B, 3, height, width]."""
-    from data import spread
+    from data import evenly_spaced
     from data.pipeline import create_eval_loader
     args = args.replacing(workers=0, validation_batch_size_multiplier=1, channels_last=False)
-    loader, prepare = create_eval_loader(args, spread(dataset, args.batch_size), image, world)
+    loader, prepare = create_eval_loader(args, evenly_spaced(dataset, args.batch_size), config, world)
     return prepare(*next(iter(loader)))[0]
 
 

@@ -40,7 +40,7 @@ def main():
     # --- Weights, and images numbered as they were trained ------------------------------------------------------------
     model, args, known_classes = open_trained_model(args)
     stem = results_stem(args, args.results_file, '--results-file', 'predict')
-    image = resolve_input(args, model.pretrained_cfg)
+    config = resolve_input(args, model.pretrained_cfg)
     dataset = open_images(args, known_classes, model.num_classes, world)
     names = name_classes(args, known_classes or dataset.classes or None, model.num_classes)
     move_model(model, world.device, channels_last=args.channels_last)
@@ -50,7 +50,7 @@ def main():
     args = args.replacing(
         workers=min(args.workers, num_batches) if num_batches > 1 else 0,  # to start them takes longer than one batch
         max_bad_val_images=len(dataset) if args.max_bad_val_images is None else args.max_bad_val_images)
-    loader, prepare = create_eval_loader(args, Numbered(dataset), image, world)
+    loader, prepare = create_eval_loader(args, Numbered(dataset), config, world)
     predictions = predict(model, loader, prepare, precision=precision, k=args.top_k, log_interval=args.log_interval)
     loader.close()
 
@@ -59,7 +59,7 @@ def main():
     record = {
         'model': args.model, 'checkpoint': args.eval_checkpoint or 'pretrained',
         'data': None if args.images else args.data or args.dataset,
-        'img_size': list(image.img_size), 'crop_pct': image.crop_pct, 'interpolation': image.interpolation,
+        'img_size': list(config.img_size), 'crop_pct': config.crop_pct, 'interpolation': config.interpolation,
         'precision': str(precision), **describe_environment(world.device), 'images': entries}
     write_results(stem, record, [as_row(entry, min(args.top_k, model.num_classes)) for entry in entries],
                   '--results-file')

@@ -21,9 +21,9 @@ def main():
     from data.pipeline import check_training_input, create_training_input, open_training_data
     from engine.checks import check_run_options
     from engine.optimizer import create_optimizer, param_groups
-    from engine.run import create_state, fit
+    from engine.run import create_state, run_training
     from models import create_model_from_options, resolve_name
-    from utils.distributed import leave
+    from utils.distributed import destroy_process_group
     from utils.runtime import start
 
     # --- Runtime: this process among its peers, its seed, its precision -----------------------------------------------
@@ -41,15 +41,15 @@ def main():
     model = create_model_from_options(args, num_classes=resolve_num_classes(args, train_set.classes))
 
     # --- Batches as this model wants them -----------------------------------------------------------------------------
-    batches = create_training_input(args, train_set, val_set, model.pretrained_cfg, model.num_classes, world)
+    loaders = create_training_input(args, train_set, val_set, model.pretrained_cfg, model.num_classes, world)
 
     # --- Optimizer, and all that is state -----------------------------------------------------------------------------
     optimizer = create_optimizer(param_groups(model, args.weight_decay), args)
     state = create_state(args, model, optimizer, precision, train_set.classes, world)
 
     # --- Resume, then the epochs --------------------------------------------------------------------------------------
-    fit(args, state, batches, precision, kind='train')
-    leave()
+    run_training(args, state, loaders, precision, kind='train')
+    destroy_process_group()
 
 
 if __name__ == '__main__':

@@ -27,9 +27,9 @@ def main():
     from data.pipeline import CIFAR_STATS, check_training_input, create_training_input, open_training_data
     from engine.checks import check_run_options
     from engine.optimizer import create_optimizer, param_groups
-    from engine.run import create_state, fit
+    from engine.run import create_state, run_training
     from models import create_model_from_options, resolve_name
-    from utils.distributed import leave
+    from utils.distributed import destroy_process_group
     from utils.runtime import start
 
     if args.pixel_stats == 'cifar':  # as options, so that the checkpoint records what its pixels were
@@ -47,7 +47,7 @@ def main():
     # --- Model: weights of the source, a classifier for the target ----------------------------------------------------
     num_classes = resolve_num_classes(args, train_set.classes)
     model = create_model_from_options(args, num_classes=num_classes, transfer_from=args.transfer_model)
-    batches = create_training_input(args, train_set, val_set, model.pretrained_cfg, num_classes, world)
+    loaders = create_training_input(args, train_set, val_set, model.pretrained_cfg, num_classes, world)
 
     # --- Optimizer: two learning rates, one schedule ------------------------------------------------------------------
     body_lr_scale = args.transfer_ratio if args.transfer_learning else 1.0
@@ -55,8 +55,8 @@ def main():
     state = create_state(args, model, optimizer, precision, train_set.classes, world)
 
     # --- Resume, then the epochs --------------------------------------------------------------------------------------
-    fit(args, state, batches, precision, kind='transfer')
-    leave()
+    run_training(args, state, loaders, precision, kind='transfer')
+    destroy_process_group()
 
 
 if __name__ == '__main__':

@@ -27,7 +27,7 @@ def main():
     from engine.compile import compile_model
     from engine.evaluate import evaluate
     from models import open_trained_model
-    from utils.distributed import leave
+    from utils.distributed import destroy_process_group
     from utils.results import results_stem, write_results
     from utils.runtime import describe_environment, move_model, start
 
@@ -39,12 +39,12 @@ def main():
     # What is wrong with the options should not wait for the data to be scanned.
     compile_model(model, args.compile)
     stem = results_stem(args, args.results_file, '--results-file', 'validate')
-    image = resolve_input(args, model.pretrained_cfg)
+    config = resolve_input(args, model.pretrained_cfg)
     dataset = open_evaluation_data(args, known_classes, model.num_classes, world)
     move_model(model, world.device, channels_last=args.channels_last)
 
     # --- Evaluation ---------------------------------------------------------------------------------------------------
-    loader, prepare = create_eval_loader(args, dataset, image, world)
+    loader, prepare = create_eval_loader(args, dataset, config, world)
     result = evaluate(model, loader, prepare, precision=precision, log_interval=args.log_interval)
 
     # --- Results ------------------------------------------------------------------------------------------------------
@@ -55,11 +55,11 @@ def main():
         record = {
             'model': args.model, 'checkpoint': args.eval_checkpoint or 'pretrained', 'data': args.data or args.dataset,
             **result.as_dict(), 'parameters': sum(p.numel() for p in model.parameters()),
-            'img_size': list(image.img_size), 'crop_pct': image.crop_pct, 'interpolation': image.interpolation,
+            'img_size': list(config.img_size), 'crop_pct': config.crop_pct, 'interpolation': config.interpolation,
             'precision': str(precision), 'processes': world.size, **describe_environment(world.device)}
         print(json.dumps(record, indent=2))
         write_results(stem, record, [record], '--results-file')
-    leave()
+    destroy_process_group()
 
 
 if __name__ == '__main__':

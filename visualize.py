@@ -39,7 +39,7 @@ def main():
         raise UserError('--figures mistakes needs images whose classes are known: give a data set (--data DIR, '
                         '--dataset digits)')
 
-    from data import spread
+    from data import evenly_spaced
     from data.pipeline import name_classes, open_images, resolve_input
     from figures.explain import check_layers
     from models import open_trained_model
@@ -54,20 +54,20 @@ def main():
     # --- Weights, and images numbered as they were trained ------------------------------------------------------------
     model, args, known_classes = open_trained_model(args)
     check_layers(model, args.layers or ())
-    image = resolve_input(args, model.pretrained_cfg)
+    config = resolve_input(args, model.pretrained_cfg)
     dataset = open_images(args, known_classes, model.num_classes, world)
     classes = name_classes(args, known_classes or dataset.classes or None, model.num_classes)
     if args.max_bad_val_images is None:
         args = args.replacing(max_bad_val_images=len(dataset) if args.images else 0)
-    beside = [open_beside(given, text, image) for text in args.beside]
-    titles, opened, inputs = zip((args.model, model, image), *beside, strict=True)
+    beside = [open_beside(given, text, config) for text in args.beside]
+    titles, opened, inputs = zip((args.model, model, config), *beside, strict=True)
     models = dict(zip(unique(titles), opened, strict=True))
     for each in models.values():
         move_model(each, world.device, channels_last=args.channels_last)
 
     # --- Pictures of single images ------------------------------------------------------------------------------------
     wanted = [name for name in args.figures if name in FIGURES_OF_IMAGES]
-    shown = dataset if args.images or args.samples else spread(dataset, SAMPLES)
+    shown = dataset if args.images or args.samples else evenly_spaced(dataset, SAMPLES)
     files: list[Path] = []
     left_out = 0
     if wanted:
@@ -76,7 +76,7 @@ def main():
     # --- Mistakes -----------------------------------------------------------------------------------------------------
     if 'mistakes' in args.figures:
         files.append(folder / f'{Path(args.data).resolve().name if args.data else args.dataset}-mistakes.png')
-        save(draw_mistakes(args, model, dataset, classes, image, world, precision), files[-1])
+        save(draw_mistakes(args, model, dataset, classes, config, world, precision), files[-1])
 
     # --- Results ------------------------------------------------------------------------------------------------------
     if not files:
@@ -117,7 +117,7 @@ def draw_images(args, wanted: list[str], models: dict, inputs: tuple, dataset, c
     stems = file_names(paths, in_class_folders=bool(args.data))
     files: list[Path] = []
     loading = args.replacing(workers=min(args.workers, len(dataset) // args.batch_size))
-    loaders = [create_eval_loader(loading, numbered, image, world) for image in inputs]
+    loaders = [create_eval_loader(loading, numbered, config, world) for config in inputs]
     bar = progress_bar(total=len(dataset) * len(wanted), desc='Pictures')
     for batches in zip(*(loader for loader, _ in loaders), strict=True):
         images = [prepare(*batch)[0] for batch, (_, prepare) in zip(batches, loaders, strict=True)]
@@ -198,7 +198,7 @@ def print_shares(features: dict, count: int) -> None:
             print(f'  {title:{max(map(len, features))}}  {layer.layer:{width}}  {describe_health(layer.health)}')
 
 
-def draw_mistakes(args, model, dataset, classes: list[str], image, world, precision):
+def draw_mistakes(args, model, dataset, classes: list[str], config, world, precision):
     """The figure of a model's mistakes on all images of `dataset`, of which --max-bad-val-images may be undecodable."""
     import numpy as np
 
@@ -207,7 +207,7 @@ def draw_mistakes(args, model, dataset, classes: list[str], image, world, precis
     from engine.predict import predict
     from figures.mistakes import mistakes_figure
     workers = min(args.workers, len(dataset) // args.batch_size)
-    loader, prepare = create_eval_loader(args.replacing(workers=workers), Numbered(dataset), image, world)
+    loader, prepare = create_eval_loader(args.replacing(workers=workers), Numbered(dataset), config, world)
     predictions = predict(model, loader, prepare, precision=precision, log_interval=args.log_interval)
     loader.close()
     return mistakes_figure(predictions, dataset.targets[predictions.indices], classes,

@@ -118,7 +118,7 @@ class Run:
 
     def losses(self) -> list[float]:
         if isinstance(self._step, TrainingStep):
-            self._step.settle()
+            self._step.sync_skipped_steps()
         return torch.stack(self._losses).tolist()
 
 

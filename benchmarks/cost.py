@@ -70,7 +70,7 @@ from options.parser import create_parser, parse_options
 from options.types import image_size, number, positive_int, rate, seed
 from utils import job
 from utils.console import progress_bar
-from utils.distributed import World, from_main, leave
+from utils.distributed import World, destroy_process_group, from_main
 from utils.errors import UserError
 from utils.pictures import BLUE, GREEN, ORANGE, new_figure
 from utils.runtime import Precision, seed_everything, start
@@ -331,7 +331,7 @@ def act_as_rank(args, training_args) -> None:
                   'images_per_second': 1000 * here.batch_size * world.size / medians['DDP'],
                   'faster': faster, 'interval': [low, high], 'windows_milliseconds': windows}
         write_record(Path(args.output), args.name, record, '')
-    leave()
+    destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

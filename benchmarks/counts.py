@@ -46,7 +46,7 @@ from engine.step import TrainingStep
 from models import create_model_from_options, layers
 from options.parser import create_parser, parse_options
 from utils.console import progress_bar
-from utils.distributed import Agreement, World
+from utils.distributed import AsyncMax, World
 from utils.runtime import Precision, seed_everything, start
 from utils.script import run_script
 
@@ -176,7 +176,7 @@ def count_step(words: str, *, is_scaled: bool = False, has_ddp: bool = False) ->
 
 def count_signals() -> Counts:
     """What the ranks say to one another between two steps."""
-    with group_of_one(DEVICE), contextlib.closing(Agreement()) as signals:
+    with group_of_one(DEVICE), contextlib.closing(AsyncMax()) as signals:
         signals.exchange(0)
         with counting() as counts:
             signals.exchange(0)

@@ -46,7 +46,7 @@ from benchmarks.shared.records import (
     record_options,
     write_record,
 )
-from data.base import spread
+from data.base import evenly_spaced
 from data.batch import BatchPreparer
 from data.folders import ImageFiles
 from data.transforms import create_eval_transform
@@ -113,7 +113,7 @@ def _float32(array: np.ndarray) -> torch.Tensor:
 
 
 def _read_photographs(folder: str, count: int, size: tuple[int, int]) -> torch.Tensor:
-    photographs, transform = spread(ImageFiles([folder]), count), create_eval_transform(size)
+    photographs, transform = evenly_spaced(ImageFiles([folder]), count), create_eval_transform(size)
     pixels = torch.stack([transform(photographs.image(index)) for index in range(len(photographs))])
     return BatchPreparer('cpu')(pixels, torch.empty(0))[0]
 

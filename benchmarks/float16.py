@@ -83,7 +83,7 @@ def epochs_of(loader, state, schedule):
 
 def log_line(step: TrainingStep, state) -> dict:
     """How training goes since the last line; a loss of None where every step since was skipped."""
-    step.settle()
+    step.sync_skipped_steps()
     loss, count = (state.loss_sums - state.window_sums).tolist()
     state.window_sums.copy_(state.loss_sums)
     return {'step': state.global_step, 'skipped': state.skipped_steps, 'loss': loss / count if count else None,

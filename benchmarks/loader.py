@@ -56,7 +56,7 @@ from benchmarks.shared.records import (
     write_record,
 )
 from data.augment import allow_zero_bits
-from data.base import ImageDataset, Part, spread
+from data.base import ImageDataset, Part, evenly_spaced
 from data.batch import BatchPreparer, TrainBatchPreparer
 from data.datasets import open_eval
 from data.decode import EXTENSIONS, EncodedImage
@@ -136,12 +136,12 @@ def pack(folder: Path, out: Path, *more: str) -> None:
 def repeat(dataset: ImageDataset, count: int) -> ImageDataset:
     """`count` images, evenly spread over those of `dataset`, or all of them as often as it takes."""
     if count <= len(dataset):
-        return spread(dataset, count)
+        return evenly_spaced(dataset, count)
     return Part(dataset, np.arange(count) % len(dataset))
 
 
 def stored_bytes(dataset: ImageDataset) -> int:
-    stored = (dataset.stored(index) for index in range(len(dataset)))
+    stored = (dataset.read_bytes_or_image(index) for index in range(len(dataset)))
     return sum(len(content) for content in stored if isinstance(content, bytes))
 
 
@@ -184,7 +184,7 @@ class Ours:
         self._prepare: BatchPreparer
         if training:
             transform = transform or create_train_transform(args.img_size)
-            sampler = TrainSampler(count, args.batch_size, seed=args.seed, starts=dataset.starts())
+            sampler = TrainSampler(count, args.batch_size, seed=args.seed, shard_offsets=dataset.shard_offsets())
             self._prepare = TrainBatchPreparer(CPU, batch_size=args.batch_size, num_classes=NUM_CLASSES,
                                                mixup_alpha=0.8, cutmix_alpha=1.0, erase_prob=0.25)
         else:

@@ -5,7 +5,7 @@ The way of a batch: `datasets` opens images and targets, `samplers` say which of
 mixes them on the device at the moment they are used.
 """
 
-from data.base import ImageDataset, Numbered, spread
+from data.base import ImageDataset, Numbered, evenly_spaced
 from data.batch import BatchPreparer, TrainBatchPreparer
 from data.classes import read_class_map
 from data.datasets import DATASETS, open_eval, open_train_val
@@ -29,5 +29,5 @@ __all__ = [
     'open_eval',
     'open_train_val',
     'read_class_map',
-    'spread',
+    'evenly_spaced',
 ]

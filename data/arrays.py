@@ -21,7 +21,7 @@ class ArrayImages(ImageDataset):
         self._name = name
         self._images = images
 
-    def stored(self, index: int) -> Image.Image:
+    def read_bytes_or_image(self, index: int) -> Image.Image:
         image = Image.fromarray(self._images[index])
         return image if image.mode == 'RGB' else image.convert('RGB')
 
@@ -49,7 +49,7 @@ class SyntheticImages(ImageDataset):
         self._size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self._seed = seed
 
-    def stored(self, index: int) -> Image.Image:
+    def read_bytes_or_image(self, index: int) -> Image.Image:
         if not 0 <= index < len(self):
             raise IndexError(index)
         random = np.random.default_rng((self._seed, int(index)))

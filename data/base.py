@@ -13,11 +13,10 @@ from data.decode import EncodedImage, decode_rgb
 
 
 class ImageDataset(ABC):
-    """Base of all datasets: `len()`, `classes`, `targets`, `image(index)`, `encoded(index)`, `stored(index)` and
-    `path(index)`.
+    """Base of all datasets: `len()`, `classes`, `targets` and, for each index, image, encoded image and path.
 
-    A subclass implements `stored(index)`, which returns the content of an image file as bytes or, where there are no
-    files, a PIL image of mode RGB; and `path(index)`, which says in messages which image is meant. Both give the same
+    A subclass implements `read_bytes_or_image(index)`, which returns the content of an image file as bytes or, where
+    there are no files, a PIL image of mode RGB; and `path(index)`, which says in messages which image is meant. Both give the same
     for the same index at any time and in any process.
 
     classes: list of class names, the position in it is the target.
@@ -33,22 +32,22 @@ class ImageDataset(ABC):
 
     def image(self, index: int) -> Image.Image:
         """Sample `index` as a PIL image of mode RGB. Raises ImageError for a bad file."""
-        stored = self.stored(index)
+        stored = self.read_bytes_or_image(index)
         return decode_rgb(stored, self.path(index)) if isinstance(stored, bytes) else stored
 
     def encoded(self, index: int) -> EncodedImage:
         """Sample `index`, of which the receiver decodes what it needs. Raises ImageError for a bad file."""
-        return EncodedImage(self.stored(index), self.path(index))
+        return EncodedImage(self.read_bytes_or_image(index), self.path(index))
 
     @abstractmethod
-    def stored(self, index: int) -> bytes | Image.Image:
+    def read_bytes_or_image(self, index: int) -> bytes | Image.Image:
         """Sample `index` as it is stored. Raises ImageError for a file that cannot be read."""
 
     @abstractmethod
     def path(self, index: int) -> str:
         """Where sample `index` is, for messages."""
 
-    def starts(self) -> np.ndarray | None:
+    def shard_offsets(self) -> np.ndarray | None:
         """Where samples must be fetched in shards, the number of each shard's first sample, and of all samples; int64
         [shards + 1]. None where any order is as good as another."""
         return None
@@ -70,8 +69,8 @@ class Part(ImageDataset):
         self._indices = np.asarray(indices, dtype=np.int64)
         super().__init__(dataset.classes, dataset.targets[self._indices])
 
-    def stored(self, index: int) -> bytes | Image.Image:
-        return self._dataset.stored(int(self._indices[index]))
+    def read_bytes_or_image(self, index: int) -> bytes | Image.Image:
+        return self._dataset.read_bytes_or_image(int(self._indices[index]))
 
     def path(self, index: int) -> str:
         return self._dataset.path(int(self._indices[index]))
@@ -94,12 +93,12 @@ class ClassView(Part):
         super().__init__(dataset, np.flatnonzero(targets >= 0))
         self.classes, self.targets = list(classes), targets[self._indices]
 
-    def starts(self) -> np.ndarray | None:
-        starts = self._dataset.starts()
+    def shard_offsets(self) -> np.ndarray | None:
+        starts = self._dataset.shard_offsets()
         return None if starts is None else np.searchsorted(self._indices, starts)
 
 
-def spread(dataset: ImageDataset, count: int) -> ImageDataset:
+def evenly_spaced(dataset: ImageDataset, count: int) -> ImageDataset:
     """Up to `count` images of `dataset`, evenly spread over it."""
     if count >= len(dataset):
         return dataset

@@ -43,7 +43,7 @@ from data.places import (
 from data.shards.cache import Cache
 from data.shards.dataset import Shards, open_shards, reader
 from data.shards.manifest import MANIFEST, Manifest
-from data.shards.remote import Gone
+from data.shards.remote import NotFoundError
 from options.groups import DATASETS
 from utils.errors import UserError
 
@@ -200,7 +200,7 @@ def _read_train_classes(root: str, is_wds: bool, cache: Cache) -> list[str] | No
     if scheme_of(root) or has_manifest(train):
         try:
             return Manifest.read_classes(reader(train, cache.opening_patience), train)
-        except Gone:
+        except NotFoundError:
             return None
     if not os.path.isdir(train):
         return None
@@ -244,7 +244,7 @@ def _find_address(addresses: list[str], cache: Cache) -> str:
         try:
             reader(address, cache.opening_patience)(MANIFEST)
             return address
-        except Gone as error:
+        except NotFoundError as error:
             reasons.append(str(error))
     raise UserError(f'{reasons[0]}; give the address of a folder that tools/pack.py has written, or name the split')
 

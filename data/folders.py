@@ -26,7 +26,7 @@ class ImageFolder(ImageDataset):
     """
 
     def __init__(self, folder: str):
-        self.folder = check_folder(folder)
+        self.folder = require_folder(folder)
         self.num_ignored = 0
         classes, loose = _list_split(self.folder)
         if not classes:
@@ -47,7 +47,7 @@ class ImageFolder(ImageDataset):
         self.num_ignored += len(loose)
         self._report(empty)
 
-    def stored(self, index: int) -> bytes:
+    def read_bytes_or_image(self, index: int) -> bytes:
         return read_file(self.path(index))
 
     def path(self, index: int) -> str:
@@ -84,14 +84,14 @@ class ImageFiles(ImageDataset):
         super().__init__([], np.full(len(files), -1))
         self._paths = PathList(files)
 
-    def stored(self, index: int) -> bytes:
+    def read_bytes_or_image(self, index: int) -> bytes:
         return read_file(self.path(index))
 
     def path(self, index: int) -> str:
         return self._paths[index]
 
 
-def check_folder(folder: str) -> str:
+def require_folder(folder: str) -> str:
     """Returns `folder`. Raises UserError if it is not a folder."""
     if not folder:
         raise UserError('no data folder given; give the folder that holds train/ and val/')

@@ -38,6 +38,6 @@ class SureProcess(ForkProcess):
             patience *= 2
 
 
-class SureForks(ForkContext):
+class RetryingForkContext(ForkContext):
     """The context of `multiprocessing` with such processes."""
     Process = SureProcess

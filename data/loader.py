@@ -28,7 +28,7 @@ from torch.utils.data._utils import signal_handling
 
 from data.base import ImageDataset
 from data.decode import ImageError
-from data.forking import SureForks
+from data.forking import RetryingForkContext
 from data.memory import BatchMemory
 from data.samplers import EvalSampler, TrainSampler
 from data.seeding import preserved_generators, seed_generators
@@ -72,7 +72,7 @@ def create_loader(
         # Workers compute with one thread each: PyTorch sets that itself.
         options.update(persistent_workers=True, prefetch_factor=PREFETCH, worker_init_fn=_prepare_worker)
         if sys.platform == 'linux':  # other systems have no safe fork
-            options.update(multiprocessing_context=SureForks())
+            options.update(multiprocessing_context=RetryingForkContext())
     # With a generator of its own an iterator takes nothing from the global one; what it draws has no effect.
     dataloader: DataLoader = DataLoader(batches, batch_sampler=sampler, collate_fn=_as_it_is,
                                         generator=torch.Generator(), **options)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from timm.data import ImageNetInfo, resolve_data_config
 
-from data.base import ImageDataset, spread
+from data.base import ImageDataset, evenly_spaced
 from data.batch import BatchPreparer, TrainBatchPreparer
 from data.classes import read_class_map
 from data.datasets import open_eval, open_train_val
@@ -23,7 +23,7 @@ CIFAR_FOLDER = './data_cifar'
 WITHOUT_FOLDER = ('digits', 'synthetic')
 
 
-class Input(NamedTuple):
+class InputConfig(NamedTuple):
     """What images are to a model: size (height, width), crop, interpolation, statistics of the pixels."""
     img_size: tuple[int, int]
     crop_pct: float
@@ -33,7 +33,7 @@ class Input(NamedTuple):
     std: tuple[float, ...]
 
 
-def resolve_input(args, pretrained_cfg: dict) -> Input:
+def resolve_input(args, pretrained_cfg: dict) -> InputConfig:
     """The model's own input settings where the options leave them open.
 
     Raises:
@@ -49,7 +49,7 @@ def resolve_input(args, pretrained_cfg: dict) -> Input:
     asked = {'img_size': None, 'input_size': (3, *size), 'crop_pct': args.crop_pct, 'mean': args.mean, 'std': args.std,
              'interpolation': args.interpolation}
     config = resolve_data_config(asked, pretrained_cfg=pretrained_cfg)
-    return Input(size, config['crop_pct'], config['interpolation'], config['crop_mode'],
+    return InputConfig(size, config['crop_pct'], config['interpolation'], config['crop_mode'],
                  tuple(config['mean']), tuple(config['std']))
 
 
@@ -103,7 +103,7 @@ def open_images(args, classes: list[str] | None, num_classes: int | None, world:
     """
     check_images(args)
     dataset = ImageFiles(args.images) if args.images else open_evaluation_data(args, classes, num_classes, world)
-    return spread(dataset, args.samples) if args.samples else dataset
+    return evenly_spaced(dataset, args.samples) if args.samples else dataset
 
 
 def name_classes(args, classes: list[str] | None, num_classes: int) -> list[str]:
@@ -172,58 +172,59 @@ class TrainingInput(NamedTuple):
 def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_classes: int,
                           world: World) -> TrainingInput:
     """Loaders and preparers as the options say; what they leave open is the model's own (`pretrained_cfg`)."""
-    image = resolve_input(args, pretrained_cfg)
-    return TrainingInput(*_create_train_loader(args, train_set, image, num_classes, world),
-                         *create_eval_loader(args, val_set, image, world), image.img_size,
+    config = resolve_input(args, pretrained_cfg)
+    return TrainingInput(*_create_train_loader(args, train_set, config, num_classes, world),
+                         *create_eval_loader(args, val_set, config, world), config.img_size,
                          _name_in_words(train_set.classes, num_classes))
 
 
 def check_training_input(args) -> None:
     """Raises the UserError that `create_training_input` would raise for these options, before there is a data set."""
-    image = resolve_input(args, {})
+    config = resolve_input(args, {})
     args = args.replacing(fast_transform=False, fast_eval=False)  # whose mistakes are the same
-    _create_train_transform(args, image)
-    _create_train_preparer(args, image, num_classes=2, device='cpu')
-    _create_eval_transform(args, image)
+    _create_train_transform(args, config)
+    _create_train_preparer(args, config, num_classes=2, device='cpu')
+    _create_eval_transform(args, config)
 
 
-def _create_train_loader(args, dataset, image: Input, num_classes: int,
+def _create_train_loader(args, dataset, config: InputConfig, num_classes: int,
                          world: World) -> tuple[Loader, TrainBatchPreparer]:
     """The training loader of this rank, with the preparer of its batches."""
     sampler = TrainSampler(len(dataset), args.batch_size, rank=world.rank, world_size=world.size, seed=args.seed,
-                           accum_steps=args.accum_steps, starts=dataset.starts())
-    loader = create_loader(dataset, _create_train_transform(args, image), sampler, seed=args.seed, workers=args.workers,
-                           pin_memory=args.pin_mem and world.device.type == 'cuda', max_bad_images=args.max_bad_images)
-    return loader, _create_train_preparer(args, image, num_classes, world.device)
+                           accum_steps=args.accum_steps, shard_offsets=dataset.shard_offsets())
+    loader = create_loader(dataset, _create_train_transform(args, config), sampler, seed=args.seed,
+                           workers=args.workers, pin_memory=args.pin_mem and world.device.type == 'cuda',
+                           max_bad_images=args.max_bad_images)
+    return loader, _create_train_preparer(args, config, num_classes, world.device)
 
 
-def _create_train_transform(args, image: Input):
+def _create_train_transform(args, config: InputConfig):
     return create_train_transform(
-        image.img_size, crop_mode=args.train_crop_mode, scale=args.scale, ratio=args.ratio, hflip=args.hflip,
+        config.img_size, crop_mode=args.train_crop_mode, scale=args.scale, ratio=args.ratio, hflip=args.hflip,
         vflip=args.vflip, color_jitter=args.color_jitter, auto_augment=args.aa, interpolation=args.train_interpolation,
-        mean=image.mean, no_aug=not args.aug, aug_splits=args.aug_splits, fast=args.fast_transform)
+        mean=config.mean, no_aug=not args.aug, aug_splits=args.aug_splits, fast=args.fast_transform)
 
 
-def _create_train_preparer(args, image: Input, num_classes: int, device) -> TrainBatchPreparer:
+def _create_train_preparer(args, config: InputConfig, num_classes: int, device) -> TrainBatchPreparer:
     return TrainBatchPreparer(
-        device, batch_size=args.batch_size, num_classes=num_classes, mean=image.mean, std=image.std,
+        device, batch_size=args.batch_size, num_classes=num_classes, mean=config.mean, std=config.std,
         channels_last=args.channels_last, aug_splits=args.aug_splits, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix,
         cutmix_minmax=args.cutmix_minmax, mixup_prob=args.mixup_prob, mixup_switch_prob=args.mixup_switch_prob,
         mixup_mode=args.mixup_mode, smoothing=args.smoothing, erase_prob=args.reprob if args.aug else 0.0,
         erase_mode=args.remode, erase_count=args.recount, erase_splits=args.resplit)
 
 
-def create_eval_loader(args, dataset, image: Input, world: World) -> tuple[Loader, BatchPreparer]:
+def create_eval_loader(args, dataset, config: InputConfig, world: World) -> tuple[Loader, BatchPreparer]:
     """The evaluation loader of this rank, every image exactly once over all ranks, with the preparer of its batches."""
-    prepare = BatchPreparer(world.device, mean=image.mean, std=image.std, channels_last=args.channels_last)
+    prepare = BatchPreparer(world.device, mean=config.mean, std=config.std, channels_last=args.channels_last)
     batch_size = args.batch_size * args.validation_batch_size_multiplier
     sampler = EvalSampler(len(dataset), batch_size, rank=world.rank, world_size=world.size)
-    loader = create_loader(dataset, _create_eval_transform(args, image), sampler, seed=args.seed, workers=args.workers,
+    loader = create_loader(dataset, _create_eval_transform(args, config), sampler, seed=args.seed, workers=args.workers,
                            pin_memory=args.pin_mem and world.device.type == 'cuda',
                            max_bad_images=args.max_bad_val_images)
     return loader, prepare
 
 
-def _create_eval_transform(args, image: Input):
-    return create_eval_transform(image.img_size, crop_pct=image.crop_pct, interpolation=image.interpolation,
-                                 crop_mode=image.crop_mode, mean=image.mean, fast=args.fast_eval)
+def _create_eval_transform(args, config: InputConfig):
+    return create_eval_transform(config.img_size, crop_pct=config.crop_pct, interpolation=config.interpolation,
+                                 crop_mode=config.crop_mode, mean=config.mean, fast=args.fast_eval)

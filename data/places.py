@@ -5,7 +5,7 @@ import re
 from timm.utils.misc import natural_key
 
 from data.classes import name_some
-from data.folders import check_folder, has_class_folders
+from data.folders import has_class_folders, require_folder
 from data.shards.manifest import FORMAT, MANIFEST
 from utils.errors import UserError
 
@@ -93,7 +93,7 @@ def _parse_root(root: str | None) -> tuple[str, bool]:
 
 
 def _check_root(root: str) -> str:
-    return root if scheme_of(root) or is_pattern(root) else check_folder(root)
+    return root if scheme_of(root) or is_pattern(root) else require_folder(root)
 
 
 def _join(root: str, split: str) -> str:

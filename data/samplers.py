@@ -34,7 +34,7 @@ class TrainSampler:
 
     num_samples: size of the dataset. batch_size: images per rank and batch.
     shuffle: False for the dataset's own order.
-    starts: for locality, the numbers of the shards' first samples and of all samples [shards + 1].
+    shard_offsets: for locality, the numbers of the shards' first samples and of all samples [shards + 1].
     Raises UserError if the samples do not suffice for one optimizer step.
     """
 
@@ -48,10 +48,11 @@ class TrainSampler:
         seed: int = 42,
         shuffle: bool = True,
         accum_steps: int = 1,
-        starts: Sequence[int] | np.ndarray | None = None,
+        shard_offsets: Sequence[int] | np.ndarray | None = None,
     ):
         assert 0 <= rank < world_size, f'rank {rank} of {world_size}'
-        assert starts is None or starts[-1] == num_samples, f'shards of {starts[-1]} samples, not {num_samples}'
+        assert shard_offsets is None or shard_offsets[-1] == num_samples, \
+            f'shards of {shard_offsets[-1]} samples, not {num_samples}'
         if min(batch_size, accum_steps) < 1:
             raise UserError(f'batch size {batch_size}, accumulation steps {accum_steps}; use at least 1')
         num_batches = num_samples // (batch_size * world_size)
@@ -69,7 +70,7 @@ class TrainSampler:
         self.accum_steps = accum_steps
         self.seed = seed
         self.shuffle = shuffle
-        self._starts = None if starts is None else np.asarray(starts, dtype=np.int64)
+        self._starts = None if shard_offsets is None else np.asarray(shard_offsets, dtype=np.int64)
         self.set_position(0)
 
     @property

@@ -8,7 +8,7 @@ A run's folder holds
     .lock                          who writes here
 
 A file appears under its name only when it is whole and on the disk, and `last.pth.tar` points to it only after that.
-Every file ends in its own checksum (utils.checkpoint_reader.verify). A run goes on from the newest file
+Every file ends in its own checksum (utils.checkpoint_reader.verify_checksum). A run goes on from the newest file
 that fits its checksum.
 """
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from utils.checkpoint_reader import read_checkpoint, seal, verify
+from utils.checkpoint_reader import read_checkpoint, seal, verify_checksum
 from utils.disk import sync_folder
 from utils.errors import UserError
 from utils.faults import fault_point
@@ -255,7 +255,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     damaged = []
     for path in _candidates(folder):
         try:
-            verify(path)
+            verify_checksum(path)
         except UserError as e:
             damaged.append((path, e))
             continue

@@ -10,7 +10,7 @@ from engine.optimizer import create_optimizer, create_schedule
 from engine.run_folder import check_resume
 from utils import job
 from utils.checkpoint_reader import read_checkpoint
-from utils.disk import check_folder
+from utils.disk import check_writable
 from utils.distributed import World
 from utils.errors import UserError
 
@@ -36,7 +36,7 @@ def check_run_options(args, world: World, *, kind: str) -> None:
         start = check_resume(args.resume)
         folder = folder if args.experiment else start
     if world.is_main:
-        check_folder(folder, '--output')
+        check_writable(folder, '--output')
         for path in (args.initial_checkpoint, getattr(args, 'transfer_model', None)):
             if path:
                 read_checkpoint(path)

@@ -30,7 +30,7 @@ class Evaluation:
         return asdict(self)
 
 
-class ConfidentErrors:
+class MostConfidentErrors:
     """The images of an evaluation that the model was surest of and wrong about, of this rank's share, surest first.
 
     They stay on the device, with nothing that the host would wait for, until they are fetched.
@@ -69,7 +69,7 @@ class ConfidentErrors:
 
 @torch.no_grad()
 def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name: str = 'Test',
-             errors: ConfidentErrors | None = None, eager: bool = False) -> Evaluation:
+             errors: MostConfidentErrors | None = None, eager: bool = False) -> Evaluation:
     """Evaluates `model` (raw, not DDP: ranks may have different numbers of batches) on all that `loader` gives.
 
     Sums are taken on every rank, reduced once and divided once, so that the result is exact for any number of images

@@ -13,14 +13,14 @@ from timm.utils import distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.evaluate import ConfidentErrors, evaluate
+from engine.evaluate import MostConfidentErrors, evaluate
 from engine.log.run_log import IMAGES_SHOWN, RunLog
 from engine.state import TrainState
 from engine.step import ADVICE, TrainingStep
 from engine.writer import CheckpointWriter
 from utils import signals
 from utils.console import format_seconds, progress_bar
-from utils.distributed import Agreement, World, mistakes_from_main, overwrite_from_main, sum_over_ranks
+from utils.distributed import AsyncMax, World, broadcast_from_main, raise_on_all_ranks, sum_over_ranks
 from utils.errors import InterruptedRun, NotFiniteError, UserError
 from utils.faults import fault_point
 from utils.runtime import Precision
@@ -117,7 +117,7 @@ class Trainer:
         self.log, self.writer = log, writer
         self._started = time.perf_counter()
         # Whether a signal asks to stop: the same on all ranks, whichever got it, so that all stop after the same step.
-        with contextlib.closing(Agreement()) as self._signals:
+        with contextlib.closing(AsyncMax()) as self._signals:
             self._fit()
 
     def _fit(self) -> None:
@@ -194,7 +194,7 @@ class Trainer:
     def _log_line(self, bar, started: float, sums: torch.Tensor, step: int) -> None:
         """Says how training goes since the last line; of this process's time since `started`, at `sums` and `step`."""
         state = self.state
-        self._step.settle()
+        self._step.sync_skipped_steps()
         totals = torch.stack([state.loss_sums - state.window_sums, state.loss_sums - sums])
         (loss, count), (_, count_here) = sum_over_ranks(totals).tolist()
         loss = loss / count if count else None  # none: every step was skipped
@@ -226,9 +226,9 @@ class Trainer:
         for model in [state.model] + ([state.ema.module] if state.ema and not self.args.model_ema_force_cpu else []):
             if self.args.dist_bn == 'reduce' and state.world.size > 1:
                 distribute_bn(model, state.world.size, reduce=True)
-            overwrite_from_main(model.buffers())
+            broadcast_from_main(model.buffers())
 
-    def _evaluate(self) -> tuple[dict, dict[str, ConfidentErrors]]:
+    def _evaluate(self) -> tuple[dict, dict[str, MostConfidentErrors]]:
         """Results of the weights, and of their average under `ema_…`, where one is on the same device; and the errors.
 
         Of errors there are those of rank 0, if it has where to show them.
@@ -237,7 +237,7 @@ class Trainer:
         models = {'weights': state.model}
         if state.ema and not args.model_ema_force_cpu:
             models['averaged weights'] = state.ema.module
-        errors = {whose: ConfidentErrors() for whose in models} if self.log.shows_images else {}
+        errors = {whose: MostConfidentErrors() for whose in models} if self.log.shows_images else {}
         # Eager: the numbers are those that validate.py gives, and no second graph has to be compiled for them.
         found = {whose: evaluate(model, self.val_loader, self.prepare_val, precision=self.precision,
                                  log_interval=args.log_interval, errors=errors.get(whose), eager=True,
@@ -251,7 +251,7 @@ class Trainer:
                      f"  EMA Acc@1 {results['ema_top1']:.3f}" if 'ema_top1' in results else '', results['count'])
         return results, errors
 
-    def _show_errors(self, errors: dict[str, ConfidentErrors]) -> None:
+    def _show_errors(self, errors: dict[str, MostConfidentErrors]) -> None:
         sheets: dict[str, tuple[torch.Tensor, Sequence[str]]] = {}
         for whose, kept in errors.items():
             if fetched := kept.fetch():
@@ -277,11 +277,11 @@ class Trainer:
         return True
 
     def _save(self, *, is_best: bool = False, must_succeed: bool = False) -> None:
-        self._step.settle()
+        self._step.sync_skipped_steps()
         self._check_weights()
         content = self.state.state_dict()  # every rank has a part in it
         # No rank may say that the state is saved where rank 0 could not.
-        with mistakes_from_main() if must_succeed else contextlib.nullcontext():
+        with raise_on_all_ranks() if must_succeed else contextlib.nullcontext():
             if self.writer:
                 self.log.sync()  # a line is on the disk before the checkpoint that it led to
                 self.writer.save(content, self.state.global_step, is_best=is_best, must_succeed=must_succeed)

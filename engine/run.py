@@ -17,17 +17,17 @@ from utils import job, signals
 from utils.checkpoint_reader import read_checkpoint
 from utils.distributed import (
     World,
+    broadcast_from_main,
     from_main,
     hang_explained,
-    mistakes_from_main,
-    overwrite_from_main,
+    raise_on_all_ranks,
 )
 from utils.runtime import Precision, describe_environment, move_model
 
 _logger = logging.getLogger(__name__)
 
 # Options that may differ between a run and its continuation without changing what is computed.
-HARMLESS = {'data', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download',
+RESUME_SAFE_OPTIONS = {'data', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download',
             'checkpoint_steps', 'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier',
             'max_bad_images', 'max_bad_val_images', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'timeout'}
 
@@ -39,7 +39,7 @@ def create_state(args, model: nn.Module, optimizer, precision: Precision, classe
         model = convert_sync_batchnorm(model)  # timm's, for torch's own drops the activations within timm's norms
     move_model(model, world.device, channels_last=args.channels_last)
     # Ranks draw different numbers, initial weights too. DDP would set that right in the model, but not in the average.
-    overwrite_from_main(model.state_dict().values())
+    broadcast_from_main(model.state_dict().values())
     ema = None
     if args.model_ema:
         ema = ModelEma(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
@@ -47,7 +47,7 @@ def create_state(args, model: nn.Module, optimizer, precision: Precision, classe
                       options=args.as_dict(), classes=classes, world=world)
 
 
-def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) -> TrainState:
+def run_training(args, state: TrainState, batches, precision: Precision, *, kind: str) -> TrainState:
     """Continues where --resume says, trains to the end of the schedule, and leaves the run's folder complete.
 
     Args:
@@ -62,7 +62,7 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
     steps_per_epoch = len(batches.train_loader) // args.accum_steps
     schedule, num_epochs = create_schedule(state.optimizer, args, steps_per_epoch)
     size = 'x'.join(str(s) for s in dict.fromkeys(batches.img_size))
-    with mistakes_from_main():
+    with raise_on_all_ranks():
         found = resolve_run(
             output=args.output, kind=kind, experiment=args.experiment, resume=args.resume,
             name=f'{state.arch}-{size}', restarted=job.was_restarted()) if world.is_main else None
@@ -82,7 +82,7 @@ def fit(args, state: TrainState, batches, precision: Precision, *, kind: str) ->
     trainer = Trainer(state, wrap_model(state.model, world), batches, loss=loss, schedule=schedule,
                       num_epochs=num_epochs, precision=precision, args=args, folder=folder)
     # From here on the folder is this run's, and a signal has the state saved first.
-    with mistakes_from_main():
+    with raise_on_all_ranks():
         patience = lock_patience(args) if job.was_restarted() else 0
         lock = RunLock(folder, patience=patience) if world.is_main else None
     check_all_see(folder, world)
@@ -118,6 +118,6 @@ def _report_differences(before: dict, now: dict) -> None:
     # Of a step of as many images, its parts are a matter of how many processes there are.
     parts = {'batch_size', 'accum_steps'} if now['global_batch_size'] else set()
     changed = [f'{k} {before.get(k)!r} → {now.get(k)!r}' for k in sorted(before.keys() | now.keys())
-               if before.get(k) != now.get(k) and k not in HARMLESS | parts]
+               if before.get(k) != now.get(k) and k not in RESUME_SAFE_OPTIONS | parts]
     if changed:
         _logger.warning('resumed with other options than the run began with: %s', ', '.join(changed))

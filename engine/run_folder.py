@@ -10,9 +10,9 @@ from pathlib import Path
 
 from engine.checkpoint import BEST, LAST, LOCK, NUMBERED, find_checkpoint, newest_first
 from utils import job
-from utils.checkpoint_reader import verify
+from utils.checkpoint_reader import verify_checksum
 from utils.disk import make_folder
-from utils.distributed import World, gather, mistakes_from_main
+from utils.distributed import World, gather, raise_on_all_ranks
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _asked_for(resume: str) -> Path:
             return newest
         raise UserError(f'--resume {resume}: its last checkpoint has just been removed')
     try:
-        verify(path)
+        verify_checksum(path)
     except UserError as e:
         try:
             found = find_checkpoint(folder)
@@ -200,7 +200,7 @@ def check_all_see(folder: Path, world: World) -> None:
     if len(hosts) - hosts.count(None) < 2:
         return
     token = folder / VISIBILITY_FILE
-    with mistakes_from_main():
+    with raise_on_all_ranks():
         try:
             if world.is_main:
                 token.touch()

@@ -37,7 +37,7 @@ class TrainState:
         window_sums: the same at the last log line, so that the next one says what it would have said without a break.
         bad_images: float64 [1], images of the epoch so far that this rank could not decode, and has replaced.
         skipped_steps, skipped_in_a_row: steps whose gradient was not finite, in the run and since the last good one;
-            of the steps that TrainingStep.settle has counted.
+            of the steps that TrainingStep.sync_skipped_steps has counted.
         best_metric, best_epoch: of the best checkpoint, or None.
         metric: of the last evaluation, or None.
         arch, options, classes: the model's name, the options as a plain dict, the names of the classes.

@@ -2,7 +2,7 @@
 
     step = TrainingStep(state, model, prepare=prepare, loss=loss, precision=precision, args=args)
     images = step(batches)      as often as there are batches
-    step.settle()               at log steps, before a save, at the end of an epoch
+    step.sync_skipped_steps()    at log steps, before a save, at the end of an epoch
 """
 import contextlib
 import logging
@@ -31,8 +31,8 @@ class TrainingStep:
 
     A step whose gradient is not finite changes nothing but the count of such steps, to the byte, and on all ranks
     alike: what one rank has, the averaged gradient of every rank has. It is the device that sees it and skips;
-    the host learns of it in `settle`. With an optimizer that has no fused form in torch (see create_optimizer) the
-    host asks in every step, and waits for the answer.
+    the host learns of it in `sync_skipped_steps`. With an optimizer that has no fused form in torch (see
+    create_optimizer) the host asks in every step, and waits for the answer.
 
     Args:
         state: what is trained; changed in place.
@@ -81,7 +81,7 @@ class TrainingStep:
         state.count_step()
         return images
 
-    def settle(self) -> None:
+    def sync_skipped_steps(self) -> None:
         """Waits for the steps since the last call, and counts and logs those of them that were skipped.
 
         Raises:

@@ -41,7 +41,7 @@ LAST_SECONDS = 30.0
 HEARSAY_SECONDS = 3.0  # in which the launcher of a node that has ended for a reason of its own says so
 
 
-class Stopped(SignalException):
+class JobStopped(SignalException):
     """A signal has stopped the job, and no process of it had more to say than that."""
 
     def __init__(self, number: int, *, killed: bool):
@@ -76,7 +76,7 @@ class Agent(LocalElasticAgent):
 
     def _note(self, number: int, frame) -> None:
         if not self._watching:  # in a rendezvous, which may take minutes, and no process is there yet
-            raise Stopped(number, killed=False)
+            raise JobStopped(number, killed=False)
         self._signal = self._signal or number
         if number == signal.SIGINT:
             now = time.monotonic()
@@ -93,7 +93,7 @@ class Agent(LocalElasticAgent):
         self._rdzv_handler._bootstrap_store_info = None
         try:
             restarts = self._nodes.meet(lambda: super(Agent, self)._rendezvous(worker_group))
-        except Stopped as e:
+        except JobStopped as e:
             if not self._nodes.is_spare():
                 self._nodes.end(e.exit_code, str(e))
             raise
@@ -284,8 +284,8 @@ class Agent(LocalElasticAgent):
             self._is_first_to_tell = not nodes.has_told('hang')
         return not self._is_first_to_tell
 
-    def _stopped(self) -> Stopped:
-        stopped = Stopped(self._signal, killed=bool(self._killed))
+    def _stopped(self) -> JobStopped:
+        stopped = JobStopped(self._signal, killed=bool(self._killed))
         self._nodes.end(stopped.exit_code, str(stopped))
         return stopped
 

@@ -58,7 +58,7 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    from launch.agent import Agent, Stopped, describe
+    from launch.agent import Agent, JobStopped, describe
     from launch.nodes import Ended
     from utils.parallel import available_cores
 
@@ -80,7 +80,7 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
     try:
         with mock.patch('torch.distributed.launcher.api.LocalElasticAgent', agent):
             run(parse_args([*words, script, *options]))
-    except (Stopped, Ended) as e:
+    except (JobStopped, Ended) as e:
         report(str(e), e.exit_code)
     except ChildFailedError as e:
         rank, failure = e.get_first_failure()

@@ -4,7 +4,7 @@
 """
 from options import groups
 from options.parser import Parser, create_parser
-from options.types import count, positive, positive_int, rate, truth
+from options.types import boolean, count, positive, positive_int, rate
 
 TRAINING = (groups.data_options, groups.training_data_options, groups.model_options, groups.input_options,
             groups.optimizer_options, groups.schedule_options, groups.augmentation_options,
@@ -39,7 +39,7 @@ def transfer_parser() -> Parser:
 
 def _transfer_options(parser: Parser) -> None:
     add = parser.add_argument_group('Transfer').add_argument
-    add('--transfer-learning', type=truth, nargs='?', const=True, default=False, metavar='True|False',
+    add('--transfer-learning', type=boolean, nargs='?', const=True, default=False, metavar='True|False',
         help='start from --transfer-model, or from --pretrained weights')
     add('--transfer-model', metavar='PATH', help='checkpoint to start from; its classifier may be of any size')
     add('--transfer-ratio', type=rate, default=0.01, metavar='R',

@@ -74,7 +74,7 @@ def image_size(text):
 
 
 @recipe_kind(bool)
-def truth(text):
+def boolean(text):
     """'True', 'yes', '1', … → True; 'False', 'no', '0', … → False (the published script read 'False' as true)."""
     if str(text).lower() in ('true', 'yes', 'on', '1'):
         return True

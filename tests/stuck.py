@@ -68,7 +68,7 @@ def end(signal_number: int, seconds: float) -> None:
 
 def main() -> None:
     how = sys.argv[1]  # the launcher reads --device
-    world = distributed.join('cpu', timedelta(seconds=600))
+    world = distributed.init_process_group('cpu', timedelta(seconds=600))
     if how == 'device':
         wait_for_a_device(world.rank)
     elif how == 'killed':

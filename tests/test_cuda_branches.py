@@ -104,7 +104,7 @@ def loaders_pin_what_goes_to_a_gpu(gpu: Gpu):
                                     ((), torch.device('cpu'), False)):
             args, world = parse('/data', '-b', str(BATCH), *words), replace(ONE, device=device)
             dataset = create_autospec(ImageFolder, instance=True)
-            dataset.__len__.return_value, dataset.starts.return_value = 8, None
+            dataset.__len__.return_value, dataset.shard_offsets.return_value = 8, None
             image = pipeline.resolve_input(args, {})
             pipeline._create_train_loader(args, dataset, image, 3, world)
             pipeline.create_eval_loader(args, dataset, image, world)
@@ -247,7 +247,7 @@ def ranks_meet_over_nccl_each_on_its_gpu(gpu: Gpu):
     with alone(RANK='3', WORLD_SIZE='4', LOCAL_RANK='1', LOCAL_WORLD_SIZE='2'), gpu.tensors(), \
             patch.object(distributed, '_meet', lambda *_: dist.HashStore()), \
             patch.object(distributed, '_progress') as progress:
-        world = distributed.join('auto', timedelta(seconds=5))
+        world = distributed.init_process_group('auto', timedelta(seconds=5))
     assert world == World(rank=3, local_rank=1, size=4, device=mine, local_size=2)
     assert progress.start.call_count == 1
     asked = gpu.asked()

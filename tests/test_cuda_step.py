@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from data.batch import BatchPreparer, TrainBatchPreparer
-from engine.evaluate import ConfidentErrors, _batch_sums
+from engine.evaluate import MostConfidentErrors, _batch_sums
 from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
 from engine.state import TrainState
@@ -74,11 +74,11 @@ def test_a_step_on_a_gpu_neither_mixes_devices_nor_reads_a_value(changes):
         assert copies == [('side 1', 'copies to the GPU', 'without waiting')] * 2 * args.accum_steps
         assert all(value.device == GPU for moments in state.optimizer.state.values() for value in moments.values())
         with pytest.raises(DataDependentOutputException):  # for the measure of this test sees what is read
-            step.settle()
+            step.sync_skipped_steps()
 
 
 def test_an_evaluation_on_a_gpu_reads_nothing_but_its_sums():
-    model, errors = WithStatistics().eval(), ConfidentErrors(limit=2)
+    model, errors = WithStatistics().eval(), MostConfidentErrors(limit=2)
     with stand_in() as gpu, gpu.tensors(), torch.no_grad():
         model.to(GPU)
         prepare = BatchPreparer(GPU)

@@ -222,10 +222,10 @@ class Fetched(ImageDataset):
     def __init__(self):
         super().__init__(['a', 'b'], np.arange(100) % 2)
 
-    def starts(self):
+    def shard_offsets(self):
         return np.arange(0, 101, 10)
 
-    def stored(self, index):
+    def read_bytes_or_image(self, index):
         raise AssertionError('nothing is to be read')
 
     def path(self, index):

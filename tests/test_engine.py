@@ -18,7 +18,7 @@ from data.samplers import EvalSampler
 from engine import checkpoint as checkpoint_files, run_folder
 from engine.checkpoint import BEST, LAST, save_checkpoint
 from engine.checks import check_run_options
-from engine.evaluate import ConfidentErrors, evaluate
+from engine.evaluate import MostConfidentErrors, evaluate
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.run import create_state
@@ -366,7 +366,7 @@ class Vectors(ImageDataset):
         )
         super().__init__('abcdefg', np.arange(count) % 7)
 
-    def stored(self, index):
+    def read_bytes_or_image(self, index):
         return self.images[index]
 
     def path(self, index):
@@ -418,7 +418,7 @@ def test_evaluation_is_exact_for_1_to_33_images_on_two_ranks(tmp_path):
 @pytest.mark.parametrize('count', [1, 5, 33])
 def test_the_most_confident_errors_against_a_direct_computation(count):
     """In batches of 4; the result is the same as without them."""
-    errors = ConfidentErrors(limit=6)
+    errors = MostConfidentErrors(limit=6)
     result, model = evaluate_share(count, 0, 1, errors)
     without, _ = evaluate_share(count, 0, 1)
     assert (result.loss, result.top1, result.top5) == (without.loss, without.top1, without.top5)
@@ -434,7 +434,7 @@ def test_the_most_confident_errors_against_a_direct_computation(count):
 
 def test_errors_of_a_model_that_makes_none_or_that_is_broken():
     images, targets = torch.zeros(3, 3, 2, 2), torch.tensor([0, 1, 1])
-    errors = ConfidentErrors()
+    errors = MostConfidentErrors()
     assert errors.fetch() is None
     errors.add(images, targets, nn.functional.one_hot(targets, 2) * 9.0)
     assert errors.fetch() is None

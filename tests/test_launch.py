@@ -184,7 +184,7 @@ class Store:
 
 distributed.BEAT = 0
 distributed._progress.start(Store(), 0, 1, timedelta(minutes=1))
-run_script(distributed.leave)
+run_script(distributed.destroy_process_group)
 '''}
 
 

@@ -21,7 +21,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from engine.log.metrics import read_environment, read_metrics
 from engine.log.run_log import RunLog
 from utils import faults
-from utils.disk import check_folder, make_folder
+from utils.disk import check_writable, make_folder
 from utils.errors import UserError
 
 LARGE = {'note': 'x' * 3000}
@@ -295,8 +295,8 @@ def places(tmp_path) -> dict:
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     for name, folder in places(tmp_path).items():
-        for check in (check_folder, make_folder):
-            if name == 'a long name' and check is check_folder:
+        for check in (check_writable, make_folder):
+            if name == 'a long name' and check is check_writable:
                 continue  # known only when it is made
             with pytest.raises(UserError, match='--output: .* cannot be written .*; name another folder') as error:
                 check(folder, '--output')
@@ -304,8 +304,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_checking_a_folder_makes_nothing(tmp_path):
-    check_folder(tmp_path / 'a/b/c', '--output')
-    check_folder(tmp_path, '--output')
+    check_writable(tmp_path / 'a/b/c', '--output')
+    check_writable(tmp_path, '--output')
     assert not list(tmp_path.iterdir())
 
 
@@ -326,7 +326,7 @@ def test_a_folder_without_the_right_to_write(mode, tmp_path):
                 os.setuid(65534)
             for path in (folder, folder / 'run/deep'):
                 try:
-                    check_folder(path, '--output')
+                    check_writable(path, '--output')
                 except UserError as error:
                     os.write(sender, f'{error}\n'.encode())
         finally:

@@ -31,9 +31,9 @@ def read(folder: Path) -> Manifest:
 def test_what_is_written_is_read(split):
     manifest = read(split)
     assert manifest.classes == ['ant', 'bee', 'cat'] and manifest.source == 'a test'
-    assert manifest.starts.tolist() == [0, 3, 6, 7]
+    assert manifest.shard_offsets.tolist() == [0, 3, 6, 7]
     found = []
-    for shard, first, last in zip(manifest.shards, manifest.starts, manifest.starts[1:], strict=False):
+    for shard, first, last in zip(manifest.shards, manifest.shard_offsets, manifest.shard_offsets[1:], strict=False):
         content = (split / shard.name).read_bytes()
         assert len(content) == shard.bytes
         found += [(manifest.index.name(k), content[manifest.index.offset[k]:][:manifest.index.size[k]],

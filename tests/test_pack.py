@@ -105,7 +105,7 @@ def test_every_image_is_packed_once_as_it_was(packed, image_folder):
         assert len(found) == len(folder)
         for index, target in enumerate(folder.targets):
             name = os.path.relpath(folder.path(index), folder.folder)
-            assert found[os.path.splitext(name)[0]] == (folder.stored(index), folder.classes[target])
+            assert found[os.path.splitext(name)[0]] == (folder.read_bytes_or_image(index), folder.classes[target])
 
 
 def test_index_says_where_images_lie(packed):
@@ -115,7 +115,7 @@ def test_index_says_where_images_lie(packed):
     for number, shard in enumerate(manifest.shards):
         stored = (packed / 'train' / shard.name).read_bytes()
         assert (len(stored), hashlib.sha256(stored).hexdigest()) == (shard.bytes, shard.sha256)
-        for sample in range(manifest.starts[number], manifest.starts[number + 1]):
+        for sample in range(manifest.shard_offsets[number], manifest.shard_offsets[number + 1]):
             start, size = manifest.index.offset[sample], manifest.index.size[sample]
             image, name = found[key_of(manifest.index.name(sample))[0]]
             assert stored[start:start + size] == image and manifest.classes[manifest.index.target[sample]] == name

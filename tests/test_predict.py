@@ -132,7 +132,7 @@ def test_script_fails_where_nothing_can_be_read_or_several_processes_are_started
         script.main()
     assert len(json.loads((tmp_path / 'kept.json').read_text())['images']) == 2
     monkeypatch.setattr('sys.argv', command)
-    monkeypatch.setattr('utils.runtime.join', lambda *_: World(rank=0, local_rank=0, size=2, device=CPU))
+    monkeypatch.setattr('utils.runtime.init_process_group', lambda *_: World(rank=0, local_rank=0, size=2, device=CPU))
     with pytest.raises(UserError, match='predict.py is one process, and 2 were started'):
         script.main()
 

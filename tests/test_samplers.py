@@ -29,7 +29,7 @@ def test_a_step_of_as_many_images_is_of_the_same_ones(starts, world_size, batch_
 
     def steps(world_size, batch_size, accum_steps):
         ranks = [TrainSampler(131, batch_size, rank=rank, world_size=world_size, seed=3, accum_steps=accum_steps,
-                              starts=starts) for rank in range(world_size)]
+                              shard_offsets=starts) for rank in range(world_size)]
         for sampler in ranks:
             sampler.set_position(2, start_batch=accum_steps)
         batches = [sum(parts, []) for parts in zip(*map(indices, ranks), strict=True)]
@@ -116,8 +116,8 @@ STARTS = np.concatenate([[0], np.cumsum(np.random.default_rng(0).integers(40, 60
 
 def global_order(world_size, global_batch=64, *, epoch=2, start=0, starts=STARTS, **options):
     """[batches, ranks, samples]"""
-    ranks = [TrainSampler(int(starts[-1]), global_batch // world_size, rank=rank, world_size=world_size, starts=starts,
-                          **options) for rank in range(world_size)]
+    ranks = [TrainSampler(int(starts[-1]), global_batch // world_size, rank=rank, world_size=world_size,
+                          shard_offsets=starts, **options) for rank in range(world_size)]
     for sampler in ranks:
         sampler.set_position(epoch, start)
     return np.stack([sampler.remaining() for sampler in ranks], axis=1)

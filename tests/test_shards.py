@@ -55,7 +55,7 @@ def shards(images, tmp_path_factory) -> Path:
 def pack(folder: Path, out: Path) -> None:
     dataset = ImageFolder(str(folder))
     paths = [os.path.relpath(dataset.path(k), folder) for k in range(len(dataset))]
-    samples = [(member_key(path) + os.path.splitext(path)[1], dataset.stored(k), int(dataset.targets[k]))
+    samples = [(member_key(path) + os.path.splitext(path)[1], dataset.read_bytes_or_image(k), int(dataset.targets[k]))
                for k, path in enumerate(paths)]
     write_shards(out, samples, dataset.classes, samples_per_shard=PER_SHARD)
 
@@ -117,11 +117,11 @@ def test_evaluation_counts_are_exact(shards, world_size):
 
 def test_a_data_set_of_shards_can_be_sent_to_another_process_and_keeps_few_files_open(shards, monkeypatch):
     dataset = open_eval('', f'wds:{shards}')
-    expected = [dataset.stored(k) for k in range(len(dataset))]
+    expected = [dataset.read_bytes_or_image(k) for k in range(len(dataset))]
     monkeypatch.setattr(data.shards.dataset, 'MAX_OPEN', 2)
     sent = pickle.loads(pickle.dumps(dataset))
     order = np.random.default_rng(0).permutation(len(dataset)).tolist()
-    assert [sent.stored(k) for k in order] == [expected[k] for k in order]
+    assert [sent.read_bytes_or_image(k) for k in order] == [expected[k] for k in order]
     assert len(sent._open) == 2
 
 
@@ -153,9 +153,9 @@ def test_a_shard_that_changes_later_counts_as_bad_images(copied, caplog):
         file.write(b'another')
     os.truncate(copied / 'shard-000003.tar', int(dataset._index.offset[32]) + 10)
     with pytest.raises(ImageError, match='shard-000001.tar::bee/bee_.*.jpg: there is no member in its place'):
-        dataset.stored(12)
+        dataset.read_bytes_or_image(12)
     with pytest.raises(ImageError, match='ends early'):
-        dataset.stored(32)
+        dataset.read_bytes_or_image(32)
     with pytest.raises(UserError, match='shard-000001.tar::'):
         batches(dataset, EvalSampler(len(dataset), 33))
     (left, targets), = batches(dataset, EvalSampler(len(dataset), 33), max_bad_images=2)
@@ -169,7 +169,7 @@ def test_a_shard_in_place_of_another_is_noticed(tmp_path):
     dataset = open_shards(str(tmp_path), Cache(tmp_path / 'cache'))
     os.replace(tmp_path / 'shard-000001.tar', tmp_path / 'shard-000000.tar')
     with pytest.raises(ImageError, match="shard-000000.tar::a.jpg: there is 'c.jpg' of 1 bytes in its place"):
-        dataset.stored(0)
+        dataset.read_bytes_or_image(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_labels_of_tar_files_from_elsewhere(tmp_path, cache, labels, classes, ta
     for path in (f'{tmp_path}/s-{{0..2}}.tar', f'file://{tmp_path}/s-{{0..2}}.tar', str(tmp_path)):
         dataset = open_shards(path, cache)
         assert (dataset.classes, dataset.targets.tolist()) == (classes, targets)
-        assert [dataset.stored(k) for k in range(3)] == [b'0', b'1', b'2']
+        assert [dataset.read_bytes_or_image(k) for k in range(3)] == [b'0', b'1', b'2']
         assert dataset.path(1) == f'{tmp_path}/s-1.tar::x/0.JPG'
 
 
@@ -351,7 +351,7 @@ def expected(shards) -> list[tuple]:
 
 
 def remote_sampler(dataset, rank, start=0) -> TrainSampler:
-    sampler = TrainSampler(len(dataset), 4, rank=rank, world_size=2, starts=dataset._starts)
+    sampler = TrainSampler(len(dataset), 4, rank=rank, world_size=2, shard_offsets=dataset._starts)
     sampler.set_position(1, start)
     return sampler
 
@@ -363,7 +363,7 @@ def test_batches_come_whole_through_any_trouble(store, cache, expected, trouble,
     vars(store).update(trouble)
     dataset = open_train_val('', f'wds:{store.url}', cache=cache)[0]
     assert all(shard.bytes > 70_000 for shard in dataset._files.remote[1]), 'else no connection drops'
-    assert dataset.starts().tolist() == [0, 10, 20, 30, 40, 50, 60]
+    assert dataset.shard_offsets().tolist() == [0, 10, 20, 30, 40, 50, 60]
     for rank in range(2):
         assert batches(dataset, remote_sampler(dataset, rank, 2), workers=rank + 1) == expected[rank][2:]
     if 'drop_after' not in trouble:
@@ -407,7 +407,7 @@ def test_waiting_for_another_who_waits_is_patience_too(store, cache, caplog):
     is_held.wait()
     try:
         with pytest.raises(UserError, match='no answer for 1 s'):
-            dataset.stored(0)
+            dataset.read_bytes_or_image(0)
     finally:
         store.come_back()
     assert 'trying again' not in caplog.text
@@ -417,7 +417,7 @@ def test_content_that_is_not_what_was_announced_is_fetched_once_more(store, cach
     store.lies = {'shard-000001.tar'}
     dataset = open_train_val('', f'wds:{store.url}', cache=cache)[0]
     with pytest.raises(UserError, match=r'shard-000001.tar: its content is not what its manifest says \(SHA-256\)'):
-        dataset.stored(10)
+        dataset.read_bytes_or_image(10)
     assert store.fetched() == ['shard-000001.tar'] * 2
     warn = data.shards.cache._warn
     monkeypatch.setattr(data.shards.cache, '_warn', lambda message: (store.lies.clear(), warn(message)))
@@ -428,7 +428,7 @@ def test_a_part_that_is_there_is_not_fetched_again(store, shards, cache):
     dataset = open_train_val('', f'wds:{store.url}', cache=cache)[0]
     content = (shards / 'train/shard-000000.tar').read_bytes()
     cache.part(dataset._files.remote[1][0]).write_bytes(content[:10_000])
-    assert dataset.stored(0) == open_train_val('', shards)[0].stored(0)
+    assert dataset.read_bytes_or_image(0) == open_train_val('', shards)[0].read_bytes_or_image(0)
     assert [start for name, start in store.requests if name.endswith('.tar')] == [10_000]
 
 
@@ -463,7 +463,7 @@ def test_a_cache_without_locks_is_refused(store, cache, monkeypatch):
     dataset = open_train_val('', f'wds:{store.url}', cache=cache)[0]
     monkeypatch.setattr(fcntl, 'flock', Mock(side_effect=OSError(errno.ENOLCK, 'No locks available')))
     with pytest.raises(UserError, match='cannot be locked .No locks available.; name a folder on a disk of this'):
-        dataset.stored(0)
+        dataset.read_bytes_or_image(0)
 
 
 def test_a_user_without_a_home_reads_folders(images, monkeypatch):
@@ -489,18 +489,18 @@ def test_a_small_cache_forgets_what_was_used_longest_ago(store, tmp_path, expect
 
 def test_an_open_shard_outlives_its_removal_from_the_cache(store, cache):
     dataset = open_train_val('', f'wds:{store.url}', cache=cache)[0]
-    first = dataset.stored(0)
+    first = dataset.read_bytes_or_image(0)
     for file in cache.folder.glob('*.tar'):
         file.unlink()
-    assert dataset.stored(0) == first and len(store.fetched()) == 1
-    dataset.stored(10)  # which closes what is gone
-    assert dataset.stored(0) == first and len(store.fetched()) == 3
+    assert dataset.read_bytes_or_image(0) == first and len(store.fetched()) == 1
+    dataset.read_bytes_or_image(10)  # which closes what is gone
+    assert dataset.read_bytes_or_image(0) == first and len(store.fetched()) == 3
 
 
 def test_shards_are_fetched_in_the_order_of_need_and_no_longer_than_for_the_iteration(store, cache, monkeypatch):
     monkeypatch.setattr(data.shards.cache, 'FETCHERS', 1)
     dataset = open_train_val('', f'wds:{store.url}', cache=cache)[0]
-    sampler = TrainSampler(len(dataset), 4, starts=dataset.starts(), shuffle=False)
+    sampler = TrainSampler(len(dataset), 4, shard_offsets=dataset.shard_offsets(), shuffle=False)
     loader = create_loader(dataset, create_eval_transform(24), sampler, workers=0)
     iterator = iter(loader)
     next(iterator)
@@ -567,14 +567,14 @@ def test_a_shard_that_ends_early_on_the_server_is_named_at_once(shards, tmp_path
     with Store(tmp_path) as store:
         dataset = open_shards(store.url, cache)
         with pytest.raises(UserError, match=f'shard-000000.tar ends early: {length:,} bytes, {whole:,} in'):
-            dataset.stored(0)
+            dataset.read_bytes_or_image(0)
 
 
 def test_a_full_disk_is_no_bad_image(store, cache):
     dataset = open_train_val('', f'wds:{store.url}', cache=cache)[0]
     cache.folder.rename(cache.folder.with_name('gone'))
     with pytest.raises(UserError, match='--shard-cache: .* cannot be written') as error:
-        dataset.stored(0)
+        dataset.read_bytes_or_image(0)
     assert not isinstance(error.value, ImageError)
 
 
@@ -604,7 +604,7 @@ def test_a_missing_shard_and_a_missing_library_are_named(store, cache, monkeypat
     dataset = open_shards(f'{store.url}/val', cache)
     dataset._files.remote[1][0] = RemoteFile(f'{store.url}/val/gone.tar', 1, 'x')
     with pytest.raises(UserError, match='/val/gone.tar: not found'):
-        dataset.stored(0)
+        dataset.read_bytes_or_image(0)
     monkeypatch.setitem(sys.modules, 'aiohttp', None)
     with pytest.raises(UserError, match='aiohttp is missing; pip install -r requirements-shards.txt'):
         open_shards(f'{store.url}/val', cache)
@@ -615,8 +615,9 @@ def test_a_missing_shard_and_a_missing_library_are_named(store, cache, monkeypat
 
 def test_tar_files_without_a_manifest_from_elsewhere(store, shards, cache):
     dataset = open_shards(f'{store.url}/val/shard-{{000000..000003}}.tar', cache)
-    assert [dataset.stored(k) for k in (0, 32)] == [open_eval('', shards).stored(k) for k in (0, 32)]
-    assert dataset.targets.tolist() == open_eval('', shards).targets.tolist()
+    local = open_eval('', shards)
+    assert [dataset.read_bytes_or_image(k) for k in (0, 32)] == [local.read_bytes_or_image(k) for k in (0, 32)]
+    assert dataset.targets.tolist() == local.targets.tolist()
     store.requests.clear()
     assert len(open_shards(f'{store.url}/val/shard-{{000000..000003}}.tar', cache)) == 33
     assert store.fetched() == []

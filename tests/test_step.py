@@ -26,7 +26,7 @@ from engine.step import TrainingStep
 from models import create_model
 from tests.conftest import assert_same
 from utils import distributed
-from utils.distributed import Agreement, World
+from utils.distributed import AsyncMax, World
 from utils.errors import NotFiniteError
 from utils.runtime import Precision
 
@@ -116,7 +116,7 @@ def test_the_host_waits_for_no_step_before_it_asks(changes):
     step(iter(batches))
     seen = [waits_of(lambda: step(iter(batches))) for _ in range(3)]
     assert seen == [[]] * 3
-    assert waits_of(step.settle)
+    assert waits_of(step.sync_skipped_steps)
     assert step._unsettled == [] and state.skipped_steps == 0
 
 
@@ -139,7 +139,7 @@ def test_a_gpu_is_not_waited_for(changes):
         step(iter(batches))
     finally:
         torch.cuda.set_sync_debug_mode('default')
-    step.settle()
+    step.sync_skipped_steps()
 
 
 # --- A step that is skipped ------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_a_gpu_is_not_waited_for(changes):
 def run(step: TrainingStep, batches: list) -> None:
     for start in range(0, len(batches), step._args.accum_steps):
         step(iter(batches[start:start + step._args.accum_steps]))
-    step.settle()
+    step.sync_skipped_steps()
 
 
 @pytest.mark.parametrize(('value', 'changes'), [
@@ -241,15 +241,15 @@ def test_skipped_steps_are_told_of_when_they_are_settled(caplog):
     for value in (0.0, torch.nan, torch.nan, 0.0, torch.nan):
         step(iter([batch(1, value)]))
     assert not caplog.messages and state.skipped_steps == 0
-    step.settle()
+    step.sync_skipped_steps()
     assert [message[:16] for message in caplog.messages] == [f'epoch 0, step {n}:' for n in (1, 2, 4)]
     assert caplog.messages[1].endswith('the step is skipped (2 so far, 2 in a row)')
     assert (state.skipped_steps, state.skipped_in_a_row) == (3, 1)
     for value in (torch.nan, torch.nan, torch.nan):
         step(iter([batch(1, value)]))
     with pytest.raises(NotFiniteError, match='not finite in 3 steps in a row, up to epoch 0, step 6; none of them'):
-        step.settle()
-    step.settle()
+        step.sync_skipped_steps()
+    step.sync_skipped_steps()
 
 
 def test_a_norm_that_overflows_is_a_step_that_is_skipped():
@@ -281,7 +281,7 @@ def test_fused_optimizers_and_average_are_the_others_to_rounding(opt):
         for seed in range(5):
             step(iter([batch(seed)]))
             average.update(state.model)
-        step.settle()
+        step.sync_skipped_steps()
         torch.testing.assert_close(average.module.state_dict(), state.ema.module.state_dict(), rtol=1e-6, atol=1e-8)
         states.append(state)
     fused, plain = (state.model.state_dict() for state in states)
@@ -441,7 +441,7 @@ def test_a_checkpoint_of_an_optimizer_that_was_not_fused_goes_on(fused):
 def _agree(rank: int, rendezvous: str) -> None:
     """Rank 1 is told something in its third step, and rank 0 nothing; then each hangs in turn."""
     torch.distributed.init_process_group('gloo', init_method=f'file://{rendezvous}', rank=rank, world_size=2)
-    agreement = Agreement()
+    agreement = AsyncMax()
     given = [0, 0, 15 * rank, 15 * rank]
     assert [agreement.exchange(number) for number in given] == [0, 0, 0, 15]
     assert agreement.conclude(15 * rank) == 15
@@ -452,7 +452,7 @@ def _agree(rank: int, rendezvous: str) -> None:
     assert agreement._under_way is None
     # Nobody waits for a rank that has not come before the next call, and then no longer than --timeout.
     distributed._progress.timeout = timedelta(seconds=1)
-    agreement = Agreement()
+    agreement = AsyncMax()
     if rank == 0:
         started = time.monotonic()
         agreement.exchange(0)
@@ -471,7 +471,7 @@ def test_two_ranks_agree_one_step_later_and_leave_nothing_under_way(tmp_path):
 
 
 def test_one_process_knows_at_once():
-    agreement = Agreement()
+    agreement = AsyncMax()
     assert [agreement.exchange(n) for n in (0, 15)] == [0, 15] and agreement.conclude(2) == 2
     agreement.close()
 

@@ -230,7 +230,7 @@ def test_on_gpus_nccl_is_more_patient_than_the_watch_and_hosts_talk_over_gloo(mo
     monkeypatch.delenv('TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC')
     timeout, cuda = timedelta(minutes=30), torch.device('cuda', 1)
     try:
-        world = distributed.join('cuda', timeout)
+        world = distributed.init_process_group('cuda', timeout)
         assert world.device == calls['device_id'] == calls['marked'] == cuda and calls['backend'] == 'nccl'
         # From the watch's first word to the launcher's end of all processes.
         assert calls['timeout'] > timeout + 10 * timedelta(seconds=distributed.PATIENCE)
@@ -246,7 +246,7 @@ def test_on_gpus_nccl_is_more_patient_than_the_watch_and_hosts_talk_over_gloo(mo
         assert groups == [gloo] * 3
         assert distributed._progress._device is not None
     finally:
-        distributed.leave()
+        distributed.destroy_process_group()
     assert distributed._host_group is None and distributed._progress._device is None
 
 

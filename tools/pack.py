@@ -136,12 +136,12 @@ def _shards(manifest) -> str:
 def _check_out(out: str) -> str:
     """The path of OUT. Raises UserError, before anything is read, if it is elsewhere or cannot be written."""
     from data.places import PREFIX, scheme_of
-    from utils.disk import check_folder
+    from utils.disk import check_writable
     path = out.removeprefix(PREFIX)
     if scheme_of(path):
         raise UserError(f'{out}: shards are written to a folder of this machine; give one, and copy it there')
     path = os.path.expanduser(path.removeprefix('file://'))
-    check_folder(Path(path), 'OUT')
+    check_writable(Path(path), 'OUT')
     return path
 
 
@@ -182,9 +182,9 @@ def _open_sources(args) -> dict:
 
 def _splits(folder: str, asked: list[str] | None) -> list[str]:
     """The splits in a folder, or [''] if it is one itself."""
-    from data.folders import check_folder
+    from data.folders import require_folder
     from data.places import EVAL_SPLITS
-    check_folder(folder)
+    require_folder(folder)
     if asked:
         missing = [name for name in asked if not os.path.isdir(os.path.join(folder, name))]
         if missing:
@@ -201,10 +201,10 @@ def verify_all(splits: list[str], args) -> bool:
     """Checks splits and prints what is wrong with them; whether all is well."""
     import numpy as np
 
-    from data.shards.verifying import verify
+    from data.shards.verifying import verify_shards
     is_well = True
     for split in splits:
-        manifest, faults = verify(split, jobs=args.jobs, decode=args.decode, patience=args.shard_timeout)
+        manifest, faults = verify_shards(split, jobs=args.jobs, decode=args.decode, patience=args.shard_timeout)
         what = 'all well'
         if faults:
             what = f'{len(faults)} faults' if len(faults) > 1 else 'a fault'
@@ -223,13 +223,13 @@ def verify_all(splits: list[str], args) -> bool:
 
 def _packed_splits(args) -> list[str]:
     """The folder, or address, itself, or those in it that hold a manifest."""
-    from data.folders import check_folder
+    from data.folders import require_folder
     from data.places import EVAL_SPLITS, PREFIX, scheme_of
     from data.shards.manifest import MANIFEST
     from data.shards.verifying import has_split
     root = args.source.removeprefix(PREFIX).rstrip('/')
     if not scheme_of(root):
-        root = check_folder(os.path.expanduser(root))
+        root = require_folder(os.path.expanduser(root))
         names = args.split or sorted(path.parent.name for path in Path(root).glob(f'*/{MANIFEST}'))
     else:
         names = args.split or ('train', *EVAL_SPLITS)
@@ -242,9 +242,9 @@ def _packed_splits(args) -> list[str]:
 def index(args) -> list[str]:
     """Writes the manifest of shards from elsewhere."""
     from data.classes import read_class_map
-    from data.folders import check_folder
+    from data.folders import require_folder
     from data.shards.verifying import index_folder
-    folder = check_folder(os.path.expanduser(args.source))
+    folder = require_folder(os.path.expanduser(args.source))
     manifest = index_folder(folder, jobs=args.jobs, classes=args.class_map and read_class_map(args.class_map))
     print(f'{folder}: {len(manifest.index):,} images of {len(manifest.classes)} classes in {_shards(manifest)}')
     return [folder]

@@ -50,7 +50,7 @@ def read_checkpoint(path: str | os.PathLike, *, verified: bool = False) -> dict[
     """
     path = os.fspath(path)
     head = _file_start(path)
-    verify(path, required=verified)
+    verify_checksum(path, required=verified)
     if head[8:9] == b'{':  # a safetensors file: eight bytes of length, then JSON
         return _read_safetensors(path)
     try:
@@ -76,7 +76,7 @@ def seal(digest: str) -> bytes:
     return SEAL_LENGTH.to_bytes(2, 'little') + SEAL + digest.encode()
 
 
-def verify(path: str | os.PathLike, *, required: bool = True) -> None:
+def verify_checksum(path: str | os.PathLike, *, required: bool = True) -> None:
     """Compare a file with the checksum at its end. torch itself notices no changed bit of a weight.
 
     Raises:

@@ -44,7 +44,7 @@ def make_folder(folder: Path, option: str) -> None:
         raise UserError(f'{option}: {folder} cannot be written ({e.strerror}); name another folder') from None
 
 
-def check_folder(folder: Path, option: str) -> None:
+def check_writable(folder: Path, option: str) -> None:
     """Raises the UserError of `make_folder` if that folder could not be made or written, but makes nothing."""
     folder = folder.absolute()
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))

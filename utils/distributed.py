@@ -52,7 +52,7 @@ class World:
         return self.rank == 0
 
 
-def join(device_name: str, timeout: timedelta = timedelta(minutes=30)) -> World:
+def init_process_group(device_name: str, timeout: timedelta = timedelta(minutes=30)) -> World:
     """Takes this process's device and, where torchrun started several, joins their group (NCCL on GPUs, gloo on CPUs).
 
     Args:
@@ -122,7 +122,7 @@ def _device(name: str, local_rank: int, local_size: int) -> torch.device:
     return torch.device('cuda', index)
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """The end of a script: gives the group's connections back."""
     global _host_group
     _progress.stop()
@@ -335,7 +335,7 @@ def from_main(value):
 
 
 @contextlib.contextmanager
-def mistakes_from_main():
+def raise_on_all_ranks():
     """Raises the UserError of this block on rank 0, such as that of a file which it alone writes, on every rank."""
     mistake = None
     try:
@@ -346,7 +346,7 @@ def mistakes_from_main():
         raise UserError(mistake)
 
 
-def overwrite_from_main(tensors) -> None:
+def broadcast_from_main(tensors) -> None:
     """Writes rank 0's values into these tensors of every rank."""
     if is_distributed():
         for tensor in tensors:
@@ -372,7 +372,7 @@ def one_per_machine_first(world: World):
         gather(None)
 
 
-class Agreement:
+class AsyncMax:
     """The largest number that any rank gives, the same on every rank, one call later: so that nobody waits for it.
 
     A group of its own, of CPU tensors (gloo, beside NCCL too), keeps it apart from the work of a GPU. One process has

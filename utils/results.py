@@ -6,7 +6,7 @@ import math
 from datetime import datetime
 from pathlib import Path
 
-from utils.disk import check_folder, make_folder
+from utils.disk import check_writable, make_folder
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def results_stem(args, given: str | None, option: str, kind: str) -> Path:
         stem /= dated
     elif stem.suffix in ('.json', '.csv'):
         stem = stem.with_suffix('')
-    check_folder(stem.parent, option)
+    check_writable(stem.parent, option)
     return stem
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from utils.console import setup_logging
 from utils.disk import ROOT
-from utils.distributed import World, join
+from utils.distributed import World, init_process_group
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def start(args, *, alone: bool = False) -> tuple[World, Precision]:
     Raises:
         UserError: of a script that is `alone`, more than one process has been started.
     """
-    world = join(args.device, timedelta(seconds=args.timeout))
+    world = init_process_group(args.device, timedelta(seconds=args.timeout))
     setup_logging(is_main=world.is_main)
     if alone and world.size > 1:
         script = Path(sys.argv[0]).name

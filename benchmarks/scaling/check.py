@@ -43,7 +43,7 @@ from benchmarks.shared.records import (
 )
 from options.parser import create_parser, parse_options
 from options.types import image_size, positive_int, seed
-from utils.distributed import leave
+from utils.distributed import destroy_process_group
 from utils.errors import UserError
 from utils.runtime import seed_everything, start
 from utils.script import run_script
@@ -111,7 +111,7 @@ def act_as_rank(args, training_args) -> None:
         write_record(Path(args.output), args.name, {
             'threads': torch.get_num_threads(), 'steps': steps,
             'messages': [{'bytes': size, 'milliseconds': times} for size, times in messages]}, '')
-    leave()
+    destroy_process_group()
 
 
 def time_message(size: int, repeats: int) -> list[float]:

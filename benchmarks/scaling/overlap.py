@@ -46,7 +46,7 @@ from engine.loop import wrap_model
 from models import create_model
 from options.parser import create_parser, parse_options
 from options.types import count, image_size, positive_int, seed
-from utils.distributed import World, leave
+from utils.distributed import World, destroy_process_group
 from utils.errors import UserError
 from utils.runtime import seed_everything, start
 from utils.script import run_script
@@ -191,7 +191,7 @@ def act_as_rank(args, training_args) -> None:
     if world.is_main:
         write_record(Path(args.output), args.name, {
             'threads': torch.get_num_threads(), 'rows': rows, 'hand_overs': counted}, '')
-    leave()
+    destroy_process_group()
 
 
 def _start(label: str, wrap: Callable, args, training_args, world: World) -> tuple[Running, Link | None]:

@@ -154,7 +154,7 @@ def start_training(contender: Contender, args, training_args, precision: Precisi
     def take_step() -> None:
         step(batches)
         if isinstance(step, TrainingStep) and next(count) % training_args.log_interval == 0:
-            step.settle()
+            step.sync_skipped_steps()
 
     def held() -> list[torch.Tensor]:
         moments = [value for values in state.optimizer.state.values() for value in values.values()]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from utils.console import format_seconds
-from utils.disk import ROOT, check_folder, make_folder, write_whole
+from utils.disk import ROOT, check_writable, make_folder, write_whole
 from utils.errors import UserError
 from utils.results import finite
 from utils.runtime import Precision, describe_environment
@@ -30,7 +30,7 @@ def check_record_options(args) -> Path:
     if Path(args.name).name != args.name:
         raise UserError(f'--name {args.name}: give a name without a folder; the folder is --output')
     folder = Path(args.output).expanduser()
-    check_folder(folder, '--output')
+    check_writable(folder, '--output')
     return folder
 
 

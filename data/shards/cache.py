@@ -14,9 +14,9 @@ from typing import IO, BinaryIO, NamedTuple
 import numpy as np
 
 from data.shards.remote import (
+    FetchStopped,
     Patience,
     RemoteFile,
-    Stopped,
     _causes,
     _filesystem,
     _status,
@@ -110,7 +110,7 @@ class Cache:
         Raises:
             UserError: the server has not answered in time, has no such file, or not the one that is expected; or
                 the disk is full.
-            Stopped: `stop` has been set.
+            FetchStopped: `stop` has been set.
         """
         began = time.monotonic()
         try:
@@ -151,7 +151,7 @@ class Cache:
                 patience.answered()
                 target.write(content)
                 if stop is not None and stop.is_set():
-                    raise Stopped
+                    raise FetchStopped
                 speed = len(content) / max(time.monotonic() - began, 1e-3)
                 piece = int(min(most, 2 * piece, max(MIN_PIECE, speed * PIECE_SECONDS)))
             target.flush()
@@ -202,7 +202,7 @@ class Cache:
                         break
                     except BlockingIOError:
                         if stop and stop.wait(0.1):
-                            raise Stopped from None
+                            raise FetchStopped from None
                     except OSError as error:  # some file systems of clusters have none
                         raise UserError(f'--shard-cache: {self.folder} is where files cannot be locked '
                                         f'({error.strerror}); name a folder on a disk of this machine') from None
@@ -245,10 +245,10 @@ def _leave_locks() -> None:
 os.register_at_fork(after_in_child=_leave_locks)
 
 
-class Ahead:
+class Prefetcher:
     """Fetches the files that samples will need, in the order of need, in threads of this process.
 
-        with Ahead(cache, files, needed) as used:
+        with Prefetcher(cache, files, needed) as used:
             used(64)                      # of `needed`, the next 64 have been used
 
     needed: int64 [n], the number of the file that each sample is in. As many files are claimed as the cache allows.
@@ -298,7 +298,7 @@ class Ahead:
                 continue
             try:
                 waiting = None if self._cache.fetch(self._files[number], ahead=True, stop=self._stop) else number
-            except Stopped:
+            except FetchStopped:
                 return
             except (UserError, OSError):
                 waiting = None

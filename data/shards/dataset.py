@@ -24,7 +24,7 @@ from timm.data import ImageNetInfo
 from data.base import ImageDataset
 from data.decode import ImageError
 from data.places import expand, has_manifest, is_pattern, list_tars, scheme_of
-from data.shards.cache import Ahead, Cache, Files, remote_files
+from data.shards.cache import Cache, Files, Prefetcher, remote_files
 from data.shards.foreign import NUMBERED, index_shards
 from data.shards.manifest import INDEX, MEND, Manifest
 from data.shards.remote import RemoteFile, describe_remote, read_remote
@@ -48,7 +48,7 @@ class Shards(ImageDataset):
         self._is_numbered = manifest.source == NUMBERED
         self.folder = where  # as the messages for image folders call it
         self._index, self._files = manifest.index, files
-        self._starts = manifest.starts
+        self._starts = manifest.shard_offsets
         self._first = self._starts[:-1].tolist()
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
 
@@ -59,7 +59,7 @@ class Shards(ImageDataset):
         for file in self.__dict__.get('_open', {}).values():
             file.close()
 
-    def stored(self, index: int) -> bytes:
+    def read_bytes_or_image(self, index: int) -> bytes:
         shard = self._shard(index)
         offset, size = int(self._index.offset[index]), int(self._index.size[index])
         try:
@@ -77,14 +77,14 @@ class Shards(ImageDataset):
     def path(self, index: int) -> str:
         return f'{self._files.names[self._shard(index)]}::{self._index.name(index)}'
 
-    def starts(self) -> np.ndarray | None:
+    def shard_offsets(self) -> np.ndarray | None:
         return self._starts if self._files.remote else None
 
     def ahead(self, indices: np.ndarray) -> AbstractContextManager[Callable[[int], None]]:
         if not self._files.remote or not len(indices):
             return super().ahead(indices)
         cache, files = self._files.remote
-        return Ahead(cache, files, np.searchsorted(self._starts, indices.ravel(), 'right') - 1)
+        return Prefetcher(cache, files, np.searchsorted(self._starts, indices.ravel(), 'right') - 1)
 
     def name_numbers(self, classes: Sequence[str] | None, map_source: str) -> None:
         """Gives names to classes that are mere numbers: those of `classes` at their positions; where there are no
@@ -132,7 +132,7 @@ def open_shards(path: str, cache: Cache) -> Shards:
     this machine or a pattern with braces.
 
     Raises UserError, before any image is read, for what is missing, of another length than its manifest says, or not
-    to be read; Gone where there is nothing at an address.
+    to be read; NotFoundError where there is nothing at an address.
     """
     remote = bool(scheme_of(path))
     if remote:

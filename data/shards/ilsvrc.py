@@ -51,7 +51,7 @@ class Archive(ImageDataset):
         self.size = np.array([member.size for _, member in found], np.int64)
         self._file = open(path, 'rb', buffering=0)  # pread has no position, so that forks may share it
 
-    def stored(self, index: int) -> bytes:
+    def read_bytes_or_image(self, index: int) -> bytes:
         size = int(self.size[index])
         try:
             content = os.pread(self._file.fileno(), size, int(self.offset[index]))

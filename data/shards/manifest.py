@@ -167,7 +167,7 @@ class Manifest:
     packing: dict | None = None
 
     @property
-    def starts(self) -> np.ndarray:
+    def shard_offsets(self) -> np.ndarray:
         """int64 [shards + 1]: the number of each shard's first sample, and of all samples."""
         return np.cumsum([0] + [shard.samples for shard in self.shards], dtype=np.int64)
 
@@ -258,13 +258,13 @@ class Manifest:
             raise UserError(f'{path} has an index with names that hold control characters; {MEND}')
         sizes = np.repeat([shard.bytes for shard in self.shards], [shard.samples for shard in self.shards])
         before = np.concatenate([[0], (index.offset + index.size)[:-1]])
-        before[self.starts[self.starts < len(index)]] = 0  # each shard begins anew
+        before[self.shard_offsets[self.shard_offsets < len(index)]] = 0  # each shard begins anew
         wrong = ((index.offset < before + BLOCK) | (index.offset % BLOCK != 0) | (index.size < 0)
                  | (index.size > MAX_BYTES)
                  | (index.offset > sizes - index.size) | (index.target < 0) | (index.target >= len(self.classes)))
         if wrong.any():
             number = int(wrong.argmax())
-            shard = self.shards[int(np.searchsorted(self.starts, number, 'right')) - 1]
+            shard = self.shards[int(np.searchsorted(self.shard_offsets, number, 'right')) - 1]
             raise UserError(
                 f'{path} disagrees with its index, which has {index.name(number)!r} of class {index.target[number]} at '
                 f'byte {index.offset[number]:,}, {index.size[number]:,} long, in {shard.name} of {shard.bytes:,} bytes '

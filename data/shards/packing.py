@@ -158,7 +158,7 @@ class _Packer:
                 for index in map(int, self.plan.members(number)):
                     name, path, size = self.plan.names[index], dataset.path(index), 0
                     try:
-                        content = dataset.stored(index)
+                        content = dataset.read_bytes_or_image(index)
                         size = len(content)
                         content, is_resized = prepare(content, path, self.recipe, loss, measure=index % self.every == 0)
                     except ImageError as error:

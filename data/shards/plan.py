@@ -227,7 +227,7 @@ def _trial_ratio(source: Source, recipe: Recipe) -> float:
     before = after = 1
     for index in np.linspace(0, len(source.dataset) - 1, 64).astype(int):
         with contextlib.suppress(ImageError):
-            content = source.dataset.stored(int(index))
+            content = source.dataset.read_bytes_or_image(int(index))
             before += len(content)
             after += len(prepare(content, '', recipe, Loss())[0])
     return after / before

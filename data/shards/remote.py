@@ -46,16 +46,16 @@ class RemoteFile(NamedTuple):
         return self.sha256 or hashlib.sha256(f'{self.url}\n{self.bytes}\n{self.tag}'.encode()).hexdigest()
 
 
-class Gone(UserError):
+class NotFoundError(UserError):
     """There is nothing at an address, or nothing for this user."""
 
 
-class Stopped(Exception):
+class FetchStopped(Exception):
     """The fetching has been called off."""
 
 
 def read_remote(url: str, patience: float) -> bytes:
-    """The content of a small file. Raises Gone, or another UserError when `patience` seconds have been in vain."""
+    """The content of a small file. Raises NotFoundError, or UserError after `patience` seconds."""
     return _persist(lambda: _filesystem(url).cat_file(url), url, patience)
 
 
@@ -122,7 +122,7 @@ class Patience:
         self._failures += 1
         _warn(f'{self._url}: {_reason(error)}; trying again, for {waited:.0f} s now')
         if self._stop.wait(pause):
-            raise Stopped
+            raise FetchStopped
 
 
 def _persist(request: Callable, url: str, seconds: float):
@@ -171,9 +171,9 @@ def _explain_for_good(error: Exception, url: str) -> UserError | None:
     # fsspec says "not found" of a server that does not answer, too; then the cause tells.
     is_missing = isinstance(error, FileNotFoundError) and (status is not None or error.__cause__ is None)
     if status in (404, 410) or (is_missing and status is None) or 'NoSuchBucket' in str(error):
-        return Gone(f'{url}: not found')
+        return NotFoundError(f'{url}: not found')
     if status in (401, 403) or isinstance(error, PermissionError):
-        return Gone(f'{url}: access is refused{f" ({status})" if status else ""}')
+        return NotFoundError(f'{url}: access is refused{f" ({status})" if status else ""}')
     if status is not None and 400 <= status < 500:
         return UserError(f'{url}: refused by the server ({status}); check the address')
     if isinstance(error, ValueError | TypeError | AttributeError):

@@ -57,7 +57,7 @@ class _Unpacker:
                 if not _is_whole(path, size):
                     temporary = path.with_name(f'.{path.name}.tmp')
                     try:
-                        temporary.write_bytes(self.source.dataset.stored(index))
+                        temporary.write_bytes(self.source.dataset.read_bytes_or_image(index))
                         temporary.replace(path)
                     finally:
                         temporary.unlink(missing_ok=True)

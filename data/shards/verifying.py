@@ -1,6 +1,6 @@
 """Checks a split of shards against its manifest and its index, to the last byte, and makes a manifest for others.
 
-    manifest, faults = verify('/shards/imagenet/train', jobs=16, decode=False)    # tools/pack.py --verify
+    manifest, faults = verify_shards('/shards/imagenet/train', jobs=16, decode=False)    # tools/pack.py --verify
     for file, what in faults: …
     manifest = index_folder('/shards/from_elsewhere', jobs=16)                    # tools/pack.py --index
 """
@@ -19,7 +19,7 @@ from data.shards.cache import Cache, Files
 from data.shards.dataset import reader
 from data.shards.foreign import NUMBERED, index_shards
 from data.shards.manifest import MANIFEST, Index, Manifest, Shard, key_of
-from data.shards.remote import Gone, RemoteFile
+from data.shards.remote import NotFoundError, RemoteFile
 from data.shards.tar import Member, scan_tar
 from utils.errors import UserError
 from utils.parallel import in_processes
@@ -28,7 +28,7 @@ Fault = tuple[str, str]
 """A file of the split, and what is wrong with it."""
 
 
-def verify(where: str, *, jobs: int, decode: bool, patience: float = 300) -> tuple[Manifest | None, list[Fault]]:
+def verify_shards(where: str, *, jobs: int, decode: bool, patience: float = 300) -> tuple[Manifest | None, list[Fault]]:
     """Reads all of a split; the manifest (None if it cannot be read itself) and what is wrong, empty if nothing is.
 
     Shards are compared with the manifest by bytes and SHA-256, their headers with the index, and class members with
@@ -61,7 +61,7 @@ def has_split(where: str, patience: float) -> bool:
         return os.path.isfile(os.path.join(where, MANIFEST))
     try:
         return bool(reader(where, patience)(MANIFEST))
-    except Gone:
+    except NotFoundError:
         return False
 
 
@@ -89,7 +89,7 @@ class _Check:
 
     def __init__(self, manifest: Manifest, opener: Callable, decode: bool):
         self.manifest, self.opener, self.decode = manifest, opener, decode
-        self.starts = manifest.starts
+        self.starts = manifest.shard_offsets
 
     def __call__(self, number: int, tick) -> list[Fault]:
         shard = self.manifest.shards[number]

@@ -29,7 +29,7 @@ from engine.writer import CheckpointWriter, _Snapshot
 from models import create_model
 from tests.conftest import ROOT, assert_same, write_checkpoint
 from utils import faults
-from utils.checkpoint_reader import SEAL, SEAL_LENGTH, read_checkpoint, verify
+from utils.checkpoint_reader import SEAL, SEAL_LENGTH, read_checkpoint, verify_checksum
 from utils.distributed import World
 from utils.errors import UserError
 from utils.runtime import Precision
@@ -264,7 +264,7 @@ def test_torch_and_zip_read_a_file_with_a_checksum_as_one_without(real, tmp_path
         assert archive.testzip() is None and archive.comment == content[-SEAL_LENGTH:]
     for copy_of in ('copy', 'link'):
         (shutil.copyfile if copy_of == 'copy' else os.link)(path, tmp_path / copy_of)
-        verify(tmp_path / copy_of)
+        verify_checksum(tmp_path / copy_of)
         assert_same(read_checkpoint(tmp_path / copy_of, verified=True), without)
 
 
@@ -325,7 +325,7 @@ def test_every_flip_of_the_last_bytes_is_detected(tmp_path):
             data[offset] ^= 1 << bit
             path.write_bytes(data)
             with pytest.raises(UserError, match='does not fit its checksum'):
-                verify(path)
+                verify_checksum(path)
 
 
 def damage(path: Path) -> None:
@@ -560,7 +560,7 @@ def test_a_full_disk_at_every_point(point, fault, tmp_path, caplog):
     warning = f'{at(tmp_path, 3)} could not be saved (No space left on device); training goes on'
     assert warning in caplog.text and caplog.records[-1].levelno == logging.WARNING
     assert not [name for name in names(tmp_path) if name.endswith('.tmp')]
-    assert_survived(tmp_path, 2) if (tmp_path / BEST).exists() else verify(at(tmp_path, 2))
+    assert_survived(tmp_path, 2) if (tmp_path / BEST).exists() else verify_checksum(at(tmp_path, 2))
     writer.save(state_at(4), 4)
     writer.close()
     assert_survived(tmp_path, 4)  # the best, which was not saved before, among them
@@ -588,7 +588,7 @@ def test_a_limit_of_the_file_size_as_torch_meets_it(nursery, tmp_path):
     for limit in (1, 1000, size // 2, size - 80, size - 10):
         assert nursery.run('', tmp_path, saves=1, limit=limit) == 1
         assert names(tmp_path) == before
-        verify(at(tmp_path, 2))
+        verify_checksum(at(tmp_path, 2))
         reason = f'{at(tmp_path, 3)} could not be saved (File too large); '
         assert f'{reason}training goes on' in nursery.said and f'{reason}make room' in nursery.said
     assert nursery.run('', tmp_path, saves=1, limit=size + 500) == 0

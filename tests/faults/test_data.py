@@ -231,10 +231,10 @@ from data.loader import create_loader
 from data.samplers import EvalSampler
 from data.transforms import create_eval_transform
 from engine.evaluate import evaluate
-from utils.distributed import join, leave
+from utils.distributed import init_process_group, destroy_process_group
 from utils.runtime import Precision
 
-world = join('cpu')
+world = init_process_group('cpu')
 torch.manual_seed(0)
 model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 7))
 found = {}
@@ -246,7 +246,7 @@ for number in map(int, filter(str.isdigit, sys.argv)):
                              ).as_dict()
 if world.is_main:
     print(json.dumps(found))
-leave()
+destroy_process_group()
 '''
 
 

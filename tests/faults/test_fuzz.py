@@ -181,8 +181,8 @@ def test_a_mistake_is_one_line_before_the_data_is_scanned(name, place, monkeypat
     def scan(*args):
         raise Scanned
 
-    for function in ('ImageFolder', 'open_digits', '_open_cifar', 'check_folder'):
-        if not (name.startswith('validate map') and function == 'check_folder'):
+    for function in ('ImageFolder', 'open_digits', '_open_cifar', 'require_folder'):
+        if not (name.startswith('validate map') and function == 'require_folder'):
             monkeypatch.setattr(data.datasets, function, scan)
     options = SMALL if script == 'validate' else TRAIN
     words = [str(place / 'images'), *options, *words.format(place=place).split()]

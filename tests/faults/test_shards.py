@@ -155,8 +155,8 @@ def shards(tmp_path_factory) -> Path:
     for split in ('train', 'val'):
         dataset = ImageFolder(str(images / split))
         order = np.random.default_rng(0).permutation(len(dataset)).tolist()
-        write_shards(root / split, [(f'{k:05d}.jpg', dataset.stored(k), int(dataset.targets[k])) for k in order],
-                     dataset.classes, samples_per_shard=10)
+        samples = [(f'{k:05d}.jpg', dataset.read_bytes_or_image(k), int(dataset.targets[k])) for k in order]
+        write_shards(root / split, samples, dataset.classes, samples_per_shard=10)
     return root
 
 

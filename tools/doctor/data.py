@@ -21,7 +21,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key
 
-from data import ImageDataset, spread
+from data import ImageDataset, evenly_spaced
 from data.base import Part
 from data.classes import name_some
 from data.decode import EXTENSIONS, FORMATS, ImageError, decode_rgb
@@ -314,7 +314,7 @@ def _look_closely_at(index: int) -> Seen:
     assert _sample is not None, 'held before the processes were forked'
     path = _sample.path(index)
     try:
-        return look_closely(_sample.stored(index), path)
+        return look_closely(_sample.read_bytes_or_image(index), path)
     except ImageError as error:
         return Seen(path, 0, b'', 'unknown', '', None, (), _reason(error, path))
 
@@ -343,13 +343,13 @@ def read_sample(dataset: ImageDataset, count: int, workers: int, bar) -> list[Se
 
 def sample_of(dataset: ImageDataset, count: int) -> ImageDataset:
     """Up to `count` images, evenly spread over the set, or over some shards where these have to be fetched."""
-    starts = dataset.starts()
+    starts = dataset.shard_offsets()
     if starts is None:
-        return spread(dataset, count)
+        return evenly_spaced(dataset, count)
     spans = list(zip(starts[:-1], starts[1:], strict=True))
     chosen = [spans[k * len(spans) // SHARDS_FETCHED] for k in range(SHARDS_FETCHED)] if (
         len(spans) > SHARDS_FETCHED) else spans
-    return spread(Part(dataset, [index for span in chosen for index in range(*span)]), count)
+    return evenly_spaced(Part(dataset, [index for span in chosen for index in range(*span)]), count)
 
 
 def look_at_images(case: 'Case'):
@@ -470,6 +470,6 @@ def _val_images(case: 'Case', sampled: Sequence[Seen], lengths: set[int]):
     for index in range(len(val)):
         path = val.path(index)
         try:
-            yield os.path.getsize(path), (lambda index=index: _digest(val.stored(index))), path
+            yield os.path.getsize(path), (lambda index=index: _digest(val.read_bytes_or_image(index))), path
         except (OSError, ImageError):
             continue  # it is, or will be, named among the bad ones

@@ -33,9 +33,9 @@ def main():
     import torch
 
     from utils.console import setup_logging
-    from utils.distributed import join, leave, sum_over_ranks
+    from utils.distributed import destroy_process_group, init_process_group, sum_over_ranks
 
-    world = join(args.device, timedelta(seconds=args.timeout))
+    world = init_process_group(args.device, timedelta(seconds=args.timeout))
     setup_logging(is_main=world.is_main)
     values = torch.empty(max(1, round(args.megabytes * 1e6 / 4)), device=world.device)
     expected, seconds = world.size * (world.size + 1) / 2, []
@@ -58,7 +58,7 @@ def main():
             Path(args.json).write_text(json.dumps(found) + '\n', encoding='utf-8')
         print(f'{world.size} processes, {values.nbytes / 1e6:.1f} MB: {1000 * median:.1f} ms, {rate / 1e9:.2f} GB/s; '
               'the sum is right')
-    leave()
+    destroy_process_group()
 
 
 if __name__ == '__main__':

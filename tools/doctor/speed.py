@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from data import spread
+from data import evenly_spaced
 from data.pipeline import create_training_input
 from engine.compile import list_blocks
 from engine.loss import create_loss
@@ -47,7 +47,7 @@ def _prepare(case: 'Case') -> None:
     """The model and its batches, as train.py makes them; bad images, of which the page has spoken, end nothing here."""
     args = case.args.replacing(max_bad_images=len(case.train), max_bad_val_images=len(case.val or ()))
     model = create_model_from_options(args, num_classes=resolve_num_classes(args, case.train.classes))
-    case.input = create_training_input(args, case.train, case.val or spread(case.train, 1), model.pretrained_cfg,
+    case.input = create_training_input(args, case.train, case.val or evenly_spaced(case.train, 1), model.pretrained_cfg,
                                        model.num_classes, case.world)
     if args.compile == 'blocks':
         list_blocks(model)  # which says so where it has none

@@ -38,12 +38,12 @@ def main():
 
     from tools.report import sections
     from tools.report.page import page
-    from utils.disk import check_folder
+    from utils.disk import check_writable
     from utils.runtime import start
 
     # --- The run ------------------------------------------------------------------------------------------------------
     run = sections.open_run(folder)
-    check_folder(output.parent, '--output')
+    check_writable(output.parent, '--output')
     args = sections.evaluation_options(run, given)
     world, precision = start(args, alone=True)
     log.info('%s: %d epochs, %d log lines', folder, len(run.epochs), len(run.steps))

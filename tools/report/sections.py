@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data import ImageDataset, Numbered, spread
+from data import ImageDataset, Numbered, evenly_spaced
 from data.base import Part
 from data.pipeline import create_eval_loader, name_classes, open_evaluation_data, resolve_input
 from engine.log.curves import draw_curves
@@ -107,7 +107,7 @@ def evaluate(model, args, classes, num_samples: int, world, precision) -> Evalua
         if args.data and Path(args.data).exists():
             raise
         raise UserError(f'{error}; a report downloads nothing: name the folder of the data with --data') from None
-    dataset = spread(whole, num_samples)
+    dataset = evenly_spaced(whole, num_samples)
     args = args.replacing(max_bad_val_images=len(dataset))
     loader, prepare = create_eval_loader(args, Numbered(dataset), resolve_input(args, model.pretrained_cfg), world)
     predictions = predict(model, loader, prepare, precision=precision)
@@ -287,8 +287,9 @@ def attention(evaluated: Evaluated | None, missing: str):
     model, args, found = evaluated.model, evaluated.args, evaluated.predictions.indices
     device = next(model.parameters()).device
     decodable = Part(evaluated.dataset, found)
-    loader, prepare = create_eval_loader(args.replacing(workers=0, batch_size=ATTENTION), spread(decodable, ATTENTION),
-                                         resolve_input(args, model.pretrained_cfg), World(0, 0, 1, device))
+    loader, prepare = create_eval_loader(
+        args.replacing(workers=0, batch_size=ATTENTION), evenly_spaced(decodable, ATTENTION),
+        resolve_input(args, model.pretrained_cfg), World(0, 0, 1, device))
     images, targets = next(iter(loader))
     loader.close()
     try:
