@@ -16,8 +16,8 @@ class ImageDataset(ABC):
     """Base of all datasets: `len()`, `classes`, `targets` and, for each index, image, encoded image and path.
 
     A subclass implements `read_bytes_or_image(index)`, which returns the content of an image file as bytes or, where
-    there are no files, a PIL image of mode RGB; and `path(index)`, which says in messages which image is meant. Both give the same
-    for the same index at any time and in any process.
+    there are no files, a PIL image of mode RGB; and `path(index)`, which names the image in messages. Both return the
+    same for the same index at any time and in any process.
 
     classes: list of class names, the position in it is the target.
     targets: int64 array [len].
