@@ -8,10 +8,11 @@ mixes them on the device at the moment they are used.
 from data.base import ImageDataset, Numbered, evenly_spaced
 from data.batch import BatchPreparer, TrainBatchPreparer
 from data.classes import read_class_map
-from data.datasets import DATASETS, open_eval, open_train_val
+from data.datasets import open_eval, open_train_val
 from data.loader import Loader, create_loader, explain_worker_death
 from data.samplers import EvalSampler, TrainSampler
 from data.transforms import create_eval_transform, create_train_transform
+from options.datasets import DATASETS
 
 __all__ = [
     'DATASETS',

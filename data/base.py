@@ -5,6 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -59,6 +60,21 @@ class ImageDataset(ABC):
         nothing is done.
         """
         return contextlib.nullcontext(lambda used: None)
+
+
+class Request(NamedTuple):
+    """What the opener of a data set in options/datasets.py is asked for.
+
+    name: the data set's. folder: the user's DIR, '' if none was given. download: fetch files that are missing in it.
+    num_images, image_size, num_classes: of generated images. is_train: the training split, not the evaluation split.
+    """
+    name: str
+    folder: str
+    download: bool = False
+    num_images: int = 1024
+    image_size: int | Sequence[int] = 224
+    num_classes: int = 1000
+    is_train: bool = False
 
 
 class Part(ImageDataset):

@@ -14,13 +14,12 @@ from data.samplers import EvalSampler, TrainSampler
 from data.shards.cache import Cache
 from data.transforms import create_eval_transform, create_train_transform
 from options.checks import check_images
+from options.datasets import DATASETS
 from utils.distributed import World, one_per_machine_first
 from utils.errors import UserError
 
 # Statistics of CIFAR's pixels, under the names of timm's configurations.
 CIFAR_STATS = {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)}
-CIFAR_FOLDER = './data_cifar'
-WITHOUT_FOLDER = ('digits', 'synthetic')
 
 
 class InputConfig(NamedTuple):
@@ -55,7 +54,7 @@ def resolve_input(args, pretrained_cfg: dict) -> InputConfig:
 
 def open_training_data(args, world: World):
     """The training and the evaluation split that the options name, with the training split's classes."""
-    root, download = _source(args)
+    root, download = _locate(args)
     with one_per_machine_first(world):
         return open_train_val(args.dataset, root, train_split=args.train_split, val_split=args.val_split,
                               download=download and world.local_rank == 0, only_classes=args.only_classes,
@@ -71,7 +70,7 @@ def open_evaluation_data(args, classes: list[str] | None, num_classes: int | Non
     Raises:
         UserError: as open_eval; or nothing says which of the model's `num_classes` classes are those of the data set.
     """
-    root, download = _source(args)
+    root, download = _locate(args)
     if args.class_map:
         classes = read_class_map(args.class_map)
 
@@ -141,13 +140,14 @@ def _name_synsets(imagenet: ImageNetInfo) -> dict[str, str]:
             else text if every[text] == 1 else f'{text} ({synset})' for synset, text in words.items()}
 
 
-def _source(args) -> tuple[str | None, bool]:
-    """The folder of the data, and whether to fetch what it lacks: CIFAR that has no DIR gets one of its own."""
-    if not args.data and args.dataset in ('cifar10', 'cifar100'):
-        return CIFAR_FOLDER, args.download is not False
-    if not args.data and args.dataset not in WITHOUT_FOLDER:
+def _locate(args) -> tuple[str, bool]:
+    """Return the folder of the data, '' for data sets without one, and whether to download what it lacks."""
+    if args.data:
+        return args.data, bool(args.download)
+    folder = DATASETS[args.dataset].folder
+    if folder is None:
         raise UserError('no data: give the folder that holds train/ and val/, or --dataset digits to try things out')
-    return args.data, bool(args.download)
+    return folder, args.download is not False
 
 
 def _cache(args, world: World) -> Cache:

@@ -134,24 +134,24 @@ def _shards(manifest) -> str:
 
 
 def _check_out(out: str) -> str:
-    """The path of OUT. Raises UserError, before anything is read, if it is elsewhere or cannot be written."""
-    from data.places import PREFIX, scheme_of
+    """Return the path of OUT. Raises UserError, before anything is read, if it is remote or cannot be written."""
+    from data.places import parse_place
     from utils.disk import check_writable
-    path = out.removeprefix(PREFIX)
-    if scheme_of(path):
+    place = parse_place(out, is_shards=True)
+    if place.is_remote:
         raise UserError(f'{out}: shards are written to a folder of this machine; give one, and copy it there')
-    path = os.path.expanduser(path.removeprefix('file://'))
-    check_writable(Path(path), 'OUT')
-    return path
+    check_writable(Path(place.path), 'OUT')
+    return place.path
 
 
 def _open_sources(args) -> dict:
     """The sources by the names of their splits; '' for one that is a split itself."""
     from data.classes import match_classes
-    from data.places import PREFIX, has_manifest
+    from data.places import parse_place
     from data.shards.ilsvrc import ARCHIVES, check_md5, open_archive
     from data.shards.plan import archive_source, folder_source
-    given = os.path.expanduser(args.source.removeprefix(PREFIX))
+    place = parse_place(args.source, is_shards=True)
+    given = place.path
     archives = [given] if os.path.isfile(given) else [
         os.path.join(given, name) for split, name in ARCHIVES.items()
         if os.path.isfile(os.path.join(given, name)) and split in (args.split or ARCHIVES)]
@@ -168,11 +168,11 @@ def _open_sources(args) -> dict:
                         f'{given} holds neither')
     if Path(args.out).resolve().is_relative_to(Path(given).resolve()):
         raise UserError(f'{args.out} lies in {given}, and would be taken for a part of it; name another folder')
-    folders = {split: os.path.join(given, split) if split else given for split in _splits(given, args.split)}
+    folders = {split: place.join(split) if split else place for split in _splits(place, args.split)}
     for folder in folders.values():
-        if has_manifest(folder):
+        if folder.has_manifest():
             raise UserError(f'{folder} holds shards already; to check them: --verify {folder}')
-    sources = {split: folder_source(folder) for split, folder in folders.items()}
+    sources = {split: folder_source(folder.path) for split, folder in folders.items()}
     if 'train' in sources:
         for split, source in sources.items():
             match_classes(source.dataset, sources['train'].dataset.classes, where=f'{given}/{split}',
@@ -180,24 +180,22 @@ def _open_sources(args) -> dict:
     return sources
 
 
-def _splits(folder: str, asked: list[str] | None) -> list[str]:
-    """The splits in a folder, or [''] if it is one itself."""
+def _splits(place, asked: list[str] | None) -> list[str]:
+    """Return the names of the splits in a folder, or [''] if it is a split itself."""
     from data.folders import require_folder
     from data.places import EVAL_SPLITS
-    require_folder(folder)
-    if asked:
-        missing = [name for name in asked if not os.path.isdir(os.path.join(folder, name))]
-        if missing:
-            raise UserError(f'--split {missing[0]}: no such folder in {folder}')
-        return list(dict.fromkeys(asked))
-    return [name for name in ('train', *EVAL_SPLITS) if os.path.isdir(os.path.join(folder, name))] or ['']
+    require_folder(place.path)
+    if missing := [name for name in asked or () if not place.join(name).is_folder()]:
+        raise UserError(f'--split {missing[0]}: no such folder in {place}')
+    return list(dict.fromkeys(asked or ())) or [
+        name for name in ('train', *EVAL_SPLITS) if place.join(name).is_folder()] or ['']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checking
 
 
-def verify_all(splits: list[str], args) -> bool:
+def verify_all(splits: list, args) -> bool:
     """Checks splits and prints what is wrong with them; whether all is well."""
     import numpy as np
 
@@ -221,30 +219,31 @@ def verify_all(splits: list[str], args) -> bool:
     return is_well
 
 
-def _packed_splits(args) -> list[str]:
-    """The folder, or address, itself, or those in it that hold a manifest."""
+def _packed_splits(args) -> list:
+    """Return the place of FOLDER itself, or of the splits in it that have a manifest."""
     from data.folders import require_folder
-    from data.places import EVAL_SPLITS, PREFIX, scheme_of
+    from data.places import EVAL_SPLITS, parse_place
     from data.shards.manifest import MANIFEST
     from data.shards.verifying import has_split
-    root = args.source.removeprefix(PREFIX).rstrip('/')
-    if not scheme_of(root):
-        root = require_folder(os.path.expanduser(root))
-        names = args.split or sorted(path.parent.name for path in Path(root).glob(f'*/{MANIFEST}'))
-    else:
-        names = args.split or ('train', *EVAL_SPLITS)
-    if not args.split and has_split(root, args.shard_timeout):
-        return [root]
-    splits = [f'{root}/{name}' for name in names]
-    return [split for split in splits if args.split or has_split(split, args.shard_timeout)] or [root]
+    place = parse_place(args.source, is_shards=True)
+    names = ['train', *EVAL_SPLITS]
+    if not place.is_remote:
+        require_folder(place.path)
+        names = sorted(path.parent.name for path in Path(place.path).glob(f'*/{MANIFEST}'))
+    if args.split:
+        return [place.join(name) for name in args.split]
+    if has_split(place, args.shard_timeout):
+        return [place]
+    return [split for split in map(place.join, names) if has_split(split, args.shard_timeout)] or [place]
 
 
 def index(args) -> list[str]:
     """Writes the manifest of shards from elsewhere."""
     from data.classes import read_class_map
     from data.folders import require_folder
+    from data.places import parse_place
     from data.shards.verifying import index_folder
-    folder = require_folder(os.path.expanduser(args.source))
+    folder = require_folder(parse_place(args.source, is_shards=True).path)
     manifest = index_folder(folder, jobs=args.jobs, classes=args.class_map and read_class_map(args.class_map))
     print(f'{folder}: {len(manifest.index):,} images of {len(manifest.classes)} classes in {_shards(manifest)}')
     return [folder]

@@ -17,11 +17,11 @@ from data.shards.remote import (
     FetchStopped,
     Patience,
     RemoteFile,
-    _causes,
-    _filesystem,
-    _status,
-    _warn,
+    causes_of,
     describe_remote,
+    filesystem,
+    http_status,
+    warn_rarely,
 )
 from data.shards.tar import COPY_AGAIN
 from utils.errors import UserError
@@ -123,7 +123,7 @@ class Cache:
                     self.part(file).touch()  # from here on others count it
                 if self._download(file, Patience(file.url, self.patience, stop, began), stop):
                     return True
-                _warn(f'{file.url}: what has arrived does not fit its checksum; fetching it again')
+                warn_rarely(f'{file.url}: what has arrived does not fit its checksum; fetching it again')
                 if self._download(file, Patience(file.url, self.patience, stop), stop):
                     return True
         except OSError as error:  # not the server's: those have been dealt with
@@ -162,7 +162,7 @@ class Cache:
             if not is_right:
                 part.unlink()
                 return False
-        elif file.tag and describe_remote(file.url, self.patience).tag != file.tag:
+        elif file.tag and describe_remote(file.place, self.patience).tag != file.tag:
             part.unlink()
             raise UserError(f'{file.url} has been replaced on the server since it was looked at first; start again')
         os.replace(part, self.path(file))
@@ -171,11 +171,11 @@ class Cache:
 
     def _piece(self, file: RemoteFile, start: int, end: int) -> bytes:
         """Bytes start to end of a file, or from start on all, which a server that knows no parts sends at a time."""
-        system = _filesystem(file.url)
+        system = filesystem(file.place)
         try:
             content = system.cat_file(file.url, start=start, end=end)
         except Exception as error:
-            if 416 not in map(_status, _causes(error)):
+            if 416 not in map(http_status, causes_of(error)):
                 raise
             content = b''  # the part begins behind the end of the file
         if len(content) == file.bytes:
@@ -222,13 +222,13 @@ class Cache:
                 ours = re.fullmatch(r'[0-9a-f]{64}\.(tar|(\d+)\.part)', entry.name)
                 if ours and entry.name != self.part(file).name:
                     status = entry.stat()
-                    entries.append((status.st_mtime, int(ours[2] or status.st_size), entry.path))
-        total = file.bytes + sum(size for _, size, _ in entries)
-        for used, size, path in sorted(entries):
+                    entries.append((status.st_mtime, int(ours[2] or status.st_size), entry.path, not ours[2]))
+        total = file.bytes + sum(size for _, size, _, _ in entries)
+        for used, size, path, is_whole in sorted(entries):
             age = time.time() - used
             if total <= self.max_bytes:
                 break
-            if path.endswith('.tar') and (even_fresh or age > STALE_SECONDS) or age > ABANDONED_SECONDS:
+            if is_whole and (even_fresh or age > STALE_SECONDS) or age > ABANDONED_SECONDS:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
                 total -= size

@@ -23,7 +23,7 @@ from timm.data import ImageNetInfo
 
 from data.base import ImageDataset
 from data.decode import ImageError
-from data.places import expand, has_manifest, is_pattern, list_tars, scheme_of
+from data.places import Place, parse_place
 from data.shards.cache import Cache, Files, Prefetcher, remote_files
 from data.shards.foreign import NUMBERED, index_shards
 from data.shards.manifest import INDEX, MEND, Manifest
@@ -127,45 +127,38 @@ def _may_be_named(found: str, name: str) -> bool:
 # Opening
 
 
-def open_shards(path: str, cache: Cache) -> Shards:
-    """The split in shards at `path`: a folder or an address with a manifest, or tar files without one, as a folder of
-    this machine or a pattern with braces.
+def open_shards(place: Place | str, cache: Cache) -> Shards:
+    """Return the split in shards at `place`: a folder or address with a manifest, or tar files without one, as a folder
+    on this machine or a pattern with braces.
 
     Raises UserError, before any image is read, for what is missing, of another length than its manifest says, or not
     to be read; NotFoundError where there is nothing at an address.
     """
-    remote = bool(scheme_of(path))
-    if remote:
+    place = parse_place(place, is_shards=True)
+    if place.is_remote:
         cache.make()
-    path = path.removeprefix('file://')
-    if is_pattern(path):
-        return _open_foreign(expand(path), path, cache)
-    if not remote:
-        if not has_manifest(path) and (tars := list_tars(path)):
-            return _open_foreign(tars, path, cache)
-    path = path.rstrip('/') or path
-    manifest = Manifest.read(reader(path, cache.opening_patience), path)
-    addresses = [f'{path}/{shard.name}' for shard in manifest.shards]
-    if remote:
-        fetched = [RemoteFile(address, shard.bytes, shard.sha256)
-                   for address, shard in zip(addresses, manifest.shards, strict=True)]
+    if tars := place.tars_without_manifest():
+        return _open_foreign(tars, str(place), cache)
+    manifest = Manifest.read(reader(place, cache.opening_patience), str(place))
+    if place.is_remote:
+        fetched = [RemoteFile(place.join(shard.name), shard.bytes, shard.sha256) for shard in manifest.shards]
         files = remote_files(cache, fetched)
         _check_cache(cache, fetched)
     else:
-        _check_lengths(addresses, manifest)
-        files = Files(addresses)
-    return _reported(Shards(path, manifest, files))
+        files = Files([str(place.join(shard.name)) for shard in manifest.shards])
+        _check_lengths(files.names, manifest)
+    return _reported(Shards(str(place), manifest, files))
 
 
-def reader(path: str, patience: float) -> Callable[[str], bytes]:
-    """What reads the files of a split by their names, for `Manifest.read`."""
-    if scheme_of(path):
-        return lambda name: read_remote(f'{path.rstrip("/")}/{name}', patience)
+def reader(place: Place, patience: float) -> Callable[[str], bytes]:
+    """Return a function that reads the files of a split by their names, for `Manifest.read`."""
+    if place.is_remote:
+        return lambda name: read_remote(place.join(name), patience)
 
     def read(name: str) -> bytes:
-        file = os.path.join(path, name)
+        file = place.join(name)
         try:
-            return Path(file).read_bytes()
+            return Path(file.path).read_bytes()
         except OSError as error:
             remedy = MEND if name == INDEX else 'give a folder that tools/pack.py has written, or tar files'
             raise UserError(f'{file} cannot be read ({error.strerror}); {remedy}') from None
@@ -211,19 +204,19 @@ def _reported(dataset: Shards) -> Shards:
 # Tar files without a manifest
 
 
-def _open_foreign(paths: list[str], where: str, cache: Cache) -> Shards:
+def _open_foreign(tars: list[Place], where: str, cache: Cache) -> Shards:
     """Reads the headers of tar files from elsewhere, once: what they say is kept in the cache's folder."""
-    if scheme_of(paths[0]):
-        remote = [describe_remote(path, cache.opening_patience) for path in paths]
+    if tars[0].is_remote:
+        remote = [describe_remote(tar, cache.opening_patience) for tar in tars]
         _check_cache(cache, remote)
         files = remote_files(cache, remote)
         marks = [f'{file.url}\n{file.bytes}\n{file.tag}' for file in remote]
     else:
-        files = Files(paths)
-        marks = [_mark(path) for path in paths]
+        files = Files([tar.path for tar in tars])
+        marks = [_mark(path) for path in files.names]
     kept = cache.folder / 'scans' / hashlib.sha256('\n'.join(marks).encode('utf-8', 'surrogateescape')).hexdigest()
     with contextlib.suppress(UserError):
-        return _reported(Shards(where, Manifest.read(reader(str(kept), 0), str(kept)), files))
+        return _reported(Shards(where, Manifest.read(reader(Place(str(kept)), 0), str(kept)), files))
     manifest = index_shards(files)
     try:
         kept.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ import numpy as np
 from data.base import PathList
 from data.classes import name_some
 from data.decode import ImageError
+from data.places import Place
 from data.shards.dataset import reader
 from data.shards.manifest import MANIFEST, Index, Manifest, Shard, ShardWriter, shard_name
 from data.shards.plan import (
@@ -189,7 +190,7 @@ def _manifest_of(source: Source, plan: Plan, recipe: Recipe, parts: list[_Part],
 
 def _packed_already(source: Source, out: Path, recipe: Recipe) -> Manifest:
     """The manifest of `out`. Raises UserError if it is of other images or options."""
-    manifest = Manifest.read(reader(str(out), 0), str(out))
+    manifest = Manifest.read(reader(Place(str(out)), 0), str(out))
     before = manifest.packing
     if not before:
         raise UserError(f'{out} holds shards already, of {manifest.source or "unknown source"!r}; name another folder')

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.places import scheme_of
+from data.places import Place
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -35,10 +35,14 @@ PAUSES = (0.5, 1, 2, 4, 8, 15)
 
 class RemoteFile(NamedTuple):
     """An address and what is known of the file there. tag: of a file without SHA-256, what changes when it changes."""
-    url: str
+    place: Place
     bytes: int
     sha256: str = ''
     tag: str = ''
+
+    @property
+    def url(self) -> str:
+        return self.place.path
 
     @property
     def key(self) -> str:
@@ -54,24 +58,24 @@ class FetchStopped(Exception):
     """The fetching has been called off."""
 
 
-def read_remote(url: str, patience: float) -> bytes:
-    """The content of a small file. Raises NotFoundError, or UserError after `patience` seconds."""
-    return _persist(lambda: _filesystem(url).cat_file(url), url, patience)
+def read_remote(place: Place, patience: float) -> bytes:
+    """Return the content of a small file. Raises NotFoundError, or UserError after `patience` seconds."""
+    return _persist(lambda: filesystem(place).cat_file(place.path), place.path, patience)
 
 
-def describe_remote(url: str, patience: float) -> RemoteFile:
-    """Length and tag of the file at an address. Raises as `read_remote`."""
-    info = _persist(lambda: _filesystem(url).info(url), url, patience)
+def describe_remote(place: Place, patience: float) -> RemoteFile:
+    """Return a remote file with its length and tag. Raises as `read_remote`."""
+    info = _persist(lambda: filesystem(place).info(place.path), place.path, patience)
     if not isinstance(info.get('size'), int):
-        raise UserError(f'{url}: the server does not say how long the file is; put the shards on one that does')
+        raise UserError(f'{place}: the server does not say how long the file is; put the shards on one that does')
     tag = next((str(info[name]) for name in ('ETag', 'etag', 'Last-Modified', 'LastModified', 'mtime') if name in info),
                '')
-    return RemoteFile(url, info['size'], tag=tag)
+    return RemoteFile(place, info['size'], tag=tag)
 
 
-def _filesystem(url: str):
-    """fsspec's file system for an address; of each process its own, as connections do not survive a fork."""
-    scheme = scheme_of(url)
+def filesystem(place: Place):
+    """Return fsspec's file system for an address, one for each process: connections do not survive a fork."""
+    scheme = place.scheme
     options: dict[str, Any] = {}
     try:
         import fsspec
@@ -86,7 +90,7 @@ def _filesystem(url: str):
         return fsspec.filesystem(scheme, **options)
     except ImportError:
         package = '-r requirements-shards.txt' if NEEDS[scheme] in ('aiohttp', 's3fs') else NEEDS[scheme]
-        raise UserError(f'{url}: to read this, {NEEDS[scheme]} is missing; pip install {package}') from None
+        raise UserError(f'{place}: to read this, {NEEDS[scheme]} is missing; pip install {package}') from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,7 +124,7 @@ class Patience:
             raise UserError(f'{self._url}: no answer for {waited:.0f} s ({_reason(error)}); check the address, the '
                             'server and the network, then start again') from None
         self._failures += 1
-        _warn(f'{self._url}: {_reason(error)}; trying again, for {waited:.0f} s now')
+        warn_rarely(f'{self._url}: {_reason(error)}; trying again, for {waited:.0f} s now')
         if self._stop.wait(pause):
             raise FetchStopped
 
@@ -138,7 +142,7 @@ def _persist(request: Callable, url: str, seconds: float):
 _last_warning = [-np.inf]
 
 
-def _warn(message: str) -> None:
+def warn_rarely(message: str) -> None:
     """A warning, unless the last one is a moment old: when a server is away all that fetch have the same to say."""
     if time.monotonic() - _last_warning[0] < 2:
         return
@@ -150,7 +154,7 @@ def _warn(message: str) -> None:
             os.write(sys.__stderr__.fileno(), f'warning: {message}\n'.encode(errors='replace'))
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or getattr(error, 'os_error', None)
@@ -158,8 +162,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _explain_for_good(error: Exception, url: str) -> UserError | None:
     """The UserError for what another attempt will not change; None for what it may."""
-    causes = list(_causes(error))
-    status = next(filter(None, map(_status, causes)), None)
+    causes = list(causes_of(error))
+    status = next(filter(None, map(http_status, causes)), None)
     names = {type(cause).__name__ for cause in causes}
     if status in (408, 425, 429) or (status is not None and status >= 500):
         return None
@@ -181,7 +185,7 @@ def _explain_for_good(error: Exception, url: str) -> UserError | None:
     return None
 
 
-def _status(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """The HTTP status in an error of aiohttp or botocore."""
     response = getattr(error, 'response', None)
     status = response.get('ResponseMetadata', {}).get('HTTPStatusCode') if isinstance(response, dict) else None

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from data.classes import name_some
 from data.decode import ImageError, decode_rgb
-from data.places import list_tars, scheme_of
+from data.places import Place, parse_place
 from data.shards.cache import Cache, Files
 from data.shards.dataset import reader
 from data.shards.foreign import NUMBERED, index_shards
@@ -28,55 +28,57 @@ Fault = tuple[str, str]
 """A file of the split, and what is wrong with it."""
 
 
-def verify_shards(where: str, *, jobs: int, decode: bool, patience: float = 300) -> tuple[Manifest | None, list[Fault]]:
+def verify_shards(place: Place | str, *, jobs: int, decode: bool, patience: float = 300
+                  ) -> tuple[Manifest | None, list[Fault]]:
     """Reads all of a split; the manifest (None if it cannot be read itself) and what is wrong, empty if nothing is.
 
     Shards are compared with the manifest by bytes and SHA-256, their headers with the index, and class members with
     its targets.
 
-    where: a folder, or an address, whose shards are fetched one by one for each of `jobs`, never from a cache.
+    place: a folder, or an address, whose shards are fetched one by one for each of `jobs`, never from a cache.
     decode: every image is decoded too. patience: seconds for which a server may be away.
     Raises UserError if there is no manifest.
     """
-    if not has_split(where, patience):
-        raise UserError(f'{where}: no {MANIFEST} in it; a packing that was begun ends with one: start the same '
+    place = parse_place(place, is_shards=True)
+    if not has_split(place, patience):
+        raise UserError(f'{place}: no {MANIFEST} in it; a packing that was begun ends with one: start the same '
                         'command again. Shards made elsewhere get one with --index')
     try:
-        manifest = Manifest.read(reader(where, patience), where)
+        manifest = Manifest.read(reader(place, patience), str(place))
     except UserError as error:
         return None, [(MANIFEST, str(error))]
     known = {shard.name for shard in manifest.shards}
-    tars = [] if scheme_of(where) else map(os.path.basename, list_tars(where))
+    tars = [os.path.basename(tar.path) for tar in place.tars()]
     faults = [(name, 'is not in the manifest') for name in tars if name not in known]
-    with _opener(where, patience) as opener:
+    with _opener(place, patience) as opener:
         for found in in_processes(_Check(manifest, opener, decode), range(len(manifest.shards)), jobs=jobs,
-                                  total=len(manifest.index), desc=os.path.basename(where)):
+                                  total=len(manifest.index), desc=os.path.basename(place.path)):
             faults += found
     return manifest, sorted(faults)
 
 
-def has_split(where: str, patience: float) -> bool:
-    """Whether a manifest is there."""
-    if not scheme_of(where):
-        return os.path.isfile(os.path.join(where, MANIFEST))
+def has_split(place: Place, patience: float) -> bool:
+    """Return whether a manifest is there."""
+    if not place.is_remote:
+        return os.path.isfile(os.path.join(place.path, MANIFEST))
     try:
-        return bool(reader(where, patience)(MANIFEST))
+        return bool(reader(place, patience)(MANIFEST))
     except NotFoundError:
         return False
 
 
 @contextlib.contextmanager
-def _opener(where: str, patience: float) -> Iterator[Callable]:
+def _opener(place: Place, patience: float) -> Iterator[Callable]:
     """What opens a shard, as a context; of a remote split it is on this machine only while it is open."""
-    if not scheme_of(where):
-        yield lambda shard: open(os.path.join(where, shard.name), 'rb')
+    if not place.is_remote:
+        yield lambda shard: open(os.path.join(place.path, shard.name), 'rb')
         return
     with tempfile.TemporaryDirectory() as folder:
         cache = Cache(folder, max_bytes=float('inf'), patience=patience)
 
         @contextlib.contextmanager
         def fetched(shard: Shard) -> Iterator[BinaryIO]:
-            remote = RemoteFile(f'{where}/{shard.name}', shard.bytes, shard.sha256)
+            remote = RemoteFile(place.join(shard.name), shard.bytes, shard.sha256)
             with cache.open(remote) as file:
                 yield file
             cache.path(remote).unlink()
@@ -174,18 +176,19 @@ def _content(file: BinaryIO, member: Member) -> bytes:
 # Shards from elsewhere
 
 
-def index_folder(folder: str, *, jobs: int, classes: Sequence[str] | None = None) -> Manifest:
-    """Writes manifest and index of the tar files in `folder`, which are only read.
+def index_folder(place: Place | str, *, jobs: int, classes: Sequence[str] | None = None) -> Manifest:
+    """Writes manifest and index of the tar files in the folder `place`, which are only read.
 
     classes: what the numbers of classes stand for, if they are numbers.
     Raises UserError for tar files that are refused (`scan_tar`), or if there are none, or a manifest is there, or none
     can be written.
     """
-    if os.path.exists(os.path.join(folder, MANIFEST)):
-        raise UserError(f'{folder} has a {MANIFEST} already; remove it first if it is to be made anew')
-    paths = list_tars(folder)
+    place = parse_place(place, is_shards=True)
+    if os.path.exists(os.path.join(place.path, MANIFEST)):
+        raise UserError(f'{place} has a {MANIFEST} already; remove it first if it is to be made anew')
+    paths = [tar.path for tar in place.tars()]
     if not paths:
-        raise UserError(f'{folder}: no .tar files in it; give the folder of the shards themselves')
+        raise UserError(f'{place}: no .tar files in it; give the folder of the shards themselves')
     manifest = index_shards(Files(paths))
     if classes is not None:
         if manifest.source != NUMBERED or len(classes) < len(manifest.classes):
@@ -198,9 +201,9 @@ def index_folder(folder: str, *, jobs: int, classes: Sequence[str] | None = None
     manifest.shards = [replace(shard, name=os.path.basename(paths[number]), sha256=sums[number])
                        for number, shard in enumerate(manifest.shards)]
     try:
-        manifest.write(folder)
+        manifest.write(place.path)
     except OSError as error:
-        raise UserError(f'{folder} cannot be written ({error.strerror or error}); copy the shards to a folder that '
+        raise UserError(f'{place} cannot be written ({error.strerror or error}); copy the shards to a folder that '
                         'can') from None
     return manifest
 
