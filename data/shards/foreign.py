@@ -13,21 +13,20 @@ from data.shards.tar import Member, refusal, scan_tar
 from utils.console import progress_bar
 from utils.errors import UserError
 
+# The `source` of a manifest whose classes are numbers without names.
 NUMBERED = 'tar files without a manifest, whose classes are numbers'
-"""The source in a manifest of such: the names of its classes are no names."""
-
+# Longer labels, in bytes, are refused.
 MAX_LABEL = 1 << 20
-"""Longer labels, in bytes, are refused."""
 
 
 def index_shards(files: Files) -> Manifest:
-    """A manifest of tar files in WebDataset's manner, by their headers: images with their class as .cls, or in a .json.
+    """Return a manifest of WebDataset's tar files from their headers: images with their class in a .cls or .json.
 
-    Classes are names, in natural order, or numbers from 0; see `Shards.name_numbers` for what those stand for.
-    Raises UserError as `scan_tar`, for an image without a class, and for classes that are partly names.
+    Classes are names, in natural order, or numbers from 0, which `Shards.name_numbers` may name.
+    Raises UserError as `scan_tar`, for an image without a class, and for a mixture of names and numbers.
     """
     shards, members, labels = [], [], []
-    with progress_bar(desc='looking through shards', total=len(files.names), unit='shard') as bar:
+    with progress_bar(desc='scanning shards', total=len(files.names), unit='shard') as bar:
         for number, where in enumerate(files.names):
             try:
                 with files.open(number) as file:
@@ -58,18 +57,18 @@ def index_shards(files: Files) -> Manifest:
 
 
 def _plain_name(number: int) -> str:
-    """A name that a manifest may hold: those of files from elsewhere may be anything, and come twice."""
+    """Return a name for the manifest: the files' own names may be invalid, or the same."""
     return f'{number:06d}.tar'
 
 
 def _index_tar(file: BinaryIO, where: str) -> list[tuple]:
-    """The images of a tar file with their labels: [(Member, int or str)]."""
+    """Return the images of a tar file with their labels: [(Member, int or str)]."""
     found, key = [], ''
     done: set[str] = set()
     group: dict[str, Member] = {}
     for member in (*scan_tar(file, where), None):
         next_key, ending = key_of(member.name) if member else ('', '')
-        if member and not (ending and os.path.basename(next_key)):  # a hidden file, or without ending, is of no sample
+        if member and not (ending and os.path.basename(next_key)):  # of no sample
             continue
         if next_key != key:
             if image := _image_of(group, where):
@@ -91,7 +90,7 @@ def _image_of(group: dict, where: str):
 
 
 def _label_of(group: dict, file: BinaryIO, where: str, image) -> int | str:
-    """The class of a sample, from its .cls or its .json; a number where it looks like one."""
+    """Return the class of a sample, from its .cls or .json; a number if it looks like one."""
     label = None
     for ending in ('cls', 'json'):
         if ending in group and label is None:
