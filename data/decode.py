@@ -43,11 +43,6 @@ class ImageError(UserError):
     """An image file that cannot be decoded. The message names the file and says why."""
 
 
-def load_rgb(path: str | os.PathLike) -> Image.Image:
-    """Decode the image file `path` to a PIL image of mode RGB. Raises ImageError as `read_file` and `decode_rgb`."""
-    return decode_rgb(read_file(path), os.fspath(path))
-
-
 def read_file(path: str | os.PathLike) -> bytes:
     """Return the content of the image file `path`. Raises ImageError for an unreadable file, or over `MAX_BYTES`."""
     try:

@@ -338,6 +338,6 @@ class Files(NamedTuple):
         cache, files = self.remote
         return cache.open(files[number])
 
-
-def remote_files(cache: Cache, files: list[RemoteFile]) -> Files:
-    return Files([file.url for file in files], (cache, files))
+    @classmethod
+    def fetched(cls, cache: Cache, files: list[RemoteFile]) -> 'Files':
+        return cls([file.url for file in files], (cache, files))

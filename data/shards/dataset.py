@@ -24,7 +24,7 @@ from timm.data import ImageNetInfo
 from data.base import ImageDataset
 from data.decode import ImageError
 from data.places import Place, parse_place
-from data.shards.cache import Cache, Files, Prefetcher, remote_files
+from data.shards.cache import Cache, Files, Prefetcher
 from data.shards.foreign import NUMBERED, index_shards
 from data.shards.manifest import INDEX, MEND, Manifest
 from data.shards.remote import RemoteFile, describe_remote, read_remote
@@ -142,7 +142,7 @@ def open_shards(place: Place | str, cache: Cache) -> Shards:
     manifest = Manifest.read(reader(place, cache.opening_patience), str(place))
     if place.is_remote:
         fetched = [RemoteFile(place.join(shard.name), shard.bytes, shard.sha256) for shard in manifest.shards]
-        files = remote_files(cache, fetched)
+        files = Files.fetched(cache, fetched)
         _check_cache(cache, fetched)
     else:
         files = Files([str(place.join(shard.name)) for shard in manifest.shards])
@@ -209,7 +209,7 @@ def _open_foreign(tars: list[Place], where: str, cache: Cache) -> Shards:
     if tars[0].is_remote:
         remote = [describe_remote(tar, cache.opening_patience) for tar in tars]
         _check_cache(cache, remote)
-        files = remote_files(cache, remote)
+        files = Files.fetched(cache, remote)
         marks = [f'{file.url}\n{file.bytes}\n{file.tag}' for file in remote]
     else:
         files = Files([tar.path for tar in tars])

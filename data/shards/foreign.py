@@ -1,6 +1,8 @@
 """An index of tar files in WebDataset's format that have no manifest."""
 import json
 import os
+from itertools import groupby
+from operator import itemgetter
 from typing import BinaryIO
 
 from timm.utils.misc import natural_key
@@ -9,7 +11,7 @@ from data.classes import name_some
 from data.decode import EXTENSIONS
 from data.shards.cache import Files
 from data.shards.manifest import Index, Manifest, Shard, key_of
-from data.shards.tar import Member, refusal, scan_tar
+from data.shards.tar import refusal, scan_tar
 from utils.console import progress_bar
 from utils.errors import UserError
 
@@ -63,22 +65,17 @@ def _plain_name(number: int) -> str:
 
 def _index_tar(file: BinaryIO, where: str) -> list[tuple]:
     """Return the images of a tar file with their labels: [(Member, int or str)]."""
-    found, key = [], ''
-    done: set[str] = set()
-    group: dict[str, Member] = {}
-    for member in (*scan_tar(file, where), None):
-        next_key, ending = key_of(member.name) if member else ('', '')
-        if member and not (ending and os.path.basename(next_key)):  # of no sample
-            continue
-        if next_key != key:
-            if image := _image_of(group, where):
-                found.append((image, _label_of(group, file, where, image)))
-            done.add(key)
-            if member and next_key in done:
-                raise refusal(where, member.name, 'apart from the others of its key')
-            key, group = next_key, {}
-        if member:
-            group[ending.lower()] = member
+    found, done = [], set()
+    members = [(*key_of(member.name), member) for member in scan_tar(file, where)]
+    # A hidden file, or one without ending, belongs to no sample.
+    visible = [part for part in members if part[1] and os.path.basename(part[0])]
+    for key, sample in groupby(visible, itemgetter(0)):
+        parts = {ending.lower(): member for _, ending, member in sample}
+        if key in done:
+            raise refusal(where, next(iter(parts.values())).name, 'apart from the others of its key')
+        done.add(key)
+        if image := _image_of(parts, where):
+            found.append((image, _label_of(parts, file, where, image)))
     return found
 
 

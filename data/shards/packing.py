@@ -10,18 +10,13 @@ set yet.
 import contextlib
 import errno
 import fcntl
-import io
-import json
 import logging
 import os
 import shutil
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from data.base import PathList
 from data.classes import name_some
@@ -32,16 +27,19 @@ from data.shards.manifest import MANIFEST, Index, Manifest, Shard, ShardWriter, 
 from data.shards.plan import (
     MEASURED,
     SUBSAMPLING,
+    UNREADABLE,
     Loss,
     PackingInput,
     Plan,
     Recipe,
     check_options,
+    fingerprint,
+    load_arrays,
     other_images_error,
     prepare,
+    save_arrays,
     unique_keys,
 )
-from utils.disk import write_whole
 from utils.errors import UserError
 from utils.parallel import in_processes
 
@@ -63,21 +61,17 @@ class _PackedShard:
     loss: Loss = field(default_factory=Loss)
 
     def save(self, path: Path) -> None:
-        buffer = io.BytesIO()
         record = {'shard': asdict(self.shard), 'left_out': self.left_out, 'loss': asdict(self.loss)}
-        np.savez(buffer, **vars(self.index), record=np.array(json.dumps(record)))
-        write_whole(path, buffer.getvalue())
+        save_arrays(path, record, **vars(self.index))
 
     @classmethod
     def load(cls, path: Path, folder: Path) -> '_PackedShard | None':
         """Return None if the shard is missing or incomplete."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                record = json.loads(str(file['record']))
-                index = Index(*(file[name] for name in ('offset', 'size', 'target', 'name_ends', 'names')))
-            packed = cls(Shard(**record['shard']), index, record['left_out'], Loss(**record['loss']))
+            record, arrays = load_arrays(path)
+            packed = cls(Shard(**record['shard']), Index(**arrays), record['left_out'], Loss(**record['loss']))
             return packed if os.path.getsize(folder / packed.shard.name) == packed.shard.bytes else None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        except UNREADABLE:
             return None
 
 
@@ -127,7 +121,7 @@ def pack(images: PackingInput, out: Path, recipe: Recipe, *, jobs: int, max_bad_
                 raise _too_many(images, left_out, max_bad_images)
             manifest = Manifest(plan.classes, [each.shard for each in packed],
                                 Index.joined([each.index for each in packed]), images.text,
-                                _describe_loss(recipe, packed), left_out, plan.fingerprint())
+                                _describe_loss(recipe, packed), left_out, fingerprint(images, recipe))
             manifest.write(out)
         shutil.rmtree(state)
         return manifest
@@ -185,8 +179,7 @@ def _read_packed(images: PackingInput, out: Path, recipe: Recipe) -> Manifest:
     if not before:
         raise UserError(f'{out} holds shards already, of {manifest.source or "unknown source"!r}; name another folder')
     check_options(before, recipe, out)
-    plan = Plan(images, recipe, images.size, np.arange(len(images.dataset)), 1)
-    if plan.fingerprint() != before:
+    if fingerprint(images, recipe) != before:
         raise other_images_error(out, f'{before.get("images")} then, {len(images.dataset)} now')
     _logger.info('%s: packed already', out)
     return manifest

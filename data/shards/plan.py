@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,6 +32,8 @@ MEASURED = 200
 SUBSAMPLING = '4:2:0'
 # Pixels; libjpeg writes no longer edges.
 JPEG_EDGE = 65_500
+# What reading a damaged or missing .npz file raises.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)
 # The option for each field of a Recipe.
 OPTIONS = {'short_side': '--short-side', 'quality': '--quality', 'shard_bytes': '--shard-size', 'samples': '--samples',
            'seed': '--seed', 'decode': '--decode'}
@@ -132,17 +135,21 @@ def prepare(content: bytes, name: str, recipe: Recipe, loss: Loss, *, measure: b
     return saved, True
 
 
+@dataclass
 class Plan:
     """The order of the images, how many go into a shard, and what the images were when the plan was made.
 
-    names: PathList. order: int64 [N]. samples: per shard. estimate: float64 [N], bytes that each will take in a shard.
-    options: the Recipe as a dict. classes: names.
+    names: paths. size, changed: as of a PackingInput. order: int64 [N]. estimate: float64 [N], bytes that each image
+    will take in a shard. options: the Recipe as a dict. classes: names. samples: per shard.
     """
-
-    def __init__(self, images: PackingInput, recipe: Recipe, estimate: np.ndarray, order: np.ndarray, samples: int):
-        self.names, self.size, self.changed = images.names, images.size, images.changed
-        self.classes, self.options = images.dataset.classes, asdict(recipe)
-        self.order, self.samples, self.estimate = order, samples, estimate
+    names: Sequence[str]
+    size: np.ndarray
+    changed: np.ndarray
+    order: np.ndarray
+    estimate: np.ndarray
+    options: dict
+    classes: list[str]
+    samples: int
 
     @classmethod
     def make(cls, images: PackingInput, recipe: Recipe) -> 'Plan':
@@ -153,7 +160,8 @@ class Plan:
             size *= _trial_ratio(images, recipe)
         estimate = np.ceil(size / BLOCK) * BLOCK + 3 * BLOCK  # two headers, and a block for the class
         shards = max(1, round(estimate.sum() / recipe.shard_bytes))
-        return cls(images, recipe, estimate, order, recipe.samples or math.ceil(count / shards))
+        return cls(images.names, images.size, images.changed, order, estimate, asdict(recipe), images.dataset.classes,
+                   recipe.samples or math.ceil(count / shards))
 
     def shards(self) -> int:
         return math.ceil(len(self.order) / self.samples)
@@ -162,33 +170,21 @@ class Plan:
         """Return the images of a shard, in its order."""
         return self.order[shard * self.samples:(shard + 1) * self.samples]
 
-    def fingerprint(self) -> dict:
-        """Return what the manifest keeps, so that the same command finds that it is done."""
-        digest = sha256(json.dumps([self.classes, list(self.names)]).encode() + self.size.tobytes())
-        return {**self.options, 'images': len(self.order), 'sha256': digest}
-
     def save(self, path: Path) -> None:
-        buffer = io.BytesIO()
-        names = [os.fsencode(name) for name in self.names]
-        np.savez(buffer, names=np.frombuffer(b'\0'.join(names), np.uint8), size=self.size, changed=self.changed,
-                 order=self.order, estimate=self.estimate,
-                 record=np.array(json.dumps({'options': self.options, 'classes': self.classes,
-                                             'samples': self.samples})))
-        write_whole(path, buffer.getvalue())
+        names = np.frombuffer(b'\0'.join(os.fsencode(name) for name in self.names), np.uint8)
+        record = {'options': self.options, 'classes': self.classes, 'samples': self.samples}
+        save_arrays(path, record, names=names,
+                    size=self.size, changed=self.changed, order=self.order, estimate=self.estimate)
 
     @classmethod
     def load(cls, path: Path) -> 'Plan | None':
         """Return the plan of an interrupted packing, or None if there is none or it is unreadable."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                record = json.loads(str(file['record']))
-                plan = cls.__new__(cls)
-                plan.names = PathList([os.fsdecode(name) for name in file['names'].tobytes().split(b'\0')])
-                plan.size, plan.changed, plan.order, plan.estimate = (
-                    file[name] for name in ('size', 'changed', 'order', 'estimate'))
-                plan.options, plan.classes, plan.samples = (record[name] for name in ('options', 'classes', 'samples'))
-                return plan
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            record, arrays = load_arrays(path)
+            names = PathList([os.fsdecode(name) for name in arrays['names'].tobytes().split(b'\0')])
+            fields: dict[str, Any] = {**record, **arrays, 'names': names}
+            return cls(**fields)
+        except UNREADABLE:
             return None
 
     def check_same(self, now: PackingInput, recipe: Recipe, out: Path) -> None:
@@ -206,6 +202,26 @@ class Plan:
         if differs.any():
             changed = [before[index] for index in np.flatnonzero(differs)]
             raise other_images_error(out, f'changed: {name_some(changed, 2)}')
+
+
+def fingerprint(images: PackingInput, recipe: Recipe) -> dict:
+    """Return what the manifest keeps of a packing, so that the same command finds that it is done."""
+    digest = sha256(json.dumps([images.dataset.classes, list(images.names)]).encode() + images.size.tobytes())
+    return {**asdict(recipe), 'images': len(images.dataset), 'sha256': digest}
+
+
+def save_arrays(path: Path, record: dict, **arrays: np.ndarray) -> None:
+    """Write arrays and a JSON record into a .npz file, atomically."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, record=np.array(json.dumps(record)), **arrays)
+    write_whole(path, buffer.getvalue())
+
+
+def load_arrays(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Return record and arrays that `save_arrays` wrote. Raises one of UNREADABLE."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    return json.loads(str(arrays.pop('record'))), arrays
 
 
 def check_options(before: dict, recipe: Recipe, out: Path) -> None:
