@@ -1,4 +1,11 @@
-"""Data sets that are arrays in memory: the embedded digits, CIFAR, and synthetic images."""
+"""Data sets that are arrays in memory: the embedded digits, CIFAR, and synthetic images.
+
+data/digits.npz holds 1,797 handwritten digits of 8 × 8 pixels; data/digits.LICENSE has licence and source. It was made
+from scikit-learn's `digits = load_digits()` by numpy.savez_compressed(file, images=…, targets=…, is_val=…): `images` is
+`digits.images` as uint8 [1797, 8, 8] with ink from 0 to 16, `targets` is `digits.target` as uint8. `is_val` marks a
+fixed fifth of each class: for class k, of its n indices in order, permuted by `numpy.random.RandomState(k)`, the first
+round(n / 5).
+"""
 import os
 from collections.abc import Sequence
 
@@ -6,15 +13,14 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from data.base import ImageDataset
-from data.places import EVAL_SPLITS
+from data.base import ImageDataset, Request
 from utils.errors import UserError
 
-_CIFAR = {'cifar10': CIFAR10, 'cifar100': CIFAR100}
+CIFAR = {'cifar10': CIFAR10, 'cifar100': CIFAR100}
 
 
 class ArrayImages(ImageDataset):
-    """Images in an array: uint8 [N, H, W, 3], or [N, H, W] for greyscale. `name` is for messages."""
+    """Images in an array: uint8 [N, H, W, 3], or [N, H, W] for greyscale. Messages call it `name`."""
 
     def __init__(self, name: str, images: np.ndarray, classes: Sequence[str], targets: Sequence[int]):
         super().__init__(classes, targets)
@@ -30,18 +36,13 @@ class ArrayImages(ImageDataset):
 
 
 class SyntheticImages(ImageDataset):
-    """Random pictures: smooth fields of colours with noise on them, each from a generator of (seed, index).
+    """Random pictures: smooth fields of colours with noise, each from a generator seeded by (seed, index).
 
-    image_size: pixels, an int or (height, width). num_classes: targets go round through them.
+    image_size: pixels, an int or (height, width). num_classes: image k is of class k modulo this.
     """
 
-    def __init__(
-        self,
-        num_images: int = 1024,
-        image_size: int | Sequence[int] = 224,
-        num_classes: int = 1000,
-        seed: int = 0,
-    ):
+    def __init__(self, num_images: int = 1024, image_size: int | Sequence[int] = 224, num_classes: int = 1000,
+                 seed: int = 0):
         if min(num_images, num_classes, *np.atleast_1d(image_size)) < 1:
             raise UserError(f'synthetic data of {num_images} images, {image_size} pixels, {num_classes} '
                             'classes; each must be at least 1')
@@ -62,41 +63,31 @@ class SyntheticImages(ImageDataset):
         return f'synthetic[{index}]'
 
 
-def _open_part(name: str, root: str, split: str | None, download: bool, synthetic: tuple) -> ImageDataset:
-    """A part of a dataset without folders: for training if `split` is 'train', else for evaluation."""
-    if split not in (None, 'train', *EVAL_SPLITS):
-        raise UserError(f'dataset {name!r} has no split {split!r}; choose train or val')
-    is_train = split == 'train'
-    if name == 'synthetic':
-        num_images, image_size, num_classes = synthetic
-        return SyntheticImages(num_images, image_size, num_classes, seed=0 if is_train else 1)
-    if name == 'digits':
-        return open_digits(is_train)
-    return _open_cifar(name, root, is_train, download)
+def open_synthetic(request: Request) -> SyntheticImages:
+    return SyntheticImages(request.num_images, request.image_size, request.num_classes, seed=int(not request.is_train))
 
 
-def open_digits(is_train: bool) -> ArrayImages:
-    """The embedded digits: 1,438 images to train on or 359 to evaluate with; ink 0…16 becomes 0…255."""
+def open_digits(request: Request) -> ArrayImages:
+    """Return the embedded digits, 1,438 to train on or 359 to evaluate with; ink 0…16 becomes 0…255."""
     with np.load(os.path.join(os.path.dirname(__file__), 'digits.npz'), allow_pickle=False) as file:
-        chosen = file['is_val'] != is_train
+        chosen = file['is_val'] != request.is_train
         images, targets = file['images'][chosen], file['targets'][chosen]
     images = np.rint(images * (255 / 16)).astype(np.uint8)
-    return ArrayImages(f'digits/{"train" if is_train else "val"}', images, list('0123456789'), targets)
+    return ArrayImages(f'digits/{"train" if request.is_train else "val"}', images, list('0123456789'), targets)
 
 
-def _open_cifar(name: str, root: str, is_train: bool, download: bool) -> ArrayImages:
-    """CIFAR from torchvision, which checks the MD5 of the files, pickles all of them, before reading them."""
+def open_cifar(request: Request) -> ArrayImages:
+    """Return CIFAR from torchvision, which checks the MD5 of its pickled files before it reads them."""
+    name, root = request.name, request.folder
     if not root:
         raise UserError(f'dataset {name!r} needs a data folder; give one that holds it or is to hold it')
     try:
-        source = _CIFAR[name](root, train=is_train, download=download)
+        source = CIFAR[name](root, train=request.is_train, download=request.download)
     except (RuntimeError, OSError) as error:  # not found, damaged; no network, no right to write
-        if download:
+        if request.download:
             raise UserError(f'dataset {name!r} could not be downloaded to {root} ({error}); download '
-                            f'{_CIFAR[name].url} elsewhere and unpack it there') from None
-        folder = os.path.join(root, _CIFAR[name].base_folder)
+                            f'{CIFAR[name].url} elsewhere and unpack it there') from None
+        folder = os.path.join(root, CIFAR[name].base_folder)
         state = 'damaged or incomplete' if os.path.isdir(folder) else 'missing, and there is no train/ either'
-        remedy = 'check the data folder or allow the download'
-        raise UserError(f'dataset {name!r}: {folder} is {state}; {remedy}') from None
-    part = 'train' if is_train else 'test'
-    return ArrayImages(f'{name}/{part}', source.data, source.classes, source.targets)
+        raise UserError(f'dataset {name!r}: {folder} is {state}; check the data folder or allow the download') from None
+    return ArrayImages(f'{name}/{"train" if request.is_train else "test"}', source.data, source.classes, source.targets)

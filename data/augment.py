@@ -1,18 +1,17 @@
-"""timm's augmentation operations on uint8 tensors: the same draws, the same arguments, PIL's formulas, less time.
+"""timm's augmentation operations on uint8 tensors: the same random choices and arguments, PIL's formulas, less time.
 
     take_tensors(augment)       # a Compose of timm's policies, changed in place
     pixels = augment(pixels)    # uint8 [3, H, W] → the same
 
-timm's own objects draw everything: which operations, whether they are applied, how strong, with what interpolation.
-Only the functions that change pixels are replaced, so equal seeds make equal decisions. What is a table of 256 levels
-here is one in PIL too and gives the same bytes, and so do colour and sharpness; shearing, moving and turning compute in
-float32 what PIL computes in float64, and differ by one level in a few pixels of a thousand. Operations that would gain
-little (bicubic rotation, Gaussian blur, AugMix) are handed to PIL.
+timm's own objects choose the operations, their strength and interpolation. Only the functions that change pixels are
+replaced, so equal seeds give equal choices. Tables of 256 levels, colour and sharpness give PIL's bytes. Shearing,
+translation and rotation compute in float32 instead of float64, and differ by one level in a few pixels of a thousand.
+PIL does the operations that would gain little (bicubic rotation, Gaussian blur, AugMix).
 """
-
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -25,12 +24,12 @@ from torchvision import transforms
 
 from data.decode import as_array
 
+# Added before rounding down as PIL does: sums of weights that should be one are less by 1e-7.
 ROUNDING = 1 / 1024
-"""Added before fractions are cut off, as PIL cuts them: sums of weights that should be one are less by 1e-7."""
 
 
 def take_tensors(augment: transforms.Compose) -> None:
-    """Changes timm's augmentation, in place, to take and give uint8 tensors [3, H, W]."""
+    """Change timm's augmentation, in place, to take and return uint8 tensors [3, H, W]."""
     for number, step in enumerate(augment.transforms):
         operations = _operations(step)
         if not operations or isinstance(step, timm_augment.AugMixAugment):
@@ -43,9 +42,9 @@ def take_tensors(augment: transforms.Compose) -> None:
 
 
 def allow_zero_bits(augment: transforms.Compose) -> None:
-    """Lets timm's policies posterize to no bits at all, which at the highest magnitude they do.
+    """Let timm's policies posterize to no bits at all, as they do at the highest magnitude.
 
-    Pillow gave a black image, as in the published training; from version 13 on it raises ValueError.
+    Pillow returned a black image, as in the published training; from version 13 on it raises ValueError.
     """
     for step in augment.transforms:
         for operation in _operations(step):
@@ -58,12 +57,12 @@ def posterize_through_pil(image: Image.Image, bits: int, **options) -> Image.Ima
 
 
 def _operations(step: Callable) -> list[Any]:
-    """What a step of timm's augmentation draws from: AugmentOps, of which a checker takes `aug_fn` for no callable."""
+    """Return the AugmentOps that a step of timm's augmentation chooses from; Any, as mypy rejects their `aug_fn`."""
     return [*getattr(step, 'ops', ()), *chain(*getattr(step, 'policy', ()))]
 
 
 class RandAugment:
-    """timm's, which draws by numpy.random.choice, an array of the operations in every call: the same draws, sooner."""
+    """timm's with the same choices, without numpy.random.choice, which makes an array of the operations per call."""
 
     def __init__(self, ops: Sequence[Callable], num_layers: int):
         self.ops, self.num_layers = ops, num_layers
@@ -75,7 +74,7 @@ class RandAugment:
 
 
 class ThroughPil:
-    """`function`, which takes and gives PIL images, for tensors."""
+    """`function`, which takes and returns PIL images, for tensors."""
 
     def __init__(self, function: Callable):
         self.function = function
@@ -85,20 +84,20 @@ class ThroughPil:
 
 
 def as_image(pixels: torch.Tensor) -> Image.Image:
-    """uint8 [3, H, W] as a PIL image of mode RGB."""
+    """Return uint8 [3, H, W] as a PIL image of mode RGB."""
     size = pixels.shape[2], pixels.shape[1]
     return Image.merge('RGB', [Image.frombytes('L', size, plane.tobytes()) for plane in pixels.numpy()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One level for another
+# Levels
 
 def invert(pixels: torch.Tensor, **_) -> torch.Tensor:
     return pixels.bitwise_not()
 
 
 def posterize(pixels: torch.Tensor, bits: int, **_) -> torch.Tensor:
-    """Keeps the highest `bits`; none at all give black, as they did before Pillow 13."""
+    """Keep the highest `bits`; none give black, as before Pillow 13."""
     return pixels.bitwise_and(256 - 2 ** (8 - min(max(bits, 0), 8)))
 
 
@@ -143,15 +142,15 @@ LEVELS = np.arange(256)
 
 
 def _blended_levels(level: int, factor: float) -> np.ndarray:
-    """What Image.blend makes of every level with `level`, int [256]."""
+    """Return what Image.blend makes of every level with `level`, [256]."""
     return (level + np.float32(factor) * (LEVELS - level).astype(np.float32)).clip(0, 255)
 
 
 def _look_up(pixels: torch.Tensor, *tables: np.ndarray) -> torch.Tensor:
-    """Each level by that of its table: one for all channels, or one for each."""
+    """Replace each level by its entry in the table: one table for all channels, or one for each."""
     as_bytes = [table.astype(np.uint8).tobytes() for table in tables]
     planes = pixels.contiguous().numpy()
-    # No indexing in numpy or torch is as fast as translate.
+    # translate is faster than any indexing in numpy or torch.
     if len(as_bytes) == 1:
         levels = bytearray(planes).translate(as_bytes[0])
     else:
@@ -169,7 +168,7 @@ def color(pixels: torch.Tensor, factor: float, **_) -> torch.Tensor:
 
 
 def sharpness(pixels: torch.Tensor, factor: float, **_) -> torch.Tensor:
-    """Blends with PIL's ImageFilter.SMOOTH: (1 1 1, 1 5 1, 1 1 1) / 13, but for the outermost pixels."""
+    """Blend with PIL's ImageFilter.SMOOTH: (1 1 1, 1 5 1, 1 1 1) / 13, except for the outermost pixels."""
     if min(pixels.shape[1:]) < 3:
         return pixels
     levels = pixels.short()
@@ -180,64 +179,46 @@ def sharpness(pixels: torch.Tensor, factor: float, **_) -> torch.Tensor:
     return _blend(smooth, pixels.float(), factor)
 
 
+# PIL's weights of red, green and blue, ITU-R 601-2 in 16 bits.
 LUMA = torch.tensor([19595.0, 38470.0, 7471.0])
-"""PIL's weights of red, green and blue, ITU-R 601-2 in 16 bits."""
 
 
 def _grey(levels: torch.Tensor) -> torch.Tensor:
-    """PIL's luma of float32 levels [3, H, W], rounded: float32 [H, W]. All sums are below 2^24, and so exact."""
+    """Return PIL's luma of float32 levels [3, H, W], rounded: float32 [H, W]. Sums below 2^24 are exact."""
     return (LUMA @ levels.flatten(1)).add_(0x8000).mul_(2**-16).floor_().view(levels.shape[1:])
 
 
 def _blend(degenerate: torch.Tensor, levels: torch.Tensor, factor: float) -> torch.Tensor:
-    """PIL's Image.blend of float32 levels: `degenerate` at factor 0, `levels` at 1, beyond it above."""
-    return _cut_off(torch.add(degenerate, levels - degenerate, alpha=factor))
+    """Return PIL's Image.blend of float32 levels: `degenerate` at factor 0, `levels` at 1, extrapolated above."""
+    return _to_levels(torch.add(degenerate, levels - degenerate, alpha=factor))
 
 
-def _cut_off(levels: torch.Tensor) -> torch.Tensor:
-    """float32 → uint8 as PIL does, without fractions; by way of int16, which takes a quarter of the time."""
+def _to_levels(levels: torch.Tensor) -> torch.Tensor:
+    """Convert float32 to uint8, rounding down as PIL does; by way of int16, which takes a quarter of the time."""
     return levels.add_(ROUNDING).clamp_(0, 255).short().to(torch.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Geometry
 
-def shear_x(pixels: torch.Tensor, factor: float, *, resample, fillcolor: Sequence[int]) -> torch.Tensor:
-    rows = np.arange(pixels.shape[1])
-    return _shift_lines(pixels, 2, factor * (rows + 0.5), resample, fillcolor)
+def _shear(axis: int, pixels: torch.Tensor, factor: float, *, resample, fillcolor: Sequence[int]) -> torch.Tensor:
+    return _shift_lines(pixels, axis, factor * (np.arange(pixels.shape[3 - axis]) + 0.5), resample, fillcolor)
 
 
-def shear_y(pixels: torch.Tensor, factor: float, *, resample, fillcolor: Sequence[int]) -> torch.Tensor:
-    columns = np.arange(pixels.shape[2])
-    return _shift_lines(pixels, 1, factor * (columns + 0.5), resample, fillcolor)
-
-
-def translate_x(pixels: torch.Tensor, shift: float, *, resample, fillcolor: Sequence[int]) -> torch.Tensor:
-    return _shift_all(pixels, 2, shift, resample, fillcolor)
-
-
-def translate_y(pixels: torch.Tensor, shift: float, *, resample, fillcolor: Sequence[int]) -> torch.Tensor:
-    return _shift_all(pixels, 1, shift, resample, fillcolor)
-
-
-def translate_x_by_part(pixels: torch.Tensor, part: float, **options) -> torch.Tensor:
-    return translate_x(pixels, part * pixels.shape[2], **options)
-
-
-def translate_y_by_part(pixels: torch.Tensor, part: float, **options) -> torch.Tensor:
-    return translate_y(pixels, part * pixels.shape[1], **options)
+def _translate_by_part(axis: int, pixels: torch.Tensor, part: float, **options) -> torch.Tensor:
+    return _translate(axis, pixels, part * pixels.shape[axis], **options)
 
 
 def rotate(pixels: torch.Tensor, degrees: float, *, resample, fillcolor: Sequence[int]) -> torch.Tensor:
-    """Counterclockwise about the centre; corners that come from outside get `fillcolor`."""
-    if (resample := _draw(resample)) != Image.Resampling.BILINEAR:  # torch's cubic is another, and hardly sooner
+    """Rotate counterclockwise about the centre; corners from outside get `fillcolor`."""
+    if (resample := _choose(resample)) != Image.Resampling.BILINEAR:  # torch's cubic differs, and is hardly faster
         return ROTATE_THROUGH_PIL(pixels, degrees, resample=resample, fillcolor=fillcolor)
     height, width = pixels.shape[1:]
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     x, y = torch.arange(0.5 - width / 2, width / 2), torch.arange(0.5 - height / 2, height / 2)[:, None]
-    # Where a pixel comes from, from -1 at one edge to 1 at the other.
+    # The origin of each pixel, from -1 at one edge to 1 at the other.
     x, y = (cos * x - sin * y) * (2 / width), (sin * x + cos * y) * (2 / height)
-    moved = _cut_off(grid_sample(pixels.float()[None], torch.stack((x, y), -1)[None], padding_mode='border',
+    moved = _to_levels(grid_sample(pixels.float()[None], torch.stack((x, y), -1)[None], padding_mode='border',
                                  align_corners=False)[0])
     outside = ((x.abs() > 1) | (y.abs() > 1)).numpy()
     for plane, level in zip(moved.numpy(), fillcolor, strict=True):
@@ -250,9 +231,9 @@ ROTATE_THROUGH_PIL = ThroughPil(timm_augment.rotate)
 
 def _shift_lines(pixels: torch.Tensor, axis: int, shifts: np.ndarray, resample, fillcolor: Sequence[int]
                  ) -> torch.Tensor:
-    """Every line along `axis` moved by its own of `shifts`, in pixels: what PIL's affine transform does to lines.
+    """Move every line along `axis` by its shift in pixels, as PIL's affine transform does.
 
-    The taps of a pixel are its neighbours on the line, the outermost repeated beyond the ends; a pixel whose centre
+    The taps of a pixel are its neighbours on the line; the outermost are repeated beyond the ends. A pixel whose centre
     comes from outside gets `fillcolor`.
     """
     length, width = pixels.shape[axis], pixels.shape[2]
@@ -263,9 +244,9 @@ def _shift_lines(pixels: torch.Tensor, axis: int, shifts: np.ndarray, resample, 
     index = positions + lines * width if axis == 2 else np.ascontiguousarray((positions * width + lines).T)
     taps = torch.from_numpy(np.take(pixels.reshape(3, -1).numpy(), index, axis=1)).float()
     weights = {tap: torch.from_numpy(np.asarray(weight, np.float32)).unsqueeze(axis - 1)
-               for tap, weight in _tap_weights(shifts - whole, _draw(resample)).items()}
+               for tap, weight in _tap_weights(shifts - whole, _choose(resample)).items()}
     moved = _weigh(taps, axis, length, weights)
-    # Of each line the positions whose centres come from inside are those from `first` up to `end`.
+    # In each line, centres from inside are those from `first` up to `end`.
     first, end = (np.ceil(edge - shifts - 0.5).clip(0, length).astype(np.int16)[:, None] for edge in (0, length))
     steps = np.arange(length, dtype=np.int16)
     outside = (steps < first) | (steps >= end)  # [lines, length]
@@ -274,12 +255,12 @@ def _shift_lines(pixels: torch.Tensor, axis: int, shifts: np.ndarray, resample, 
     return moved
 
 
-def _shift_all(pixels: torch.Tensor, axis: int, shift: float, resample, fillcolor: Sequence[int]) -> torch.Tensor:
-    """As `_shift_lines` with one shift for all lines, of which only what remains is computed."""
+def _translate(axis: int, pixels: torch.Tensor, shift: float, *, resample, fillcolor: Sequence[int]) -> torch.Tensor:
+    """Do as `_shift_lines` with one shift for all lines, and compute only the pixels that remain."""
     length, whole = pixels.shape[axis], math.floor(shift)
-    weights = _tap_weights(shift - whole, _draw(resample))
+    weights = _tap_weights(shift - whole, _choose(resample))
     moved = torch.tensor(fillcolor, dtype=torch.uint8)[:, None, None].repeat(1, *pixels.shape[1:])
-    # Of the positions whose centres come from inside, the first and the one after the last.
+    # The first position whose centre comes from inside, and the one after the last.
     first, end = (min(max(math.ceil(edge - shift - 0.5), 0), length) for edge in (0, length))
     if first < end:
         before, behind = first + whole - 1, end + whole + 2
@@ -290,13 +271,13 @@ def _shift_all(pixels: torch.Tensor, axis: int, shift: float, resample, fillcolo
     return moved
 
 
-def _draw(resample):
-    """One of timm's interpolations where there are several, as timm draws it."""
+def _choose(resample):
+    """Return one of several interpolations, as timm chooses it."""
     return random.choice(resample) if isinstance(resample, (tuple, list)) else resample
 
 
 def _weigh(taps: torch.Tensor, axis: int, length: int, weights: Mapping[int, torch.Tensor | float]) -> torch.Tensor:
-    """Sum of neighbours along `axis`, which is longer than `length` by three, as levels."""
+    """Return the weighted sum of neighbours along `axis`, which is longer than `length` by three, as levels."""
     (tap, weight), *others = weights.items()
     moved = taps.narrow(axis, tap, length) * weight
     for tap, weight in others:
@@ -305,16 +286,16 @@ def _weigh(taps: torch.Tensor, axis: int, length: int, weights: Mapping[int, tor
             moved.addcmul_(part, weight)
         else:
             moved.add_(part, alpha=weight)
-    return _cut_off(moved)
+    return _to_levels(moved)
 
 
 _Fraction = TypeVar('_Fraction', float, np.ndarray)
 
 
 def _tap_weights(fraction: _Fraction, resample: Image.Resampling) -> dict[int, _Fraction]:
-    """Of the pixels at -1, 0, 1 and 2 from where `fraction` counts from, as numbers 0 to 3, those that have a weight.
+    """Return the weights of the pixels at -1, 0, 1 and 2 (keys 0 to 3) for an origin at `fraction`.
 
-    The cubic ones are those of PIL's geometry, with a = -1 (its resizing has -0.5).
+    The cubic weights are those of PIL's geometry, with a = -1 (its resizing has -0.5).
     """
     d = fraction
     if resample == Image.Resampling.BILINEAR:
@@ -323,6 +304,7 @@ def _tap_weights(fraction: _Fraction, resample: Image.Resampling) -> dict[int, _
     return {1: 1 - 2 * d**2 + d**3, 2: d + d**2 - d**3, 0: -d + 2 * d**2 - d**3, 3: d**3 - d**2}
 
 
+# Ours for timm's. timm's policies have more names, for levels that mean different arguments.
 OPERATIONS: dict[Callable, Callable] = {
     timm_augment.auto_contrast: auto_contrast,
     timm_augment.brightness: brightness,
@@ -334,13 +316,12 @@ OPERATIONS: dict[Callable, Callable] = {
     posterize_through_pil: posterize,
     timm_augment.rotate: rotate,
     timm_augment.sharpness: sharpness,
-    timm_augment.shear_x: shear_x,
-    timm_augment.shear_y: shear_y,
+    timm_augment.shear_x: partial(_shear, 2),
+    timm_augment.shear_y: partial(_shear, 1),
     timm_augment.solarize: solarize,
     timm_augment.solarize_add: solarize_add,
-    timm_augment.translate_x_abs: translate_x,
-    timm_augment.translate_x_rel: translate_x_by_part,
-    timm_augment.translate_y_abs: translate_y,
-    timm_augment.translate_y_rel: translate_y_by_part,
+    timm_augment.translate_x_abs: partial(_translate, 2),
+    timm_augment.translate_x_rel: partial(_translate_by_part, 2),
+    timm_augment.translate_y_abs: partial(_translate, 1),
+    timm_augment.translate_y_rel: partial(_translate_by_part, 1),
 }
-"""Ours for timm's; the names in timm's policies are more, for levels that mean different arguments."""

@@ -1,10 +1,10 @@
-"""What a dataset is here: a numbered list of images with targets, and the names the targets stand for."""
-
+"""What a data set is: a numbered list of images with targets, and the names of the classes."""
 import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -13,14 +13,12 @@ from data.decode import EncodedImage, decode_rgb
 
 
 class ImageDataset(ABC):
-    """Base of all datasets: `len()`, `classes`, `targets` and, for each index, image, encoded image and path.
+    """Base of all data sets.
 
-    A subclass implements `read_bytes_or_image(index)`, which returns the content of an image file as bytes or, where
-    there are no files, a PIL image of mode RGB; and `path(index)`, which names the image in messages. Both return the
-    same for the same index at any time and in any process.
+    A subclass implements `read_bytes_or_image` and `path`. Both return the same for an index at any time and in any
+    process.
 
-    classes: list of class names, the position in it is the target.
-    targets: int64 array [len].
+    classes: list of class names; a target is a position in it. targets: int64 array [len].
     """
 
     def __init__(self, classes: Sequence[str], targets: Sequence[int] | np.ndarray):
@@ -31,34 +29,50 @@ class ImageDataset(ABC):
         return len(self.targets)
 
     def image(self, index: int) -> Image.Image:
-        """Sample `index` as a PIL image of mode RGB. Raises ImageError for a bad file."""
+        """Return sample `index` as a PIL image of mode RGB. Raises ImageError for a bad file."""
         stored = self.read_bytes_or_image(index)
         return decode_rgb(stored, self.path(index)) if isinstance(stored, bytes) else stored
 
     def encoded(self, index: int) -> EncodedImage:
-        """Sample `index`, of which the receiver decodes what it needs. Raises ImageError for a bad file."""
+        """Return sample `index` for decoding as far as needed. Raises ImageError for a bad file."""
         return EncodedImage(self.read_bytes_or_image(index), self.path(index))
 
     @abstractmethod
     def read_bytes_or_image(self, index: int) -> bytes | Image.Image:
-        """Sample `index` as it is stored. Raises ImageError for a file that cannot be read."""
+        """Return the content of an image file, or a PIL image of mode RGB. Raises ImageError for an unreadable file."""
 
     @abstractmethod
     def path(self, index: int) -> str:
-        """Where sample `index` is, for messages."""
+        """Return where sample `index` is, for messages."""
 
     def shard_offsets(self) -> np.ndarray | None:
-        """Where samples must be fetched in shards, the number of each shard's first sample, and of all samples; int64
-        [shards + 1]. None where any order is as good as another."""
+        """Return the first sample of each shard to be fetched, then the number of samples: int64 [shards + 1].
+
+        None: nothing is fetched, and any order of samples is equally fast.
+        """
         return None
 
     def ahead(self, indices: np.ndarray) -> AbstractContextManager[Callable[[int], None]]:
-        """While the context lasts, gets ready what the samples `indices`, int64 [n], need, in their order.
+        """Return a context that fetches ahead what the samples `indices`, int64 [n], need, in their order.
 
-        Its value is to be told after every batch how many of them have been used. Where nothing has to be fetched
-        nothing is done.
+        Its value is a function to call after every batch with the number of samples used.
         """
         return contextlib.nullcontext(lambda used: None)
+
+
+class Request(NamedTuple):
+    """What the opener of a data set in options/datasets.py is asked for.
+
+    name: the data set's. folder: the user's DIR, '' if none was given. download: fetch files that are missing in it.
+    num_images, image_size, num_classes: of generated images. is_train: the training split, not the evaluation split.
+    """
+    name: str
+    folder: str
+    download: bool = False
+    num_images: int = 1024
+    image_size: int | Sequence[int] = 224
+    num_classes: int = 1000
+    is_train: bool = False
 
 
 class Part(ImageDataset):
@@ -80,10 +94,9 @@ class Part(ImageDataset):
 
 
 class ClassView(Part):
-    """The images of `dataset` whose class is named in `classes`, with targets by position in `classes`.
+    """The images of `dataset` whose class is in `classes`, numbered by position in it.
 
-    Serves both to leave classes out and to number classes as somebody else does; names in `classes` that
-    `dataset` lacks simply have no images.
+    A name in `classes` that `dataset` lacks has no images.
     """
 
     def __init__(self, dataset: ImageDataset, classes: Sequence[str]):
@@ -99,17 +112,14 @@ class ClassView(Part):
 
 
 def evenly_spaced(dataset: ImageDataset, count: int) -> ImageDataset:
-    """Up to `count` images of `dataset`, evenly spread over it."""
+    """Return up to `count` images of `dataset`, evenly spaced."""
     if count >= len(dataset):
         return dataset
     return Part(dataset, [k * len(dataset) // count for k in range(count)])
 
 
 class Numbered(Part):
-    """The images of `dataset`, the target of each being its own number.
-
-    So that the batches of a loader say which images they hold, also where some could not be decoded.
-    """
+    """The images of `dataset`, each with its own number as target, so that a loader's batches name their images."""
 
     def __init__(self, dataset: ImageDataset):
         super().__init__(dataset, range(len(dataset)))
@@ -119,8 +129,8 @@ class Numbered(Part):
 class PathList(Sequence[str]):
     """A read-only list of paths in one block of memory.
 
-    A million str objects are copied, page by page, into every worker process that merely reads them, because
-    reading changes their reference counts. Two blocks are shared.
+    Worker processes copy a million str objects page by page, because reading them changes their reference counts. Two
+    blocks are shared.
     """
 
     def __init__(self, paths: Sequence[str]):

@@ -1,10 +1,8 @@
-"""From the loader's uint8 batches to what the model takes: normalised, mixed and erased on the device.
+"""From the loader's uint8 batches to the model's input: normalised, mixed and erased on the device.
 
-A preparer is called in the training step itself, at the moment the batch is used and never ahead of it. Mixup
-draws from numpy's global generator, erasing from those of `random` and torch: so the states of these belong
-to the step, and a checkpoint that saves them continues with the same draws.
+The training step calls a preparer when it uses the batch, never ahead. Mixup draws from numpy's global generator,
+erasing from those of `random` and torch. So a checkpoint that saves their states continues with the same numbers.
 """
-
 from collections.abc import Sequence
 
 import torch
@@ -19,18 +17,11 @@ from utils.errors import UserError
 class BatchPreparer:
     """Moves a batch to the device and normalises it: uint8 [B, C, H, W] → float32 (x − 255·mean) / (255·std).
 
-    device: torch.device or its name. mean, std: three values, or one, for images in 0…1.
-    channels_last: memory format.
+    mean, std: three values, or one, for images in 0…1.
     """
 
-    def __init__(
-        self,
-        device: torch.device | str,
-        *,
-        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-        std: Sequence[float] = IMAGENET_DEFAULT_STD,
-        channels_last: bool = False,
-    ):
+    def __init__(self, device: torch.device | str, *, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+                 std: Sequence[float] = IMAGENET_DEFAULT_STD, channels_last: bool = False):
         self.device = torch.device(device)
         self._mean = self._as_levels('mean', mean)
         self._std = self._as_levels('std', std)
@@ -38,34 +29,34 @@ class BatchPreparer:
         self._copies = torch.cuda.Stream(self.device) if self.device.type == 'cuda' else None
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """images: uint8 [B, C, H, W]; targets: int64 [B]. Returns both on the device, images as float32."""
+        """Return `images`, uint8 [B, C, H, W], as float32, and `targets`, int64 [B], both on the device."""
         images, targets = self._move(images), self._move(targets)
         if self.device.type == 'cpu':
             return self._normalize_one_by_one(images), targets
-        # Reordered while a pixel is one byte, not four.
+        # Reorder before the conversion: one byte per pixel instead of four.
         images = images.contiguous(memory_format=self._memory_format).to(torch.float32)
         return images.sub_(self._mean).div_(self._std), targets
 
     def _move(self, batch: torch.Tensor) -> torch.Tensor:
-        """`batch` on the device; from pinned memory it is copied while the device computes what came before."""
+        """Return `batch` on the device; from pinned memory it is copied while the device still computes."""
         if self._copies is None or not batch.is_pinned():
             return batch.to(self.device)
         with torch.cuda.stream(self._copies):
             moved = batch.to(self.device, non_blocking=True)
         computing = torch.cuda.current_stream(self.device)
         computing.wait_stream(self._copies)
-        moved.record_stream(computing)  # its memory is not given to the next copy before it was read
+        moved.record_stream(computing)  # no later copy may take its memory before it is read
         return moved
 
     def _normalize_one_by_one(self, images: torch.Tensor) -> torch.Tensor:
-        """The same numbers on a CPU, whose caches hold an image but not a batch."""
+        """Return the same numbers on a CPU, whose caches hold an image but not a batch."""
         normalized = torch.empty_like(images, dtype=torch.float32, memory_format=self._memory_format)
         for row, image in zip(normalized, images, strict=True):
             row.copy_(image).sub_(self._mean[0]).div_(self._std[0])
         return normalized
 
     def denormalize(self, images):
-        """Normalised images [B, C, H, W] → 0…1, for people to look at."""
+        """Return normalised images [B, C, H, W] as 0…1, for people to look at."""
         return (images * self._std + self._mean).div(255).clamp(0, 1)
 
     def _as_levels(self, name, values):
@@ -74,47 +65,32 @@ class BatchPreparer:
 
 
 class TrainBatchPreparer(BatchPreparer):
-    """The same, then Mixup or CutMix, then random erasing: timm's, in the order of the published training.
+    """Adds timm's Mixup or CutMix, then its random erasing, in the order of the published training.
 
-    Images may also be uint8 [B, S, C, H, W] with the S = `aug_splits` versions of AugMix: they come out as
+    Images may also be uint8 [B, S, C, H, W] with the S = `aug_splits` versions of AugMix. The output is then
     [S·B, C, H, W], all first versions first, with the targets repeated.
 
-    batch_size: B, to be checked here rather than in the first step.
+    batch_size: B, checked here and not only in the first step.
     num_classes, smoothing: of Mixup's soft targets.
-    mixup_alpha, cutmix_alpha: of the beta distributions; 0 turns one off.
-    cutmix_minmax: (min, max) of the box's edge as a fraction of the image's, in place of cutmix_alpha.
-    mixup_prob: of mixing at all. mixup_switch_prob: of CutMix where both are on.
-    mixup_mode: what shares one draw: 'batch', 'pair' or 'elem'; with the latter two the host waits for the device.
+    mixup_alpha, cutmix_alpha: of the beta distributions; 0 for off.
+    cutmix_minmax: (min, max) of the box's edge as a fraction of the image's, replaces cutmix_alpha.
+    mixup_prob: of mixing at all. mixup_switch_prob: of CutMix if both are on.
+    mixup_mode: what shares random numbers: 'batch', 'pair' or 'elem'; with the last two the host waits for the device.
     erase_prob, erase_mode ('pixel', 'rand', 'const'), erase_count: of random erasing.
-    erase_splits: leave out AugMix's first versions, or without AugMix the first half of the batch.
+    erase_splits: do not erase AugMix's first versions, or without AugMix the first half of the batch.
 
     Raises UserError for an odd batch with Mixup, Mixup together with AugMix, and values out of range.
 
-    mixing: whether targets are soft, float32 [B, num_classes], for as long as the preparer lives.
+    mixing: whether targets are soft, float32 [B, num_classes]; it never changes.
     """
 
     def __init__(
-        self,
-        device: torch.device | str,
-        *,
-        batch_size: int,
-        num_classes: int,
-        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-        std: Sequence[float] = IMAGENET_DEFAULT_STD,
-        channels_last: bool = False,
-        aug_splits: int = 0,
-        mixup_alpha: float = 0.0,
-        cutmix_alpha: float = 0.0,
-        cutmix_minmax: Sequence[float] | None = None,
-        mixup_prob: float = 1.0,
-        mixup_switch_prob: float = 0.5,
-        mixup_mode: str = 'batch',
-        smoothing: float = 0.1,
-        erase_prob: float = 0.0,
-        erase_mode: str = 'pixel',
-        erase_count: int = 1,
-        erase_splits: bool = False,
-    ):
+            self, device: torch.device | str, *, batch_size: int, num_classes: int,
+            mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD,
+            channels_last: bool = False, aug_splits: int = 0, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0,
+            cutmix_minmax: Sequence[float] | None = None, mixup_prob: float = 1.0, mixup_switch_prob: float = 0.5,
+            mixup_mode: str = 'batch', smoothing: float = 0.1, erase_prob: float = 0.0, erase_mode: str = 'pixel',
+            erase_count: int = 1, erase_splits: bool = False):
         super().__init__(device, mean=mean, std=std, channels_last=channels_last)
         for name, value in (('mixup_prob', mixup_prob), ('mixup_switch_prob', mixup_switch_prob),
                             ('erase_prob', erase_prob), ('smoothing', smoothing)):
@@ -141,7 +117,7 @@ class TrainBatchPreparer(BatchPreparer):
 
     @property
     def mixup_enabled(self) -> bool:
-        """Whether batches are mixed now. Set it to False for the last epochs: smoothed targets remain."""
+        """Whether batches are mixed now. False, for the last epochs, leaves smoothed targets."""
         return self._mixup is not None and self._mixup.mixup_enabled
 
     @mixup_enabled.setter
@@ -150,9 +126,9 @@ class TrainBatchPreparer(BatchPreparer):
             self._mixup.mixup_enabled = enabled
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """images: uint8 [B, C, H, W] or [B, S, C, H, W]; targets: int64 [B]. Returns them for the model."""
+        """Return `images`, uint8 [B, C, H, W] or [B, S, C, H, W], and `targets`, int64 [B], as the model takes them."""
         if self._aug_splits:
-            # On the device, for a copy made on the host would not be page-locked.
+            # On the device: a copy on the host would not be page-locked.
             images, targets = self._move(images), self._move(targets)
             images = images.transpose(0, 1).flatten(0, 1)  # [S·B, C, H, W]
             targets = targets.repeat(self._aug_splits)  # [S·B]
@@ -165,7 +141,7 @@ class TrainBatchPreparer(BatchPreparer):
 
 
 class PairwiseMixup(Mixup):
-    """timm's Mixup, the same draws and numbers, pair by pair: for a CPU, whose caches hold images but not a batch."""
+    """timm's Mixup with the same numbers, pair by pair, for a CPU whose caches hold images but not a batch."""
 
     def _mix_batch(self, x: torch.Tensor) -> float:
         lam, use_cutmix = self._params_per_batch()

@@ -1,9 +1,8 @@
 """Class names and their numbers: class-map files, subsets of classes, and the check that two splits agree.
 
-A target is a position in a list of class names. Two lists that differ by one folder give other targets to
-every class behind it, and nothing shows it but a bad accuracy. So one list rules; a difference is an error.
+A target is a position in a list of class names. If two lists differ by one folder, every later class gets another
+number, and only a bad accuracy shows it. So one list rules, and a difference is an error.
 """
-
 import os
 import re
 from collections import Counter
@@ -16,10 +15,10 @@ from utils.errors import UserError
 
 
 def read_class_map(path: str | os.PathLike) -> list[str]:
-    """The class names in `path`, in order of their numbers, as a list of str.
+    """Return the class names in the file `path`, in order of their numbers.
 
-    The file has a class folder's name per line, or a name and its number on every line; empty lines are
-    skipped. `path` may also be the word 'imagenet': the 1,000 synsets of ImageNet-1k in their usual order.
+    The file has a class name per line, or a name and its number on every line; empty lines are skipped. The word
+    'imagenet' stands for the 1,000 synsets of ImageNet-1k in their usual order.
     Raises UserError if the file cannot be read, names a class twice, or numbers its classes wrongly.
     """
     if path == 'imagenet':
@@ -31,7 +30,7 @@ def read_class_map(path: str | os.PathLike) -> list[str]:
         reason = getattr(error, 'strerror', None) or 'not UTF-8 text'
         raise UserError(f'class map {path}: {reason}; give a text file, one class name per line') from None
     numbered = [match for line in lines if (match := re.fullmatch(r'(.*\S)\s+(\d+)', line))]
-    # 'boeing 747' alone is a name: only where every line ends in a number are these the numbers of classes.
+    # 'boeing 747' is a name; only if every line ends in a number are these the numbers of classes.
     if lines and len(numbered) == len(lines):
         pairs = sorted((int(match[2]), match[1]) for match in numbered)
         if [number for number, _ in pairs] != list(range(len(pairs))):
@@ -46,10 +45,10 @@ def read_class_map(path: str | os.PathLike) -> list[str]:
 
 
 def select_classes(dataset: ImageDataset, only_classes: str | None) -> ImageDataset:
-    """`dataset` reduced to some of its classes, numbered from 0 in their old order; all of it for None or ''.
+    """Return `dataset` reduced to some classes, renumbered from 0 in their old order; all of it for None or ''.
 
-    only_classes: names, numbers and ranges of either, separated by commas: '0-4', 'cat,dog', 'cat-frog,9'.
-    What is the name of a class is taken as that name, even where it looks like a number.
+    only_classes: names, numbers and ranges of either, separated by commas: '0-4', 'cat,dog', 'cat-frog,9'. The name of
+    a class is taken as that name even if it looks like a number.
     Raises UserError if an item is no class of `dataset`, or if fewer than two classes are left.
     """
     if not only_classes:
@@ -66,10 +65,10 @@ def select_classes(dataset: ImageDataset, only_classes: str | None) -> ImageData
 
 
 def _class_range(item: str, classes: list[str]) -> list[int]:
-    """The targets that `item` stands for: a class, or all from a first to a last class."""
+    """Return the targets of `item`: one class, or all from a first to a last class."""
     if (target := _class_number(item, classes)) is not None:
         return [target]
-    # Names may hold hyphens themselves, so every hyphen is tried as the one between first and last.
+    # Names may contain hyphens, so every hyphen is tried as the one between first and last.
     for hyphen in re.finditer('-', item):
         first = _class_number(item[:hyphen.start()].strip(), classes)
         last = _class_number(item[hyphen.end():].strip(), classes)
@@ -82,23 +81,15 @@ def _class_range(item: str, classes: list[str]) -> list[int]:
 def _class_number(text: str, classes: list[str]) -> int | None:
     if text in classes:
         return classes.index(text)
-    if text.isdecimal() and int(text) < len(classes):
-        return int(text)
-    return None
+    return int(text) if text.isdecimal() and int(text) < len(classes) else None
 
 
-def match_classes(
-    dataset: ImageDataset,
-    classes: Sequence[str],
-    *,
-    where: str,
-    map_source: str,
-    allow_missing: bool = False,
-) -> ImageDataset:
-    """`dataset` with the targets of the class map `classes`.
+def match_classes(dataset: ImageDataset, classes: Sequence[str], *, where: str, map_source: str,
+                  allow_missing: bool = False) -> ImageDataset:
+    """Return `dataset` with the class numbers of `classes`.
 
-    where: what `dataset` is, for messages: a folder or a name. map_source: where the class map comes from.
-    Raises UserError naming the classes that the map lacks, or `dataset`, unless `allow_missing`.
+    where: what messages call `dataset`. map_source: what they call the owner of `classes`.
+    Raises UserError with the classes that `classes` lacks, or that `dataset` lacks unless `allow_missing`.
     """
     if dataset.classes == list(classes):
         return dataset
@@ -119,6 +110,6 @@ def _count_classes(names: list[str]) -> str:
 
 
 def name_some(names: Sequence[str], limit: int = 5) -> str:
-    """The first `limit` of `names` in quotation marks and how many more there are, for messages."""
+    """Return the first `limit` of `names` in quotation marks and how many more there are, for messages."""
     shown = ', '.join(repr(name) for name in names[:limit])
     return shown if len(names) <= limit else f'{shown} and {len(names) - limit} more'

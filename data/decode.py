@@ -1,14 +1,13 @@
-"""Image files to RGB: one function, one rule for every kind of file, one line of explanation for a bad one.
+"""Image files to RGB, by one rule for every kind of file, with one line of explanation for a bad one.
 
-The pixels are those of PIL's `convert('RGB')`, as in the published code: alpha is dropped rather than
-blended, EXIF orientation is ignored, an animation gives its first frame. The one exception is 16-bit
-greyscale, which `convert` saturates to white: here it is scaled.
+The pixels are those of PIL's `convert('RGB')`, as in the published code: alpha is dropped, EXIF orientation ignored,
+only the first frame of an animation is used. The exception is 16-bit greyscale, which is scaled; `convert` would make
+it white.
 
-`decode_rgb` gives a PIL image. `EncodedImage` gives the same pixels as a tensor, sooner, to whom a part of the rows is
-enough: JPEG files, which nearly all images are, go to simplejpeg's decoder, which has the same libjpeg-turbo in it, and
-what that does not take, or all files where it is not installed, goes the way of all others.
+`decode_rgb` returns a PIL image. `EncodedImage` returns the same pixels as a tensor, and faster if only some rows are
+needed: simplejpeg decodes JPEG files with the same libjpeg-turbo. PIL decodes everything else, and all files if
+simplejpeg is not installed.
 """
-
 import io
 import os
 import warnings
@@ -24,43 +23,31 @@ try:
 except ImportError:
     simplejpeg = None  # type: ignore[assignment]  # what an import that failed leaves
 
+# PIL's names of the formats that are read; the most frequent is tried first.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')
-"""PIL's names of the formats that are read; JPEG comes first because it is tried first."""
-
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.pbm',
-              '.pnm')
-"""Endings, in lower case, by which image files are found; how they are read depends on the content alone."""
-
+# Endings, in lower case, by which image files are found; decoding depends on the content alone.
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.pbm', '.pnm')
+# Images with more pixels are refused: a quarter of a GiB as RGB, where PIL warns.
 MAX_PIXELS = 89_478_485
-"""More pixels than this in one image are refused: a quarter of a GiB as RGB. It is where PIL warns."""
-
+# Larger files are refused before they are read: 256 MiB, more than `MAX_PIXELS` take uncompressed.
 MAX_BYTES = 1 << 28
-"""Larger files are refused before they are read: 256 MiB, beyond what `MAX_PIXELS` take uncompressed."""
-
+# Images with longer edges, relative to the shorter one, are refused: resized by the shorter edge they fill the memory.
 MAX_RATIO = 200
-"""Longer images, by edge to edge, are refused: resized by their shorter edge they would fill the memory."""
-
+# JPEG markers that may precede the first scan: frames, tables, applications, comments.
 SEGMENTS = frozenset((*range(0xc0, 0xd0), 0xdb, 0xdd, *range(0xe0, 0xf0), 0xfe))
-"""JPEG's markers of frames, tables, applications and comments: what may come before the first scan."""
-
+# libjpeg's message for data that it did not need.
 LEFT_OVER = 'extraneous bytes before marker'
-"""What libjpeg says of data that it did not need."""
 
 
 class ImageError(UserError):
     """An image file that cannot be decoded. The message names the file and says why."""
 
 
-def load_rgb(path: str | os.PathLike) -> Image.Image:
-    """Decodes the image file `path` to a PIL image of mode RGB. Raises ImageError as `read_file` and `decode_rgb`."""
-    return decode_rgb(read_file(path), os.fspath(path))
-
-
 def read_file(path: str | os.PathLike) -> bytes:
-    """The content of the image file `path`. Raises ImageError if it cannot be read, or has more than `MAX_BYTES`."""
+    """Return the content of the image file `path`. Raises ImageError for an unreadable file, or over `MAX_BYTES`."""
     try:
         with open(path, 'rb', buffering=0) as file:
-            # Of what is no file the size is 0; a buffer of the largest size for each file would take its time.
+            # The size is 0 if this is no regular file. A buffer of MAX_BYTES for every file would be slow.
             data = file.read(min(os.fstat(file.fileno()).st_size or MAX_BYTES, MAX_BYTES) + 1)
     except OSError as error:
         raise ImageError(f'image {os.fspath(path)}: {error.strerror or error}') from None
@@ -70,14 +57,14 @@ def read_file(path: str | os.PathLike) -> bytes:
 
 
 def decode_rgb(data: bytes, name: str) -> Image.Image:
-    """Decodes the content of an image file to a PIL image of mode RGB; `name` says in messages which file it is.
+    """Decode the content of an image file to a PIL image of mode RGB; messages call it `name`.
 
     Raises ImageError if it is truncated, of none of `FORMATS`, of more than `MAX_PIXELS` pixels or edges of more than
-    1 : `MAX_RATIO`, or of a kind whose brightness has no defined scale.
+    1 : `MAX_RATIO`, or if its brightness has no defined scale.
     """
     try:
         with warnings.catch_warnings():
-            # Between one and two times its limit PIL warns and goes on; the check below refuses always.
+            # PIL only warns up to twice its limit; the check below always refuses.
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
@@ -93,10 +80,10 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
 
 
 class EncodedImage:
-    """An image of known size that is decoded as far as it is needed: `height`, `width` and `pixels`.
+    """An image of known `height` and `width` that is decoded as far as needed.
 
-    stored: the content of an image file, or a PIL image of mode RGB. name: says in messages which image it is.
-    Making it and taking its pixels raise ImageError as `decode_rgb` does, but not for all damage below the rows in use.
+    stored: the content of an image file, or a PIL image of mode RGB. name: what messages call it.
+    Construction and `pixels` raise ImageError as `decode_rgb`, but not for all damage below the rows in use.
     """
 
     def __init__(self, stored: bytes | Image.Image, name: str):
@@ -112,7 +99,7 @@ class EncodedImage:
         self.height, self.width = self._whole.shape[1:]
 
     def pixels(self, rows: int | None = None) -> torch.Tensor:
-        """uint8 [3, H, W], a view of [H, W, 3] in memory, of which the first `rows` rows count (None: all)."""
+        """Return uint8 [3, H, W], a view of [H, W, 3] in memory; only the first `rows` rows are valid (None: all)."""
         if self._whole is not None:
             return self._whole
         try:
@@ -121,28 +108,27 @@ class EncodedImage:
             try:
                 simplejpeg.decode_jpeg(jpeg, 'RGB', buffer=levels)
             except ValueError as error:
-                # The data of the rows below is no damage. After any other, `levels` may hold what was in memory before.
+                # The data of the rows below is no damage. After any other error, `levels` may hold old memory.
                 if height == self.height or LEFT_OVER not in str(error):
                     raise
             return torch.from_numpy(levels).permute(2, 0, 1)
-        except Exception:  # decode_rgb makes of damaged data what it can, or says what is wrong
+        except Exception:  # decode_rgb tolerates some damage, or explains it
             return as_array(decode_rgb(self._jpeg, self._name))
 
 
 def as_array(image: Image.Image) -> torch.Tensor:
-    """A PIL image of mode RGB as uint8 [3, H, W], a view of [H, W, 3] in memory."""
+    """Return a PIL image of mode RGB as uint8 [3, H, W], a view of [H, W, 3] in memory."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a whole JPEG file of one or three components, within the limits of `decode_rgb`; None for all
-    that is not."""
-    # Without its end mark a file may be cut in the last row, of which the decoders do not say the same.
+    """Return height and width of a complete JPEG file within the limits of `decode_rgb`, None for anything else."""
+    # Without an end mark the file may be cut in its last row, and the decoders differ on that.
     if simplejpeg is None or not data.startswith(b'\xff\xd8') or not data.endswith(b'\xff\xd9'):
         return None
     try:
         rows, columns, colors, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except Exception:  # of a sampling that it does not know, KeyError
+    except Exception:  # KeyError for an unknown subsampling
         return None
     height, width = int(rows), int(columns)
     within_limits = height * width <= MAX_PIXELS and max(height, width) <= MAX_RATIO * min(height, width)
@@ -150,14 +136,14 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _with_rows(jpeg: bytes, height: int, rows: int) -> tuple[bytes, int]:
-    """The JPEG file of `height` with one in its header that ends its decoding soon behind `rows`, and that height; both
-    as they are, if that cannot be.
+    """Return a JPEG file of `height` with a lower height in its header, so that decoding stops after `rows`, and that
+    height. Both stay unchanged if the file does not allow it.
 
-    Rows are decoded from the top in groups of 8 or more. The colours of a row depend on those of the next one, so two
-    more are taken along. The data of one scan holds all components, or a lower height would be none of the others.
+    Rows are decoded from the top in groups of 8 or more. The colours of a row depend on the next one, so two more are
+    decoded. One scan must hold all components.
     """
     at, frame = 2, None
-    while jpeg[at] == 0xff and jpeg[at + 1] in SEGMENTS:  # each with a length that counts itself
+    while jpeg[at] == 0xff and jpeg[at + 1] in SEGMENTS:  # the length of a segment includes itself
         if jpeg[at + 1] in (0xc0, 0xc1):  # the frame of sequential Huffman coding
             frame = at
         at += 2 + int.from_bytes(jpeg[at + 2:at + 4])
@@ -172,7 +158,7 @@ def _with_rows(jpeg: bytes, height: int, rows: int) -> tuple[bytes, int]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """The loaded `image` in mode RGB: itself where it is in that mode already, as nearly every JPEG is."""
+    """Return the loaded `image` in mode RGB: itself if it has that mode, as nearly every JPEG has."""
     if image.mode == 'RGB':
         return image
     if image.mode == 'F':
@@ -182,13 +168,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if levels.min() < 0 or levels.max() > 65_535:
             raise ValueError('brightness outside of 0…65535: convert the file to 8 or 16 bits')
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # to the nearest; 257 · 255 = 65535
-    # convert('RGB') drops a palette's transparency whether it is recorded or not, but warns where it is.
+    # convert('RGB') drops a palette's transparency, and warns if it is recorded.
     image.info.pop('transparency', None)
     return image.convert('RGB')
 
 
 def _reason(data: bytes, error: Exception) -> str:
-    """Why `error` arose from decoding `data`, in words that fit after a colon."""
+    """Return why decoding `data` raised `error`, in words that fit after a colon."""
     if isinstance(error, Image.DecompressionBombError):
         return f'more than {MAX_PIXELS:,} pixels; scale it down or remove it'
     if not data:

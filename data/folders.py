@@ -1,5 +1,4 @@
-"""Images in class folders: split/class/…/image.jpg, found in one quick scan that counts every oddity."""
-
+"""Images in class folders, split/class/…/image.jpg, found in one scan; and images by their paths."""
 import logging
 import os
 from collections.abc import Sequence
@@ -16,22 +15,22 @@ _logger = logging.getLogger(__name__)
 
 
 class ImageFolder(ImageDataset):
-    """The images below the class folders of one split, numbered by class and then by path.
+    """The images below the class folders of one split, ordered by class and then by path.
 
-    Classes are in natural order ('9' before '10'), as in the published code. An empty class folder keeps its
-    place among the classes. Hidden folders, hidden files and files without the ending of an image are left
-    out. Empty class folders and ignored files are counted and logged.
+    Classes are in natural order ('9' before '10'), as in the published code. An empty class folder keeps its number.
+    Hidden folders, hidden files and files without the ending of an image are ignored. The log reports empty class
+    folders and the number of ignored files.
 
     Raises UserError if `folder` cannot be read, has no class folders, or has no images in them.
     """
 
     def __init__(self, folder: str):
         self.folder = require_folder(folder)
-        self.num_ignored = 0
         classes, loose = _list_split(self.folder)
         if not classes:
             raise UserError(_explain_no_classes(self.folder, loose))
         paths, targets, empty = [], [], []
+        self.num_ignored = len(loose)
         for target, name in enumerate(classes):
             found, ignored = _scan_class(self.folder, name)
             self.num_ignored += ignored
@@ -44,8 +43,12 @@ class ImageFolder(ImageDataset):
                             f'class folders with {", ".join(EXTENSIONS)} files are expected directly in it')
         super().__init__(classes, targets)
         self._paths = PathList(paths)
-        self.num_ignored += len(loose)
-        self._report(empty)
+        _logger.info('%s: %d images of %d classes', self.folder, len(self), len(classes))
+        if self.num_ignored:
+            _logger.warning('%s: ignored %d files that are no images or lie outside of class folders',
+                            self.folder, self.num_ignored)
+        if empty:
+            _logger.warning('%s: %d class folders without images: %s', self.folder, len(empty), name_some(empty))
 
     def read_bytes_or_image(self, index: int) -> bytes:
         return read_file(self.path(index))
@@ -53,18 +56,9 @@ class ImageFolder(ImageDataset):
     def path(self, index: int) -> str:
         return os.path.join(self.folder, self._paths[index])
 
-    def _report(self, empty: list[str]):
-        _logger.info('%s: %d images of %d classes', self.folder, len(self), len(self.classes))
-        if self.num_ignored:
-            _logger.warning('%s: ignored %d files that are no images or lie outside of class folders',
-                            self.folder, self.num_ignored)
-        if empty:
-            _logger.warning('%s: %d class folders without images: %s', self.folder, len(empty),
-                            name_some(empty))
-
 
 class ImageFiles(ImageDataset):
-    """Images by their paths, files as given and folders with all images below them; without classes, all targets -1.
+    """Images by their paths: files as given, and all images below folders. There are no classes; all targets are -1.
 
     Raises UserError if a path does not exist, or if a folder holds no image.
     """
@@ -92,7 +86,7 @@ class ImageFiles(ImageDataset):
 
 
 def require_folder(folder: str) -> str:
-    """Returns `folder`. Raises UserError if it is not a folder."""
+    """Return `folder`. Raises UserError if it is not a folder."""
     if not folder:
         raise UserError('no data folder given; give the folder that holds train/ and val/')
     if not os.path.lexists(folder):
@@ -103,13 +97,13 @@ def require_folder(folder: str) -> str:
 
 
 def has_class_folders(folder: str) -> bool:
-    """Whether a folder in `folder` holds an image directly: the mark of a split, not of a whole dataset."""
+    """Return whether a folder in `folder` holds an image directly, as in a split, not in a whole data set."""
     classes, _ = _list_split(folder)
     return any(_is_image(entry.name) for name in classes for entry in _entries(os.path.join(folder, name)))
 
 
 def _entries(folder: str) -> list[os.DirEntry]:
-    """What is in `folder`. Raises UserError if it cannot be listed."""
+    """Return what is in `folder`. Raises UserError if it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
@@ -118,22 +112,21 @@ def _entries(folder: str) -> list[os.DirEntry]:
 
 
 def _list_split(folder: str) -> tuple[list[str], list[str]]:
-    """The names of the folders in `folder`, without hidden ones, in natural order, and those of its files."""
+    """Return the names of the visible folders in `folder`, in natural order, and those of its files."""
     classes, files = [], []
     for entry in _entries(folder):
         if not entry.is_dir():
             files.append(entry.name)
         elif not entry.name.startswith('.'):  # .ipynb_checkpoints is no class
             classes.append(entry.name)
-    # Plain order first: names that differ in case alone are equal to natural_key.
+    # Plain order first: natural_key does not tell names that differ only in case.
     return sorted(sorted(classes), key=natural_key), files
 
 
 def _scan_class(split: str, name: str) -> tuple[list[str], int]:
-    """The images below folder `name` of `split`, as sorted paths in it, and the number of other files.
+    """Return the images below folder `name` of `split`, as sorted paths in it, and the number of other files.
 
-    Hidden folders are left out, as are hidden files: they hold thumbnails, environments and the like.
-    Links to files are followed; links to folders inside a class folder are not, so that the scan ends.
+    Hidden folders and files are left out. Links to files are followed, links to folders are not, so that the scan ends.
     """
     images, ignored, pending = [], 0, [name]
     while pending:
@@ -155,8 +148,7 @@ def _is_image(name: str) -> bool:
 
 
 def _explain_no_classes(folder: str, files: list[str]) -> str:
-    num_images = sum(map(_is_image, files))
-    if num_images:
+    if num_images := sum(map(_is_image, files)):
         return (f'{folder}: {num_images} images but no class folders (as ImageNet\'s validation set comes); '
                 'move each image into a folder named after its class, with the names of train')
     return f'{folder}: no class folders in it; class folders with images are expected directly in it'

@@ -1,18 +1,19 @@
-"""Processes forked beside threads: one that does not get going is replaced.
+"""Worker processes that are forked again if they hang.
 
-A thread of a C++ library takes a lock of the interpreter whenever it begins to use Python objects, as those of gloo do
-at the end of every collective. A process that is forked in that microsecond has the lock, and nobody who would release
-it: up to Python 3.11 it waits for it before its first line.
+A thread of a C++ library, such as gloo's at the end of a collective, takes a lock of the interpreter for a microsecond.
+A process forked in that moment inherits the lock without the thread that would release it. Up to Python 3.11 it then
+waits forever before its first line.
 """
 import os
 import select
 from multiprocessing.context import ForkContext, ForkProcess
 
-PATIENCE = 10.0  # seconds for a new process to get going, and twice as many for each that follows in its place
+# Seconds for a new process to start; each replacement gets twice as many.
+PATIENCE = 10.0
 
 
-class SureProcess(ForkProcess):
-    """A forked process whose `start` returns when it is at work."""
+class RetryingProcess(ForkProcess):
+    """A forked process whose `start` returns once it is running."""
     _pipe: tuple[int, int]
 
     def run(self):
@@ -24,13 +25,13 @@ class SureProcess(ForkProcess):
     def _Popen(process):
         patience = PATIENCE
         while True:
-            heard, silence = process._pipe = os.pipe()
+            reading, writing = process._pipe = os.pipe()
             started = ForkProcess._Popen(process)
-            os.close(silence)
-            # The pipe ends when the new process closes its side, or dies, of which others will hear.
-            is_at_work = select.select([heard], [], [], patience)[0]
-            os.close(heard)
-            if is_at_work:
+            os.close(writing)
+            # The pipe ends when the new process closes its side or dies; a death is noticed elsewhere.
+            is_running = select.select([reading], [], [], patience)[0]
+            os.close(reading)
+            if is_running:
                 return started
             started.kill()
             started.wait()
@@ -40,4 +41,4 @@ class SureProcess(ForkProcess):
 
 class RetryingForkContext(ForkContext):
     """The context of `multiprocessing` with such processes."""
-    Process = SureProcess
+    Process = RetryingProcess

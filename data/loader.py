@@ -1,17 +1,14 @@
-"""The one place where DataLoaders are built: batches that are the same whoever makes them, and when.
+"""The one place where DataLoaders are built: batches that do not depend on the number of workers or ranks.
 
     loader = create_loader(train, transform, TrainSampler(len(train), 64), seed=42, workers=8)
     for epoch in range(epochs):
         loader.set_position(epoch)
         for images, targets in loader:      # uint8 [B, C, H, W] or [B, S, C, H, W], int64 [B]
 
-An image that cannot be decoded ends the loading, unless `max_bad_images` allows for some. Then it is logged
-and counted; in training it is replaced by the next image of the dataset (after the last comes the first; in
-image folders the next one nearly always is of the same class), augmented as the bad one would have been; in
-evaluation it is left out. So what takes its place depends on the dataset alone: not on the number of workers
-or ranks, and not on where a run was interrupted.
+An image that cannot be decoded raises an error, unless `max_bad_images` allows for some. Then it is logged and counted.
+Training replaces it by the next image of the data set (after the last, the first), augmented as the bad one would have
+been. Evaluation leaves it out. So the replacement depends on the data set alone, not on where a run was interrupted.
 """
-
 import gc
 import logging
 import multiprocessing
@@ -38,43 +35,35 @@ from utils.runtime import keep_freed_memory
 
 _logger = logging.getLogger(__name__)
 
+# Batches that each worker prepares ahead.
 PREFETCH = 2
-"""Batches that each worker prepares ahead."""
 
 
-def create_loader(
-    dataset: ImageDataset,
-    transform: Transform,
-    sampler: TrainSampler | EvalSampler,
-    *,
-    seed: int = 42,
-    workers: int = 4,
-    pin_memory: bool = False,
-    max_bad_images: int = 0,
-) -> 'Loader':
-    """A Loader of the batches that `sampler` names, decoded and transformed in `workers` processes.
+def create_loader(dataset: ImageDataset, transform: Transform, sampler: TrainSampler | EvalSampler, *, seed: int = 42,
+                  workers: int = 4, pin_memory: bool = False, max_bad_images: int = 0) -> 'Loader':
+    """Return a Loader of the batches that `sampler` names, decoded and transformed in `workers` processes.
 
-    dataset: an ImageDataset. transform: image → uint8 tensor of one fixed shape. The image is
-        `dataset.encoded(index)` where the transform has `takes_encoded`, else the PIL image `dataset.image(index)`.
-    sampler: a TrainSampler, which makes this a training loader, or an EvalSampler.
+    transform: image → uint8 tensor of one fixed shape. The image is `dataset.encoded(index)` if the transform has
+        `takes_encoded`, else the PIL image `dataset.image(index)`.
+    sampler: a TrainSampler for a training loader, or an EvalSampler.
     seed: of the samples' randomness in training; evaluation has none.
-    workers: 0 for doing the work in this process; they stay from epoch to epoch.
-    pin_memory: for copies to a GPU that the program need not wait for.
-    max_bad_images: how many different images may fail to decode, per rank and life of the process.
+    workers: 0 does the work in this process; workers live from epoch to epoch.
+    pin_memory: page-locked batches, which are copied to a GPU in the background.
+    max_bad_images: how many different images may fail to decode, per rank and process.
     """
     if workers < 0 or max_bad_images < 0:
         raise UserError(f'workers {workers}, max_bad_images {max_bad_images}; neither can be below 0')
-    memory = BatchMemory(workers, PREFETCH + 2)  # one is used, and one on its way
+    memory = BatchMemory(workers, PREFETCH + 2)  # one in use, one in transfer
     batches = BatchSource(dataset, transform, memory=memory, training=isinstance(sampler, TrainSampler), seed=seed,
                           max_bad_images=max_bad_images)
     options: dict[str, Any] = dict(num_workers=workers, pin_memory=pin_memory)
     if workers:
         # Workers compute with one thread each: PyTorch sets that itself.
         options.update(persistent_workers=True, prefetch_factor=PREFETCH, worker_init_fn=_prepare_worker)
-        if sys.platform == 'linux':  # other systems have no safe fork
+        if sys.platform == 'linux':  # fork is not safe on other systems
             options.update(multiprocessing_context=RetryingForkContext())
-    # With a generator of its own an iterator takes nothing from the global one; what it draws has no effect.
-    dataloader: DataLoader = DataLoader(batches, batch_sampler=sampler, collate_fn=_as_it_is,
+    # Its own generator, which has no effect, keeps the iterator from drawing from the global one.
+    dataloader: DataLoader = DataLoader(batches, batch_sampler=sampler, collate_fn=_unchanged,
                                         generator=torch.Generator(), **options)
     return Loader(dataloader, dataset, sampler, memory, max_bad_images)
 
@@ -84,9 +73,8 @@ class Loader:
 
     Iterating raises UserError for one bad image too many, and if a worker process died.
 
-    blocks: of shared memory, each for a batch, that its worker processes come to have, and keep.
-    bad_images: dict of the bad images met so far, {path: why it cannot be decoded}.
-    take_bad_count(): how many samples they were.
+    blocks: number of shared memory blocks of its workers, each for a batch.
+    bad_images: {path: why it cannot be decoded} of the bad images so far.
     """
 
     def __init__(self, dataloader: DataLoader, dataset: ImageDataset, sampler: TrainSampler | EvalSampler,
@@ -101,17 +89,17 @@ class Loader:
         self._bad_count = 0
 
     def __len__(self) -> int:
-        """The number of batches of a whole epoch on this rank."""
+        """Return the number of batches of a whole epoch on this rank."""
         return len(self.sampler)
 
-    def set_position(self, epoch: int, start_batch: int = 0):
-        """The next iteration starts at batch `start_batch` of `epoch`; training only, before each epoch."""
-        assert isinstance(self.sampler, TrainSampler), 'evaluation has one position, the beginning'
+    def set_position(self, epoch: int, start_batch: int = 0) -> None:
+        """Let the next iteration start at batch `start_batch` of `epoch`; required before each epoch of training."""
+        assert isinstance(self.sampler, TrainSampler), 'evaluation always starts at the beginning'
         self.sampler.set_position(epoch, start_batch)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         try:
-            batches = self._batches()  # before what it starts: processes are not to be forked beside other threads
+            batches = self._batches()  # first: no process may be forked once the threads of `ahead` run
             with self._dataset.ahead(self.sampler.remaining()) as used:
                 for images, block, targets, bad, bad_count, problem in batches:
                     self._note_bad_images(bad)
@@ -137,25 +125,22 @@ class Loader:
         return batches
 
     def take_bad_count(self) -> int:
-        """The number of samples replaced or left out in the batches given since this was called last.
+        """Return the number of samples replaced or left out since the last call.
 
-        Unlike the length of `bad_images` it counts an image each time it is met. Batches that workers have
-        prepared but nobody has taken do not count: so the sum over an epoch is the same where it was interrupted.
+        It counts an image each time it is met, in batches that were read. So the sum over an epoch does not depend on
+        interruptions.
         """
         count, self._bad_count = self._bad_count, 0
         return count
 
-    def close(self):
-        """Ends the worker processes. The loader cannot be used again.
-
-        Forgetting the loader ends them too, in five seconds where that is left to the garbage collector.
-        """
+    def close(self) -> None:
+        """End the worker processes. The loader cannot be used again."""
         self._dataloader = None
 
-    def _note_bad_images(self, bad: dict[str, str]):
+    def _note_bad_images(self, bad: dict[str, str]) -> None:
         for path, message in bad.items():
             if path in self.bad_images:
-                continue  # every epoch meets it again
+                continue  # met in an earlier epoch
             self.bad_images[path] = message
             if len(self.bad_images) <= self.max_bad_images:
                 _logger.warning('%s (%d of %d tolerated)', message, len(self.bad_images), self.max_bad_images)
@@ -167,7 +152,7 @@ class Loader:
 
 
 def explain_worker_death(error: RuntimeError) -> UserError | None:
-    """A UserError with advice, if `error` is PyTorch's RuntimeError for a worker process that died, or None."""
+    """Return a UserError with advice if `error` is PyTorch's RuntimeError for a worker process that died, else None."""
     if not str(error).startswith('DataLoader worker'):
         return None
     event = str(error).splitlines()[0].rstrip('. ')
@@ -175,11 +160,11 @@ def explain_worker_death(error: RuntimeError) -> UserError | None:
                      'use fewer --workers, a smaller --batch-size, or a larger /dev/shm')
 
 
-def _explain_worker_deaths():
-    """Makes PyTorch's error for a dead worker a UserError, wherever in the main process it comes up.
+def _explain_worker_deaths() -> None:
+    """Turn PyTorch's error for a dead worker into a UserError, wherever in the main process it is raised.
 
-    PyTorch raises it in a handler of SIGCHLD, which it sets with the first worker: between any two lines of the
-    training, far from this module. To be called when workers have been started; does nothing without them.
+    PyTorch raises it in its SIGCHLD handler, between any two lines of the training. Call this once workers are started;
+    without them it does nothing.
     """
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, 'SIGCHLD') else None
     is_theirs = getattr(handler, '__module__', None) == signal_handling.__name__
@@ -198,24 +183,15 @@ def _explain_worker_deaths():
 
 
 class BatchSource(Dataset):
-    """What a worker process holds: turns the keys of a batch, a list of (epoch, index), into the batch.
+    """Turns the keys of a batch, a list of (epoch, index), into the batch, in a worker process.
 
-    `__getitems__` gives (images, block, targets, bad, bad_count, problem): block is the number of images' block in
-    `memory`, bad is {path: message} of the images that cannot be decoded, bad_count the number of samples replaced or
-    left out, problem the message of a UserError that prevents the batch, else None. The error is handed over as a value
-    because PyTorch would put the worker's traceback into its message.
+    `__getitems__` returns (images, block, targets, bad, bad_count, problem). block: number of the images' block in
+    `memory`. bad: {path: message} of the images that cannot be decoded. bad_count: samples replaced or left out.
+    problem: message of a UserError that prevents the batch, or None. PyTorch would add a traceback to a raised error.
     """
 
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        transform: Transform,
-        *,
-        training: bool,
-        seed: int,
-        max_bad_images: int,
-        memory: BatchMemory,
-    ):
+    def __init__(self, dataset: ImageDataset, transform: Transform, *, training: bool, seed: int, max_bad_images: int,
+                 memory: BatchMemory):
         self._dataset = dataset
         self._transform = transform
         self._memory = memory
@@ -237,16 +213,15 @@ class BatchSource(Dataset):
                 batch = self._gather(len(keys), (self._sample(index, bad) for _, index in keys))
         except UserError as error:
             return None, None, None, bad, 0, str(error)
-        # Of every sample its own image was tried first.
+        # The own image of every sample was tried first.
         bad_count = sum(self._dataset.path(index) in bad for _, index in keys) if bad else 0
         return *batch, bad, bad_count, None
 
     def _gather(self, count: int, samples: Iterable[tuple[torch.Tensor, int] | None]
                 ) -> tuple[torch.Tensor | None, int | None, torch.Tensor]:
-        """The images of up to `count` samples as rows of one tensor, where that lies, and their targets; None among
-        `samples` is left out.
+        """Return the images of up to `count` samples as one tensor, its block, and the targets; None is left out.
 
-        Each is written where the main process will read it, as soon as it is made: there is no second copy of a batch.
+        Each image is written directly into the shared memory of the batch.
         """
         images, block = None, None
         targets: list[int] = []
@@ -258,7 +233,7 @@ class BatchSource(Dataset):
         return images if images is None else images[:len(targets)], block, torch.tensor(targets)
 
     def _training_sample(self, epoch: int, index: int, bad: dict[str, str]) -> tuple[torch.Tensor, int]:
-        """The transformed image and the target of (epoch, index), or of the first good image after it."""
+        """Return the transformed image and the target of (epoch, index), or of the first good image after it."""
         for step in range(len(self)):
             seed_generators(self._seed, epoch, index)
             if (sample := self._sample((index + step) % len(self), bad)) is not None:
@@ -266,7 +241,7 @@ class BatchSource(Dataset):
         raise UserError(f'none of {len(self)} images can be decoded; check the dataset')
 
     def _sample(self, index: int, bad: dict[str, str]) -> tuple[torch.Tensor, int] | None:
-        """The transformed image and the target of `index`; None if the image is bad, which `bad` then tells.
+        """Return the transformed image and the target of `index`; None for a bad image, which is added to `bad`.
 
         Raises ImageError if the bad images of this batch alone are too many.
         """
@@ -280,33 +255,32 @@ class BatchSource(Dataset):
         return image, int(self._dataset.targets[index])
 
 
-def _as_it_is(batch):
+def _unchanged(batch):
     return batch
 
 
-def _prepare_worker(worker_id: int):
-    gc.freeze()  # what is there stays: to look through it takes time, and copies the pages that are shared
+def _prepare_worker(worker_id: int) -> None:
+    gc.freeze()  # collecting inherited objects takes time, and copies shared pages
     keep_freed_memory()
     _shield_worker()
 
 
-def _shield_worker():
-    """Keeps signals that are sent to a whole job, by Ctrl-C, torchrun or Slurm, from ending a worker process.
+def _shield_worker() -> None:
+    """Keep signals to the whole job, from Ctrl-C, torchrun or Slurm, from ending a worker process.
 
-    What they mean is for the main process to decide, and to save before it stops it still needs its batches.
-    A SIGTERM from the main process itself, which is how PyTorch ends a worker that hangs, ends it as ever;
-    and a worker whose main process is gone ends by itself.
+    The main process handles them, and needs its batches until it has saved. SIGTERM from the main process itself, with
+    which PyTorch ends a hanging worker, still works. A worker whose main process is gone ends by itself.
     """
     for name in ('SIGINT', 'SIGHUP', 'SIGQUIT', 'SIGUSR1', 'SIGUSR2'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     main_process = multiprocessing.parent_process()
-    if main_process and hasattr(signal, 'sigwaitinfo'):  # on Linux; only this tells who sent a signal
+    if main_process and hasattr(signal, 'sigwaitinfo'):  # Linux; only this tells the sender of a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_await_termination, args=(main_process.pid,), daemon=True).start()
 
 
-def _await_termination(main_process: int):
+def _await_termination(main_process: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
         pass
     os._exit(0)

@@ -1,6 +1,6 @@
-"""Memory for batches, shared by worker processes, which fill it, and the main process, and used again and again.
+"""Memory for batches that worker processes fill and the main process reads, reused from batch to batch.
 
-To get it from the system anew for each batch takes a worker about as long as resizing a third of the images in it.
+Getting it from the system for each batch takes a worker about as long as resizing a third of the images in it.
 """
 from collections.abc import Sequence
 
@@ -10,27 +10,29 @@ from torch.utils.data import get_worker_info
 
 
 class BatchMemory:
-    """Some blocks for each of `workers` processes. A batch that finds all of them taken has memory of its own.
+    """Shared blocks of memory, the same number for each of `workers` processes.
 
-    blocks: for each worker; the batches that it prepares ahead, and those that are in use at the same time.
+    A batch that finds all blocks of its worker taken gets memory of its own.
+
+    blocks: for each worker: the batches that it prepares ahead, and those in use at the same time.
     """
 
     def __init__(self, workers: int, blocks: int):
         self._per_worker = blocks
         self._taken = torch.zeros(workers * blocks, dtype=torch.uint8).share_memory_()  # by a batch that is in use
         self._blocks: dict[int, torch.Tensor] = {}  # in a worker: number → tensor
-        self._in_use: dict[int, StorageWeakRef] = {}  # in the main process: number → what a batch lies in, weakly
+        self._in_use: dict[int, StorageWeakRef] = {}  # in the main process: number → the batch's storage, weakly
 
     def __len__(self) -> int:
-        """The number of all workers' blocks."""
+        """Return the number of blocks of all workers."""
         return len(self._taken)
 
     # --- In a worker --------------------------------------------------------------------------------------------------
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, int | None]:
-        """A tensor for a batch, and the number of its block, which is to come to `give_back` with it.
+        """Return a tensor for a batch, and the number of its block for `give_back`.
 
-        Without workers, memory of this process.
+        Without workers it is memory of this process, without a number.
         """
         worker = get_worker_info()
         if worker is None:
@@ -48,7 +50,7 @@ class BatchMemory:
     # --- In the main process ------------------------------------------------------------------------------------------
 
     def give_back(self, batch: torch.Tensor, number: int | None) -> None:
-        """`batch`, which has arrived in block `number`, gives it back as soon as nobody holds any part of it."""
+        """Free block `number` as soon as nothing refers to `batch` any more."""
         if number is None:
             return
         if batch.is_shared():
@@ -57,25 +59,25 @@ class BatchMemory:
             self._taken[number] = 0
 
     def reclaim(self) -> None:
-        """To be called now and then: takes back what is held no longer."""
+        """Free the blocks of batches that nothing refers to; required now and then."""
         for number, storage in list(self._in_use.items()):
             if storage.expired():
                 del self._in_use[number]
                 self._taken[number] = 0
 
     def restart(self) -> None:
-        """Before an epoch: batches of the one before that nobody will get give back their blocks.
+        """Free the blocks of the last epoch's batches that were never read; required before each epoch.
 
-        Where that was left early, workers may be at one of it still; what they take for it comes back an epoch later.
+        A worker may still be preparing such a batch; the block it takes is freed an epoch later.
         """
         self.reclaim()
         for number in range(len(self._taken)):
-            if number not in self._in_use:  # which workers that are still at the last epoch must not find free
+            if number not in self._in_use:
                 self._taken[number] = 0
 
 
 def _shared(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Memory that another process can map, as torch's default_collate makes it."""
+    """Return memory that another process can map, as torch's default_collate makes it."""
     size = torch.Size(shape).numel()
     storage = torch.UntypedStorage._new_shared(size * dtype.itemsize)
     return torch.empty(0, dtype=dtype).set_(storage).view(tuple(shape))

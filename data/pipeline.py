@@ -1,4 +1,4 @@
-"""From options to what the engine takes: datasets, then the loaders and preparers of training and evaluation."""
+"""From options to the engine's input: data sets, then the loaders and preparers of training and evaluation."""
 from collections import Counter
 from typing import NamedTuple
 
@@ -14,17 +14,16 @@ from data.samplers import EvalSampler, TrainSampler
 from data.shards.cache import Cache
 from data.transforms import create_eval_transform, create_train_transform
 from options.checks import check_images
+from options.datasets import DATASETS
 from utils.distributed import World, one_per_machine_first
 from utils.errors import UserError
 
 # Statistics of CIFAR's pixels, under the names of timm's configurations.
 CIFAR_STATS = {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)}
-CIFAR_FOLDER = './data_cifar'
-WITHOUT_FOLDER = ('digits', 'synthetic')
 
 
 class InputConfig(NamedTuple):
-    """What images are to a model: size (height, width), crop, interpolation, statistics of the pixels."""
+    """A model's input: size (height, width), crop, interpolation, and mean and standard deviation of the pixels."""
     img_size: tuple[int, int]
     crop_pct: float
     interpolation: str
@@ -34,10 +33,9 @@ class InputConfig(NamedTuple):
 
 
 def resolve_input(args, pretrained_cfg: dict) -> InputConfig:
-    """The model's own input settings where the options leave them open.
+    """Return the input settings of the options; those left out are the model's own.
 
-    Raises:
-        UserError: --mean or --std of another length than 1 or 3, or a crop out of range.
+    Raises UserError for --mean or --std of another length than 1 or 3, or a crop out of range.
     """
     for name in ('mean', 'std'):
         values = getattr(args, name)
@@ -54,8 +52,8 @@ def resolve_input(args, pretrained_cfg: dict) -> InputConfig:
 
 
 def open_training_data(args, world: World):
-    """The training and the evaluation split that the options name, with the training split's classes."""
-    root, download = _source(args)
+    """Return the training and the evaluation split of the options, with the training split's class numbers."""
+    root, download = _locate(args)
     with one_per_machine_first(world):
         return open_train_val(args.dataset, root, train_split=args.train_split, val_split=args.val_split,
                               download=download and world.local_rank == 0, only_classes=args.only_classes,
@@ -63,20 +61,19 @@ def open_training_data(args, world: World):
 
 
 def open_evaluation_data(args, classes: list[str] | None, num_classes: int | None, world: World):
-    """The evaluation split alone.
+    """Return the evaluation split alone.
 
-    Its classes are numbered by --class-map; without one, by `classes`, which a checkpoint may carry; without these, for
-    a model of 1,000 classes and folders that are all named after ImageNet's synsets, in the order of ImageNet.
+    --class-map numbers its classes, else `classes`, as a checkpoint has them. Without either, ImageNet's order numbers
+    the classes for a model of 1,000 classes if all folders are named after ImageNet's synsets.
 
-    Raises:
-        UserError: as open_eval; or nothing says which of the model's `num_classes` classes are those of the data set.
+    Raises UserError as open_eval, or if nothing maps the data set's classes to the model's `num_classes`.
     """
-    root, download = _source(args)
+    root, download = _locate(args)
     if args.class_map:
         classes = read_class_map(args.class_map)
 
     def open_with(classes):
-        # A part of the classes is still evaluated right where the map is known to be that of the model.
+        # Missing classes are no mistake: the map is the model's.
         return open_eval(args.dataset, root, split=args.val_split, classes=classes, only_classes=args.only_classes,
                          download=download and world.local_rank == 0, allow_missing_classes=True,
                          num_classes=num_classes or 1000, image_size=args.img_size, cache=_cache(args, world))
@@ -95,11 +92,9 @@ def open_evaluation_data(args, classes: list[str] | None, num_classes: int | Non
 
 
 def open_images(args, classes: list[str] | None, num_classes: int | None, world: World) -> ImageDataset:
-    """The images that `options.image_options` name: files, or evaluation images of a data set, numbered as by
-    `open_evaluation_data`; targets are -1 where nobody knows them.
+    """Return the images of the options: files, with unknown targets of -1, or the evaluation images of a data set.
 
-    Raises:
-        UserError: neither or both are given, or as ImageFiles and open_evaluation_data.
+    Raises UserError if neither or both are given, or as ImageFiles and open_evaluation_data.
     """
     check_images(args)
     dataset = ImageFiles(args.images) if args.images else open_evaluation_data(args, classes, num_classes, world)
@@ -107,13 +102,12 @@ def open_images(args, classes: list[str] | None, num_classes: int | None, world:
 
 
 def name_classes(args, classes: list[str] | None, num_classes: int) -> list[str]:
-    """A name for each class of a model, for people: of --class-map, else of `classes`, as its checkpoint has them.
+    """Return a readable name for each class of a model, from --class-map, else from its checkpoint's `classes`.
 
-    ImageNet's synsets become words, no two the same. A model of 1,000 classes that says nothing of them is taken for
-    one of ImageNet; any other gets numbers.
+    ImageNet's synsets become unique words. Without names, a model of 1,000 classes gets ImageNet's; any other gets
+    numbers.
 
-    Raises:
-        UserError: --class-map cannot be read, or names another number of classes.
+    Raises UserError if --class-map cannot be read, or names another number of classes.
     """
     if args.class_map:
         classes = read_class_map(args.class_map)
@@ -133,7 +127,7 @@ def _name_in_words(classes: list[str] | None, num_classes: int) -> list[str]:
 
 
 def _name_synsets(imagenet: ImageNetInfo) -> dict[str, str]:
-    """The first word for each synset, or, where several share it, all words; for the two cranes, the synset as well."""
+    """Return the first word for each synset; all words if several share it; the synset, too, for the two cranes."""
     words = {synset: imagenet.label_name_to_description(synset) for synset in imagenet.label_names()}
     first = Counter(text.split(',')[0].lower() for text in words.values())
     every = Counter(words.values())
@@ -141,26 +135,24 @@ def _name_synsets(imagenet: ImageNetInfo) -> dict[str, str]:
             else text if every[text] == 1 else f'{text} ({synset})' for synset, text in words.items()}
 
 
-def _source(args) -> tuple[str | None, bool]:
-    """The folder of the data, and whether to fetch what it lacks: CIFAR that has no DIR gets one of its own."""
-    if not args.data and args.dataset in ('cifar10', 'cifar100'):
-        return CIFAR_FOLDER, args.download is not False
-    if not args.data and args.dataset not in WITHOUT_FOLDER:
+def _locate(args) -> tuple[str, bool]:
+    """Return the folder of the data, '' for data sets without one, and whether to download what it lacks."""
+    if args.data:
+        return args.data, bool(args.download)
+    folder = DATASETS[args.dataset].folder
+    if folder is None:
         raise UserError('no data: give the folder that holds train/ and val/, or --dataset digits to try things out')
-    return args.data, bool(args.download)
+    return folder, args.download is not False
 
 
 def _cache(args, world: World) -> Cache:
-    """Where shards from elsewhere go; the processes of a machine share it."""
+    """Return the cache of remote shards, which all processes of a machine share."""
     return Cache(args.shard_cache, max_bytes=args.shard_cache_size * 1e9, patience=args.shard_timeout,
                  sharers=world.local_size)
 
 
 class TrainingInput(NamedTuple):
-    """What the epoch loop takes: the loaders of this rank, and the preparers that bring their batches to the device.
-
-    class_names: for people, see `name_classes`.
-    """
+    """The epoch loop's input: this rank's loaders, the preparers of their batches, and names as from `name_classes`."""
     train_loader: Loader
     prepare_train: TrainBatchPreparer
     val_loader: Loader
@@ -171,7 +163,7 @@ class TrainingInput(NamedTuple):
 
 def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_classes: int,
                           world: World) -> TrainingInput:
-    """Loaders and preparers as the options say; what they leave open is the model's own (`pretrained_cfg`)."""
+    """Return loaders and preparers for the options; input settings left out are the model's (`pretrained_cfg`)."""
     config = resolve_input(args, pretrained_cfg)
     return TrainingInput(*_create_train_loader(args, train_set, config, num_classes, world),
                          *create_eval_loader(args, val_set, config, world), config.img_size,
@@ -179,9 +171,9 @@ def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_cl
 
 
 def check_training_input(args) -> None:
-    """Raises the UserError that `create_training_input` would raise for these options, before there is a data set."""
+    """Raise the UserError that `create_training_input` would raise for these options, before data is read."""
     config = resolve_input(args, {})
-    args = args.replacing(fast_transform=False, fast_eval=False)  # whose mistakes are the same
+    args = args.replacing(fast_transform=False, fast_eval=False)  # the same mistakes
     _create_train_transform(args, config)
     _create_train_preparer(args, config, num_classes=2, device='cpu')
     _create_eval_transform(args, config)
@@ -189,7 +181,7 @@ def check_training_input(args) -> None:
 
 def _create_train_loader(args, dataset, config: InputConfig, num_classes: int,
                          world: World) -> tuple[Loader, TrainBatchPreparer]:
-    """The training loader of this rank, with the preparer of its batches."""
+    """Return this rank's training loader, and the preparer of its batches."""
     sampler = TrainSampler(len(dataset), args.batch_size, rank=world.rank, world_size=world.size, seed=args.seed,
                            accum_steps=args.accum_steps, shard_offsets=dataset.shard_offsets())
     loader = create_loader(dataset, _create_train_transform(args, config), sampler, seed=args.seed,
@@ -215,7 +207,7 @@ def _create_train_preparer(args, config: InputConfig, num_classes: int, device) 
 
 
 def create_eval_loader(args, dataset, config: InputConfig, world: World) -> tuple[Loader, BatchPreparer]:
-    """The evaluation loader of this rank, every image exactly once over all ranks, with the preparer of its batches."""
+    """Return this rank's evaluation loader, and its preparer; over all ranks every image comes exactly once."""
     prepare = BatchPreparer(world.device, mean=config.mean, std=config.std, channels_last=args.channels_last)
     batch_size = args.batch_size * args.validation_batch_size_multiplier
     sampler = EvalSampler(len(dataset), batch_size, rank=world.rank, world_size=world.size)

@@ -1,6 +1,11 @@
-"""Where a data set is: a folder, shards, an address, or a name."""
+"""Where a data set is. The only module that asks what an address means: all others carry the `Place` it returns.
+
+    place = parse_place('wds:https://host/imagenet')
+    place.join('train')       # Place(path='https://host/imagenet/train', scheme='https', …)
+"""
 import os
 import re
+from dataclasses import dataclass, replace
 
 from timm.utils.misc import natural_key
 
@@ -9,35 +14,135 @@ from data.folders import has_class_folders, require_folder
 from data.shards.manifest import FORMAT, MANIFEST
 from utils.errors import UserError
 
+# An address with this prefix consists of shards.
 PREFIX = 'wds:'
-"""What a data set's path begins with to say that it consists of shards."""
+# Not all that fsspec knows: some of those open files of this machine, or run programs.
+SCHEMES = ('http', 'https', 's3', 'gs', 'gcs', 'az', 'abfs')
+# Folders that are tried, in this order, if no evaluation split is named.
+EVAL_SPLITS = ('val', 'validation', 'test')
 
 
-def is_pattern(path: str) -> bool:
-    """Whether a path names tar files rather than a folder of shards."""
+@dataclass(frozen=True)
+class Place:
+    """A data set, a split of it, or one of its files.
+
+    path: a path on this machine, or an address with its scheme.
+    scheme: of a remote address, such as 'https'; '' on this machine.
+    is_pattern: `path` names tar files, possibly with braces, and not a folder.
+    is_shards: the user said that it consists of shards.
+    """
+    path: str
+    scheme: str = ''
+    is_pattern: bool = False
+    is_shards: bool = False
+
+    def __str__(self) -> str:
+        return self.path
+
+    @property
+    def is_remote(self) -> bool:
+        return bool(self.scheme)
+
+    @property
+    def shards_address(self) -> str:
+        """What the user gives to read this place as shards."""
+        return PREFIX + self.path
+
+    def join(self, name: str) -> 'Place':
+        """Return the split, file or pattern `name` in this place."""
+        path = f'{self.path}/{name}' if self.scheme else os.path.join(self.path, name)
+        return replace(self, path=path, is_pattern=_is_pattern(name))
+
+    def is_folder(self) -> bool:
+        """Return whether this is a folder on this machine."""
+        return not self.scheme and os.path.isdir(self.path)
+
+    def require(self) -> None:
+        """Raise UserError if this place should be a folder on this machine and is not."""
+        if not (self.scheme or self.is_pattern):
+            require_folder(self.path)
+
+    def has_splits(self) -> bool:
+        return any(self.join(split).is_folder() for split in ('train', *EVAL_SPLITS))
+
+    def has_manifest(self) -> bool:
+        """Return whether this is a split on this machine that tools/pack.py wrote; other data sets have manifests, too.
+        """
+        try:
+            with open(os.path.join(self.path, MANIFEST), 'rb') as file:
+                return FORMAT.encode() in file.read(4096) or bool(self.tars())
+        except OSError:
+            return False
+
+    def tars(self) -> list['Place']:
+        """Return the tar files of a pattern in its order, or those in a folder on this machine in natural order."""
+        if self.is_pattern:
+            return [replace(self, path=path) for path in expand(self.path)]
+        try:
+            names = [name for name in os.listdir(self.path) if name.endswith('.tar') and not name.startswith('.')]
+        except OSError:
+            return []
+        return [self.join(name) for name in sorted(sorted(names), key=natural_key)]
+
+    def tars_without_manifest(self) -> list['Place']:
+        """Return the tar files of a split if it has no manifest, else nothing."""
+        return self.tars() if self.is_pattern or not (self.scheme or self.has_manifest()) else []
+
+    def holds_shards(self) -> bool:
+        """Return whether this split is read as shards, not as class folders."""
+        return bool(self.scheme or self.is_pattern or self.has_manifest() or (self.is_shards and self.tars()))
+
+    def describe_content(self) -> str:
+        """Return what to say of a folder that lacks a split: the usual mistake, or what it holds."""
+        if self.has_manifest() or has_class_folders(self.path):
+            looks = 'is' if self.has_manifest() else 'looks like'
+            return f'; it {looks} a split itself: give {os.path.dirname(os.path.abspath(self.path))!r} instead'
+        content = sorted(name for name in os.listdir(self.path) if not name.startswith('.'))
+        for inner in map(self.join, content):
+            if inner.has_splits():
+                return f'; did you mean {inner.path!r}?'
+        found = name_some(content) if content else 'nothing'
+        return f', but {found}; give the folder that holds the splits, or name the split'
+
+
+def parse_place(address: str | os.PathLike | Place | None, *, is_shards: bool = False) -> Place:
+    """Return the place of a data set as the user gives it: a folder, a pattern of tar files, or 'wds:' and either.
+
+    is_shards: `address` consists of shards even without the prefix.
+    Raises UserError for an address that is not read.
+    """
+    if isinstance(address, Place):
+        return address
+    address = os.fspath(address or '')
+    path = address.removeprefix(PREFIX)
+    is_shards = is_shards or path != address
+    if not is_shards and '://' in path:
+        raise UserError(f'{path}: remote data sets are read as shards: give {PREFIX}{path}')
+    if is_shards and (not path or path.startswith('pipe:')):
+        raise UserError(f'{address}: ' + ('commands are not run' if path else 'no path')
+                        + f'; give shards as {PREFIX}/data/imagenet or {PREFIX}https://host/imagenet')
+    if not (scheme := _scheme_of(path)):
+        path = os.path.expanduser(path.removeprefix('file://'))
+    return Place(path.rstrip('/') or path, scheme, _is_pattern(path), is_shards)
+
+
+def _scheme_of(path: str) -> str:
+    """Return 'https' for 'https://host/file', '' for a path on this machine."""
+    scheme, separator, _ = path.partition('://')
+    if not separator or scheme == 'file':
+        return ''
+    if scheme.lower() not in SCHEMES:
+        raise UserError(f'{path}: addresses of the kind {scheme!r} are not read; give a path, or one of '
+                        f'{", ".join(f"{name}://" for name in SCHEMES[:4])}')
+    return scheme.lower()
+
+
+def _is_pattern(path: str) -> bool:
     return path.endswith('.tar') or '{' in path
 
 
-def has_manifest(folder: str) -> bool:
-    """Whether a folder of this machine is a split that tools/pack.py has written: others have manifests, too."""
-    try:
-        with open(os.path.join(folder, MANIFEST), 'rb') as file:
-            return FORMAT.encode() in file.read(4096) or bool(list_tars(folder))
-    except OSError:
-        return False
-
-
-def list_tars(folder: str) -> list[str]:
-    """The tar files in a folder of this machine, in natural order; none where it is no folder."""
-    try:
-        names = [name for name in os.listdir(folder) if name.endswith('.tar') and not name.startswith('.')]
-    except OSError:
-        return []
-    return [os.path.join(folder, name) for name in sorted(sorted(names), key=natural_key)]
-
-
 def expand(pattern: str) -> list[str]:
-    """'a-{08..10}.tar' → a-08.tar, a-09.tar, a-10.tar; '{a,b}.tar' → a.tar, b.tar; braces may come more than once."""
+    """Return the paths of a pattern with braces: 'a-{08..10}.tar' → a-08.tar, a-09.tar, a-10.tar; '{a,b}' → a, b."""
     match = re.search(r'\{([^{}]*)\}', pattern)
     if not match:
         if '{' in pattern or '}' in pattern:
@@ -50,65 +155,6 @@ def expand(pattern: str) -> list[str]:
         choices = [f'{number:0{width}d}' for number in range(first, last + 1)]
     else:
         choices = match[1].split(',')
-    # The inner ones come first, so that of '{a,{b,c}}' there is an a for each of b and c.
+    # Inner braces are expanded first: '{a,{b,c}}' gives a once for each of b and c.
     return list(dict.fromkeys(
         path for choice in choices for path in expand(pattern[:match.start()] + choice + pattern[match.end():])))
-
-
-SCHEMES = ('http', 'https', 's3', 'gs', 'gcs', 'az', 'abfs')
-"""Kinds of addresses. Not every one that fsspec knows: some of those open files of this machine, or run programs."""
-
-
-def scheme_of(path: str) -> str:
-    """'https' for 'https://host/file', '' for a path of this machine. Raises UserError for a kind that is not read."""
-    scheme, separator, _ = path.partition('://')
-    if not separator or scheme == 'file':
-        return ''
-    if scheme.lower() not in SCHEMES:
-        raise UserError(f'{path}: addresses of the kind {scheme!r} are not read; give a path, or one of '
-                        f'{", ".join(f"{name}://" for name in SCHEMES[:4])}')
-    return scheme.lower()
-
-
-EVAL_SPLITS = ('val', 'validation', 'test')
-"""Folders that are tried, in this order, where no evaluation split is named."""
-
-
-def _has_splits(root: str) -> bool:
-    return any(os.path.isdir(os.path.join(root, split)) for split in ('train', *EVAL_SPLITS))
-
-
-def _parse_root(root: str | None) -> tuple[str, bool]:
-    """The path or address of a data set, and whether it has been said to consist of shards."""
-    root = os.fspath(root or '')
-    if not root.startswith(PREFIX):
-        if '://' in root:
-            raise UserError(f'{root}: what is elsewhere is read as shards: give {PREFIX}{root}')
-        return os.path.expanduser(root), False
-    path = root.removeprefix(PREFIX)
-    if not path or path.startswith('pipe:'):
-        raise UserError(f'{root}: ' + ('commands are not run' if path else 'no path')
-                        + f'; give shards as {PREFIX}/data/imagenet or {PREFIX}https://host/imagenet')
-    return path if scheme_of(path) else os.path.expanduser(path.removeprefix('file://')), True
-
-
-def _check_root(root: str) -> str:
-    return root if scheme_of(root) or is_pattern(root) else require_folder(root)
-
-
-def _join(root: str, split: str) -> str:
-    return f'{root.rstrip("/")}/{split}' if scheme_of(root) else os.path.join(root, split)
-
-
-def _describe_content(root: str) -> str:
-    """What to say of a `root` that lacks a split: the usual mistakes, or simply what it holds."""
-    if has_manifest(root):
-        return f'; it is a split itself: give {os.path.dirname(os.path.abspath(root))!r} instead'
-    if has_class_folders(root):
-        return f'; it looks like a split itself: give {os.path.dirname(os.path.abspath(root))!r} instead'
-    content = sorted(name for name in os.listdir(root) if not name.startswith('.'))
-    for name in content:
-        if _has_splits(os.path.join(root, name)):
-            return f'; did you mean {os.path.join(root, name)!r}?'
-    found = name_some(content) if content else 'nothing'
-    return f', but {found}; give the folder that holds the splits, or name the split'

@@ -1,9 +1,8 @@
-"""Randomness that depends on what is drawn, not on who draws it or when.
+"""Random numbers that depend on what is drawn, not on who draws it or when.
 
-A sample's augmentation is a function of (seed, epoch, index) alone. So it is the same for any number of
-workers, for any number of ranks, and in an epoch that is resumed in the middle.
+A sample's augmentation depends on (seed, epoch, index) alone, not on the number of workers or ranks, nor on where an
+epoch is resumed.
 """
-
 import contextlib
 import hashlib
 import random
@@ -15,15 +14,15 @@ import torch
 
 
 def derive_seed(*numbers: int) -> int:
-    """A 64-bit seed from integers (each within int64); tuples that differ give seeds that look unrelated."""
+    """Return a 64-bit seed from integers (each within int64); different tuples give unrelated seeds."""
     digest = hashlib.blake2b(struct.pack(f'<{len(numbers)}q', *numbers), digest_size=8).digest()
     return int.from_bytes(digest, 'little')
 
 
-def seed_generators(*numbers: int):
-    """Seeds the CPU generators of `random`, numpy and torch from integers; about 10 µs.
+def seed_generators(*numbers: int) -> None:
+    """Seed the CPU generators of `random`, numpy and torch from integers; about 10 µs.
 
-    Not torch.manual_seed: that seeds all accelerators too, and piles up calls where none is initialised yet.
+    torch.manual_seed would also seed all accelerators, and queue calls until they are initialised.
     """
     seed = derive_seed(*numbers)
     random.seed(seed)
@@ -33,7 +32,7 @@ def seed_generators(*numbers: int):
 
 @contextlib.contextmanager
 def preserved_generators() -> Iterator[None]:
-    """Puts the CPU generators of `random`, numpy and torch back as they were; about 150 µs."""
+    """Restore the CPU generators of `random`, numpy and torch at the end of the context; about 150 µs."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

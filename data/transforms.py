@@ -1,14 +1,12 @@
 """From an image to a uint8 tensor [C, H, W]: timm's transforms, with the published recipe as defaults.
 
-The fast forms draw what timm's draw, from the same generators in the same order, and do to a tensor what timm's do to a
-PIL image; `takes_encoded` of a transform says that it wants `ImageDataset.encoded`, of which it decodes what it needs.
-Their pixels differ from timm's by a level here and there. What they cannot do is done by timm's own.
+The fast transforms make timm's random choices, from the same generators in the same order, but process tensors. Their
+pixels are timm's within rounding. They have `takes_encoded`: they take `ImageDataset.encoded` and decode what they
+need. timm's own transforms do what the fast ones cannot.
 
-Normalisation and random erasing are not here but in `batch`, on the device: uint8 is a quarter of the bytes
-to hand over. All randomness comes from the global generators of `random`, numpy and torch, which `loader`
-seeds for each sample.
+`batch` normalises and erases on the device, because uint8 is a quarter of the bytes to transfer. All randomness comes
+from the global generators of `random`, numpy and torch, which `loader` seeds for each sample.
 """
-
 import logging
 import math
 import random
@@ -28,44 +26,33 @@ from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
-# From a PIL image of mode RGB, or from an EncodedImage where it has `takes_encoded`, to uint8.
+# From a PIL image of mode RGB, or from an EncodedImage if it has `takes_encoded`, to uint8.
 Transform = Callable[[Any], torch.Tensor]
 
 INTERPOLATIONS = ('bicubic', 'bilinear', 'nearest', 'box', 'hamming', 'lanczos')
 
 
 def create_train_transform(
-    img_size: int | tuple[int, int] = 224,
-    *,
-    crop_mode: str = 'rrc',
-    scale: Sequence[float] = (0.08, 1.0),
-    ratio: Sequence[float] = (3 / 4, 4 / 3),
-    hflip: float = 0.5,
-    vflip: float = 0.0,
-    color_jitter: float | None = 0.4,
-    auto_augment: str | None = 'rand-m9-mstd0.5-inc1',
-    interpolation: str = 'random',
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    no_aug: bool = False,
-    aug_splits: int = 0,
-    fast: bool = True,
-) -> Transform:
-    """The training transform: image → uint8 [C, H, W], or [S, C, H, W] with S = `aug_splits` ≥ 2.
+        img_size: int | tuple[int, int] = 224, *, crop_mode: str = 'rrc', scale: Sequence[float] = (0.08, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3), hflip: float = 0.5, vflip: float = 0.0,
+        color_jitter: float | None = 0.4, auto_augment: str | None = 'rand-m9-mstd0.5-inc1',
+        interpolation: str = 'random', mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, no_aug: bool = False,
+        aug_splits: int = 0, fast: bool = True) -> Transform:
+    """Return the training transform: image → uint8 [C, H, W], or [S, C, H, W] with S = `aug_splits` ≥ 2.
 
     img_size: pixels, an int or (height, width).
-    crop_mode: 'rrc' for RandomResizedCrop with `scale` (of the area) and `ratio` (width / height); 'pad', the
-        CIFAR recipe, for resizing to `img_size` and a random crop after padding by an eighth of it.
+    crop_mode: 'rrc' for RandomResizedCrop with `scale` (of the area) and `ratio` (width / height); 'pad', the CIFAR
+        recipe, for resizing to `img_size` and a random crop after padding by an eighth of it.
     hflip, vflip: probabilities.
-    color_jitter: strength for brightness, contrast and saturation, 0 or None for off; timm does without it
-        wherever `auto_augment` is used, but for '3a'.
+    color_jitter: strength for brightness, contrast and saturation, 0 or None for off; timm ignores it if `auto_augment`
+        is used, except for '3a'.
     auto_augment: a timm policy such as 'rand-…', 'augmix-…', 'original', 'v0', '3a'; None or '' for off.
     interpolation: one of INTERPOLATIONS, or 'random': bilinear or bicubic ('pad' and `no_aug`: bilinear).
-    mean: of the normalisation to come, 0…1: RandAugment fills uncovered corners with it.
+    mean: of the later normalisation, 0…1; RandAugment fills uncovered corners with it.
     no_aug: only resize and centre crop.
     aug_splits: S versions of one crop, the first without augmentation (AugMix); 0 for off.
-    fast: a FastTrainTransform, which takes an EncodedImage, wherever there is one for the other arguments; else, and
-        without it, timm's, which takes a PIL image of mode RGB.
-    Raises UserError for a value that means nothing.
+    fast: return a FastTrainTransform if it supports the other arguments, else timm's, which takes a PIL image.
+    Raises UserError for an invalid value.
     """
     _check_size(img_size)
     _check_choice('interpolation', interpolation, (*INTERPOLATIONS, 'random'))
@@ -86,7 +73,7 @@ def create_train_transform(
             ratio=(ratio[0], ratio[1]), hflip=hflip, vflip=vflip,
             color_jitter=color_jitter or None,  # type: ignore[arg-type]  # timm takes None, though it does not say so
             auto_augment=auto_augment or None, interpolation=interpolation, mean=mean)
-    # How timm answers a policy it cannot read.
+    # timm's answers to an invalid policy.
     except (AssertionError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f'--aa {auto_augment!r} is no policy of timm ({error}); '
                         "use for instance 'rand-m9-mstd0.5-inc1'") from None
@@ -103,22 +90,16 @@ def create_train_transform(
 
 
 def create_eval_transform(
-    img_size: int | tuple[int, int] = 224,
-    *,
-    crop_pct: float = 0.9,
-    interpolation: str = 'bicubic',
-    crop_mode: str = 'center',
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    fast: bool = False,
-) -> Transform:
-    """The evaluation transform of timm: PIL RGB image → uint8 [C, H, W], deterministic.
+        img_size: int | tuple[int, int] = 224, *, crop_pct: float = 0.9, interpolation: str = 'bicubic',
+        crop_mode: str = 'center', mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, fast: bool = False) -> Transform:
+    """Return timm's evaluation transform: PIL RGB image → uint8 [C, H, W], deterministic.
 
-    It resizes so that `img_size` (int, or (height, width)) is the fraction `crop_pct` of the result, then
-    cuts out the centre.
+    It resizes so that `img_size` (int, or (height, width)) is the fraction `crop_pct` of the result, then crops the
+    centre.
 
     crop_mode: 'center' fits the shorter edge, 'squash' both edges, 'border' the longer one, padded by `mean`.
-    fast: a FastEvalTransform, which takes an EncodedImage, wherever there is one for the other arguments.
-    Raises UserError for a value that means nothing.
+    fast: return a FastEvalTransform, which takes an EncodedImage, if it supports the other arguments.
+    Raises UserError for an invalid value.
     """
     _check_size(img_size)
     _check_choice('interpolation', interpolation, INTERPOLATIONS)
@@ -136,10 +117,10 @@ def create_eval_transform(
 
 
 def _has_fast_form(task: str, **conditions: tuple[object, Sequence]) -> bool:
-    """Whether each of `conditions`, a value and those that the fast form has, holds; where not, the log says which."""
+    """Return whether the value of each condition is among those that the fast form supports; if not, log which one."""
     for name, (value, known) in conditions.items():
         if value not in known:
-            _logger.info("images for %s are transformed by timm's own code, which takes longer: there is no fast form "
+            _logger.info("images for %s are transformed by timm's own code, which is slower: there is no fast form "
                          'for %s %s', task, name, getattr(value, '__name__', value))
             return False
     return True
@@ -148,14 +129,13 @@ def _has_fast_form(task: str, **conditions: tuple[object, Sequence]) -> bool:
 class FastTrainTransform:
     """Crop, resize, flip and augmentation: an EncodedImage → uint8 [3, h, w].
 
-    crop: timm's transforms of the first stage, the random crop and flips, which take tensors themselves.
-    augment: timm's of the second, after `take_tensors`.
+    crop: timm's first stage, the random crop and flips. augment: timm's second stage after `take_tensors`.
     """
     takes_encoded = True
 
     def __init__(self, crop: transforms.Compose, augment: transforms.Compose):
         self.crop, *flips = crop.transforms
-        # Modules take longer to call than an image to flip.
+        # Calling a module takes longer than flipping an image.
         self.flips = [(step.p, -1 if isinstance(step, transforms.RandomHorizontalFlip) else -2) for step in flips]
         self.augment = augment
 
@@ -173,7 +153,7 @@ class FastTrainTransform:
 
 
 def draw_crop(height: int, width: int, scale: Sequence[float], ratio: Sequence[float]) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop, for the same random numbers those that timm draws
+    """Return top, left, height and width of a random crop: timm's choice for the same random numbers
     (RandomResizedCropAndInterpolation.get_params), in a quarter of its time."""
     for _ in range(10):
         area = random.uniform(*scale) * (width * height)
@@ -181,7 +161,7 @@ def draw_crop(height: int, width: int, scale: Sequence[float], ratio: Sequence[f
         w, h = int(round(math.sqrt(area * aspect))), int(round(math.sqrt(area / aspect)))
         if w <= width and h <= height:
             return random.randint(0, height - h), random.randint(0, width - w), h, w
-    # Where no such crop fits, the largest in the middle.
+    # If no such crop fits, take the largest in the centre.
     w, h = min(width, int(round(height * max(ratio)))), min(height, int(round(width / min(ratio))))
     return (height - h) // 2, (width - w) // 2, h, w
 
@@ -189,8 +169,7 @@ def draw_crop(height: int, width: int, scale: Sequence[float], ratio: Sequence[f
 class FastEvalTransform:
     """Resizing and centre crop: an EncodedImage → uint8 [3, h, w].
 
-    resize: torchvision's; its `size` is of the shorter edge, or of both.
-    crop: torchvision's, which takes tensors itself.
+    resize: torchvision's, whose `size` is the shorter edge, or both. crop: torchvision's.
     """
     takes_encoded = True
 
@@ -200,31 +179,28 @@ class FastEvalTransform:
     def __call__(self, image: EncodedImage) -> torch.Tensor:
         height, width = image.height, image.width
         size = self.resize.size
-        if isinstance(size, int):  # torchvision cuts fractions off
+        if isinstance(size, int):  # torchvision rounds down
             longer = int(size * max(height, width) / min(height, width))
             size = (size, longer) if height <= width else (longer, size)
         return self.crop(_resize(image.pixels(), size, self.resize.interpolation))
 
 
+# Those that torch has for uint8, with PIL's filters and PIL's rounding between the two directions.
 FAST_INTERPOLATIONS = ('bicubic', 'bilinear')
-"""Those that torch has for uint8, with PIL's filters and its rounding between the two directions."""
 
 
 def _resize(pixels: torch.Tensor, size: Sequence[int], mode: transforms.InterpolationMode) -> torch.Tensor:
-    """uint8 [3, H, W] → [3, h, w], antialiased."""
-    if not pixels.numel():  # the crop of an image of a few pixels can round to none, of which PIL makes black
+    """Resize uint8 [3, H, W] to [3, h, w], antialiased."""
+    if not pixels.numel():  # the crop of a tiny image can round to no pixels; PIL makes it black
         return pixels.new_zeros(3, *size)
     return interpolate(pixels[None], size=tuple(size), mode=mode.value, antialias=True)[0]
 
 
 class SplitTransform:
-    """One crop of an image, as it is and augmented `num_splits` − 1 times: PIL image → uint8 [S, C, H, W]."""
+    """One crop of an image, unchanged and augmented `num_splits` − 1 times: PIL image → uint8 [S, C, H, W]."""
 
     def __init__(self, crop: Callable, augment: Callable, to_tensor: Callable, num_splits: int):
-        self.crop = crop
-        self.augment = augment
-        self.to_tensor = to_tensor
-        self.num_splits = num_splits
+        self.crop, self.augment, self.to_tensor, self.num_splits = crop, augment, to_tensor, num_splits
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         image = self.crop(image)
@@ -232,10 +208,8 @@ class SplitTransform:
         return torch.stack([self.to_tensor(split) for split in (image, *augmented)])
 
 
-def _padded_crop(
-    img_size: int | tuple[int, int], interpolation: str, hflip: float, vflip: float
-) -> transforms.Compose:
-    """The CIFAR recipe: resize the shorter edge, pad by an eighth, crop at random, flip."""
+def _padded_crop(img_size: int | tuple[int, int], interpolation: str, hflip: float, vflip: float) -> transforms.Compose:
+    """Return the CIFAR recipe: resize the shorter edge, pad by an eighth, crop at random, flip."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     interpolation = 'bilinear' if interpolation == 'random' else interpolation
     if height == width:
@@ -251,7 +225,7 @@ def _padded_crop(
 
 
 def per_channel(name: str, values: Sequence[float]) -> tuple[float, float, float]:
-    """Three values from one or three. Raises UserError, which names them `name`, for any other number."""
+    """Return three values from one or three. Raises UserError, which calls them `name`, for any other number."""
     if len(values) not in (1, 3):
         raise UserError(f'{name} {tuple(values)}; give one value, or three for red, green and blue')
     red, green, blue = (*values,) * (3 // len(values))

@@ -4,6 +4,7 @@ Names and defaults are those of the published main.py; options of ours have no p
 """
 import argparse
 
+from options.datasets import DATASETS
 from options.types import (
     count,
     fraction,
@@ -18,7 +19,6 @@ from options.types import (
 )
 
 FLAG = argparse.BooleanOptionalAction
-DATASETS = ('folder', 'imagenet', 'cifar10', 'cifar100', 'digits', 'synthetic')
 
 
 def data_options(parser):

@@ -1,9 +1,13 @@
 """Which way imports go, between rooms and between modules: docs/architecture.md has the rules."""
 import ast
+import pkgutil
+import re
 import sys
 from pathlib import Path
 
 import pytest
+
+from options.datasets import DATASETS
 
 ROOT = Path(__file__).resolve().parents[1]
 # What each room may import, beside itself. Tools and benchmarks may import every room, but not one another.
@@ -120,3 +124,28 @@ def test_what_is_built_in_one_place(name, home):
         if isinstance(node, ast.Call) and getattr(node.func, 'id', getattr(node.func, 'attr', '')) == name
     ]
     assert builders == [home]
+
+
+def test_one_module_asks_what_an_address_is():
+    """All others carry the Place that data/places.py has parsed."""
+    asks = re.compile(r"\b(PREFIX|SCHEMES|urlparse|urlsplit|split_protocol|url_to_fs)\b|'(://|wds:|file:/*|pipe:)'"
+                      r"|(ends|starts)with\('(\.tar|wds|http|s3)|'\{' in ")
+    askers = {name for name, file in MODULES.items() if name.startswith(('data', 'tools'))
+              and asks.search(ast.unparse(without_docstrings(ast.parse(file.read_text()))))}
+    assert askers == {'data.places'}
+
+
+def without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+def test_a_data_set_is_one_line_and_one_file():
+    for name, entry in DATASETS.items():
+        assert not entry.opener or callable(pkgutil.resolve_name(entry.opener)), name
+        known = {'options.datasets', entry.opener.partition(':')[0], 'options.scripts'}  # a default of transfer.py
+        for module, file in MODULES.items():
+            if entry.opener and module.startswith(('data', 'options', 'tools')):
+                assert f"'{name}'" not in file.read_text() or module in known, f'{module} knows {name}'

@@ -11,10 +11,14 @@ import torch
 from PIL import Image
 
 from data import decode
-from data.decode import EncodedImage, ImageError, decode_rgb, load_rgb
+from data.decode import EncodedImage, ImageError, decode_rgb, read_file
 from utils.errors import UserError
 
 SEED = 20211010
+
+
+def load_rgb(path) -> Image.Image:
+    return decode_rgb(read_file(path), str(path))
 
 
 @pytest.fixture

@@ -576,7 +576,7 @@ def test_archives_that_are_not_right(archives, tmp_path):
             tmp_path / 'out', '--verify')
     refused('--split val: .* the archive of train alone', train, tmp_path / 'out', '--split', 'val')
     alone = Path(shutil.copy(val, tmp_path / 'renamed.tar'))
-    refused('what its images show stands in ILSVRC2012_devkit_t12.tar.gz', alone, tmp_path / 'out')
+    refused('the classes of its images are in ILSVRC2012_devkit_t12.tar.gz', alone, tmp_path / 'out')
     refused('does not exist', alone, tmp_path / 'out', '--devkit', tmp_path / 'nothing.tar.gz')
     refused('is damaged, or not ILSVRC2012_devkit_t12', alone, tmp_path / 'out', '--devkit', alone)
     meta = {f'devkit/{name}': b'' for name in ('data/meta.mat', 'data/ILSVRC2012_validation_ground_truth.txt')}
@@ -603,10 +603,10 @@ def test_archives_that_are_not_right(archives, tmp_path):
 # The command line
 
 def test_mistakes(image_folder, tmp_path):
-    refused('where to\\? give OUT', image_folder)
+    refused('OUT is missing; give the folder', image_folder)
     refused("data folder '.*nothing' does not exist", tmp_path / 'nothing', tmp_path / 'out')
     refused('--split dev: no such folder', image_folder, tmp_path / 'out', '--split', 'dev')
-    refused('lies in .*, and would be taken for a part of it', image_folder, image_folder)
+    refused('lies in .*, and would be read as a part of it', image_folder, image_folder)
     refused('--devkit .* belongs to the archives', image_folder, tmp_path / 'out', '--devkit', 'x')
     refused('--to folders is for the archives', image_folder, tmp_path / 'out', '--to', 'folders')
     refused('no manifest.json in it', '--verify', tmp_path)
@@ -614,9 +614,9 @@ def test_mistakes(image_folder, tmp_path):
     refused('OUT: /dev/null/out cannot be written', image_folder, '/dev/null/out')
     for option, *others in (('--quality', 50), ('--shard-timeout', 9), ('--to', 'folders', '--seed', 3),
                             ('--to', 'folders', '--decode')):
-        refused('it means nothing to .*; leave it out', image_folder, tmp_path / 'out', option, *others)
-    refused('--short-side 9: it means nothing to --verify without OUT', '--verify', image_folder, '--short-side', 9)
-    refused('--split .* means nothing to --index', '--index', image_folder, '--split', 'val')
-    refused('OUT .* means nothing to --index', '--index', image_folder, tmp_path / 'out')
+        refused('it has no effect on .*; leave it out', image_folder, tmp_path / 'out', option, *others)
+    refused('--short-side 9: it has no effect on --verify without OUT', '--verify', image_folder, '--short-side', 9)
+    refused('--split .* has no effect on --index', '--index', image_folder, '--split', 'val')
+    refused('OUT .* has no effect on --index', '--index', image_folder, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
     refused('--quality: 101 is too large', image_folder, tmp_path / 'out', '--quality', 101)

@@ -24,7 +24,7 @@ from data.datasets import open_eval, open_train_val
 from data.decode import ImageError
 from data.folders import ImageFolder
 from data.loader import create_loader
-from data.places import expand
+from data.places import Place, expand, parse_place
 from data.samplers import EvalSampler, TrainSampler
 from data.shards.cache import Cache
 from data.shards.dataset import open_shards
@@ -78,6 +78,10 @@ def store(shards):
 def cache(tmp_path, monkeypatch) -> Cache:
     monkeypatch.setattr(data.shards.remote, '_last_warning', [-np.inf])
     return Cache(tmp_path / 'cache', patience=20)
+
+
+def remote(address: str) -> Place:
+    return parse_place(address, is_shards=True)
 
 
 def batches(dataset, sampler, *, workers=0, transform=None, **options) -> list[tuple]:
@@ -419,8 +423,8 @@ def test_content_that_is_not_what_was_announced_is_fetched_once_more(store, cach
     with pytest.raises(UserError, match=r'shard-000001.tar: its content is not what its manifest says \(SHA-256\)'):
         dataset.read_bytes_or_image(10)
     assert store.fetched() == ['shard-000001.tar'] * 2
-    warn = data.shards.cache._warn
-    monkeypatch.setattr(data.shards.cache, '_warn', lambda message: (store.lies.clear(), warn(message)))
+    warn = data.shards.cache.warn_rarely
+    monkeypatch.setattr(data.shards.cache, 'warn_rarely', lambda message: (store.lies.clear(), warn(message)))
     assert batches(dataset, remote_sampler(dataset, 0)) == expected[0]
 
 
@@ -438,14 +442,14 @@ def test_what_comes_whole_is_fetched_once(tmp_path, cache):
     with Store(tmp_path) as store:
         store.ranges = False
         cache.make()
-        file = RemoteFile(f'{store.url}/a.tar', len(content))
+        file = RemoteFile(remote(f'{store.url}/a.tar'), len(content))
         cache.part(file).write_bytes(content + b'more')  # nobody knows whence: it begins again
         assert cache.open(file).read() == content and len(store.requests) == 1
 
 
 def test_a_file_of_another_user_in_the_cache_can_be_read(cache, monkeypatch):
     cache.make()
-    file = RemoteFile('http://nowhere/a.tar', 1)
+    file = RemoteFile(remote('http://nowhere/a.tar'), 1)
     cache.path(file).write_bytes(b'a')
     monkeypatch.setattr(os, 'utime', Mock(side_effect=PermissionError))
     assert cache.open(file).read() == b'a'
@@ -453,7 +457,7 @@ def test_a_file_of_another_user_in_the_cache_can_be_read(cache, monkeypatch):
 
 def test_a_cache_that_has_become_read_only_can_be_read(cache, monkeypatch):
     cache.make()
-    file = RemoteFile('http://nowhere/a.tar', 1)
+    file = RemoteFile(remote('http://nowhere/a.tar'), 1)
     cache.path(file).write_bytes(b'a')
     monkeypatch.setattr(os, 'utime', Mock(side_effect=OSError(errno.EROFS, 'Read-only file system')))
     assert cache.open(file).read() == b'a'
@@ -589,7 +593,7 @@ def test_what_will_not_pass_is_told_from_what_may(cache, monkeypatch, cause, mes
         raise FileNotFoundError(url) from cause  # as fsspec has it of any failure
 
     monkeypatch.setattr(data.shards.cache, 'OPENING_SECONDS', 0.1)
-    monkeypatch.setattr(data.shards.remote, '_filesystem', lambda url: SimpleNamespace(cat_file=fail))
+    monkeypatch.setattr(data.shards.remote, 'filesystem', lambda place: SimpleNamespace(cat_file=fail))
     with pytest.raises(UserError, match=f'https://host/x/val/manifest.json: {message}'):
         open_eval('', 'wds:https://host/x', cache=cache)
 
@@ -602,7 +606,7 @@ def test_a_proxy_of_the_environment_is_used(store, cache, monkeypatch):
 
 def test_a_missing_shard_and_a_missing_library_are_named(store, cache, monkeypatch):
     dataset = open_shards(f'{store.url}/val', cache)
-    dataset._files.remote[1][0] = RemoteFile(f'{store.url}/val/gone.tar', 1, 'x')
+    dataset._files.remote[1][0] = RemoteFile(remote(f'{store.url}/val/gone.tar'), 1, 'x')
     with pytest.raises(UserError, match='/val/gone.tar: not found'):
         dataset.read_bytes_or_image(0)
     monkeypatch.setitem(sys.modules, 'aiohttp', None)
@@ -629,7 +633,7 @@ def test_a_tar_file_that_is_replaced_while_it_is_fetched_is_named(tmp_path, cach
     (tmp_path / 'a.tar').write_bytes(content)
     cache.make()
     with Store(tmp_path) as store:
-        file = describe_remote(f'{store.url}/a.tar', 1)
+        file = describe_remote(remote(f'{store.url}/a.tar'), 1)
         cache.part(file).write_bytes(content[:1000])
         (tmp_path / 'a.tar').write_bytes(b'x' * (len(content) + length))
         store.ranges = not length
@@ -674,4 +678,4 @@ def test_a_worker_without_standard_error_warns_nobody(monkeypatch):
     monkeypatch.setattr(data.shards.remote, '_last_warning', [-np.inf])
     monkeypatch.setattr(data.shards.remote.multiprocessing, 'parent_process', lambda: SimpleNamespace(pid=1))
     monkeypatch.setattr(sys, '__stderr__', None)
-    data.shards.remote._warn('the server is away')
+    data.shards.remote.warn_rarely('the server is away')

@@ -1,4 +1,4 @@
-"""Packs images into tar shards that train.py and validate.py read by wds: paths; checks shards; unpacks archives.
+"""Pack images into tar shards, which all scripts read like folders; check shards; unpack ImageNet's archives.
 
     python tools/pack.py /data/imagenet /shards/imagenet                  # train/ and val/, files as they are
     python tools/pack.py /data/imagenet /shards/small --short-side 256    # training images resized once
@@ -7,14 +7,14 @@
     python tools/pack.py ILSVRC2012_img_val.tar /shards/imagenet --devkit ILSVRC2012_devkit_t12.tar.gz
     python tools/pack.py /archives /data/imagenet --to folders                       # both archives, as class folders
 
-FOLDER holds class folders, or splits of them (train/, val/), or ImageNet's archives. Interrupted, the same command goes
-on with the shards that are whole; equal images and options give equal bytes, whatever -j. Files are copied as they are.
+FOLDER holds class folders, or splits of them (train/, val/), or ImageNet's archives. After an interruption the same
+command continues. Equal images and options give equal bytes, whatever -j. Files are copied unchanged.
 
 --short-side decodes larger images and saves them again, once. At 256 and quality 95, ImageNet photographs (mean 472 ×
 397) take 37 % of their bytes, at 38 dB PSNR against the resized image; at quality 90, 26 % and 36 dB. Of several splits
-only train is resized: published accuracies are those of evaluation images as they were.
+only train is resized, because published accuracies are those of unchanged evaluation images.
 
-Exit code 1: --verify has found something wrong.
+Exit code 1: --verify has found an error.
 """
 import argparse
 import os
@@ -37,40 +37,40 @@ def create_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('source', metavar='FOLDER', help='class folders, splits of them, an archive of ImageNet, or shards')
-    add('out', metavar='OUT', nargs='?', help='folder for the shards, of each split in one of its name')
-    add('--split', metavar='NAME', action='append', help='pack this split alone; may be repeated (default: all)')
+    add('out', metavar='OUT', nargs='?', help='folder for the shards; each split gets a folder in it')
+    add('--split', metavar='NAME', action='append', help='pack only this split; may be repeated (default: all)')
     add('--to', choices=('shards', 'folders'), default='shards', help='what ImageNet\'s archives become')
-    add('--devkit', metavar='FILE', help='ILSVRC2012_devkit_t12.tar.gz, if it does not lie beside the archives')
-    add('--short-side', type=positive_int, metavar='N', help='pixels to which larger images are resized')
+    add('--devkit', metavar='FILE', help='ILSVRC2012_devkit_t12.tar.gz, if it is not beside the archives')
+    add('--short-side', type=positive_int, metavar='N', help='pixels; larger images are resized to it')
     add('--quality', type=number(int, low=1, high=100), default=95, metavar='N', help='JPEG quality of resized images '
         '(default: 95)')
     size = parser.add_mutually_exclusive_group()
-    size.add_argument('--shard-size', type=positive, default=256, metavar='MB', help='of each shard, '
-                      'about (default: 256)')
-    size.add_argument('--samples', type=positive_int, metavar='N', help='images of each shard, instead')
-    add('--seed', type=seed, default=0, metavar='N', help='of the order of the images (default: 0)')
-    add('-j', '--jobs', type=positive_int, metavar='N', help='processes (default: one for each core)')
+    size.add_argument('--shard-size', type=positive, default=256, metavar='MB',
+                      help='approximate size of each shard (default: 256)')
+    size.add_argument('--samples', type=positive_int, metavar='N', help='instead: images in each shard')
+    add('--seed', type=seed, default=0, metavar='N', help='seed of the order of the images (default: 0)')
+    add('-j', '--jobs', type=positive_int, metavar='N', help='processes (default: one per core)')
     add('--decode', action='store_true', help='decode every image, not only its header')
     add('--max-bad-images', type=count, default=0, metavar='N',
-        help='leave out so many that cannot be used; the manifest lists them (default: 0)')
-    add('--verify', action='store_true', help='check shards; with OUT, the archives\' MD5 and what was packed')
-    add('--index', action='store_true', help='write a manifest for tar shards from elsewhere, which stay as they are')
-    add('--class-map', metavar='FILE', help="with --index: names of classes that are numbers; 'imagenet' for its own")
-    add('--shard-timeout', type=positive, default=300, metavar='S', help='with --verify: seconds for which a '
-        'server may be away (default: 300)')
+        help='leave out up to N bad images; the manifest lists them (default: 0)')
+    add('--verify', action='store_true', help='check shards; with OUT, check the archives\' MD5 and what was packed')
+    add('--index', action='store_true', help='write a manifest for shards made elsewhere, which stay unchanged')
+    add('--class-map', metavar='FILE', help="with --index: names for numbered classes; 'imagenet' for ImageNet's")
+    add('--shard-timeout', type=positive, default=300, metavar='S', help='with --verify: seconds without an answer '
+        'from a server (default: 300)')
     return parser
 
 
+# Options that have no effect in each task.
 PACKING = ('short_side', 'quality', 'shard_size', 'samples', 'seed', 'max_bad_images')
 UNUSED = {'--index': (*PACKING, 'out', 'split', 'to', 'devkit'), '--verify without OUT': (*PACKING, 'to', 'devkit'),
           '--to folders': (*PACKING, 'decode')}
-"""By what there is to do, the options that mean nothing to it."""
 
 
 def check_options(args, parser: argparse.ArgumentParser) -> None:
-    """Raises UserError for options that would change nothing."""
+    """Raise UserError for options that would have no effect."""
     if args.out is None and not (args.verify or args.index):
-        raise UserError('where to? give OUT, the folder for the shards (or --verify, for a folder that has them)')
+        raise UserError('OUT is missing; give the folder for the shards (or --verify, to check shards)')
     if args.class_map and not args.index:
         raise UserError('--class-map belongs to --index: class folders have names')
     task = ('--index' if args.index else '--verify without OUT' if args.out is None
@@ -85,43 +85,44 @@ def check_options(args, parser: argparse.ArgumentParser) -> None:
     for name, what in unused:
         if getattr(args, name) != parser.get_default(name):
             option = 'OUT' if name == 'out' else f'--{name.replace("_", "-")}'
-            raise UserError(f'{option} {getattr(args, name)}: it means nothing to {what}; leave it out')
+            raise UserError(f'{option} {getattr(args, name)}: it has no effect on {what}; leave it out')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Packing
 
 
-def pack_all(args) -> list[str]:
-    """Packs, or unpacks, every split; returns their folders."""
+def pack_all(args) -> list:
+    """Pack, or unpack, every split; return their places."""
+    from data.places import parse_place
     from data.shards.packing import pack
     from data.shards.plan import Recipe
     from data.shards.unpacking import unpack
     args.out = _check_out(args.out)
-    sources = _open_sources(args)
-    if args.to == 'folders' and not all(hasattr(source.dataset, 'archive') for source in sources.values()):
+    inputs = _open_inputs(args)
+    if args.to == 'folders' and not all(hasattr(images.dataset, 'archive') for images in inputs.values()):
         raise UserError(f'{args.source}: --to folders is for the archives of ImageNet; these are folders already')
-    folders = []
-    for split, source in sources.items():
+    places = []
+    for split, images in inputs.items():
         out, started = Path(args.out, split), time.monotonic()
         if args.to == 'folders':
-            written, size = unpack(source, out, jobs=args.jobs), int(source.size.sum())
-            _say(out, f'{written:,} images of {len(source.dataset.classes)} classes', size, size, started)
+            written, size = unpack(images, out, jobs=args.jobs), int(images.size.sum())
+            _say(out, f'{written:,} images of {len(images.dataset.classes)} classes', size, size, started)
             continue
-        is_resized = split == 'train' or len(sources) == 1
+        is_resized = split == 'train' or len(inputs) == 1
         recipe = Recipe(args.short_side if is_resized else None, args.quality, round(args.shard_size * 1e6),
                         args.samples, args.seed, args.decode)
-        manifest = pack(source, out, recipe, jobs=args.jobs, max_bad_images=args.max_bad_images)
+        manifest = pack(images, out, recipe, jobs=args.jobs, max_bad_images=args.max_bad_images)
         _say(out, f'{len(manifest.index):,} images of {len(manifest.classes)} classes in {_shards(manifest)}',
-             int(source.size.sum()), sum(shard.bytes for shard in manifest.shards), started)
+             int(images.size.sum()), sum(shard.bytes for shard in manifest.shards), started)
         if manifest.left_out:
             print(f'  {len(manifest.left_out)} bad images are left out; the manifest names them')
         if (loss := manifest.transcoded) and loss['images']:
             psnr = f'; PSNR {loss["psnr_db"]:.1f} dB (of {loss["psnr_images"]})' if loss['psnr_db'] is not None else ''
             print(f'  {loss["images"]:,} images resized to {loss["short_side"]}, quality {loss["quality"]}: '
                   f'{loss["bytes_before"] / 1e6:,.1f} → {loss["bytes_after"] / 1e6:,.1f} MB{psnr}')
-        folders.append(str(out))
-    return folders
+        places.append(parse_place(out, is_shards=True))
+    return places
 
 
 def _say(out: Path, what: str, read: int, written: int, started: float) -> None:
@@ -134,24 +135,24 @@ def _shards(manifest) -> str:
 
 
 def _check_out(out: str) -> str:
-    """The path of OUT. Raises UserError, before anything is read, if it is elsewhere or cannot be written."""
-    from data.places import PREFIX, scheme_of
+    """Return the path of OUT. Raises UserError, before anything is read, if it is remote or cannot be written."""
+    from data.places import parse_place
     from utils.disk import check_writable
-    path = out.removeprefix(PREFIX)
-    if scheme_of(path):
+    place = parse_place(out, is_shards=True)
+    if place.is_remote:
         raise UserError(f'{out}: shards are written to a folder of this machine; give one, and copy it there')
-    path = os.path.expanduser(path.removeprefix('file://'))
-    check_writable(Path(path), 'OUT')
-    return path
+    check_writable(Path(place.path), 'OUT')
+    return place.path
 
 
-def _open_sources(args) -> dict:
-    """The sources by the names of their splits; '' for one that is a split itself."""
+def _open_inputs(args) -> dict:
+    """Return the images to pack by the names of their splits; '' if FOLDER is a split itself."""
     from data.classes import match_classes
-    from data.places import PREFIX, has_manifest
+    from data.places import parse_place
     from data.shards.ilsvrc import ARCHIVES, check_md5, open_archive
-    from data.shards.plan import archive_source, folder_source
-    given = os.path.expanduser(args.source.removeprefix(PREFIX))
+    from data.shards.plan import archive_input, folder_input
+    place = parse_place(args.source, is_shards=True)
+    given = place.path
     archives = [given] if os.path.isfile(given) else [
         os.path.join(given, name) for split, name in ARCHIVES.items()
         if os.path.isfile(os.path.join(given, name)) and split in (args.split or ARCHIVES)]
@@ -162,43 +163,41 @@ def _open_sources(args) -> dict:
             raise UserError(f'--split {missing[0]}: {given} is, or holds, the archive of {" and ".join(found)} alone')
         for archive in opened if args.verify else ():
             check_md5(archive.archive, archive.split)
-        return {archive.split: archive_source(archive) for archive in opened}
+        return {archive.split: archive_input(archive) for archive in opened}
     if args.devkit:
         raise UserError(f'--devkit {args.devkit}: it belongs to the archives {" and ".join(ARCHIVES.values())}, and '
                         f'{given} holds neither')
     if Path(args.out).resolve().is_relative_to(Path(given).resolve()):
-        raise UserError(f'{args.out} lies in {given}, and would be taken for a part of it; name another folder')
-    folders = {split: os.path.join(given, split) if split else given for split in _splits(given, args.split)}
+        raise UserError(f'{args.out} lies in {given}, and would be read as a part of it; name another folder')
+    folders = {split: place.join(split) if split else place for split in _splits(place, args.split)}
     for folder in folders.values():
-        if has_manifest(folder):
+        if folder.has_manifest():
             raise UserError(f'{folder} holds shards already; to check them: --verify {folder}')
-    sources = {split: folder_source(folder) for split, folder in folders.items()}
-    if 'train' in sources:
-        for split, source in sources.items():
-            match_classes(source.dataset, sources['train'].dataset.classes, where=f'{given}/{split}',
+    inputs = {split: folder_input(folder.path) for split, folder in folders.items()}
+    if 'train' in inputs:
+        for split, images in inputs.items():
+            match_classes(images.dataset, inputs['train'].dataset.classes, where=f'{given}/{split}',
                           map_source=f'{given}/train')
-    return sources
+    return inputs
 
 
-def _splits(folder: str, asked: list[str] | None) -> list[str]:
-    """The splits in a folder, or [''] if it is one itself."""
+def _splits(place, asked: list[str] | None) -> list[str]:
+    """Return the names of the splits in a folder, or [''] if it is a split itself."""
     from data.folders import require_folder
     from data.places import EVAL_SPLITS
-    require_folder(folder)
-    if asked:
-        missing = [name for name in asked if not os.path.isdir(os.path.join(folder, name))]
-        if missing:
-            raise UserError(f'--split {missing[0]}: no such folder in {folder}')
-        return list(dict.fromkeys(asked))
-    return [name for name in ('train', *EVAL_SPLITS) if os.path.isdir(os.path.join(folder, name))] or ['']
+    require_folder(place.path)
+    if missing := [name for name in asked or () if not place.join(name).is_folder()]:
+        raise UserError(f'--split {missing[0]}: no such folder in {place}')
+    return list(dict.fromkeys(asked or ())) or [
+        name for name in ('train', *EVAL_SPLITS) if place.join(name).is_folder()] or ['']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checking
 
 
-def verify_all(splits: list[str], args) -> bool:
-    """Checks splits and prints what is wrong with them; whether all is well."""
+def verify_all(splits: list, args) -> bool:
+    """Check splits and print what is wrong with them; return whether all is well."""
     import numpy as np
 
     from data.shards.verifying import verify_shards
@@ -221,30 +220,32 @@ def verify_all(splits: list[str], args) -> bool:
     return is_well
 
 
-def _packed_splits(args) -> list[str]:
-    """The folder, or address, itself, or those in it that hold a manifest."""
+def _packed_splits(args) -> list:
+    """Return the place of FOLDER itself, or of the splits in it that have a manifest."""
     from data.folders import require_folder
-    from data.places import EVAL_SPLITS, PREFIX, scheme_of
+    from data.places import EVAL_SPLITS, parse_place
     from data.shards.manifest import MANIFEST
     from data.shards.verifying import has_split
-    root = args.source.removeprefix(PREFIX).rstrip('/')
-    if not scheme_of(root):
-        root = require_folder(os.path.expanduser(root))
-        names = args.split or sorted(path.parent.name for path in Path(root).glob(f'*/{MANIFEST}'))
-    else:
-        names = args.split or ('train', *EVAL_SPLITS)
-    if not args.split and has_split(root, args.shard_timeout):
-        return [root]
-    splits = [f'{root}/{name}' for name in names]
-    return [split for split in splits if args.split or has_split(split, args.shard_timeout)] or [root]
+    place = parse_place(args.source, is_shards=True)
+    names = ['train', *EVAL_SPLITS]
+    if not place.is_remote:
+        require_folder(place.path)
+        names = sorted(path.parent.name for path in Path(place.path).glob(f'*/{MANIFEST}'))
+    if args.split:
+        return [place.join(name) for name in args.split]
+    if has_split(place, args.shard_timeout):
+        return [place]
+    return [split for split in map(place.join, names) if has_split(split, args.shard_timeout)] or [place]
 
 
-def index(args) -> list[str]:
-    """Writes the manifest of shards from elsewhere."""
+def index(args) -> list:
+    """Write the manifest of shards that were made elsewhere."""
     from data.classes import read_class_map
     from data.folders import require_folder
+    from data.places import parse_place
     from data.shards.verifying import index_folder
-    folder = require_folder(os.path.expanduser(args.source))
+    folder = parse_place(args.source, is_shards=True)
+    require_folder(folder.path)
     manifest = index_folder(folder, jobs=args.jobs, classes=args.class_map and read_class_map(args.class_map))
     print(f'{folder}: {len(manifest.index):,} images of {len(manifest.classes)} classes in {_shards(manifest)}')
     return [folder]

@@ -1,4 +1,15 @@
-"""A folder of shards fetched from elsewhere, which all processes of a machine share."""
+"""A folder of fetched shards that all processes of a machine share.
+
+    cache = Cache()
+    file = cache.open(RemoteFile(parse_place('wds:https://host/imagenet/train/shard-000000.tar'), bytes, sha256))
+
+One process fetches a file while the others wait for it (flock). It is fetched in pieces: a dropped connection costs a
+piece, and a server may be away for up to `patience` seconds. Length and SHA-256 are checked before a file is used.
+Above `max_bytes` the files used longest ago are removed; a process that has one open keeps it.
+
+fsspec's own caches do not promise this. None verifies a checksum, fetches a file once for all processes, resumes half a
+file, or bounds the size of its folder; and over http they fail at the first dropped connection.
+"""
 import contextlib
 import fcntl
 import hashlib
@@ -17,48 +28,43 @@ from data.shards.remote import (
     FetchStopped,
     Patience,
     RemoteFile,
-    _causes,
-    _filesystem,
-    _status,
-    _warn,
+    causes_of,
     describe_remote,
+    filesystem,
+    http_status,
+    warn_rarely,
 )
 from data.shards.tar import COPY_AGAIN
 from utils.errors import UserError
 
+# Bytes of one request; it adapts to what arrives in about `PIECE_SECONDS`.
 MIN_PIECE, MAX_PIECE = 1 << 16, 1 << 25
-"""Bytes fetched by one request; as many as arrive in about `PIECE_SECONDS`."""
-
 PIECE_SECONDS = 1.0
-
+# A file that no process has claimed for so long may be removed; one that is needed soon is claimed every third of that.
 STALE_SECONDS = 30
-"""A file that nobody has claimed for so long may go; whoever will need it soon claims it every third of that."""
-
+# A part of a file that no process has added to for so long may be removed: its process is gone.
 ABANDONED_SECONDS = 3600
-"""A part of a file that nobody has added to for so long may go: whoever fetched it is no more."""
-
+# Patience at the start, when a mistyped address is likelier than a restarting server.
 OPENING_SECONDS = 30
-"""Patience at the start, when a mistyped address is likelier than a server that is being restarted."""
-
+# Threads that fetch ahead: one connection does not use the whole bandwidth.
 FETCHERS = 4
-"""Threads that fetch ahead: one connection does not fill a line."""
 
-
+# Locks that this process holds or waits for.
 _locks: set[IO] = set()
 
 
 class Cache:
-    """Files fetched from elsewhere, in a folder that all processes of a machine share.
+    """Fetched files in a folder that all processes of a machine share.
 
-    folder: made when it is needed; None for t2t-vit/shards in the user's own cache. max_bytes: what the files may take
-    together. patience: seconds without an answer after which fetching is given up. sharers: how many processes of this
-    machine fetch ahead of need, each what half of an equal part of `max_bytes` has room for.
+    folder: created when needed; None for t2t-vit/shards in the user's cache folder. max_bytes: bound on all files
+    together. patience: seconds without an answer before an error. sharers: how many processes of this machine fetch
+    ahead, each up to half of its equal share of `max_bytes`.
     """
 
     def __init__(self, folder: str | os.PathLike | None = None, *, max_bytes: float = 100e9, patience: float = 300,
                  sharers: int = 1):
         users = os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
-        if users.startswith('~'):  # the user of a container may have no home
+        if users.startswith('~'):  # in a container there may be no home
             users = tempfile.gettempdir()
         self.folder = Path(os.path.expanduser(folder or os.path.join(users, 't2t-vit/shards')))
         self.max_bytes, self.patience = max_bytes, patience
@@ -69,7 +75,7 @@ class Cache:
         return min(self.patience, OPENING_SECONDS)
 
     def make(self) -> None:
-        """Raises UserError where the folder cannot be written."""
+        """Create the folder. Raises UserError if it cannot be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -82,11 +88,11 @@ class Cache:
         return self.folder / f'{file.key}.tar'
 
     def part(self, file: RemoteFile) -> Path:
-        """What has arrived of a file so far; its name says how much it will be."""
+        """Return the path of what has arrived of a file; its name contains the final length."""
         return self.folder / f'{file.key}.{file.bytes}.part'
 
     def open(self, file: RemoteFile) -> BinaryIO:
-        """The file, open for reading; fetched first if it is not there. Raises UserError as `fetch`."""
+        """Open a file for reading, after fetching it if necessary. Raises UserError as `fetch`."""
         while True:
             with contextlib.suppress(FileNotFoundError):
                 opened = open(self.path(file), 'rb', buffering=0)
@@ -95,22 +101,20 @@ class Cache:
             self.fetch(file)
 
     def claim(self, file: RemoteFile) -> bool:
-        """Whether the file is here; then it counts as used now."""
+        """Return whether the file is here, and mark it as used now."""
         try:
             os.utime(self.path(file))
         except FileNotFoundError:
             return False
-        except OSError:  # another user's, which only they can keep; or the disk has become read-only
+        except OSError:  # another user's file, or a read-only disk
             pass
         return True
 
     def fetch(self, file: RemoteFile, *, ahead: bool = False, stop: threading.Event | None = None) -> bool:
-        """Gets a file that is not here yet. Returns whether it is here now: `ahead` of need not, if there is no room.
+        """Fetch a file unless it is here. Return whether it is here now; `ahead` of need it may lack room.
 
-        Raises:
-            UserError: the server has not answered in time, has no such file, or not the one that is expected; or
-                the disk is full.
-            FetchStopped: `stop` has been set.
+        Raises UserError if the server has not answered in time or has another file or none, or if the disk is full;
+        FetchStopped if `stop` is set.
         """
         began = time.monotonic()
         try:
@@ -120,20 +124,20 @@ class Cache:
                 with self._locked('room.lock', stop):
                     if not self._make_room(file, even_fresh=not ahead):
                         return False
-                    self.part(file).touch()  # from here on others count it
+                    self.part(file).touch()  # now other processes count it
                 if self._download(file, Patience(file.url, self.patience, stop, began), stop):
                     return True
-                _warn(f'{file.url}: what has arrived does not fit its checksum; fetching it again')
+                warn_rarely(f'{file.url}: what has arrived does not fit its checksum; fetching it again')
                 if self._download(file, Patience(file.url, self.patience, stop), stop):
                     return True
-        except OSError as error:  # not the server's: those have been dealt with
+        except OSError as error:  # the disk's; the server's are handled above
             raise UserError(f'--shard-cache: {self.folder} cannot be written ({error.strerror or error}); make room, '
                             'give a smaller --shard-cache-size or another folder') from None
         raise UserError(f'{file.url}: its content is not what its manifest says (SHA-256), twice in a row; '
                         f'{COPY_AGAIN} to the server, or pack it anew')
 
     def _download(self, file: RemoteFile, patience: Patience, stop: threading.Event | None) -> bool:
-        """Fetches a file in pieces, from where the last attempt came to. Returns whether its content is right."""
+        """Fetch a file in pieces, continuing the last attempt. Return whether its content is right."""
         part = self.part(file)
         piece, most = 1 << 20, MAX_PIECE
         with open(part, 'ab') as target:
@@ -145,7 +149,7 @@ class Cache:
                     content = self._piece(file, position, min(position + piece, file.bytes))
                 except Exception as error:
                     patience.failed(error)
-                    # Connections may not live long enough for as much.
+                    # Connections may be too short-lived for more.
                     piece = most = max(MIN_PIECE, piece // 2)
                     continue
                 patience.answered()
@@ -162,7 +166,7 @@ class Cache:
             if not is_right:
                 part.unlink()
                 return False
-        elif file.tag and describe_remote(file.url, self.patience).tag != file.tag:
+        elif file.tag and describe_remote(file.place, self.patience).tag != file.tag:
             part.unlink()
             raise UserError(f'{file.url} has been replaced on the server since it was looked at first; start again')
         os.replace(part, self.path(file))
@@ -170,14 +174,14 @@ class Cache:
         return True
 
     def _piece(self, file: RemoteFile, start: int, end: int) -> bytes:
-        """Bytes start to end of a file, or from start on all, which a server that knows no parts sends at a time."""
-        system = _filesystem(file.url)
+        """Return bytes start to end of a file; all from start on if the server does not support ranges."""
+        system = filesystem(file.place)
         try:
             content = system.cat_file(file.url, start=start, end=end)
         except Exception as error:
-            if 416 not in map(_status, _causes(error)):
+            if 416 not in map(http_status, causes_of(error)):
                 raise
-            content = b''  # the part begins behind the end of the file
+            content = b''  # start is behind the end of the file
         if len(content) == file.bytes:
             return content[start:]
         if len(content) != end - start:
@@ -192,7 +196,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _locked(self, name: str, stop: threading.Event | None = None) -> Iterator[None]:
-        """Holds a lock among the processes, and threads, of the machine; it is given back however they end."""
+        """Hold a lock among all processes and threads of the machine; it is released however they end."""
         with open(self.folder / name, 'wb', buffering=0) as lock:
             _locks.add(lock)
             try:
@@ -203,7 +207,7 @@ class Cache:
                     except BlockingIOError:
                         if stop and stop.wait(0.1):
                             raise FetchStopped from None
-                    except OSError as error:  # some file systems of clusters have none
+                    except OSError as error:  # some cluster file systems have no locks
                         raise UserError(f'--shard-cache: {self.folder} is where files cannot be locked '
                                         f'({error.strerror}); name a folder on a disk of this machine') from None
                 yield
@@ -211,48 +215,48 @@ class Cache:
                 _locks.discard(lock)
 
     def _make_room(self, file: RemoteFile, *, even_fresh: bool) -> bool:
-        """Removes the files used longest ago until `file` fits, or none is left that may go. Returns whether it fits.
+        """Remove the files used longest ago until `file` fits. Return whether it fits.
 
-        even_fresh: those used a moment ago may go, too, and if that does not help it fits nevertheless.
+        even_fresh: recently used files may be removed, too; the result is then always True.
         """
         entries = []
         for entry in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):
-                # Somebody may have named a folder that holds more than this.
+                # The user's folder may contain other files.
                 ours = re.fullmatch(r'[0-9a-f]{64}\.(tar|(\d+)\.part)', entry.name)
                 if ours and entry.name != self.part(file).name:
                     status = entry.stat()
-                    entries.append((status.st_mtime, int(ours[2] or status.st_size), entry.path))
-        total = file.bytes + sum(size for _, size, _ in entries)
-        for used, size, path in sorted(entries):
+                    entries.append((status.st_mtime, int(ours[2] or status.st_size), entry.path, not ours[2]))
+        total = file.bytes + sum(size for _, size, _, _ in entries)
+        for used, size, path, is_whole in sorted(entries):
             age = time.time() - used
             if total <= self.max_bytes:
                 break
-            if path.endswith('.tar') and (even_fresh or age > STALE_SECONDS) or age > ABANDONED_SECONDS:
+            if is_whole and (even_fresh or age > STALE_SECONDS) or age > ABANDONED_SECONDS:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
                 total -= size
         return even_fresh or total <= self.max_bytes
 
 
-def _leave_locks() -> None:
-    """A lock lasts until all who have its file open close it; what a thread of the parent holds is not for a child."""
+def _close_locks() -> None:
+    """Close the parent's locks in a forked child: a lock lasts until every process has closed its file."""
     for lock in list(_locks):
         lock.close()
     _locks.clear()
 
 
-os.register_at_fork(after_in_child=_leave_locks)
+os.register_at_fork(after_in_child=_close_locks)
 
 
 class Prefetcher:
-    """Fetches the files that samples will need, in the order of need, in threads of this process.
+    """Fetches the files of the next samples, in their order, in threads of this process.
 
         with Prefetcher(cache, files, needed) as used:
-            used(64)                      # of `needed`, the next 64 have been used
+            used(64)                      # the next 64 of `needed` have been used
 
-    needed: int64 [n], the number of the file that each sample is in. As many files are claimed as the cache allows.
-    What goes wrong here is not said: whoever needs the file meets it, too.
+    needed: int64 [n], each sample's file number. It claims as many files as the cache allows. Errors are silent: the
+    reader of the file meets them, too.
     """
 
     def __init__(self, cache: Cache, files: Sequence[RemoteFile], needed: np.ndarray):
@@ -306,7 +310,7 @@ class Prefetcher:
                 self._stop.wait(1)
 
     def _next(self) -> int | None:
-        """The file to fetch next; None while those that are to be used soon leave no room."""
+        """Return the number of the file to fetch next; None while the claimed ones leave no room."""
         with self._lock:
             self._claimed = [number for number in self._claimed if self._last[number] >= self._used]
             while self._pending and self._last[self._pending[-1]] < self._used:
@@ -321,9 +325,9 @@ class Prefetcher:
 
 
 class Files(NamedTuple):
-    """The tar files of a split: their names for messages, and what has to be fetched, and where to.
+    """The tar files of a split: their names for messages, and the cache that fetches them.
 
-    remote: None for files of this machine, whose names are their paths.
+    remote: None for files on this machine, whose names are their paths.
     """
     names: list[str]
     remote: tuple[Cache, list[RemoteFile]] | None = None
@@ -334,6 +338,6 @@ class Files(NamedTuple):
         cache, files = self.remote
         return cache.open(files[number])
 
-
-def remote_files(cache: Cache, files: list[RemoteFile]) -> Files:
-    return Files([file.url for file in files], (cache, files))
+    @classmethod
+    def fetched(cls, cache: Cache, files: list[RemoteFile]) -> 'Files':
+        return cls([file.url for file in files], (cache, files))

@@ -1,11 +1,11 @@
-"""Images in shards: read by number like files, from this machine or through a cache of files from elsewhere.
+"""Images in shards, read by number like files, from this machine or through a cache of remote files.
 
-    dataset = open_shards('/data/imagenet/train', cache)              # what tools/pack.py has written
-    dataset = open_shards('s3://bucket/imagenet/train', cache)        # the same from elsewhere
+    dataset = open_shards('/data/imagenet/train', cache)              # written by tools/pack.py
+    dataset = open_shards('s3://bucket/imagenet/train', cache)        # the same from an object store
     dataset = open_shards('/data/laion-{00000..00099}.tar', cache)    # tar files of WebDataset without a manifest
 
-Whoever can read any image at any time needs no stream: epochs, resumes, ranks, workers and evaluation counts are those
-of image folders. What lies elsewhere is fetched shard by shard, ahead of need, in an order that needs few at a time.
+Any image can be read at any time, so epochs, resumes, ranks, workers and evaluation counts are those of image folders.
+Remote shards are fetched ahead of need, in an order that uses few at a time.
 """
 import bisect
 import contextlib
@@ -23,8 +23,8 @@ from timm.data import ImageNetInfo
 
 from data.base import ImageDataset
 from data.decode import ImageError
-from data.places import expand, has_manifest, is_pattern, list_tars, scheme_of
-from data.shards.cache import Cache, Files, Prefetcher, remote_files
+from data.places import Place, parse_place
+from data.shards.cache import Cache, Files, Prefetcher
 from data.shards.foreign import NUMBERED, index_shards
 from data.shards.manifest import INDEX, MEND, Manifest
 from data.shards.remote import RemoteFile, describe_remote, read_remote
@@ -33,20 +33,21 @@ from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
+# Shards that a process keeps open: twice as many as an order with locality uses, see samplers.
 MAX_OPEN = 128
-"""Shards that a process keeps open: twice as many as an order with locality has in use, see samplers."""
+
 
 class Shards(ImageDataset):
-    """The images that `manifest` has found in the tar files `files`, in their order there.
+    """The images of `manifest` in the tar files `files`, in their order there.
 
-    A process opens what it reads, wherever it comes from: it may be forked or started anew. Every image is read with
-    the header before it, which has to be that of the index.
+    Every process opens its own files, forked or not. Every image is read with the header before it, which must agree
+    with the index.
     """
 
     def __init__(self, where: str, manifest: Manifest, files: Files):
         super().__init__(manifest.classes, manifest.index.target)
         self._is_numbered = manifest.source == NUMBERED
-        self.folder = where  # as the messages for image folders call it
+        self.folder = where  # the name of the same attribute of ImageFolder
         self._index, self._files = manifest.index, files
         self._starts = manifest.shard_offsets
         self._first = self._starts[:-1].tolist()
@@ -87,10 +88,9 @@ class Shards(ImageDataset):
         return Prefetcher(cache, files, np.searchsorted(self._starts, indices.ravel(), 'right') - 1)
 
     def name_numbers(self, classes: Sequence[str] | None, map_source: str) -> None:
-        """Gives names to classes that are mere numbers: those of `classes` at their positions; where there are no
-        `classes`, to a thousand numbers those of ImageNet.
+        """Name numbered classes by position in `classes`; without `classes`, name a thousand of them as in ImageNet.
 
-        map_source: whose class map `classes` is. One number beyond it, and all stays as it is.
+        Numbers stay if one is beyond `classes`. map_source: the owner of `classes`, for the log.
         """
         if not self._is_numbered or len(self.classes) > len(classes or self.classes):
             return
@@ -110,7 +110,7 @@ class Shards(ImageDataset):
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        # Files that the cache has removed take room until they are closed.
+        # Files that the cache has removed take space until they are closed.
         for number, file in list(self._open.items()):
             if len(self._open) >= MAX_OPEN or not os.fstat(file.fileno()).st_nlink:
                 self._open.pop(number).close()
@@ -119,7 +119,7 @@ class Shards(ImageDataset):
 
 
 def _may_be_named(found: str, name: str) -> bool:
-    """Whether a header's own name can be that of `name`: longer ones, or such as are not ASCII, it has only in part."""
+    """Return whether a header can belong to `name`: it holds long names, or names beyond ASCII, only in part."""
     return found == name or len(os.fsencode(name)) > 99 or not name.isascii()
 
 
@@ -127,45 +127,38 @@ def _may_be_named(found: str, name: str) -> bool:
 # Opening
 
 
-def open_shards(path: str, cache: Cache) -> Shards:
-    """The split in shards at `path`: a folder or an address with a manifest, or tar files without one, as a folder of
-    this machine or a pattern with braces.
+def open_shards(place: Place | str, cache: Cache) -> Shards:
+    """Return the split in shards at `place`: a folder or address with a manifest, or tar files without one, as a folder
+    on this machine or a pattern with braces.
 
-    Raises UserError, before any image is read, for what is missing, of another length than its manifest says, or not
-    to be read; NotFoundError where there is nothing at an address.
+    Raises UserError, before any image is read, for shards that are missing, unreadable, or of another length than in
+    their manifest; NotFoundError if there is nothing at an address.
     """
-    remote = bool(scheme_of(path))
-    if remote:
+    place = parse_place(place, is_shards=True)
+    if place.is_remote:
         cache.make()
-    path = path.removeprefix('file://')
-    if is_pattern(path):
-        return _open_foreign(expand(path), path, cache)
-    if not remote:
-        if not has_manifest(path) and (tars := list_tars(path)):
-            return _open_foreign(tars, path, cache)
-    path = path.rstrip('/') or path
-    manifest = Manifest.read(reader(path, cache.opening_patience), path)
-    addresses = [f'{path}/{shard.name}' for shard in manifest.shards]
-    if remote:
-        fetched = [RemoteFile(address, shard.bytes, shard.sha256)
-                   for address, shard in zip(addresses, manifest.shards, strict=True)]
-        files = remote_files(cache, fetched)
+    if tars := place.tars_without_manifest():
+        return _open_foreign(tars, str(place), cache)
+    manifest = Manifest.read(reader(place, cache.opening_patience), str(place))
+    if place.is_remote:
+        fetched = [RemoteFile(place.join(shard.name), shard.bytes, shard.sha256) for shard in manifest.shards]
+        files = Files.fetched(cache, fetched)
         _check_cache(cache, fetched)
     else:
-        _check_lengths(addresses, manifest)
-        files = Files(addresses)
-    return _reported(Shards(path, manifest, files))
+        files = Files([str(place.join(shard.name)) for shard in manifest.shards])
+        _check_lengths(files.names, manifest)
+    return _log(Shards(str(place), manifest, files))
 
 
-def reader(path: str, patience: float) -> Callable[[str], bytes]:
-    """What reads the files of a split by their names, for `Manifest.read`."""
-    if scheme_of(path):
-        return lambda name: read_remote(f'{path.rstrip("/")}/{name}', patience)
+def reader(place: Place, patience: float) -> Callable[[str], bytes]:
+    """Return a function that reads the files of a split by their names, for `Manifest.read`."""
+    if place.is_remote:
+        return lambda name: read_remote(place.join(name), patience)
 
     def read(name: str) -> bytes:
-        file = os.path.join(path, name)
+        file = place.join(name)
         try:
-            return Path(file).read_bytes()
+            return Path(file.path).read_bytes()
         except OSError as error:
             remedy = MEND if name == INDEX else 'give a folder that tools/pack.py has written, or tar files'
             raise UserError(f'{file} cannot be read ({error.strerror}); {remedy}') from None
@@ -174,7 +167,7 @@ def reader(path: str, patience: float) -> Callable[[str], bytes]:
 
 
 def _check_lengths(paths: list[str], manifest: Manifest) -> None:
-    """Every shard is there, and as long as the manifest says."""
+    """Raise UserError unless every shard is there, with the length in the manifest."""
     wrong = []
     for path, shard in zip(paths, manifest.shards, strict=True):
         try:
@@ -201,7 +194,7 @@ def _check_cache(cache: Cache, files: Sequence[RemoteFile]) -> None:
                         cache.max_bytes / 1e9, total / 1e9, in_use)
 
 
-def _reported(dataset: Shards) -> Shards:
+def _log(dataset: Shards) -> Shards:
     _logger.info('%s: %d images of %d classes in %d shards', dataset.folder, len(dataset), len(dataset.classes),
                  len(dataset._first))
     return dataset
@@ -211,29 +204,29 @@ def _reported(dataset: Shards) -> Shards:
 # Tar files without a manifest
 
 
-def _open_foreign(paths: list[str], where: str, cache: Cache) -> Shards:
-    """Reads the headers of tar files from elsewhere, once: what they say is kept in the cache's folder."""
-    if scheme_of(paths[0]):
-        remote = [describe_remote(path, cache.opening_patience) for path in paths]
+def _open_foreign(tars: list[Place], where: str, cache: Cache) -> Shards:
+    """Read the headers of tar files once; their index is kept in the cache's folder."""
+    if tars[0].is_remote:
+        remote = [describe_remote(tar, cache.opening_patience) for tar in tars]
         _check_cache(cache, remote)
-        files = remote_files(cache, remote)
+        files = Files.fetched(cache, remote)
         marks = [f'{file.url}\n{file.bytes}\n{file.tag}' for file in remote]
     else:
-        files = Files(paths)
-        marks = [_mark(path) for path in paths]
+        files = Files([tar.path for tar in tars])
+        marks = [_mark(path) for path in files.names]
     kept = cache.folder / 'scans' / hashlib.sha256('\n'.join(marks).encode('utf-8', 'surrogateescape')).hexdigest()
     with contextlib.suppress(UserError):
-        return _reported(Shards(where, Manifest.read(reader(str(kept), 0), str(kept)), files))
+        return _log(Shards(where, Manifest.read(reader(Place(str(kept)), 0), str(kept)), files))
     manifest = index_shards(files)
     try:
         kept.mkdir(parents=True, exist_ok=True)
         manifest.write(kept)
-    except FileNotFoundError:  # another job writes the same at this moment, and has renamed the file
+    except FileNotFoundError:  # another job is writing the same, and has renamed the file
         pass
     except OSError as error:
-        _logger.warning('%s cannot be written (%s); the shards will be looked through at every start', kept,
+        _logger.warning('%s cannot be written (%s); the shards will be scanned at every start', kept,
                         error.strerror)
-    return _reported(Shards(where, manifest, files))
+    return _log(Shards(where, manifest, files))
 
 
 def _mark(path: str) -> str:

@@ -1,6 +1,8 @@
 """An index of tar files in WebDataset's format that have no manifest."""
 import json
 import os
+from itertools import groupby
+from operator import itemgetter
 from typing import BinaryIO
 
 from timm.utils.misc import natural_key
@@ -9,25 +11,24 @@ from data.classes import name_some
 from data.decode import EXTENSIONS
 from data.shards.cache import Files
 from data.shards.manifest import Index, Manifest, Shard, key_of
-from data.shards.tar import Member, refusal, scan_tar
+from data.shards.tar import refusal, scan_tar
 from utils.console import progress_bar
 from utils.errors import UserError
 
+# The `source` of a manifest whose classes are numbers without names.
 NUMBERED = 'tar files without a manifest, whose classes are numbers'
-"""The source in a manifest of such: the names of its classes are no names."""
-
+# Longer labels, in bytes, are refused.
 MAX_LABEL = 1 << 20
-"""Longer labels, in bytes, are refused."""
 
 
 def index_shards(files: Files) -> Manifest:
-    """A manifest of tar files in WebDataset's manner, by their headers: images with their class as .cls, or in a .json.
+    """Return a manifest of WebDataset's tar files from their headers: images with their class in a .cls or .json.
 
-    Classes are names, in natural order, or numbers from 0; see `Shards.name_numbers` for what those stand for.
-    Raises UserError as `scan_tar`, for an image without a class, and for classes that are partly names.
+    Classes are names, in natural order, or numbers from 0, which `Shards.name_numbers` may name.
+    Raises UserError as `scan_tar`, for an image without a class, and for a mixture of names and numbers.
     """
     shards, members, labels = [], [], []
-    with progress_bar(desc='looking through shards', total=len(files.names), unit='shard') as bar:
+    with progress_bar(desc='scanning shards', total=len(files.names), unit='shard') as bar:
         for number, where in enumerate(files.names):
             try:
                 with files.open(number) as file:
@@ -58,28 +59,23 @@ def index_shards(files: Files) -> Manifest:
 
 
 def _plain_name(number: int) -> str:
-    """A name that a manifest may hold: those of files from elsewhere may be anything, and come twice."""
+    """Return a name for the manifest: the files' own names may be invalid, or the same."""
     return f'{number:06d}.tar'
 
 
 def _index_tar(file: BinaryIO, where: str) -> list[tuple]:
-    """The images of a tar file with their labels: [(Member, int or str)]."""
-    found, key = [], ''
-    done: set[str] = set()
-    group: dict[str, Member] = {}
-    for member in (*scan_tar(file, where), None):
-        next_key, ending = key_of(member.name) if member else ('', '')
-        if member and not (ending and os.path.basename(next_key)):  # a hidden file, or without ending, is of no sample
-            continue
-        if next_key != key:
-            if image := _image_of(group, where):
-                found.append((image, _label_of(group, file, where, image)))
-            done.add(key)
-            if member and next_key in done:
-                raise refusal(where, member.name, 'apart from the others of its key')
-            key, group = next_key, {}
-        if member:
-            group[ending.lower()] = member
+    """Return the images of a tar file with their labels: [(Member, int or str)]."""
+    found, done = [], set()
+    members = [(*key_of(member.name), member) for member in scan_tar(file, where)]
+    # A hidden file, or one without ending, belongs to no sample.
+    visible = [part for part in members if part[1] and os.path.basename(part[0])]
+    for key, sample in groupby(visible, itemgetter(0)):
+        parts = {ending.lower(): member for _, ending, member in sample}
+        if key in done:
+            raise refusal(where, next(iter(parts.values())).name, 'apart from the others of its key')
+        done.add(key)
+        if image := _image_of(parts, where):
+            found.append((image, _label_of(parts, file, where, image)))
     return found
 
 
@@ -91,7 +87,7 @@ def _image_of(group: dict, where: str):
 
 
 def _label_of(group: dict, file: BinaryIO, where: str, image) -> int | str:
-    """The class of a sample, from its .cls or its .json; a number where it looks like one."""
+    """Return the class of a sample, from its .cls or .json; a number if it looks like one."""
     label = None
     for ending in ('cls', 'json'):
         if ending in group and label is None:

@@ -1,9 +1,9 @@
-"""ImageNet's original archives, read in place: images are found by their offsets, and nothing is unpacked.
+"""ImageNet's original archives, read in place by the offsets of their images.
 
     train = open_archive('ILSVRC2012_img_train.tar')                                # a tar file of 1,000 tar files
     val = open_archive('ILSVRC2012_img_val.tar', 'ILSVRC2012_devkit_t12.tar.gz')    # 50,000 images, numbered
 
-The devkit says of what class each validation image is: by a number, whose WordNet id stands in a MATLAB file.
+The devkit has the class number of each validation image, and a MATLAB file with the WordNet id of each number.
 """
 import hashlib
 import io
@@ -28,16 +28,15 @@ _logger = logging.getLogger(__name__)
 ARCHIVES = {'train': ARCHIVE_META['train'][0], 'val': ARCHIVE_META['val'][0]}
 DEVKIT = ARCHIVE_META['devkit'][0]
 IMAGES = {'train': 1_281_167, 'val': 50_000}
+# Longer tar files in a tar file are refused; ImageNet's longest has 0.2 GB.
 MAX_ARCHIVE = 1 << 33
-"""Longer tar files within a tar file are refused; the longest of ImageNet's has 0.2 GB."""
-
 _META, _TRUTH = 'data/meta.mat', 'data/ILSVRC2012_validation_ground_truth.txt'
 
 
 class Archive(ImageDataset):
-    """The images of one of the two archives, under the names that they have in class folders.
+    """The images of one of the two archives, under their names in class folders.
 
-    split: 'train' or 'val'. names: paths such as 'n01440764/n01440764_18.JPEG', by class and then by name.
+    split: 'train' or 'val'. names: paths such as 'n01440764/n01440764_18.JPEG', ordered by class and then by name.
     offset, size: int64 [len], of the images in the archive.
     """
 
@@ -49,7 +48,7 @@ class Archive(ImageDataset):
         self.names = PathList([f'{name}/{member.name}' for name, member in found])
         self.offset = np.array([member.offset for _, member in found], np.int64)
         self.size = np.array([member.size for _, member in found], np.int64)
-        self._file = open(path, 'rb', buffering=0)  # pread has no position, so that forks may share it
+        self._file = open(path, 'rb', buffering=0)  # pread uses no position, so forks may share it
 
     def read_bytes_or_image(self, index: int) -> bytes:
         size = int(self.size[index])
@@ -66,17 +65,17 @@ class Archive(ImageDataset):
 
 
 class Devkit(NamedTuple):
-    """wnids: from ILSVRC's numbers, from 1, to WordNet ids. truth: the number of each validation image, in order."""
+    """wnids: WordNet ids by ILSVRC's numbers, which begin with 1. truth: the number of each validation image."""
     wnids: dict[int, str]
     truth: list[int]
 
 
 def open_archive(path: str, devkit: str | None = None) -> Archive:
-    """Reads the headers of one of the archives, which may have any name, and finds its images.
+    """Read the headers of one of the archives, under any file name, and return its images.
 
-    devkit: its archive; None takes DEVKIT beside `path`, if it is there. The training images do without.
-    Raises UserError for an archive of another kind, one that is cut off, members that are no plain files, and where the
-    devkit is missing, damaged, or of other classes. Counts that are not IMAGES are said in a warning.
+    devkit: its archive; None takes DEVKIT beside `path` if there is one. Training images do not need it.
+    Raises UserError for another or a truncated archive, for members that are no plain files, and if the devkit is
+    missing, damaged, or of other classes. Logs a warning if the counts are not IMAGES.
     """
     beside = os.path.join(os.path.dirname(path), DEVKIT)
     if devkit is None and os.path.exists(beside):
@@ -110,7 +109,7 @@ def _open_train(path: str, file, devkit: str | None) -> Archive:
             if not match:
                 raise refusal(path, inner.name, 'no archive of a class')
             classes.append(match[1])
-            # Its own file object: the outer scan goes on where it stands.
+            # Its own file object keeps the position of the outer scan.
             where, end = f'{path}::{inner.name}', inner.offset + inner.size
             with open(path, 'rb') as part:
                 for member in scan_tar(part, where, start=inner.offset, end=end):
@@ -125,14 +124,14 @@ def _open_train(path: str, file, devkit: str | None) -> Archive:
                             'give the devkit that belongs to it')
         if missing := sorted(set(published) - set(classes)):
             _logger.warning('%s: no images of %s, which %s knows', path, name_some(missing), devkit)
-        classes = published  # so that both splits number them alike
+        classes = published  # both splits number classes alike
     return Archive(path, 'train', sorted(classes), found)
 
 
 def _open_val(path: str, file, devkit: str | None) -> Archive:
     if devkit is None:
-        raise UserError(f'{path}: what its images show stands in {DEVKIT}; download it from where this archive came '
-                        'from, and name it with --devkit')
+        raise UserError(f'{path}: the classes of its images are in {DEVKIT}; download it from the same site, and '
+                        'give it with --devkit')
     kit, found = read_devkit(devkit), []
     for member in scan_tar(file, path):
         match = re.fullmatch(r'ILSVRC2012_val_(\d{8})\.JPEG', member.name)
@@ -147,7 +146,7 @@ def _open_val(path: str, file, devkit: str | None) -> Archive:
 
 
 def read_devkit(path: str) -> Devkit:
-    """Reads the two files of the devkit that matter, out of its archive. Raises UserError if it is none, or damaged."""
+    """Read the devkit's archive. Raises UserError if it is damaged, or no devkit."""
     try:
         from scipy.io import loadmat
     except ImportError:
@@ -161,12 +160,12 @@ def read_devkit(path: str) -> Devkit:
                 if name and file:
                     files[name] = file.read()
         synsets = np.atleast_1d(loadmat(io.BytesIO(files[_META]), squeeze_me=True)['synsets'])
-        # Those with children are not classes of their own, but groups of them.
+        # Synsets with children are groups of classes.
         wnids = {int(row['ILSVRC2012_ID']): str(row['WNID']) for row in synsets if not int(row['num_children'])}
         truth = [int(line) for line in files[_TRUTH].split()]
     except FileNotFoundError:
         raise UserError(f'devkit {path} does not exist; check the path') from None
-    except Exception as error:  # damaged files make their readers raise nearly anything
+    except Exception as error:  # readers raise nearly anything for damaged files
         what = f'no {error} in it' if isinstance(error, KeyError) else ' '.join(str(error).split())
         raise UserError(f'{path} is damaged, or not {DEVKIT} ({what}); download it again') from None
     bad = [name for name in wnids.values() if not re.fullmatch(r'n\d{8}', name)]
@@ -178,7 +177,7 @@ def read_devkit(path: str) -> Devkit:
 
 
 def check_md5(path: str, kind: str) -> None:
-    """Compares an archive with the published sum. kind: 'train', 'val' or 'devkit'. Raises UserError if it differs."""
+    """Raise UserError if an archive's MD5 is not the published one. kind: 'train', 'val' or 'devkit'."""
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with open(path, 'rb') as file, progress_bar(total=os.path.getsize(path), unit='B', unit_scale=True,

@@ -1,13 +1,13 @@
-"""The format of shards: tar files of images that say what is in them, written, read and checked in this one place.
+"""The format of shards, written, read and checked in this one place.
 
 A split is a folder (or an address) with
 
-    manifest.json       classes, counts, where it came from, and bytes and SHA-256 of every other file
-    index.npz           of every sample: where its image lies in its shard, how long it is, its class, its name
+    manifest.json       classes, counts, source, and bytes and SHA-256 of every other file
+    index.npz           offset in its shard, length, class and name of every image
     shard-000000.tar …  per sample the image as KEY.jpg (its own ending) and its class number in ASCII as KEY.cls
 
-The shards alone are what the webdataset library reads. KEY is the image's path in the folder that was packed, without
-its ending and with '_' for '.' in the file's name, because WebDataset takes what follows the first dot for the ending.
+The webdataset library reads the shards alone. KEY is the image's path in the packed folder, without its ending and with
+'_' for '.' in the file's name, because WebDataset's ending begins at the first dot.
 """
 import contextlib
 import hashlib
@@ -29,15 +29,13 @@ from utils.errors import UserError
 
 FORMAT, VERSION = 't2t-shards', 1
 MANIFEST, INDEX = 'manifest.json', 'index.npz'
-
+# Characters that are not allowed in names of classes.
 CONTROL = re.compile(r'[\x00-\x1f\x7f]')
-"""What names of classes may not hold."""
-
+# The arrays in index.npz, see `Index`.
 COLUMNS = {'offset': '<i8', 'size': '<i8', 'target': '<i4', 'name_ends': '<i8', 'names': '|u1'}
-"""What index.npz holds, see `Index`."""
-
+# An index that unpacks to more times its length is refused: offsets differ, and do not compress so well.
 MAX_COMPRESSION = 100
-"""An index that unpacks to more times its length is refused: offsets, which differ, leave no room for that."""
+MEND = 'copy it again, or see what is wrong with python tools/pack.py --verify'
 
 
 def shard_name(number: int) -> str:
@@ -45,13 +43,13 @@ def shard_name(number: int) -> str:
 
 
 def member_key(path: str) -> str:
-    """The key of an image by its path in the folder of its split: 'ant/a.1.jpg' → 'ant/a_1'. Not always unique."""
+    """Return the key of an image by its path in its split: 'ant/a.1.jpg' → 'ant/a_1'. It may not be unique."""
     folder, name = os.path.split(path)
     return os.path.join(folder, os.path.splitext(name)[0].replace('.', '_'))
 
 
 def key_of(name: str) -> tuple[str, str]:
-    """('ant/a', 'seg.png') for the member 'ant/a.seg.png': its key and what follows, by WebDataset's first-dot rule."""
+    """Return key and ending of a member, by its first dot: 'ant/a.seg.png' → ('ant/a', 'seg.png')."""
     folder, slash, file = name.rpartition('/')
     stem, _, ending = file.partition('.')
     return folder + slash + stem, ending
@@ -62,8 +60,11 @@ def key_of(name: str) -> tuple[str, str]:
 
 
 class Index:
-    """Where the samples are, shard after shard: int64 offset [N] of the image's content in its shard, int64 size [N]
-    in bytes, int32 target [N], and the names of the images' members, one block of memory for all."""
+    """Where the images are, shard after shard.
+
+    offset: int64 [N], of the content in its shard. size: int64 [N], bytes. target: int32 [N].
+    names: uint8, all members' names, one after the other. name_ends: int64 [N].
+    """
 
     def __init__(self, offset, size, target, name_ends, names):
         self.offset = np.asarray(offset, np.int64)
@@ -81,7 +82,7 @@ class Index:
 
     @classmethod
     def joined(cls, parts: Sequence['Index']) -> 'Index':
-        """The index of several shards, in their order."""
+        """Return the index of several shards, in their order."""
         starts = np.cumsum([0] + [len(part.names) for part in parts])
         ends = [part.name_ends + start for part, start in zip(parts, starts[:-1], strict=True)]
         offset, size, target, names = (np.concatenate([getattr(part, name) for part in parts])
@@ -92,12 +93,12 @@ class Index:
         return len(self.offset)
 
     def name(self, number: int) -> str:
-        """The name of the sample's image in its shard."""
+        """Return the name of the sample's image in its shard."""
         start = self.name_ends[number - 1] if number else 0
         return os.fsdecode(self.names[start:self.name_ends[number]].tobytes())
 
     def to_bytes(self) -> bytes:
-        """The content of index.npz: the same for the same samples."""
+        """Return the content of index.npz: the same for the same samples."""
         buffer = io.BytesIO()
         np.savez_compressed(buffer, offset=self.offset, size=self.size, target=self.target, name_ends=self.name_ends,
                             names=self.names)
@@ -105,11 +106,11 @@ class Index:
 
     @classmethod
     def from_bytes(cls, content: bytes, samples: int, where: str) -> 'Index':
-        """Reads index.npz. Raises UserError if it is not the index of `samples` samples; unpickles nothing."""
+        """Read index.npz without unpickling. Raises UserError if it is not the index of `samples` samples."""
         limits = {'offset': 8, 'size': 8, 'target': 4, 'name_ends': 8, 'names': MAX_NAME}
         try:
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                # Looked at before it is unpacked: a few kilobytes of zip can hold all the zeros of a full memory.
+                # Checked before unpacking: a few kilobytes of zip can unpack to more zeros than the memory holds.
                 found = {entry.filename.removesuffix('.npy'): entry.file_size for entry in archive.infolist()}
                 if found.keys() != limits.keys():
                     raise ValueError(f'it holds {", ".join(sorted(found)) or "nothing"}')
@@ -127,8 +128,10 @@ class Index:
 
 
 def _read_column(content: bytes, kind: str) -> np.ndarray:
-    """The flat array in a .npy file, which has to be of `kind`: numpy would allocate whatever its header asks for, and
-    converting makes other numbers of NaN and of what is too large."""
+    """Return the flat array of type `kind` in a .npy file.
+
+    numpy would allocate whatever the header asks for, and convert NaN and large numbers to other numbers.
+    """
     file = io.BytesIO(content)
     np.lib.format.read_magic(file)
     shape, _, found = np.lib.format.read_array_header_1_0(file)
@@ -138,12 +141,9 @@ def _read_column(content: bytes, kind: str) -> np.ndarray:
     return column
 
 
-MEND = 'copy it again, or see what is wrong with python tools/pack.py --verify'
-
-
 @dataclass(frozen=True)
 class Shard:
-    """A tar file: its name, its bytes, its samples, its SHA-256 in hexadecimal ('' where nobody has computed it)."""
+    """A tar file: its name, length, number of samples, and SHA-256 in hexadecimal ('' if unknown)."""
     name: str
     bytes: int
     samples: int
@@ -152,11 +152,11 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """What a split of shards consists of.
+    """The content of a split of shards.
 
-    classes: names in the order of the targets. transcoded: None for images as they were, or how they were resized,
-    such as {'short_side': 256, 'quality': 95, 'filter': 'bicubic'}. source: what was packed, in words.
-    left_out: [path, reason] of every image that was not packed. packing: the options of packing.py, if by it.
+    classes: names in the order of the targets. source: what was packed, in words. transcoded: how images were resized,
+    such as {'short_side': 256, 'quality': 95, 'filter': 'bicubic'}; None for unchanged images. left_out: [path, reason]
+    of every bad image. packing: the options of packing.py, if it wrote the shards.
     """
     classes: list[str]
     shards: list[Shard]
@@ -168,11 +168,11 @@ class Manifest:
 
     @property
     def shard_offsets(self) -> np.ndarray:
-        """int64 [shards + 1]: the number of each shard's first sample, and of all samples."""
+        """The first sample of each shard, then the number of samples: int64 [shards + 1]."""
         return np.cumsum([0] + [shard.samples for shard in self.shards], dtype=np.int64)
 
     def write(self, folder: str | os.PathLike) -> None:
-        """Writes index.npz and then manifest.json, each whole or not at all, into the folder of the shards.
+        """Write index.npz and then manifest.json, each atomically, into the folder of the shards.
 
         Raises UserError for what `read` would refuse.
         """
@@ -190,10 +190,10 @@ class Manifest:
 
     @classmethod
     def read(cls, opener: Callable[[str], bytes], where: str) -> 'Manifest':
-        """Reads a manifest and its index, and checks that they agree; the shards themselves are not looked at.
+        """Read a manifest and its index, and check that they agree; the shards are not read.
 
-        opener: gives the content of a file of the split by its name. where: the split, in messages.
-        Raises UserError that names the file and what is wrong with it.
+        opener: returns the content of a file of the split by its name. where: the split, in messages.
+        Raises UserError with the file and what is wrong with it.
         """
         path = f'{where}/{MANIFEST}'
         try:
@@ -229,7 +229,7 @@ class Manifest:
 
     @staticmethod
     def read_classes(opener: Callable[[str], bytes], where: str) -> list[str]:
-        """The classes alone, without the index. Raises as `read`."""
+        """Return the classes alone, without the index. Raises as `read`."""
         try:
             return [_typed(name, str) for name in _typed(json.loads(opener(MANIFEST))['classes'], list)]
         except UserError:
@@ -242,7 +242,7 @@ class Manifest:
         for name in names:
             if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar', name):
                 raise UserError(f'{path}: {name!r} is no name of a shard: a file name that ends in .tar; {MEND}')
-        if any(map(CONTROL.search, self.classes)):  # they would reach the console
+        if any(map(CONTROL.search, self.classes)):  # these would reach the console
             raise UserError(f'{path} has classes whose names hold control characters; {MEND}')
         if len(set(names)) < len(names) or len(set(self.classes)) < len(self.classes):
             raise UserError(f'{path} names a shard or a class twice; {MEND}')
@@ -252,13 +252,13 @@ class Manifest:
             raise UserError(f'{path}: no samples in it; pack the images again')
 
     def _check_index(self, path: str) -> None:
-        """Every image lies within its shard, behind a header, which is behind the image before, and has a class."""
+        """Check that every image has a class, lies in its shard, and has a header between it and the image before."""
         index = self.index
-        if ((index.names < 32) | (index.names == 127)).any():  # they would reach the console
+        if ((index.names < 32) | (index.names == 127)).any():  # these would reach the console
             raise UserError(f'{path} has an index with names that hold control characters; {MEND}')
         sizes = np.repeat([shard.bytes for shard in self.shards], [shard.samples for shard in self.shards])
         before = np.concatenate([[0], (index.offset + index.size)[:-1]])
-        before[self.shard_offsets[self.shard_offsets < len(index)]] = 0  # each shard begins anew
+        before[self.shard_offsets[self.shard_offsets < len(index)]] = 0  # for the first image of each shard
         wrong = ((index.offset < before + BLOCK) | (index.offset % BLOCK != 0) | (index.size < 0)
                  | (index.size > MAX_BYTES)
                  | (index.offset > sizes - index.size) | (index.target < 0) | (index.target >= len(self.classes)))
@@ -282,19 +282,19 @@ def _read_shard(entry: dict) -> Shard:
                     (('name', str), ('bytes', int), ('samples', int), ('sha256', str))))
     if min(shard.bytes, shard.samples) < 0:
         raise ValueError(f'{shard.name} has {shard.bytes} bytes and {shard.samples} samples')
-    if not re.fullmatch(r'([0-9a-f]{64})?', shard.sha256):  # which becomes the name of a file
+    if not re.fullmatch(r'([0-9a-f]{64})?', shard.sha256):  # it becomes a file name
         raise ValueError(f'{shard.name} has the SHA-256 {shard.sha256[:80]!r}')
     return shard
 
 
 class ShardWriter:
-    """Writes one shard; nobody sees it before `close` has written all of it to the disk.
+    """Writes one shard, which appears under its name when `close` has written all of it to the disk.
 
         with ShardWriter(folder, 0) as writer:
             writer.add('ant/a.jpg', content, 3)
         shard, index = writer.shard, writer.index
 
-    A block that is left by an error leaves no file.
+    After an exception there is no file.
     """
 
     def __init__(self, folder: str | os.PathLike, number: int):
@@ -315,12 +315,12 @@ class ShardWriter:
             if kind is None:
                 self.close()
         finally:
-            with contextlib.suppress(OSError):  # closing writes what is left, which a full disk refuses again
+            with contextlib.suppress(OSError):  # closing flushes, and fails again on a full disk
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
 
     def add(self, name: str, content: bytes, target: int) -> None:
-        """Adds an image as member `name`, KEY.ENDING, and its class. Raises UserError for a name of another kind."""
+        """Add an image as member `name`, KEY.ENDING, and its class. Raises UserError for an invalid name."""
         key, ending = key_of(name)
         check_name(self.path.name, name)
         if not ending or '.' in ending or key in self._keys:
@@ -348,7 +348,7 @@ class ShardWriter:
         self._position += len(content)
 
     @property
-    def bytes(self) -> int:  # the last, as the name is another type's above
+    def bytes(self) -> int:  # the last method, as it hides the type of the same name
         """The shard's length so far."""
         return self._position
 

@@ -1,13 +1,4 @@
-"""Files that are somewhere else, by http(s), S3 or another of SCHEMES: fetched whole into a folder of this machine.
-
-    cache = Cache()
-    file = cache.open(RemoteFile('https://host/imagenet/train/shard-000000.tar', bytes, sha256))
-
-One process of a machine fetches a file, the others wait for it (flock). It is fetched in pieces: a connection that
-drops costs a piece, a server that is away costs the time it is away, up to `patience` seconds. What has arrived is
-checked against its length and its SHA-256 before anybody sees it. Beyond `max_bytes` the files go that were used
-longest ago; a process that has such a file open keeps it, another one fetches it again.
-"""
+"""Remote files, by http(s), S3 or an object store: requests that are repeated until they succeed or cannot."""
 import contextlib
 import hashlib
 import logging
@@ -22,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.places import scheme_of
+from data.places import Place
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -30,73 +21,74 @@ _logger = logging.getLogger(__name__)
 NEEDS = {'http': 'aiohttp', 'https': 'aiohttp', 's3': 's3fs', 'gs': 'gcsfs', 'gcs': 'gcsfs', 'az': 'adlfs',
          'abfs': 'adlfs'}
 
+# Seconds between attempts; the last one is repeated.
 PAUSES = (0.5, 1, 2, 4, 8, 15)
-"""Seconds between attempts; the last one stays."""
+
 
 class RemoteFile(NamedTuple):
-    """An address and what is known of the file there. tag: of a file without SHA-256, what changes when it changes."""
-    url: str
+    """A remote file. tag: of a file without SHA-256, a value that changes with the file."""
+    place: Place
     bytes: int
     sha256: str = ''
     tag: str = ''
 
     @property
+    def url(self) -> str:
+        return self.place.path
+
+    @property
     def key(self) -> str:
-        """The file's name in a cache: equal contents have the same, wherever they come from."""
+        """The file's name in a cache; equal contents have the same name."""
         return self.sha256 or hashlib.sha256(f'{self.url}\n{self.bytes}\n{self.tag}'.encode()).hexdigest()
 
 
 class NotFoundError(UserError):
-    """There is nothing at an address, or nothing for this user."""
+    """There is nothing at an address, or this user may not read it."""
 
 
 class FetchStopped(Exception):
-    """The fetching has been called off."""
+    """The caller has stopped the fetching."""
 
 
-def read_remote(url: str, patience: float) -> bytes:
-    """The content of a small file. Raises NotFoundError, or UserError after `patience` seconds."""
-    return _persist(lambda: _filesystem(url).cat_file(url), url, patience)
+def read_remote(place: Place, patience: float) -> bytes:
+    """Return the content of a small file. Raises NotFoundError, or UserError after `patience` seconds."""
+    return _persist(lambda: filesystem(place).cat_file(place.path), place.path, patience)
 
 
-def describe_remote(url: str, patience: float) -> RemoteFile:
-    """Length and tag of the file at an address. Raises as `read_remote`."""
-    info = _persist(lambda: _filesystem(url).info(url), url, patience)
+def describe_remote(place: Place, patience: float) -> RemoteFile:
+    """Return a remote file with its length and tag. Raises as `read_remote`."""
+    info = _persist(lambda: filesystem(place).info(place.path), place.path, patience)
     if not isinstance(info.get('size'), int):
-        raise UserError(f'{url}: the server does not say how long the file is; put the shards on one that does')
+        raise UserError(f'{place}: the server does not report the length of the file; use another server')
     tag = next((str(info[name]) for name in ('ETag', 'etag', 'Last-Modified', 'LastModified', 'mtime') if name in info),
                '')
-    return RemoteFile(url, info['size'], tag=tag)
+    return RemoteFile(place, info['size'], tag=tag)
 
 
-def _filesystem(url: str):
-    """fsspec's file system for an address; of each process its own, as connections do not survive a fork."""
-    scheme = scheme_of(url)
+def filesystem(place: Place):
+    """Return fsspec's file system for an address, one for each process: connections do not survive a fork."""
+    scheme = place.scheme
     options: dict[str, Any] = {}
     try:
         import fsspec
         if scheme in ('http', 'https'):
             import aiohttp
-            # Its own limit is five minutes for a whole request; a slow line is none that hangs.
-            options['headers'] = {'Accept-Encoding': 'identity'}  # parts of a compressed answer would be of no use
+            # aiohttp allows a request five minutes in all; a slow connection is no error.
+            options['headers'] = {'Accept-Encoding': 'identity'}  # parts of a compressed answer are useless
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)
-            options['client_kwargs'] = {'timeout': timeout, 'trust_env': True}  # proxies, as every other program has it
+            options['client_kwargs'] = {'timeout': timeout, 'trust_env': True}  # proxies of the environment
         elif scheme == 's3':
             options['config_kwargs'] = {'connect_timeout': 10, 'read_timeout': 30}
         return fsspec.filesystem(scheme, **options)
     except ImportError:
         package = '-r requirements-shards.txt' if NEEDS[scheme] in ('aiohttp', 's3fs') else NEEDS[scheme]
-        raise UserError(f'{url}: to read this, {NEEDS[scheme]} is missing; pip install {package}') from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Persistence
+        raise UserError(f'{place}: to read this, {NEEDS[scheme]} is missing; pip install {package}') from None
 
 
 class Patience:
-    """Of one who asks the server of `url` again and again: pauses and warnings after failures, and an end to them.
+    """Pauses and warnings after failed requests to `url`, until `seconds` without an answer.
 
-    since: when the wait for an answer began, if others have asked before.
+    since: when the wait for an answer began, if not with the first failure.
     """
 
     def __init__(self, url: str, seconds: float, stop: threading.Event | None = None, since: float | None = None):
@@ -107,10 +99,10 @@ class Patience:
         self._failures, self._began = 0, None
 
     def failed(self, error: Exception) -> None:
-        """Waits before another attempt. Raises UserError where that will not help or has been in vain for too long."""
+        """Wait before another attempt. Raises UserError for a permanent failure, or after too long a wait."""
         if isinstance(error, UserError | MemoryError):
             raise error
-        if explained := _explain_for_good(error, self._url):
+        if explained := _explain_permanent(error, self._url):
             raise explained from None
         now = time.monotonic()
         self._began = now if self._began is None else self._began
@@ -120,13 +112,13 @@ class Patience:
             raise UserError(f'{self._url}: no answer for {waited:.0f} s ({_reason(error)}); check the address, the '
                             'server and the network, then start again') from None
         self._failures += 1
-        _warn(f'{self._url}: {_reason(error)}; trying again, for {waited:.0f} s now')
+        warn_rarely(f'{self._url}: {_reason(error)}; trying again, for {waited:.0f} s now')
         if self._stop.wait(pause):
             raise FetchStopped
 
 
 def _persist(request: Callable, url: str, seconds: float):
-    """What `request()` returns, in the end."""
+    """Return what `request()` returns once it succeeds."""
     patience = Patience(url, seconds)
     while True:
         try:
@@ -138,28 +130,28 @@ def _persist(request: Callable, url: str, seconds: float):
 _last_warning = [-np.inf]
 
 
-def _warn(message: str) -> None:
-    """A warning, unless the last one is a moment old: when a server is away all that fetch have the same to say."""
+def warn_rarely(message: str) -> None:
+    """Log a warning, unless the last is recent: all threads that fetch warn when a server is away."""
     if time.monotonic() - _last_warning[0] < 2:
         return
     _last_warning[0] = time.monotonic()
     if multiprocessing.parent_process() is None:
         _logger.warning(message)
-    elif sys.__stderr__:  # the locks of the console may have been held by another thread when this one was forked
+    elif sys.__stderr__:  # another thread may have held the console's locks at the fork
         with contextlib.suppress(OSError):
             os.write(sys.__stderr__.fileno(), f'warning: {message}\n'.encode(errors='replace'))
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or getattr(error, 'os_error', None)
 
 
-def _explain_for_good(error: Exception, url: str) -> UserError | None:
-    """The UserError for what another attempt will not change; None for what it may."""
-    causes = list(_causes(error))
-    status = next(filter(None, map(_status, causes)), None)
+def _explain_permanent(error: Exception, url: str) -> UserError | None:
+    """Return a UserError for a permanent failure; None if a retry may help."""
+    causes = list(causes_of(error))
+    status = next(filter(None, map(http_status, causes)), None)
     names = {type(cause).__name__ for cause in causes}
     if status in (408, 425, 429) or (status is not None and status >= 500):
         return None
@@ -168,7 +160,7 @@ def _explain_for_good(error: Exception, url: str) -> UserError | None:
     if 'NoCredentialsError' in names or 'PartialCredentialsError' in names:
         return UserError(f'{url}: no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a '
                          'profile of ~/.aws')
-    # fsspec says "not found" of a server that does not answer, too; then the cause tells.
+    # fsspec also reports "not found" for a server that does not answer; then the cause tells.
     is_missing = isinstance(error, FileNotFoundError) and (status is not None or error.__cause__ is None)
     if status in (404, 410) or (is_missing and status is None) or 'NoSuchBucket' in str(error):
         return NotFoundError(f'{url}: not found')
@@ -181,8 +173,8 @@ def _explain_for_good(error: Exception, url: str) -> UserError | None:
     return None
 
 
-def _status(error: BaseException) -> int | None:
-    """The HTTP status in an error of aiohttp or botocore."""
+def http_status(error: BaseException) -> int | None:
+    """Return the HTTP status in an error of aiohttp or botocore."""
     response = getattr(error, 'response', None)
     status = response.get('ResponseMetadata', {}).get('HTTPStatusCode') if isinstance(response, dict) else None
     return next((code for code in (status, getattr(error, 'status', None)) if isinstance(code, int)), None)
@@ -191,7 +183,3 @@ def _status(error: BaseException) -> int | None:
 def _reason(error: Exception) -> str:
     said = ' '.join(str(error).split())
     return f'{type(error).__name__}: {said}'[:200] if said else type(error).__name__
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache

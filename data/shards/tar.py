@@ -1,7 +1,10 @@
-"""Tar files by their headers: written the same for the same content, and read without trusting what they say.
+"""Tar headers, written reproducibly and read without trust.
 
-A tar file from elsewhere is hostile until its headers have been read: `scan_tar` refuses whatever is not a plain file
-under a plain name, and pickles. Members are never extracted, and nothing in them is run.
+A foreign tar file may be hostile: `scan_tar` refuses everything but plain files under plain names, and pickles. Members
+are never extracted, and nothing in them is run.
+
+Python's tarfile cannot replace this. Its headers differ between versions of Python, but equal images must give equal
+shards. It silently accepts what `scan_tar` refuses: repeated names, contradicting headers, data after the end.
 """
 import os
 import re
@@ -11,15 +14,12 @@ from typing import BinaryIO, NamedTuple
 from data.decode import MAX_BYTES
 from utils.errors import UserError
 
+# Bytes of a block: a header is one block, and contents are padded to whole blocks.
 BLOCK = 512
-"""Bytes that tar counts in: a header is one block, what follows is padded to whole ones."""
-
+# Endings of members that readers of WebDataset unpickle, which runs code.
 PICKLES = ('.pkl', '.pickle', '.pyd', '.pt', '.pth', '.joblib', '.dill', '.cloudpickle')
-"""Endings of members that readers of WebDataset unpickle, which runs whatever they contain."""
-
+# Longer names, in bytes, are refused.
 MAX_NAME = 4096
-"""Longer names, in bytes, are refused."""
-
 COPY_AGAIN = 'copy or download it again'
 
 
@@ -28,9 +28,9 @@ COPY_AGAIN = 'copy or download it again'
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The blocks before a member's content: the same for equal arguments, with no date, owner or permission of note.
+    """Return the blocks before a member's content, without date or owner, so that equal arguments give equal bytes.
 
-    A name beyond what fits (100 bytes, or 155 of folders and 100 of file) goes before it, in GNU's manner.
+    A name that does not fit (100 bytes, or 155 of folders and 100 of file) gets a block before it, as in GNU tar.
     """
     encoded = os.fsencode(name)
     if len(encoded) <= 100:
@@ -56,26 +56,26 @@ def padded(content: bytes) -> bytes:
 
 
 class Header(NamedTuple):
-    """One header block: the member's name as the block has it, bytes of content, kind (b'0': a file)."""
+    """One header block: the member's name in it, bytes of content, kind (b'0': a file)."""
     name: str
     size: int
     kind: bytes
 
 
 def parse_header(block: bytes) -> Header | None:
-    """What a header block says; None for one that is no header: cut off, damaged, of another format."""
+    """Return the content of a header block; None if it is truncated, damaged, or of another format."""
     if len(block) != BLOCK:
         return None
     try:
         checksum = int(block[148:156].strip(b' \0') or b'0', 8)
-        # Negative sums, of signed bytes, are a mistake of old programs which none made in the age of shards.
+        # Sums of signed bytes, a mistake of old programs, are not accepted.
         if checksum != sum(block) - sum(block[148:156]) + 8 * ord(' '):
             return None
         digits = block[124:136]
-        if digits[0] & 0x80:  # GNU's way for sizes from 8 GiB
+        if digits[0] & 0x80:  # GNU tar's sizes from 8 GiB on
             size = int.from_bytes(digits[1:], 'big') + ((digits[0] & 0x7F) << 88)
         else:
-            size = int(b'0' + digits.strip(b' \0'), 8)  # which leaves no place for a sign
+            size = int(b'0' + digits.strip(b' \0'), 8)  # the 0 leaves no place for a sign
     except ValueError:
         return None
     name = block[:100].partition(b'\0')[0]
@@ -85,11 +85,11 @@ def parse_header(block: bytes) -> Header | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tar files from elsewhere
+# Foreign tar files
 
 
 class Member(NamedTuple):
-    """A plain file in a tar file: its name, where its content begins, and how many bytes it has."""
+    """A plain file in a tar file: its name, and offset and bytes of its content."""
     name: str
     offset: int
     size: int
@@ -101,14 +101,12 @@ KINDS = {b'1': 'a hard link', b'2': 'a link', b'3': 'a device', b'4': 'a device'
 
 def scan_tar(file: BinaryIO, where: str, *, start: int = 0, end: int | None = None,
              max_bytes: int = MAX_BYTES) -> Iterator[Member]:
-    """The plain files of a tar file, in order, by its headers; contents are skipped. About 10 µs each.
+    """Yield the plain files of a tar file, in order, from its headers. About 10 µs each.
 
-    file: can seek; `where` names it in messages. start, end: the bytes that the tar file takes in it, if not all.
-    max_bytes: the longest member.
-    Raises UserError naming the tar file and the member for links, devices, sparse files; names that are absolute, have
-    '..', a backslash or control characters, or look like a command or an address; pickles, and arrays of Python
-    objects; two names for one member; a name that comes twice; a member of more than `max_bytes`; and for a file that
-    ends early, is compressed or damaged.
+    file: can seek; messages call it `where`. start, end: where in it the tar file is. max_bytes: the longest member.
+    Raises UserError with the tar file and the member for links, devices and sparse files; names that are absolute,
+    repeated or ambiguous, contain '..', backslashes or control characters, or look like a command or an address;
+    pickles and arrays of Python objects; members of more than `max_bytes`; a truncated, compressed or damaged file.
     """
     file.seek(0, os.SEEK_END)
     end = file.tell() if end is None else end
@@ -133,7 +131,7 @@ def scan_tar(file: BinaryIO, where: str, *, start: int = 0, end: int | None = No
                 more = {'path': os.fsdecode(content.rstrip(b'\0'))}
             else:
                 more = _read_pax(content, where, name, everywhere=header.kind == b'g')
-            if twice := extended.keys() & more.keys():  # programs differ in which of them counts
+            if twice := extended.keys() & more.keys():  # programs differ in which one they use
                 raise refusal(where, name, f'a second {min(twice)} for one member')
             extended |= more
             position = after
@@ -179,7 +177,7 @@ def _checked_header(block: bytes, where: str, position: int, start: int) -> Head
 
 
 def _check_end(file: BinaryIO, where: str, position: int, end: int) -> None:
-    """Behind the end of an archive there are zeros: what stood there some programs would read, others not."""
+    """Check that only zeros follow the end of the archive: some programs would read more, others not."""
     file.seek(position)
     if end - position < 2 * BLOCK:
         raise UserError(f'{where} ends early, without the end of an archive; {COPY_AGAIN}')
@@ -192,7 +190,7 @@ def _check_end(file: BinaryIO, where: str, position: int, end: int) -> None:
 
 
 def _read_pax(content: bytes, where: str, name: str, *, everywhere: bool) -> dict[str, str]:
-    """The records 'LENGTH KEY=VALUE' of an extended header that matter here; `everywhere`: it holds for all members."""
+    """Return path and size from the records 'LENGTH KEY=VALUE' of an extended header; `everywhere`: of all members."""
     records, position = {}, 0
     while position < len(content) and content[position]:
         match = re.compile(rb'(\d{1,7}) ([^=]+)=').match(content, position)
@@ -212,11 +210,11 @@ def _read_pax(content: bytes, where: str, name: str, *, everywhere: bool) -> dic
 
 
 def _resolve_name(where: str, name: str, full: str | None) -> str:
-    """A member's one name. The one in its header is checked too, for programs that know no other."""
+    """Return a member's name. The one in its header is checked too, as some programs know no other."""
     if full is None:
         return name
     check_name(where, name)
-    # What the header itself has room for it also says: another name there is meant for somebody else.
+    # A name that fits into the header must be the same there: another one would deceive other programs.
     fits = len(full) <= 99 and full.isascii()
     if fits and full.rstrip('/') != name.rstrip('/'):
         raise refusal(where, name, f'also named {full[:100]!r}')

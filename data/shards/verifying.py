@@ -1,4 +1,4 @@
-"""Checks a split of shards against its manifest and its index, to the last byte, and makes a manifest for others.
+"""Check every byte of a split against its manifest and index, and make a manifest for shards without one.
 
     manifest, faults = verify_shards('/shards/imagenet/train', jobs=16, decode=False)    # tools/pack.py --verify
     for file, what in faults: …
@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from data.classes import name_some
 from data.decode import ImageError, decode_rgb
-from data.places import list_tars, scheme_of
+from data.places import Place, parse_place
 from data.shards.cache import Cache, Files
 from data.shards.dataset import reader
 from data.shards.foreign import NUMBERED, index_shards
@@ -24,59 +24,60 @@ from data.shards.tar import Member, scan_tar
 from utils.errors import UserError
 from utils.parallel import in_processes
 
+# A file of the split, and what is wrong with it.
 Fault = tuple[str, str]
-"""A file of the split, and what is wrong with it."""
 
 
-def verify_shards(where: str, *, jobs: int, decode: bool, patience: float = 300) -> tuple[Manifest | None, list[Fault]]:
-    """Reads all of a split; the manifest (None if it cannot be read itself) and what is wrong, empty if nothing is.
+def verify_shards(place: Place | str, *, jobs: int, decode: bool, patience: float = 300
+                  ) -> tuple[Manifest | None, list[Fault]]:
+    """Read all of a split; return the manifest (None if it is unreadable) and what is wrong.
 
-    Shards are compared with the manifest by bytes and SHA-256, their headers with the index, and class members with
-    its targets.
+    Length and SHA-256 of shards are compared with the manifest, headers and class members with the index.
 
-    where: a folder, or an address, whose shards are fetched one by one for each of `jobs`, never from a cache.
-    decode: every image is decoded too. patience: seconds for which a server may be away.
+    place: a folder, or an address; each of `jobs` fetches shards one by one, never from a cache.
+    decode: also decode every image. patience: seconds for which a server may be away.
     Raises UserError if there is no manifest.
     """
-    if not has_split(where, patience):
-        raise UserError(f'{where}: no {MANIFEST} in it; a packing that was begun ends with one: start the same '
-                        'command again. Shards made elsewhere get one with --index')
+    place = parse_place(place, is_shards=True)
+    if not has_split(place, patience):
+        raise UserError(f'{place}: no {MANIFEST} in it; if a packing was interrupted, start the same command '
+                        'again; for shards made elsewhere, write one with --index')
     try:
-        manifest = Manifest.read(reader(where, patience), where)
+        manifest = Manifest.read(reader(place, patience), str(place))
     except UserError as error:
         return None, [(MANIFEST, str(error))]
     known = {shard.name for shard in manifest.shards}
-    tars = [] if scheme_of(where) else map(os.path.basename, list_tars(where))
+    tars = [os.path.basename(tar.path) for tar in place.tars()]
     faults = [(name, 'is not in the manifest') for name in tars if name not in known]
-    with _opener(where, patience) as opener:
+    with _opener(place, patience) as opener:
         for found in in_processes(_Check(manifest, opener, decode), range(len(manifest.shards)), jobs=jobs,
-                                  total=len(manifest.index), desc=os.path.basename(where)):
+                                  total=len(manifest.index), desc=os.path.basename(place.path)):
             faults += found
     return manifest, sorted(faults)
 
 
-def has_split(where: str, patience: float) -> bool:
-    """Whether a manifest is there."""
-    if not scheme_of(where):
-        return os.path.isfile(os.path.join(where, MANIFEST))
+def has_split(place: Place, patience: float) -> bool:
+    """Return whether a manifest is there."""
+    if not place.is_remote:
+        return os.path.isfile(os.path.join(place.path, MANIFEST))
     try:
-        return bool(reader(where, patience)(MANIFEST))
+        return bool(reader(place, patience)(MANIFEST))
     except NotFoundError:
         return False
 
 
 @contextlib.contextmanager
-def _opener(where: str, patience: float) -> Iterator[Callable]:
-    """What opens a shard, as a context; of a remote split it is on this machine only while it is open."""
-    if not scheme_of(where):
-        yield lambda shard: open(os.path.join(where, shard.name), 'rb')
+def _opener(place: Place, patience: float) -> Iterator[Callable]:
+    """Return a function that opens a shard; a remote shard is on this machine only while it is open."""
+    if not place.is_remote:
+        yield lambda shard: open(os.path.join(place.path, shard.name), 'rb')
         return
     with tempfile.TemporaryDirectory() as folder:
         cache = Cache(folder, max_bytes=float('inf'), patience=patience)
 
         @contextlib.contextmanager
         def fetched(shard: Shard) -> Iterator[BinaryIO]:
-            remote = RemoteFile(f'{where}/{shard.name}', shard.bytes, shard.sha256)
+            remote = RemoteFile(place.join(shard.name), shard.bytes, shard.sha256)
             with cache.open(remote) as file:
                 yield file
             cache.path(remote).unlink()
@@ -101,7 +102,7 @@ class _Check:
                     members = list(scan_tar(file, shard.name))
                 except UserError as error:
                     faults.append(str(error).removeprefix(f'{shard.name} '))
-                    members = []  # what cannot be walked through has been said; the rest would follow from it
+                    members = []  # any other fault would follow from this one
                 if members:
                     faults += self._members(file, {member.name: member for member in members}, samples)
                 if members and self.decode:
@@ -110,7 +111,7 @@ class _Check:
                     tick(len(samples), shard.bytes)
         except OSError as error:
             faults = [f'cannot be read ({error.strerror or error})']
-        except UserError as error:  # a shard that cannot be fetched
+        except UserError as error:  # it cannot be fetched
             faults = [str(error)]
         return [(shard.name, fault) for fault in faults]
 
@@ -120,12 +121,12 @@ class _Check:
             yield f'has {size:,} bytes, in the manifest {shard.bytes:,}'
             return
         file.seek(0)
-        # '' is the sum of a shard that nobody has computed it of.
+        # The checksum of a shard may be unknown, ''.
         if shard.sha256 and hashlib.file_digest(file, 'sha256').hexdigest() != shard.sha256:
             yield 'has another checksum than in the manifest: its content has changed'
 
     def _members(self, file: BinaryIO, members: dict[str, Member], samples: range) -> Iterable[str]:
-        """The shard's members against the index, in words for each kind of difference."""
+        """Yield each kind of difference between the shard's members and the index."""
         index: Index = self.manifest.index
         missing, misplaced, unlabelled, mislabelled = [], [], [], []
         labels = {key_of(name)[0]: member for name, member in members.items() if name.endswith('.cls')}
@@ -139,7 +140,7 @@ class _Check:
                 misplaced.append(name)
             label = labels.get(key_of(name)[0])
             if self.manifest.packing is None:
-                continue  # elsewhere classes are written in other ways
+                continue  # shards made elsewhere may store classes in another way
             if label is None:
                 unlabelled.append(name)
             elif _content(file, label) != b'%d' % index.target[sample]:
@@ -171,21 +172,22 @@ def _content(file: BinaryIO, member: Member) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shards from elsewhere
+# Shards made elsewhere
 
 
-def index_folder(folder: str, *, jobs: int, classes: Sequence[str] | None = None) -> Manifest:
-    """Writes manifest and index of the tar files in `folder`, which are only read.
+def index_folder(place: Place | str, *, jobs: int, classes: Sequence[str] | None = None) -> Manifest:
+    """Write manifest and index of the tar files in the folder `place`, which stay unchanged.
 
-    classes: what the numbers of classes stand for, if they are numbers.
-    Raises UserError for tar files that are refused (`scan_tar`), or if there are none, or a manifest is there, or none
-    can be written.
+    classes: names for numbered classes.
+    Raises UserError for tar files that `scan_tar` refuses, or if there are none, if there is a manifest already, or if
+    none can be written.
     """
-    if os.path.exists(os.path.join(folder, MANIFEST)):
-        raise UserError(f'{folder} has a {MANIFEST} already; remove it first if it is to be made anew')
-    paths = list_tars(folder)
+    place = parse_place(place, is_shards=True)
+    if os.path.exists(os.path.join(place.path, MANIFEST)):
+        raise UserError(f'{place} has a {MANIFEST} already; remove it first if it is to be made anew')
+    paths = [tar.path for tar in place.tars()]
     if not paths:
-        raise UserError(f'{folder}: no .tar files in it; give the folder of the shards themselves')
+        raise UserError(f'{place}: no .tar files in it; give the folder of the shards themselves')
     manifest = index_shards(Files(paths))
     if classes is not None:
         if manifest.source != NUMBERED or len(classes) < len(manifest.classes):
@@ -198,9 +200,9 @@ def index_folder(folder: str, *, jobs: int, classes: Sequence[str] | None = None
     manifest.shards = [replace(shard, name=os.path.basename(paths[number]), sha256=sums[number])
                        for number, shard in enumerate(manifest.shards)]
     try:
-        manifest.write(folder)
+        manifest.write(place.path)
     except OSError as error:
-        raise UserError(f'{folder} cannot be written ({error.strerror or error}); copy the shards to a folder that '
+        raise UserError(f'{place} cannot be written ({error.strerror or error}); copy the shards to a folder that '
                         'can') from None
     return manifest
 

@@ -226,7 +226,7 @@ import json, sys
 import torch
 from torch import nn
 from data.batch import BatchPreparer
-from data.datasets import SyntheticImages
+from data.arrays import SyntheticImages
 from data.loader import create_loader
 from data.samplers import EvalSampler
 from data.transforms import create_eval_transform

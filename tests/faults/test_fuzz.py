@@ -180,9 +180,10 @@ def test_a_mistake_is_one_line_before_the_data_is_scanned(name, place, monkeypat
     def scan(*args):
         raise Scanned
 
-    for function in ('datasets.ImageFolder', 'arrays.open_digits', 'arrays._open_cifar', 'places.require_folder'):
-        if not (name.startswith('validate map') and function == 'places.require_folder'):
-            monkeypatch.setattr(f'data.{function}', scan)
+    for function in ('data.datasets.ImageFolder', 'data.arrays.open_digits', 'data.arrays.open_cifar',
+                     'data.places.require_folder'):
+        if not (name.startswith('validate map') and function == 'data.places.require_folder'):
+            monkeypatch.setattr(function, scan)
     options = SMALL if script == 'validate' else TRAIN
     words = [str(place / 'images'), *options, *words.format(place=place).split()]
     assert said in str(mistake(script, words, monkeypatch, tmp_path))

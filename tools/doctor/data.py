@@ -28,6 +28,7 @@ from data.decode import EXTENSIONS, FORMATS, ImageError, decode_rgb
 from data.folders import ImageFiles
 from data.pipeline import open_evaluation_data, open_training_data
 from data.places import EVAL_SPLITS
+from options.datasets import DATASETS
 from tools.doctor.findings import LOOK, OK, STOP, Finding, name_up_to, plural, sentence
 from utils.console import progress_bar
 from utils.errors import UserError
@@ -92,7 +93,7 @@ def split_folders(args) -> tuple[str, str | None] | None:
     """The folders of the training and the evaluation split; None where the data set is not one of image folders."""
     root = os.path.expanduser(args.data or '')
     train = os.path.join(root, args.train_split)
-    if not root or not os.path.isdir(train) or args.dataset in ('digits', 'synthetic'):
+    if not root or not os.path.isdir(train) or DATASETS[args.dataset].folder == '':
         return None
     if not any(entry.is_dir() for entry in os.scandir(train)):  # it is one of shards
         return None
