@@ -1,4 +1,4 @@
-"""The epoch loop, of train.py and transfer.py alike: train, evaluate, log, save, until the last epoch is done."""
+"""The epoch loop of train.py and transfer.py: train, evaluate, log and save until the last epoch is done."""
 import contextlib
 import inspect
 import logging
@@ -28,20 +28,21 @@ from utils.runtime import Precision
 
 _logger = logging.getLogger(__name__)
 
-SETTINGS_OF_DDP = inspect.signature(DistributedDataParallel).parameters
-FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes, of DistributedDataParallel unless told otherwise
+DDP_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+# Default sizes of DDP's first bucket and its others, in bytes.
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 
 
 def wrap_model(model: nn.Module, world: World) -> nn.Module:
-    """`model` for the training call: DDP where there are several ranks."""
+    """Return `model` as training calls it: wrapped in DDP if there are several ranks."""
     if world.size == 1:
         return model
     device_ids = [world.device] if world.device.type == 'cuda' else None
     _, size = bucket_sizes(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
-    # The gradients of a bucket are copied into it in two launches; older versions of torch take one for each.
-    batched: dict[str, Any] = {'batched_grad_copy': True} if 'batched_grad_copy' in SETTINGS_OF_DDP else {}
-    # Nothing is broadcast now: weights are equal since create_state, and ranks may resume with statistics of their own.
-    # Nor are buffers in each step: constants need none, and _share_buffers shares statistics at the end of an epoch.
+    # Copies all gradients into their bucket in two launches. Older versions of torch copy them one by one.
+    batched: dict[str, Any] = {'batched_grad_copy': True} if 'batched_grad_copy' in DDP_PARAMETERS else {}
+    # No initial broadcast: weights are equal since create_state, and ranks may resume with statistics of their own.
+    # No broadcast of buffers in each step either: _share_buffers shares statistics at the end of an epoch.
     wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False,
                                       bucket_cap_mb=None if size == BUCKET else size / 2**20, **batched)
     wrapped.broadcast_buffers = False
@@ -50,10 +51,10 @@ def wrap_model(model: nn.Module, world: World) -> nn.Module:
 
 
 def bucket_sizes(gradients: float) -> tuple[float, float]:
-    """Bytes of DDP's first bucket and of its others, for so many bytes of gradients: DDP's own sizes for most models.
+    """Return the bytes of DDP's first bucket and of its others, for so many bytes of gradients.
 
-    The last bucket is summed after the backward pass. A small model would fit into it almost whole, so its gradients
-    are split into up to eight. None is smaller than DDP's own first bucket, since torch.compile refuses that.
+    The last bucket is summed after the backward pass. A small model would almost fit into it, so its gradients are
+    split into up to eight. No bucket is smaller than DDP's default first one, since torch.compile refuses that.
     """
     if gradients >= 3 * BUCKET:
         return FIRST_BUCKET, BUCKET
@@ -62,12 +63,10 @@ def bucket_sizes(gradients: float) -> tuple[float, float]:
 
 
 def _settle_buckets(wrapped: DistributedDataParallel) -> None:
-    """Gives DDP the buckets of all steps before the first one, in the order in which a backward pass fills them.
+    """Make DDP arrange its buckets before the first step, by a backward pass of zeros from the last parameter on.
 
-    DDP starts with one bucket, and makes more after its first step, in the order in which that step's gradients came.
-    With three or more ranks, rounding depends on where a gradient lies in its bucket. If buckets changed after the
-    first step, a resumed run would differ. So DDP sees a backward pass of zeros first, from the last parameter to the
-    first.
+    DDP starts with one bucket, and splits it after its first step in the order of that step's gradients. With three or
+    more ranks, rounding depends on the place of a gradient in its bucket. So a resumed run would differ.
     """
     wrapped.reducer.prepare_for_backward([])
     for parameter in reversed([parameter for parameter in wrapped.module.parameters() if parameter.requires_grad]):
@@ -211,7 +210,7 @@ class Trainer:
         return max(group['lr'] for group in self.state.optimizer.param_groups)
 
     def _share_buffers(self) -> None:
-        """Makes the buffers of all ranks those that are saved: batch norms have seen other images on every rank."""
+        """Give all ranks the buffers that are saved, since batch norms have seen other images on every rank."""
         state = self.state
         for model in [state.model] + ([state.ema.module] if state.ema and not self.args.model_ema_force_cpu else []):
             if self.args.dist_bn == 'reduce' and state.world.size > 1:
@@ -219,16 +218,16 @@ class Trainer:
             broadcast_from_main(model.buffers())
 
     def _evaluate(self) -> tuple[dict, dict[str, MostConfidentErrors]]:
-        """Results of the weights, and of their average under `ema_…`, where one is on the same device; and the errors.
+        """Return the results of the weights, of their average (`ema_…`) if it is on the same device, and the errors.
 
-        Of errors there are those of rank 0, if it has where to show them.
+        Errors are collected on rank 0 only, and only if the log shows them.
         """
         state, args = self.state, self.args
         models = {'weights': state.model}
         if state.ema and not args.model_ema_force_cpu:
             models['averaged weights'] = state.ema.module
         errors = {whose: MostConfidentErrors() for whose in models} if self.log.wants(WRONG_PREDICTIONS) else {}
-        # Eager: the numbers are those that validate.py gives, and no second graph has to be compiled for them.
+        # Eager: the same numbers as validate.py's, without compiling a second graph.
         found = {whose: evaluate(model, self.loaders.val_loader, self.loaders.prepare_val, precision=self.precision,
                                  log_interval=args.log_interval, errors=errors.get(whose), eager=True,
                                  name='Test' if whose == 'weights' else 'Test (EMA)').as_dict()
@@ -253,7 +252,7 @@ class Trainer:
         return name if len(name) <= length else f'{name[:length - 1]}…'
 
     def _note_metric(self, results: dict) -> bool:
-        """Records the metric that decides, of the average where it is evaluated; True where it is the best so far."""
+        """Record the --eval-metric, of the average if there is one; tell whether it is the best so far."""
         state, name = self.state, self.args.eval_metric
         metric = state.metric = results.get(f'ema_{name}', results[name])
         sign = -1 if name == 'loss' else 1
@@ -266,20 +265,19 @@ class Trainer:
     def _save(self, *, is_best: bool = False, must_succeed: bool = False) -> None:
         self._step.sync_skipped_steps()
         self._check_weights()
-        content = self.state.state_dict()  # every rank has a part in it
-        # No rank may say that the state is saved where rank 0 could not.
+        content = self.state.state_dict()  # every rank contributes
+        # No rank may report a saved state that rank 0 could not write.
         with raise_on_all_ranks() if must_succeed else contextlib.nullcontext():
             if self.writer:
-                self.log.sync()  # a line is on the disk before the checkpoint that it led to
+                self.log.sync()  # records reach the disk before their checkpoint
                 self.writer.save(content, self.state.global_step, is_best=is_best, must_succeed=must_succeed)
 
     def _check_weights(self) -> None:
-        """Raises NotFiniteError on all ranks where a weight of one is not finite: such a state is never saved."""
+        """Raise NotFiniteError on all ranks if any weight of any rank is not finite: such a state is never saved."""
         state = self.state
         models = [state.model] + ([state.ema.module] if state.ema else [])
         bad = sum(~tensor.isfinite().all().to(state.world.device) for model in models
                   for tensor in model.state_dict().values() if tensor.is_floating_point())
         if sum_over_ranks(bad.double()).item():
             raise NotFiniteError(
-                f'a weight is not finite at epoch {state.epoch}, step {state.step}; nothing was saved since it was '
-                f'finite. {ADVICE}')
+                f'a weight is not finite at epoch {state.epoch}, step {state.step}; this state was not saved. {ADVICE}')

@@ -1,4 +1,4 @@
-"""One run from its options: the state it starts with, and the way from there to its last epoch."""
+"""One run from its options: its initial state, and its training to the last epoch."""
 import logging
 from pathlib import Path
 
@@ -23,18 +23,19 @@ from utils.runtime import Precision, describe_environment, move_model
 _logger = logging.getLogger(__name__)
 
 # Options that may differ between a run and its continuation without changing what is computed.
-RESUME_SAFE_OPTIONS = {'data', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download',
-            'checkpoint_steps', 'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier',
-            'max_bad_images', 'max_bad_val_images', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'timeout'}
+RESUME_SAFE_OPTIONS = {
+    'data', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download', 'checkpoint_steps',
+    'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier', 'max_bad_images',
+    'max_bad_val_images', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'timeout'}
 
 
 def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str],
                  world: World) -> TrainState:
-    """The state of a new run, on its device; the average starts as a copy of the weights."""
+    """Create the state of a new run on its device. The average starts as a copy of the weights."""
     if args.sync_bn and world.size > 1:
-        model = convert_sync_batchnorm(model)  # timm's, for torch's own drops the activations within timm's norms
+        model = convert_sync_batchnorm(model)  # timm's, since torch's drops the activations in timm's norms
     move_model(model, world.device, channels_last=args.channels_last)
-    # Ranks draw different numbers, initial weights too. DDP would set that right in the model, but not in the average.
+    # Ranks draw different initial weights. DDP would equalise the model, but not the average.
     broadcast_from_main(model.state_dict().values())
     ema = None
     if args.model_ema:
@@ -121,11 +122,11 @@ def _go_to_start(args, state: TrainState, checkpoint: Path | None, steps_per_epo
 
 
 def _report_differences(before: dict, now: dict) -> None:
-    # Options that earlier versions did not have, as they would have had them.
+    # Options that earlier versions lacked, with the values that describe what they did.
     before = {'compile': '', 'global_batch_size': None, 'fast_transform': False, 'fast_eval': False} | before
-    # Of a step of as many images, its parts are a matter of how many processes there are.
+    # With --global-batch-size, the parts of a step follow from the number of processes.
     parts = {'batch_size', 'accum_steps'} if now['global_batch_size'] else set()
     changed = [f'{k} {before.get(k)!r} → {now.get(k)!r}' for k in sorted(before.keys() | now.keys())
                if before.get(k) != now.get(k) and k not in RESUME_SAFE_OPTIONS | parts]
     if changed:
-        _logger.warning('resumed with other options than the run began with: %s', ', '.join(changed))
+        _logger.warning('resumed with options that differ from those of the checkpoint: %s', ', '.join(changed))
