@@ -199,15 +199,9 @@ def set_aside_later(folder: Path, global_step: int) -> None:
                         aside.name)
 
 
-def remove_aside(folder: Path) -> None:
-    """Remove the checkpoints that were set aside, once the resumed run has enough checkpoints of its own."""
-    for path in folder.glob(NUMBERED + ASIDE):
-        path.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed save left. No other save may be under way."""
-    for path in folder.glob(TEMPORARY):
+def remove_all(folder: Path, pattern: str) -> None:
+    """Remove the files of a pattern: TEMPORARY, which a killed save leaves, or NUMBERED + ASIDE."""
+    for path in folder.glob(pattern):
         path.unlink(missing_ok=True)
 
 

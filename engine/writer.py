@@ -3,7 +3,6 @@ import copy
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -11,12 +10,6 @@ from engine import checkpoint
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
-
-
-class _Save(NamedTuple):
-    content: dict
-    global_step: int
-    is_best: bool
 
 
 class CheckpointWriter:
@@ -34,10 +27,10 @@ class CheckpointWriter:
         # One thread for all saves: a thread that ends while a loader forks can deadlock the new process.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix='checkpoint')
         self._running: Future | None = None
-        self._pending: _Save | None = None  # the save under way, or the last one if it failed
-        self._error: Exception | None = None
+        self._pending: dict | None = None  # the last save if it failed, with its error
+        self._error: OSError | None = None
         self._saved = 0
-        checkpoint.remove_leftovers(folder)
+        checkpoint.remove_all(folder, checkpoint.TEMPORARY)
         if resumed and resumed.resolve().parent == folder.resolve():
             checkpoint.go_on_from(resumed, folder)
 
@@ -52,9 +45,9 @@ class CheckpointWriter:
             UserError: must_succeed, and it could not be written.
         """
         self.wait()
-        if self._pending and self._pending.is_best:
+        if self._pending and self._pending['is_best']:
             self._write(self._pending)  # the best is not in any file yet
-        save = self._pending = _Save(self._snapshot.take(content), global_step, is_best)
+        save = {'content': self._snapshot.take(content), 'global_step': global_step, 'is_best': is_best}
         self._running = self._executor.submit(self._write, save)
         if must_succeed:
             self.close()
@@ -68,41 +61,33 @@ class CheckpointWriter:
         self.wait()
         if self._pending:
             self._write(self._pending, warn=False)
-            self._raise_unexpected()
         if self._pending:
             raise UserError(f'{self._describe(self._pending)}; make room or name another --output, then --resume auto '
                             'continues from the previous checkpoint')
 
     def wait(self) -> None:
-        """Return when the current save has ended, with or without a warning."""
-        if self._running:
-            self._running.result()
-            self._running = None
-        self._raise_unexpected()
+        """Return when the current save has ended, with or without a warning; raise its error if it is a bug."""
+        running, self._running = self._running, None
+        if running:
+            running.result()
 
-    def _raise_unexpected(self) -> None:
-        """Raise any error that does not come from the disk: it is a bug."""
-        if self._error and not isinstance(self._error, OSError):
-            error, self._error, self._pending = self._error, None, None
-            raise error
-
-    def _write(self, save: _Save, warn: bool = True) -> None:
+    def _write(self, save: dict, warn: bool = True) -> None:
+        self._pending = self._error = None
         try:
-            checkpoint.save_checkpoint(save.content, self.folder, global_step=save.global_step, keep=self.keep,
-                                       is_best=save.is_best)
-        except Exception as error:
-            self._error = error
-            if warn and isinstance(error, OSError):
+            checkpoint.save_checkpoint(folder=self.folder, keep=self.keep, **save)
+        except OSError as error:
+            self._pending, self._error = save, error
+            if warn:
                 _logger.warning('%s; training goes on, and the next save tries again', self._describe(save))
             return
-        self._pending = self._error = None
         self._saved += 1
+        # The resumed run now has enough checkpoints of its own.
         if self._saved == max(self.keep, checkpoint.KEEP_AT_LEAST):
-            checkpoint.remove_aside(self.folder)
+            checkpoint.remove_all(self.folder, checkpoint.NUMBERED + checkpoint.ASIDE)
 
-    def _describe(self, save: _Save) -> str:
-        path, error = checkpoint.checkpoint_path(self.folder, save.global_step), self._error
-        return f'{path} could not be saved ({isinstance(error, OSError) and error.strerror or error})'
+    def _describe(self, save: dict) -> str:
+        path = checkpoint.checkpoint_path(self.folder, save['global_step'])
+        return f'{path} could not be saved ({getattr(self._error, "strerror", None) or self._error})'
 
 
 class _Snapshot:
