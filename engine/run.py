@@ -83,7 +83,9 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
     writer = CheckpointWriter(folder, keep=args.checkpoint_hist, resumed=checkpoint) if world.is_main else None
     signals.install()
     _logger.info('run folder: %s', folder)
-    environment = {**describe_environment(world.device), 'processes': world.size, 'precision': str(precision)}
+    environment = {'processes': world.size, 'precision': str(precision)}
+    if world.is_main:
+        environment = describe_environment(world.device) | environment
     log = RunLog(folder if world.is_main else None, options=state.options, environment=environment,
                  global_step=state.global_step, images_seen=state.images_seen, epoch=state.epoch)
     try:

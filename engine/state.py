@@ -1,5 +1,6 @@
 """TrainState: everything that a resumed run needs."""
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,50 +24,35 @@ PLAIN = ('epoch', 'step', 'global_step', 'metric', 'best_metric', 'best_epoch', 
 SUMS = ('loss_sums', 'window_sums', 'bad_images')
 
 
+@dataclass(kw_only=True, eq=False)
 class TrainState:
-    """Everything that training changes, and the point it has reached.
+    """Everything that training changes, and the point it has reached."""
+    arch: str  # the model's name
+    model: nn.Module  # the raw model, never a DDP or compiled wrapper
+    optimizer: torch.optim.Optimizer  # the learning rate is a function of the epoch and the options
+    scaler: torch.amp.GradScaler
+    ema: ModelEma | None  # the average of all parameters and buffers
+    options: dict
+    classes: list[str]  # their names
+    world: World
+    order: str = ''  # what determines the order of images beside the options (see TrainSampler); '' if unknown
+    epoch: int = 0  # the current one
+    step: int = 0  # optimizer steps taken in the epoch
+    global_step: int = 0  # optimizer steps taken in the run
+    images_seen: int = 0  # in the batches of these steps, of all ranks
+    # Steps whose gradient was not finite, in the run and since the last good one, as TrainingStep counts them.
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    metric: float | None = None  # of the last evaluation
+    best_metric: float | None = None
+    best_epoch: int | None = None
 
-    Attributes:
-        model: the raw model, never a DDP or compiled wrapper.
-        optimizer, scaler: torch's. The learning rate is a function of the epoch and the options.
-        ema: the average of all parameters and buffers, or None.
-        epoch: the current epoch, from 0.
-        step, global_step: optimizer steps taken in the epoch and in the run.
-        images_seen: images in the batches of these steps, of all ranks.
-        loss_sums: float64 [2], this rank's sum of losses and number of images in the epoch so far.
-        window_sums: the same at the last log line, so that an interruption does not change the next one.
-        bad_images: float64 [1], images of the epoch so far that this rank could not decode and replaced.
-        skipped_steps, skipped_in_a_row: steps whose gradient was not finite, in the run and since the last good one,
-            as TrainingStep.sync_skipped_steps counts them.
-        best_metric, best_epoch: of the best checkpoint, or None.
-        metric: of the last evaluation, or None.
-        arch, options, classes: the model's name, the options as a plain dict, the names of the classes.
-        order: what determines the order of images beside the options (see TrainSampler); '' if unknown.
-    """
-
-    def __init__(self, *, arch: str, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                 ema: ModelEma | None, options: dict, classes: list[str], world: World):
-        self.arch = arch
-        self.model = model
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.ema = ema
-        self.options = options
-        self.classes = classes
-        self.order = ''
-        self.world = world
-        self.epoch = 0
-        self.step = 0
-        self.global_step = 0
-        self.images_seen = 0
-        self.loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    def __post_init__(self):
+        # Of this rank in the epoch so far: sum of losses and number of images; images that could not be decoded.
+        self.loss_sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        self.bad_images = torch.zeros(1, dtype=torch.float64, device=self.world.device)
+        # The same sums at the last log line, so that an interruption does not change the next one.
         self.window_sums = self.loss_sums.clone()
-        self.bad_images = torch.zeros(1, dtype=torch.float64, device=world.device)
-        self.skipped_steps = 0
-        self.skipped_in_a_row = 0
-        self.metric: float | None = None
-        self.best_metric: float | None = None
-        self.best_epoch: int | None = None
 
     def count_step(self) -> None:
         """Count an optimizer step that was taken or skipped."""
@@ -115,9 +101,7 @@ class TrainState:
         """Return the running statistics that differ between ranks until --dist-bn reduce averages them."""
         if self.options.get('dist_bn') != 'reduce' or self.world.size == 1:
             return []
-        models = [self.model] + ([self.ema.module] if self.ema else [])
-        return [buffer for model in models for module in model.modules()
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) for buffer in module.buffers()]
+        return batch_norm_buffers(self.model) + (batch_norm_buffers(self.ema.module) if self.ema else [])
 
     def load_state_dict(self, state: dict[str, Any], *, source, with_optimizer: bool = True) -> None:
         """Restore everything, or raise and change nothing.
@@ -223,6 +207,11 @@ class TrainState:
             raise UserError(f'{source}: other sizes than this run: {"; ".join(different[:3])}{more}; give the '
                             '--num-classes, --img-size and --model-kwargs of the checkpoint, or start a new run with '
                             '--initial-checkpoint')
+
+
+def batch_norm_buffers(model: nn.Module) -> list[torch.Tensor]:
+    return [buffer for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for buffer in module.buffers()]
 
 
 def _images_per_step(options: dict, processes: int) -> int:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.optimizer import FUSED
-from engine.state import TrainState
+from engine.state import TrainState, batch_norm_buffers
 from utils.distributed import note_progress
 from utils.errors import NotFiniteError
 from utils.faults import fault_point
@@ -148,8 +148,7 @@ class _Statistics:
     """
 
     def __init__(self, model: nn.Module):
-        buffers = [buffer for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-                   for buffer in module.buffers()]
+        buffers = batch_norm_buffers(model)
         self._groups = []
         for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
             alike = [buffer for buffer in buffers if buffer.dtype == dtype]
