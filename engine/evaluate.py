@@ -77,7 +77,6 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
 
     Args:
         prepare: (uint8 images [B, C, H, W], targets [B]) → (normalised images, targets) on the device.
-        precision: utils.runtime.Precision, whose autocast the forward pass runs under.
         errors: collects the wrong predictions of this rank.
         eager: run `model` uncompiled, even if it is compiled.
     Raises:

@@ -78,7 +78,6 @@ class Trainer:
     """Takes a TrainState from where it stands to the end of its schedule.
 
     Args:
-        state: what is trained; changed in place.
         model: `state.model` as training calls it (see wrap_model).
         loaders: train_loader and val_loader of this rank; prepare_train and prepare_val, which bring their batches to
             the device; class_names, for people.
@@ -222,16 +221,16 @@ class Trainer:
 
         Errors are collected on rank 0 only, and only if the log shows them.
         """
-        state, args = self.state, self.args
+        state, args, loaders = self.state, self.args, self.loaders
         models = {'weights': state.model}
         if state.ema and not args.model_ema_force_cpu:
             models['averaged weights'] = state.ema.module
-        errors = {whose: MostConfidentErrors() for whose in models} if self.log.wants(WRONG_PREDICTIONS) else {}
+        errors = {name: MostConfidentErrors() for name in models} if self.log.wants(WRONG_PREDICTIONS) else {}
         # Eager: the same numbers as validate.py's, without compiling a second graph.
-        found = {whose: evaluate(model, self.loaders.val_loader, self.loaders.prepare_val, precision=self.precision,
-                                 log_interval=args.log_interval, errors=errors.get(whose), eager=True,
-                                 name='Test' if whose == 'weights' else 'Test (EMA)').as_dict()
-                 for whose, model in models.items()}
+        found = {name: evaluate(model, loaders.val_loader, loaders.prepare_val, precision=self.precision,
+                                log_interval=args.log_interval, errors=errors.get(name), eager=True,
+                                name='Test' if name == 'weights' else 'Test (EMA)').as_dict()
+                 for name, model in models.items()}
         results = found['weights']
         if of_ema := found.get('averaged weights'):
             results |= {f'ema_{name}': of_ema[name] for name in ('loss', 'top1', 'top5')}
@@ -239,10 +238,10 @@ class Trainer:
 
     def _show_errors(self, errors: dict[str, MostConfidentErrors]) -> None:
         sheets: dict[str, tuple[torch.Tensor, Sequence[str]]] = {}
-        for whose, kept in errors.items():
+        for name, kept in errors.items():
             if fetched := kept.fetch():
                 images, *others = fetched
-                sheets[whose] = self.loaders.prepare_val.denormalize(images), [
+                sheets[name] = self.loaders.prepare_val.denormalize(images), [
                     f'{self._short_name(target)}\n→ {self._short_name(guess)}, {probability:.1%}'
                     for target, guess, probability in zip(*(other.tolist() for other in others), strict=True)]
         self.log.wrong_predictions(sheets, self.state.epoch)

@@ -27,8 +27,7 @@ def predict(model, loader, prepare, *, precision, k: int = 5, log_interval: int 
     Args:
         loader: gives (images, indices) of a `data.Numbered` data set.
         prepare: (uint8 images [B, C, H, W], indices [B]) → (normalised images, indices) on the device.
-        precision: utils.runtime.Precision, whose autocast the forward pass runs under.
-        k: number of classes, at most the model's.
+        k: number of classes; a model with fewer gives all of them.
     """
     was_training = model.training
     model.eval()

@@ -34,11 +34,9 @@ class TrainingStep:
     the optimizer has no fused form in torch (see create_optimizer), the host waits for the answer in every step.
 
     Args:
-        state: what is trained; changed in place.
         model: `state.model` as training calls it (see wrap_model).
         prepare: (images, targets) from the loader → the same on the device, as the model takes them.
         loss: (logits, targets) → scalar.
-        precision: its autocast surrounds the forward pass.
         args: accum_steps, clip_grad, max_skipped_steps.
     Attributes:
         gradient_norm: of the last step, before clipping; float32 [] on the device.

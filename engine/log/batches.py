@@ -6,7 +6,7 @@ from utils.faults import fault_point
 class SavedBatches(Sink):
     name, option, kinds = 'images', 'save_images', (SAVED_BATCH,)
 
-    def image(self, kind: str, name: str, pixels, point: int) -> None:
+    def image(self, name: str, pixels, point: int) -> None:
         from torchvision.utils import save_image
         fault_point('log.images')
         save_image(pixels, self.run.folder / f'{name}-{point:08d}.png')

@@ -90,28 +90,28 @@ class RunLog:
     def first_batch(self, images: torch.Tensor, images_seen: int) -> None:
         """Show up to 16 images of an epoch's first batch, float [B, C, H, W] in 0…1."""
         if self.wants(FIRST_BATCH):
-            self._show(FIRST_BATCH, FIRST_BATCH, _grid(_shrink(images[:IMAGES_SHOWN].float())), images_seen)
+            self._call('image', FIRST_BATCH, FIRST_BATCH, _grid(_shrink(images[:IMAGES_SHOWN].float())), images_seen)
 
     def save_batch(self, images: torch.Tensor, global_step: int) -> None:
         """Save up to 16 images, float [B, C, H, W] in 0…1, as a file."""
         if self.wants(SAVED_BATCH):
-            self._show(SAVED_BATCH, SAVED_BATCH, _grid(images[:IMAGES_SHOWN].float()), global_step)
+            self._call('image', SAVED_BATCH, SAVED_BATCH, _grid(images[:IMAGES_SHOWN].float()), global_step)
 
     def wrong_predictions(self, of: dict[str, tuple[torch.Tensor, Sequence[str]]], epoch: int) -> None:
-        """Show images that were taken for something else: {whose: ([n, 3, H, W] in 0…1, n captions)}.
+        """Show wrong predictions of each model: {its name: (images [n, 3, H, W] in 0…1, n captions)}.
 
         Drawing them takes longer than some epochs. A process draws its first and last epoch, and between them those
         that end long enough after the previous drawing.
         """
         if not self.wants(WRONG_PREDICTIONS) or not of:
             return
-        self._pending = {whose: (_shrink(images).cpu(), captions) for whose, (images, captions) in of.items()}, epoch
+        self._pending = {model: (_shrink(images).cpu(), captions) for model, (images, captions) in of.items()}, epoch
         if time.monotonic() - self._drawn_at > SECONDS_BETWEEN_DRAWINGS:
             self._show_pending()
 
     def sync(self) -> None:
         """Return when the records are on the disk, or a warning says that they are not."""
-        self._call('flush')
+        self._call('flush', None)
 
     def finish(self) -> None:
         """Note that the run has reached the end of its schedule."""
@@ -119,23 +119,19 @@ class RunLog:
 
     def close(self) -> None:
         self._show_pending()
-        self._call('close', self._finished)
+        self._call('close', None, self._finished)
 
     def _record(self, record: dict, now: dict) -> None:
         if self._sinks:
             self._records.append(record)
-            self._call('record', {**record, **now}, kind=record['kind'])
-
-    def _show(self, kind: str, name: str, pixels, point: int) -> None:
-        """Pass a sheet on to every sink that takes this kind: pixels [3, H, W], uint8 or float in 0…1."""
-        self._call('image', kind, name, pixels, point, kind=kind)
+            self._call('record', record['kind'], {**record, **now})
 
     def _show_pending(self) -> None:
         if not self._pending or not self.wants(WRONG_PREDICTIONS):
             return
         (sheets, epoch), self._pending = self._pending, None
-        for whose, (images, captions) in sheets.items():
-            self._attempt(WRONG_PREDICTIONS, self._draw, f'{WRONG_PREDICTIONS} of the {whose}', images, captions, epoch)
+        for model, (images, captions) in sheets.items():
+            self._attempt(WRONG_PREDICTIONS, self._draw, f'{WRONG_PREDICTIONS} of the {model}', images, captions, epoch)
         self._drawn_at = time.monotonic()
 
     def _draw(self, name: str, images: torch.Tensor, captions: Sequence[str], epoch: int) -> None:
@@ -144,18 +140,18 @@ class RunLog:
         figure = image_sheet(list(images.permute(0, 2, 3, 1).numpy()), captions, columns=2).figure
         width, height = figure.get_size_inches()
         figure.set_size_inches(0.8 * width, 0.8 * height)
-        self._show(WRONG_PREDICTIONS, name, to_array(figure).transpose(2, 0, 1), epoch)
+        self._call('image', WRONG_PREDICTIONS, name, to_array(figure).transpose(2, 0, 1), epoch)
 
     def _note_start(self, entry: dict) -> None:
         fault_point('log.environment')
         starts = [*read_environment(self._folder), {'time': datetime.now(UTC).isoformat(timespec='seconds'), **entry}]
         write_whole(self._folder / ENVIRONMENT, json.dumps(starts, indent=2) + '\n')
 
-    def _call(self, method: str, *args, kind: str = '') -> None:
+    def _call(self, method: str, kind: str | None, *args) -> None:
         """Call a method of every sink that has it and takes this kind; drop a fragile sink that fails."""
         for sink in list(self._sinks):
             action = getattr(sink, method, None)
-            if action and (not kind or kind in sink.kinds):
+            if action and (kind is None or kind in sink.kinds):
                 succeeded = self._attempt(sink.name, action, *args)
                 if sink.is_fragile and not succeeded:
                     self._sinks.remove(sink)

@@ -27,11 +27,11 @@ class Run:
 class Sink:
     """Base class of all sinks. The constructor opens the sink; a subclass has those of these methods that it needs:
 
-        record(record)                    numbers by name; record['kind'] is TRAIN (a log line) or EPOCH (its results)
-        image(kind, name, pixels, point)  pixels [3, H, W], uint8 or float in 0…1; `point` counts images seen for
-                                          FIRST_BATCH, optimizer steps for SAVED_BATCH, epochs for WRONG_PREDICTIONS
-        flush()                           returns when everything so far is on the disk
-        close(finished)                   the process is about to end; `finished`: the schedule is complete
+        record(record)              numbers by name; record['kind'] is TRAIN (a log line) or EPOCH (its results)
+        image(name, pixels, point)  pixels [3, H, W], uint8 or float in 0…1; `name` begins with the kind; `point` counts
+                                    images seen of FIRST_BATCH, steps of SAVED_BATCH, epochs of WRONG_PREDICTIONS
+        flush()                     returns when everything so far is on the disk
+        close(finished)             the process is about to end; `finished`: the schedule is complete
 
     All of them raise what goes wrong. `RunLog` turns it into one warning, and training goes on.
 

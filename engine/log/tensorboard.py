@@ -65,9 +65,9 @@ class TensorBoard(Sink):
             elif name not in ('epoch', 'images_seen'):
                 self._add(self._by_epoch, f'{RUN_BY_EPOCH}/{name}', value, record['epoch'] + 1)
 
-    def image(self, kind: str, name: str, pixels, point: int) -> None:
+    def image(self, name: str, pixels, point: int) -> None:
         fault_point('log.board')
-        if kind == FIRST_BATCH:
+        if name == FIRST_BATCH:
             self._by_images.add_image(f'{TRAINING}/{name}', pixels, point)
         else:
             self._by_epoch.add_image(f'{EVALUATION_BY_EPOCH}/{name}', pixels, point + 1)
