@@ -1,4 +1,4 @@
-"""Trains a T2T-ViT, or any model of timm, on a folder of images.
+"""Train a T2T-ViT, or any model of timm, on a folder of images.
 
     ./distributed_train.sh 8 /data/imagenet --model t2t_vit_14 -b 64 --lr 5e-4 --weight-decay .05 --amp --img-size 224
     ./distributed_train.sh 8 /data/imagenet -c configs/t2t_vit_14.yaml
@@ -17,7 +17,7 @@ def main():
     # --- Options ------------------------------------------------------------------------------------------------------
     args = parse_options(train_parser())
 
-    # Whatever imports torch takes seconds: --help and a misspelled option have been answered before.
+    # Importing torch takes seconds; --help and a misspelled option do not wait for it.
     from data.pipeline import check_training_input, create_training_input, open_training_data
     from engine.checks import check_run_options
     from engine.optimizer import create_optimizer, param_groups
@@ -26,28 +26,28 @@ def main():
     from utils.distributed import destroy_process_group
     from utils.runtime import start
 
-    # --- Runtime: this process among its peers, its seed, its precision -----------------------------------------------
+    # --- Runtime: process group, seed, precision ----------------------------------------------------------------------
     world, precision = start(args)
     args = share_global_batch(args, world.size)
-    # What is wrong with the options should not wait for the data to be scanned.
+    # Mistakes in the options are reported before the data is scanned.
     resolve_name(args.model)
     check_training_input(args)
     check_run_options(args, world, kind='train')
 
-    # --- Data: the training split's classes rule ----------------------------------------------------------------------
+    # --- Data: the classes of the training split count ----------------------------------------------------------------
     train_set, val_set = open_training_data(args, world)
 
-    # --- Model, with weights where some are given ---------------------------------------------------------------------
+    # --- Model, with weights if the options name some -----------------------------------------------------------------
     model = create_model_from_options(args, num_classes=resolve_num_classes(args, train_set.classes))
 
-    # --- Batches as this model wants them -----------------------------------------------------------------------------
+    # --- Loaders for the model's input size and statistics ------------------------------------------------------------
     loaders = create_training_input(args, train_set, val_set, model.pretrained_cfg, model.num_classes, world)
 
-    # --- Optimizer, and all that is state -----------------------------------------------------------------------------
+    # --- Optimizer and state ------------------------------------------------------------------------------------------
     optimizer = create_optimizer(param_groups(model, args.weight_decay), args)
     state = create_state(args, model, optimizer, precision, train_set.classes, world)
 
-    # --- Resume, then the epochs --------------------------------------------------------------------------------------
+    # --- Resume and train ---------------------------------------------------------------------------------------------
     run_training(args, state, loaders, precision, kind='train')
     destroy_process_group()
 

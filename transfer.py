@@ -1,12 +1,12 @@
-"""Transfers a trained model to another data set: its weights, a new classifier, a learning rate for each of the two.
+"""Transfer a trained model to another data set, with a new classifier and a learning rate for each of the two.
 
     python transfer.py --dataset cifar10 --model t2t_vit_19 --lr 0.05 --b 64 --num-classes 10 --img-size 224 \
         --transfer-learning True --transfer-model path/to/checkpoint
     python transfer.py /data/flowers --model t2t_vit_14 --transfer-learning True --transfer-model path/to/checkpoint
 
-The classifier learns at --lr, everything else at --transfer-ratio of it, at every epoch. Without --transfer-learning
-the model trains from random weights, all of it at --lr. CIFAR is fetched into ./data_cifar where no DIR is given. The
-defaults are the published recipe, but that biases and norms do not decay.
+The classifier learns at --lr, everything else at --transfer-ratio times --lr, in every epoch. Without
+--transfer-learning the whole model trains from random weights at --lr. CIFAR is downloaded into ./data_cifar unless a
+folder is given. The defaults are the published recipe, except that biases and norms do not decay.
 """
 from options.checks import resolve_num_classes, share_global_batch
 from options.parser import parse_options
@@ -32,19 +32,19 @@ def main():
     from utils.distributed import destroy_process_group
     from utils.runtime import start
 
-    if args.pixel_stats == 'cifar':  # as options, so that the checkpoint records what its pixels were
+    if args.pixel_stats == 'cifar':  # as options, which the checkpoint records
         args = args.replacing(**{name: getattr(args, name) or list(value) for name, value in CIFAR_STATS.items()})
 
     # --- Runtime, data ------------------------------------------------------------------------------------------------
     world, precision = start(args)
     args = share_global_batch(args, world.size)
-    # What is wrong with the options should not wait for the data to be scanned.
+    # Mistakes in the options are reported before the data is scanned.
     resolve_name(args.model)
     check_training_input(args)
     check_run_options(args, world, kind='transfer')
     train_set, val_set = open_training_data(args, world)
 
-    # --- Model: weights of the source, a classifier for the target ----------------------------------------------------
+    # --- Model: weights of the source, a new classifier for the target ------------------------------------------------
     num_classes = resolve_num_classes(args, train_set.classes)
     model = create_model_from_options(args, num_classes=num_classes, transfer_from=args.transfer_model)
     loaders = create_training_input(args, train_set, val_set, model.pretrained_cfg, num_classes, world)
@@ -54,7 +54,7 @@ def main():
     optimizer = create_optimizer(param_groups(model, args.weight_decay, body_lr_scale), args)
     state = create_state(args, model, optimizer, precision, train_set.classes, world)
 
-    # --- Resume, then the epochs --------------------------------------------------------------------------------------
+    # --- Resume and train ---------------------------------------------------------------------------------------------
     run_training(args, state, loaders, precision, kind='transfer')
     destroy_process_group()
 

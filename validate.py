@@ -1,11 +1,11 @@
-"""Evaluates a checkpoint, or pretrained weights, on the evaluation split of a data set.
+"""Evaluate a checkpoint, or pretrained weights, on the evaluation split of a data set.
 
     python validate.py /data/imagenet --model t2t_vit_14 -b 100 --eval_checkpoint path/to/checkpoint
-    python validate.py /data/imagenet --eval_checkpoint path/to/checkpoint      # model and image size are found out
+    python validate.py /data/imagenet --eval_checkpoint path/to/checkpoint   # the checkpoint names model and image size
     SCRIPT=validate.py ./distributed_train.sh 8 /data/imagenet --model t2t_vit_14 --eval_checkpoint path/to/checkpoint
 
-Needs no train/ folder. Every image is counted exactly once on any number of processes. Results go to the console, and
-to a JSON and a CSV file.
+No train/ folder is needed. Every image counts exactly once on any number of processes. Results go to the console, a
+JSON file and a CSV file.
 """
 import json
 import logging
@@ -34,9 +34,9 @@ def main():
     # --- Runtime ------------------------------------------------------------------------------------------------------
     world, precision = start(args)
 
-    # --- Weights, and data numbered as they were trained --------------------------------------------------------------
+    # --- Model, and data with the class numbers of its training -------------------------------------------------------
     model, args, known_classes = open_trained_model(args)
-    # What is wrong with the options should not wait for the data to be scanned.
+    # Mistakes in the options are reported before the data is scanned.
     compile_model(model, args.compile)
     stem = results_stem(args, args.results_file, '--results-file', 'validate')
     config = resolve_input(args, model.pretrained_cfg)

@@ -224,12 +224,12 @@ def count_preparing() -> dict[str, Counts]:
 def count_log_line() -> Counts:
     """What a line of the log costs behind a step."""
     state, step = make_step('--model t2t_vit_7')
-    batches = SimpleNamespace(train_loader=range(9), val_loader=(), prepare_train=None, prepare_val=None,
+    loaders = SimpleNamespace(train_loader=range(9), val_loader=(), prepare_train=None, prepare_val=None,
                               class_names=[])
-    trainer = Trainer(state, state.model, batches, loss=None, schedule=None, num_epochs=1, folder=Path(),
-                      precision=Precision(DEVICE, enabled=False), args=training_options())
-    trainer._step, trainer._started, trainer._steps_since_start = step, 0., 1
-    trainer.log = RunLog(None, options={}, global_step=0, images_seen=0, epoch=0, tensorboard=False, environment=None)
+    trainer = Trainer(state, state.model, loaders, loss=None, schedule=None, num_epochs=1, folder=Path(),
+                      precision=Precision(DEVICE, enabled=False), args=training_options(),
+                      log=RunLog(None, options={}), writer=None)
+    trainer._step, trainer._steps_since_start = step, 1
     step(make_batches())
     with progress_bar(total=1) as bar, counting() as counts:
         trainer._log_line(bar, 0., state.window_sums, 0)

@@ -1,4 +1,1 @@
-"""The training core: state, checkpoints, optimizer and schedule, the epoch loop, evaluation.
-
-Knows nothing of data or models.
-"""
+"""The training core: state, checkpoints, optimizer, epoch loop, evaluation. Knows nothing of data or models."""

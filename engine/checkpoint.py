@@ -1,15 +1,14 @@
-"""Checkpoint files: where they are, how they come to be whole, and which one is the latest. Knows dicts, never models.
+"""Checkpoint files: where they lie, how they are written whole, and which one is the latest. Knows dicts, not models.
 
 A run's folder holds
 
     checkpoint-00001234.pth.tar    the newest few, by optimizer step
     last.pth.tar                   the newest of them
     model_best.pth.tar             the one with the best metric
-    .lock                          who writes here
+    .lock                          which process writes here
 
-A file appears under its name only when it is whole and on the disk, and `last.pth.tar` points to it only after that.
-Every file ends in its own checksum (utils.checkpoint_reader.verify_checksum). A run goes on from the newest file
-that fits its checksum.
+A file gets its name only when all of it is on the disk; `last.pth.tar` points to it only after that. Every file ends in
+its own checksum (utils.checkpoint_reader.verify_checksum). A run resumes from the newest file that fits its checksum.
 """
 import contextlib
 import hashlib
@@ -33,11 +32,11 @@ BEST = 'model_best.pth.tar'
 LOCK = '.lock'
 NUMBERED = 'checkpoint-*.pth.tar'
 TEMPORARY = '.*.pth.tar.tmp'
-# Added to the name of a checkpoint of a later point than the one from which its run went on.
+# Ends the names of checkpoints that are later than the one from which their run resumed.
 ASIDE = '.aside'
-# A file that turns out to be damaged must have another beside it.
+# If one file turns out to be damaged, another one remains.
 KEEP_AT_LEAST = 2
-# Where tests break a save, in the order in which it passes them; `removing` once for every file to remove.
+# Where tests break a save, in the order in which it passes them; `removing` once per removed file.
 SAVE_POINTS = ('save.started', 'save.opened', 'save.half', 'save.written', 'save.synced', 'save.linked_best',
                'save.renamed', 'save.shown', 'save.linked_last', 'save.removing', 'save.removed')
 
@@ -45,68 +44,63 @@ SAVE_POINTS = ('save.started', 'save.opened', 'save.half', 'save.written', 'save
 # --- One file --------------------------------------------------------------------------------------------------------
 
 class _SealedFile:
-    """What torch.save writes to: passes everything on to `file`, and at last the checksum of it.
+    """What torch.save writes to: an unbuffered file that ends in the checksum of its content.
 
-    Hashing on the way costs less than reading the file again, and sees what was meant, not what the disk made of it.
+    Hashing while writing costs less than reading the file again. It also covers the bytes that were meant, not those
+    that the disk made of them.
     """
 
-    def __init__(self, file, expected_bytes: int):
-        self._file, self._half = file, expected_bytes // 2
+    def __init__(self, raw, expected_bytes: int):
+        self._raw, self._half = raw, max(1, expected_bytes // 2)
         self._digest = hashlib.sha256()
         self._kept = b''  # the last two bytes, which the length of the checksum replaces
         self._count = 0
-        self.error: OSError | None = None  # the OSError that torch makes a RuntimeError of
+        self.error: OSError | None = None  # torch turns it into a RuntimeError
 
     def write(self, data) -> int:
-        try:
-            self._write(memoryview(data))
-        except OSError as e:
-            self.error = e
-            raise
+        view = memoryview(data)
+        if len(view) < 2:
+            view = memoryview(self._kept + bytes(view))
+        else:
+            self._pass_on(memoryview(self._kept))
+        self._pass_on(view[:-2])
+        self._kept = bytes(view[-2:])
         return len(data)
 
-    def _write(self, data: memoryview) -> None:
-        if len(data) < 2:
-            data = memoryview(self._kept + bytes(data))
-        else:
-            self._pass_on(self._kept)
-        self._pass_on(data[:-2])
-        self._kept = bytes(data[-2:])
-
-    def _pass_on(self, data) -> None:
-        before, self._count = self._count, self._count + len(data)
-        if before <= self._half < self._count:
-            cut = self._half - before
-            self._file.write(data[:cut])
-            self._digest.update(data[:cut])
-            self._file.flush()
-            fault_point('save.half')
-            data = data[cut:]
-        self._file.write(data)
+    def _pass_on(self, data: memoryview) -> None:
         self._digest.update(data)
+        try:
+            while data:  # the system may take less than all of it
+                count = self._raw.write(data[:self._half - self._count] if self._count < self._half else data)
+                self._count += count
+                data = data[count:]
+                if self._count == self._half:
+                    fault_point('save.half')
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
-        self._file.flush()
+        pass
 
     def finish(self) -> None:
         assert self._kept == b'\0\0', 'torch.save writes a zip archive without a comment'
-        self._file.write(seal(self._digest.hexdigest()))
-        self._file.flush()
+        self._pass_on(memoryview(seal(self._digest.hexdigest())))
 
 
 @contextlib.contextmanager
 def _written(content: dict, path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` with all of `content`, on the disk; gone at the end, unless it was renamed."""
+    """Write all of `content` to a temporary file beside `path`, which is removed at the end unless it was renamed."""
     temporary = _temporary(path)
     try:
-        # Not buffered: the parts are large, and no byte that a full disk refused is left to be written at the closing.
+        # Unbuffered: the parts are large, and closing the file never writes what a full disk refused before.
         with open(temporary, 'wb', buffering=0) as raw:
             fault_point('save.opened')
-            file = _SealedFile(_WholeWrites(raw), _count_bytes(content))
+            file = _SealedFile(raw, _count_bytes(content))
             try:
-                torch.save(content, file)  # type: ignore[arg-type]  # of a file it needs `write` and `flush` alone
+                torch.save(content, file)  # type: ignore[arg-type]  # it needs only `write` and `flush`
             except RuntimeError:
-                # torch says where in its writer it failed; the file system has said why.
+                # torch says where in its writer it failed; the file system says why.
                 if file.error:
                     raise file.error from None
                 raise
@@ -119,27 +113,12 @@ def _written(content: dict, path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-class _WholeWrites:
-    """A raw file whose `write` writes everything or raises OSError; the system may take less at a time."""
-
-    def __init__(self, raw):
-        self._raw = raw
-
-    def write(self, data) -> None:
-        data = memoryview(data)
-        while data:
-            data = data[self._raw.write(data):]
-
-    def flush(self) -> None:
-        pass
-
-
 def _temporary(path: Path) -> Path:
     return path.with_name(f'.{path.name}.tmp')
 
 
 def _count_bytes(value) -> int:
-    """Bytes of all tensors in `value`."""
+    """Return the bytes of all tensors in `value`."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
     if isinstance(value, dict):
@@ -148,7 +127,7 @@ def _count_bytes(value) -> int:
 
 
 def _point(link: Path, target: Path) -> None:
-    """Makes `link` another name of the file `target`, atomically; a copy where the file system has no hard links."""
+    """Make `link` another name of the file `target`, atomically; a copy if the file system has no hard links."""
     temporary = _temporary(link)
     temporary.unlink(missing_ok=True)
     try:
@@ -166,13 +145,13 @@ def _point(link: Path, target: Path) -> None:
 # --- The checkpoints of a folder -------------------------------------------------------------------------------------
 
 def save_checkpoint(content: dict, folder: Path, *, global_step: int, keep: int, is_best: bool) -> Path:
-    """Saves the newest checkpoint of a run, advertises it, and removes all older but the `keep` newest, at least two.
+    """Save the newest checkpoint of a run, on rank 0. Keep the `keep` newest ones, at least two, and the best.
 
-    Rank 0 only. The best is linked before the newest appears: were it the other way round, a run killed in between
-    would go on from the newest and never know that it was the best. As it is, it saves this state a second time.
+    The best is linked before the newest appears. In the other order, a run killed in between would resume from the
+    newest and never know that it was the best. As it is, the run saves this state a second time.
 
     Raises:
-        OSError: something could not be written; what was there before is still there.
+        OSError: something could not be written; all earlier files are intact.
     """
     path = checkpoint_path(folder, global_step)
     fault_point('save.started')
@@ -200,7 +179,7 @@ def checkpoint_path(folder: Path, global_step: int) -> Path:
 
 
 def go_on_from(resumed: Path, folder: Path) -> None:
-    """Makes a checkpoint of `folder` the latest there, which it may not have been: later ones are set aside."""
+    """Make a checkpoint of `folder` the latest one there, and set later ones aside."""
     step = _step(resumed)
     if step is None:
         step = read_checkpoint(resumed).get('global_step', 0)
@@ -212,28 +191,22 @@ def go_on_from(resumed: Path, folder: Path) -> None:
 
 
 def set_aside_later(folder: Path, global_step: int) -> None:
-    """Renames the checkpoints of later steps: a run that went back has left them, and must not go on from them."""
+    """Rename the checkpoints of later steps. A run that went back left them, and must not resume from them."""
     for path in (path for path in newest_first(folder) if (_step(path) or 0) > global_step):
         aside = path.with_name(path.name + ASIDE)
         os.replace(path, aside)
-        _logger.warning('%s is of a later step than %d, from which this run goes on; it is now %s', path, global_step,
+        _logger.warning('%s is of a later step than %d, where this run resumes; renamed to %s', path, global_step,
                         aside.name)
 
 
-def remove_aside(folder: Path) -> None:
-    """Removes what was set aside, once there are as many checkpoints of the run as it went on."""
-    for path in folder.glob(NUMBERED + ASIDE):
-        path.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes what a save that was killed has left, where no other one is under way."""
-    for path in folder.glob(TEMPORARY):
+def remove_all(folder: Path, pattern: str) -> None:
+    """Remove the files of a pattern: TEMPORARY, which a killed save leaves, or NUMBERED + ASIDE."""
+    for path in folder.glob(pattern):
         path.unlink(missing_ok=True)
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The numbered checkpoints of a folder, by their steps: times of files do not survive copying."""
+    """List the numbered checkpoints of a folder, newest first by step, since copying changes the times of files."""
     steps = {path: step for path in folder.glob(NUMBERED) if (step := _step(path)) is not None}
     return sorted(steps, key=steps.__getitem__, reverse=True)
 
@@ -244,52 +217,48 @@ def _step(path: Path) -> int | None:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run's folder, or None where it has none at all.
+    """Return the newest checkpoint of a run's folder that fits its checksum, or None if there is no checkpoint.
 
-    Each is held against its checksum. A damaged one is named in a warning, and the next older one taken; the best
-    one is the last resort.
+    A warning names each damaged one; the next older one takes its place. The best one comes last.
 
     Raises:
-        UserError: there are checkpoints, and none is whole.
+        UserError: there are checkpoints, but all are damaged.
     """
     damaged = []
     for path in _candidates(folder):
         try:
             verify_checksum(path)
-        except UserError as e:
-            damaged.append((path, e))
+        except UserError as error:
+            damaged.append((path, error))
             continue
-        for bad, error in damaged:
-            _logger.warning('%s; going back from %s to %s', error, bad.name, path)
+        for bad, reason in damaged:
+            _logger.warning('%s; going back from %s to %s', reason, bad.name, path)
         return path
     if damaged:
         raise UserError(f'{folder}: none of its checkpoints is whole ({", ".join(path.name for path, _ in damaged)}); '
-                        'start a new run under another --experiment, or bring back a copy of one of them')
+                        'start a new run under another --experiment, or restore a copy of one of them')
     return None
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, newest first, each file under one name."""
+    """List the checkpoints of a folder, newest first, each file under one name."""
     numbered = newest_first(folder)
-    # Usually another name of the newest; alone where the user has taken the others away, or brought only this one.
+    # LAST is another name of the newest, unless the user moved the others away or brought only this one.
     last = [path for path in (folder / LAST,) if path.is_file() and not any(_same(path, p) for p in numbered)]
     best = [path for path in (folder / BEST,) if path.is_file() and not any(_same(path, p) for p in numbered + last)]
     if last and numbered:
         try:
             step = read_checkpoint(last[0], verified=True).get('global_step', 0)
         except UserError:
-            step = _step(numbered[0])  # damaged: no more than its name is known
+            step = _step(numbered[0])  # it is damaged, so only its name is known
         older = [path for path in numbered if _step(path) < step]
         numbered, last = [path for path in numbered if path not in older], last + older
     return numbered + last + best
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two names are of one file, which a run that is still at work may be about to remove."""
+    """Tell whether two names are of one file, which a running process may remove meanwhile."""
     try:
         return one.samefile(other)
     except FileNotFoundError:
         return False
-
-
-# --- Where a run goes ------------------------------------------------------------------------------------------------

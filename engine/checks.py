@@ -1,4 +1,4 @@
-"""What is wrong with a run's options and can be known before its data is scanned, minutes on a slow disk."""
+"""Checks a run's options before its data is scanned, which takes minutes on a slow disk."""
 from pathlib import Path
 
 import torch
@@ -16,10 +16,10 @@ from utils.errors import UserError
 
 
 def check_run_options(args, world: World, *, kind: str) -> None:
-    """Raises the UserError that optimizer, schedule, loss, checkpoints or the run's folder would raise later.
+    """Raise the UserError that optimizer, schedule, loss, checkpoints or the run's folder would raise later.
 
     Args:
-        kind: 'train' or 'transfer', the part of --output where the run's folder is.
+        kind: 'train' or 'transfer', the part of --output that holds the run's folder.
     """
     group = {'params': [nn.Parameter(torch.zeros(2, 2))], 'weight_decay': args.weight_decay, 'lr_scale': 1.0}
     create_schedule(create_optimizer([group], args), args, steps_per_epoch=1)
@@ -29,8 +29,8 @@ def check_run_options(args, world: World, *, kind: str) -> None:
     if args.compile:
         check_compiler()
     if args.compile == 'graphs' and args.accum_steps > 1:
-        raise UserError(f'--compile graphs with --accum-steps {args.accum_steps}: each batch would write its gradient '
-                        'over that of the one before; use --compile model')
+        raise UserError(f'--compile graphs with --accum-steps {args.accum_steps}: each batch would overwrite '
+                        'the gradient of the previous one; use --compile model')
     folder = Path(args.output).expanduser() / kind / args.experiment
     if args.resume not in ('', 'auto') and not job.was_restarted():
         start = check_resume(args.resume)

@@ -1,46 +1,46 @@
-"""torch.compile for training and evaluation, in place: the model, its keys and its copies stay what they are."""
+"""torch.compile for training and evaluation, in place: the model, its keys and its copies stay the same."""
 import torch
 from torch import nn
 
 from utils.errors import UserError
 
-# By names of timm, the children of a model that repeat one piece of code, which is compiled once for all of them.
+# timm's names for the children of a model that repeat the same code, which is compiled once.
 REPEATED = ('blocks', 'stages', 'layers')
 MODES = {'model': None, 'graphs': 'reduce-overhead', 'autotune': 'max-autotune-no-cudagraphs'}
 
 
 def compile_model(model: nn.Module, how: str) -> None:
-    """Has `model`, when it is called, run as torch.compile makes it; inside DDP too, which then still overlaps.
+    """Compile `model` in place. Under DDP, communication still overlaps with the backward pass.
 
-    DDP sums a bucket as soon as its gradients are there: between the blocks or, of a whole model, between the graphs
-    into which torch.compile cuts it at the borders of the buckets.
+    DDP sums a bucket as soon as its gradients are ready: between blocks, or between the graphs into which
+    torch.compile cuts a whole model at the borders of the buckets.
 
     Args:
-        how: '' for not at all; 'blocks', one block at a time: a minute; 'model' as a whole, which fuses more and
-            takes minutes; 'graphs', as a whole, and launched as CUDA graphs; 'autotune', as a whole, with kernels that
-            are tried out first.
+        how: '' does nothing; 'blocks' compiles one block at a time, in a minute; 'model' compiles the whole model,
+            which fuses more and takes minutes; 'graphs' also launches it as CUDA graphs; 'autotune' also tries kernels
+            out first.
     Raises:
-        UserError: no C++ compiler, or a model without blocks.
+        UserError: there is no C++ compiler, or the model has no blocks.
     """
     if not how:
         return
     check_compiler()
-    # torch.compile cuts a graph at the borders of DDP's buckets. That fails on a block that takes a number as an input,
-    # and gains nothing: a block is smaller than a bucket.
+    # torch.compile cuts a graph at the borders of DDP's buckets. That fails on a block that takes a number as an input.
+    # It would gain nothing, since a block is smaller than a bucket.
     torch._dynamo.config.optimize_ddp = how != 'blocks'
     if how == 'blocks':
         blocks = list_blocks(model)
-        # timm's blocks have a graph for each rate of dropped paths. Beyond the limit, blocks would stay eager.
+        # timm's blocks have one graph per drop path rate. Beyond the limit, blocks would stay eager.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))
         for block in blocks:
             block.compile()
     else:
-        # One graph for one size of images: models of several sizes in one process each have their own.
+        # One graph per image size: models of several sizes in one process each have their own.
         model.compile(dynamic=False, mode=MODES[how])
 
 
 def check_compiler() -> None:
-    """Raises UserError where torch.compile would have no C++ compiler, which it needs for GPUs too."""
+    """Raise UserError if there is no C++ compiler, which torch.compile needs for GPUs too."""
     from torch._inductor import cpp_builder, exc
     try:
         cpp_builder.get_cpp_compiler()
@@ -49,10 +49,10 @@ def check_compiler() -> None:
 
 
 def list_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model, and what comes before them where that is a tokens-to-token module.
+    """Return the repeated blocks of a model, after its tokens-to-token module if it has one.
 
     Raises:
-        UserError: it has none.
+        UserError: it has no blocks.
     """
     repeated = [child for name in REPEATED for child in getattr(model, name, ())]
     if not repeated:

@@ -1,20 +1,19 @@
-"""The moving average of the weights, which a flag on the device can keep from moving."""
+"""The moving average of the weights, with updates that a flag on the device can skip."""
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
 
 class ModelEma(ModelEmaV3):
-    """timm's average of all parameters and buffers of one model, as a step of torch's fused SGD.
+    """timm's average of all parameters and buffers of a model, computed by a step of torch's fused SGD.
 
-    average ← average − (1 − decay) (average − weight) is SGD's step. Only fused optimizers can skip a step without the
-    host knowing, leaving every byte as it was. Nothing in `update` waits for the device, unless the
-    average is kept on another one (`device='cpu'`): then all weights are copied there, and waited for once.
+    average ← average − (1 − decay) (average − weight) is SGD's step. Only fused optimizers can skip a step without
+    involving the host, and then change no byte. `update` never waits for the device, unless the average is kept on
+    another one (`device='cpu'`): then it waits once, for a copy of all weights.
 
     Args:
-        model: is copied to `module`; its tensors stay where they are from here on.
-        decay: of the average.
-        device: of the average, in place of the model's.
+        model: is copied to `module`; its tensors must stay where they are afterwards.
+        device: the average's device, if not the model's.
     """
 
     def __init__(self, model: nn.Module, *, decay: float, device: str | None = None):
@@ -25,12 +24,12 @@ class ModelEma(ModelEmaV3):
         self._copies: list[torch.Tensor] | None = None
 
     @torch.no_grad()
-    def update(  # type: ignore[override]  # what follows the model is a number of steps in timm's
+    def update(  # type: ignore[override]  # timm's second argument is a step number
             self, model: nn.Module, skip: torch.Tensor | None = None) -> None:
-        """Moves the average towards the model's weights, which must always be the same model's.
+        """Move the average towards the weights of `model`, which must be the same model in every call.
 
         Args:
-            skip: bool [] on the model's device; nothing changes where it is True.
+            skip: bool [] on the model's device; if it is True, nothing changes.
         """
         self._of_model = self._of_model or _tensors(model)
         weights, counts = self._of_model
@@ -41,7 +40,7 @@ class ModelEma(ModelEmaV3):
         for average, difference in zip(self._averages, torch._foreach_sub(self._averages, weights), strict=True):
             average.grad = difference
         found_inf = None if skip is None else skip.float()
-        self._sgd.found_inf = found_inf  # type: ignore[attr-defined]  # as torch's GradScaler tells it
+        self._sgd.found_inf = found_inf  # type: ignore[attr-defined]  # as torch's GradScaler sets it
         self._sgd.step()
         self._sgd.zero_grad(set_to_none=True)
         if counts:
@@ -51,13 +50,13 @@ class ModelEma(ModelEmaV3):
             torch._foreach_add_(self._counts, changes)
 
     def _fetch(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Copies on the average's device, always in the same memory, all under way before the one wait for them.
+        """Copy to the average's device, always into the same memory, with a single wait.
 
-        The model's device gets no copy of its own: with `device='cpu'` its memory is what is to be saved.
+        The model's device holds no extra copy, since `device='cpu'` is there to save its memory.
         """
         device = tensors[0].device
         on_gpu = device.type == 'cuda'
-        if self._copies is None:  # a GPU writes by itself into pinned memory alone
+        if self._copies is None:  # a GPU copies asynchronously only into pinned memory
             self._copies = [torch.empty_like(t, device=self.device, pin_memory=on_gpu) for t in tensors]
         torch._foreach_copy_(self._copies, tensors, non_blocking=on_gpu)
         if on_gpu:
@@ -66,7 +65,7 @@ class ModelEma(ModelEmaV3):
 
 
 def _tensors(model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What the model saves: the tensors that are averaged, and the integers, which are copied; each once."""
+    """Return each tensor of a model's state dict once: those that are averaged, and integers, which are copied."""
     tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values()
     return ([t for t in tensors if t.is_floating_point()],
             [t.view(torch.uint8) if t.dtype == torch.bool else t for t in tensors if not t.is_floating_point()])

@@ -1,4 +1,4 @@
-"""Evaluation: one function for train.py (weights and their average), validate.py and transfer.py."""
+"""Exact evaluation, for train.py (weights and their average), validate.py and transfer.py."""
 import logging
 import time
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ _logger = logging.getLogger(__name__)
 class Evaluation:
     """Cross-entropy `loss`, `top1` and `top5` in percent over all `count` images of all ranks.
 
-    Beside these there were `bad_images`, which could not be decoded.
+    Another `bad_images` images could not be decoded.
     """
     loss: float
     top1: float
@@ -31,9 +31,9 @@ class Evaluation:
 
 
 class MostConfidentErrors:
-    """The images of an evaluation that the model was surest of and wrong about, of this rank's share, surest first.
+    """The wrong predictions of this rank in which the model was most confident, most confident first.
 
-    They stay on the device, with nothing that the host would wait for, until they are fetched.
+    They stay on the device until they are fetched; adding them never makes the host wait.
     """
 
     def __init__(self, limit: int = 8):
@@ -54,9 +54,9 @@ class MostConfidentErrors:
         return [probabilities, *(other[order] for other in others)]
 
     def fetch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """images [n, C, H, W] as the model took them, targets, guesses and probabilities of the guesses [n].
+        """Return images [n, C, H, W] as the model took them, targets, guesses and probabilities of the guesses [n].
 
-        None where this rank has made no error; n is at most the limit.
+        Returns None if this rank has no errors; n is at most the limit.
         """
         if self._kept is None:
             return None
@@ -70,29 +70,28 @@ class MostConfidentErrors:
 @torch.no_grad()
 def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name: str = 'Test',
              errors: MostConfidentErrors | None = None, eager: bool = False) -> Evaluation:
-    """Evaluates `model` (raw, not DDP: ranks may have different numbers of batches) on all that `loader` gives.
+    """Evaluate `model` on all batches of `loader`; not wrapped in DDP, since ranks may have different numbers of them.
 
-    Sums are taken on every rank, reduced once and divided once, so that the result is exact for any number of images
-    on any number of ranks.
+    Each rank sums up its images; one reduction and one division follow. So the result is exact for any number of
+    images and ranks.
 
     Args:
         prepare: (uint8 images [B, C, H, W], targets [B]) → (normalised images, targets) on the device.
-        precision: utils.runtime.Precision, whose autocast the forward pass runs under.
-        errors: is given the wrong predictions of this rank.
-        eager: run `model` as it is written, though it may be compiled.
+        errors: collects the wrong predictions of this rank.
+        eager: run `model` uncompiled, even if it is compiled.
     Raises:
-        UserError: no image was left to evaluate.
+        UserError: no image could be decoded.
     """
     was_training = model.training
     model.eval()
-    # Sums of loss, top-1, top-5, images and bad images, in float64 so that their order of magnitude costs nothing.
+    # Sums of loss, top-1, top-5, images and bad images, in float64, which keeps large sums exact.
     sums = torch.zeros(5, dtype=torch.float64, device=prepare.device)
     batch_time = 0.0
     start = end = time.perf_counter()
     bar = progress_bar(total=len(loader), desc=name)
     for index, (images, targets) in enumerate(loader):
         images, targets = prepare(images, targets)
-        # What is compiled is compiled for the first batch: the last one may be smaller, and not worth compiling anew.
+        # Only the first batch compiles: the last one may be smaller, and is not worth another compilation.
         stance = torch.compiler.set_stance('force_eager' if eager else 'eager_on_recompile' if index else 'default')
         with stance, precision.autocast():
             logits = model(images)
@@ -117,7 +116,7 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
 
 
 def _batch_sums(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[4] in float64: sum of losses, images right at first and within five guesses, number of images."""
+    """Return [4] in float64: sum of losses, images right at the first and within five guesses, number of images."""
     guesses = logits.topk(min(5, logits.shape[1])).indices  # [B, 5]
     right = guesses == targets[:, None]  # [B, 5]
     loss = F.cross_entropy(logits, targets, reduction='sum')
@@ -126,7 +125,7 @@ def _batch_sums(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _log_line(name, index, total, batch, sums, seconds, mean_seconds):
-    """The line that users of timm and of the published code know: value of this batch, mean so far (this rank's)."""
+    """Log the line that users of timm know: the value of this batch, and the mean so far, of this rank."""
     (loss, top1, top5, n), (loss_sum, top1_sum, top5_sum, count, _) = batch.tolist(), sums.tolist()
     _logger.info('%s: [%4d/%d]  Time: %.3f (%.3f)  Loss: %7.4f (%6.4f)  Acc@1: %7.4f (%7.4f)  Acc@5: %7.4f (%7.4f)',
                  name, index, total - 1, seconds, mean_seconds, loss / n, loss_sum / count,

@@ -1,4 +1,4 @@
-"""The epoch loop, of train.py and transfer.py alike: train, evaluate, log, save, until the last epoch is done."""
+"""The epoch loop of train.py and transfer.py: train, evaluate, log and save until the last epoch is done."""
 import contextlib
 import inspect
 import logging
@@ -15,32 +15,34 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.evaluate import MostConfidentErrors, evaluate
 from engine.log.run_log import IMAGES_SHOWN, RunLog
+from engine.log.sink import FIRST_BATCH, SAVED_BATCH, WRONG_PREDICTIONS
 from engine.state import TrainState
 from engine.step import ADVICE, TrainingStep
 from engine.writer import CheckpointWriter
 from utils import signals
 from utils.console import format_seconds, progress_bar
 from utils.distributed import AsyncMax, World, broadcast_from_main, raise_on_all_ranks, sum_over_ranks
-from utils.errors import InterruptedRun, NotFiniteError, UserError
+from utils.errors import InterruptedRun, NotFiniteError
 from utils.faults import fault_point
 from utils.runtime import Precision
 
 _logger = logging.getLogger(__name__)
 
-SETTINGS_OF_DDP = inspect.signature(DistributedDataParallel).parameters
-FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes, of DistributedDataParallel unless told otherwise
+DDP_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+# Default sizes of DDP's first bucket and its others, in bytes.
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 
 
 def wrap_model(model: nn.Module, world: World) -> nn.Module:
-    """`model` for the training call: DDP where there are several ranks."""
+    """Return `model` as training calls it: wrapped in DDP if there are several ranks."""
     if world.size == 1:
         return model
     device_ids = [world.device] if world.device.type == 'cuda' else None
     _, size = bucket_sizes(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
-    # The gradients of a bucket are copied into it in two launches; older versions of torch take one for each.
-    batched: dict[str, Any] = {'batched_grad_copy': True} if 'batched_grad_copy' in SETTINGS_OF_DDP else {}
-    # Nothing is broadcast now: weights are equal since create_state, and ranks may resume with statistics of their own.
-    # Nor are buffers in each step: constants need none, and _share_buffers shares statistics at the end of an epoch.
+    # Copies all gradients into their bucket in two launches. Older versions of torch copy them one by one.
+    batched: dict[str, Any] = {'batched_grad_copy': True} if 'batched_grad_copy' in DDP_PARAMETERS else {}
+    # No initial broadcast: weights are equal since create_state, and ranks may resume with statistics of their own.
+    # No broadcast of buffers in each step either: _share_buffers shares statistics at the end of an epoch.
     wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False,
                                       bucket_cap_mb=None if size == BUCKET else size / 2**20, **batched)
     wrapped.broadcast_buffers = False
@@ -49,10 +51,10 @@ def wrap_model(model: nn.Module, world: World) -> nn.Module:
 
 
 def bucket_sizes(gradients: float) -> tuple[float, float]:
-    """Bytes of DDP's first bucket and of its others, for so many bytes of gradients: DDP's own sizes for most models.
+    """Return the bytes of DDP's first bucket and of its others, for so many bytes of gradients.
 
-    The last bucket is summed after the backward pass. A small model would fit into it almost whole, so its gradients
-    are split into up to eight. None is smaller than DDP's own first bucket, since torch.compile refuses that.
+    The last bucket is summed after the backward pass. A small model would almost fit into it, so its gradients are
+    split into up to eight. No bucket is smaller than DDP's default first one, since torch.compile refuses that.
     """
     if gradients >= 3 * BUCKET:
         return FIRST_BUCKET, BUCKET
@@ -61,12 +63,10 @@ def bucket_sizes(gradients: float) -> tuple[float, float]:
 
 
 def _settle_buckets(wrapped: DistributedDataParallel) -> None:
-    """Gives DDP the buckets of all steps before the first one, in the order in which a backward pass fills them.
+    """Make DDP arrange its buckets before the first step, by a backward pass of zeros from the last parameter on.
 
-    DDP starts with one bucket, and makes more after its first step, in the order in which that step's gradients came.
-    With three or more ranks, rounding depends on where a gradient lies in its bucket. If buckets changed after the
-    first step, a resumed run would differ. So DDP sees a backward pass of zeros first, from the last parameter to the
-    first.
+    DDP starts with one bucket, and splits it after its first step in the order of that step's gradients. With three or
+    more ranks, rounding depends on the place of a gradient in its bucket. So a resumed run would differ.
     """
     wrapped.reducer.prepare_for_backward([])
     for parameter in reversed([parameter for parameter in wrapped.module.parameters() if parameter.requires_grad]):
@@ -78,97 +78,90 @@ class Trainer:
     """Takes a TrainState from where it stands to the end of its schedule.
 
     Args:
-        state: what is trained; changed in place.
-        model: `state.model` as it is called in training (see wrap_model).
-        batches: train_loader gives the batches of an epoch from any position on, prepare_train brings them to the
-            device as the model takes them; val_loader and prepare_val do so for evaluation; class_names are for people.
+        model: `state.model` as training calls it (see wrap_model).
+        loaders: train_loader and val_loader of this rank; prepare_train and prepare_val, which bring their batches to
+            the device; class_names, for people.
         loss: (logits, targets) → scalar.
         schedule: sets the learning rates (see create_schedule).
         args: the options of the loop (accum_steps, clip_grad, log_interval, checkpoint_steps, …).
+        log: is told how training goes.
+        writer: saves checkpoints; None on ranks other than 0.
         folder: the run's, for messages.
-    Raises:
-        UserError: no epoch is left, or the state stands where an epoch of these batches has no step.
     """
 
-    def __init__(self, state: TrainState, model: nn.Module, batches, *, loss, schedule, num_epochs: int,
-                 precision: Precision, args, folder: Path):
-        self.state, self.model = state, model
-        self.train_loader, self.prepare_train = batches.train_loader, batches.prepare_train
-        self.val_loader, self.prepare_val = batches.val_loader, batches.prepare_val
+    def __init__(self, state: TrainState, model: nn.Module, loaders, *, loss, schedule, num_epochs: int,
+                 precision: Precision, args, log: RunLog, writer: CheckpointWriter | None, folder: Path):
+        self.state, self.model, self.loaders = state, model, loaders
         self.schedule, self.num_epochs = schedule, num_epochs
-        self.precision, self.args, self.folder = precision, args, folder
-        self.class_names = batches.class_names
-        self.steps_per_epoch = len(self.train_loader) // args.accum_steps
-        self._steps_since_start = 0
-        self._step = TrainingStep(state, model, prepare=self.prepare_train, loss=loss, precision=precision, args=args)
-        if state.epoch >= self.num_epochs:
-            raise UserError(f'nothing is left to train: epoch {state.epoch} of {self.num_epochs} would be next; '
-                            'give more --epochs')
-        if state.step > self.steps_per_epoch:
-            raise UserError(f'the checkpoint stands at step {state.step} of its epoch, and with these --batch-size, '
-                            f'--accum-steps and processes an epoch has {self.steps_per_epoch}; use those it had')
+        self.precision, self.args = precision, args
+        self.log, self.writer, self.folder = log, writer, folder
+        self.steps_per_epoch = len(loaders.train_loader) // args.accum_steps
+        self._step = TrainingStep(state, model, prepare=loaders.prepare_train, loss=loss, precision=precision,
+                                  args=args)
+        # Whether a signal asks to stop. All ranks get the same answer, so they stop after the same step.
+        self._signals = AsyncMax()
+        self._started, self._steps_since_start = time.perf_counter(), 0
 
-    def fit(self, log: RunLog, writer: CheckpointWriter | None) -> None:
-        """All epochs that are left; on rank 0 `log` is told and `writer` saves.
+    def fit(self) -> None:
+        """Train all epochs that are left.
 
         Raises:
             InterruptedRun: a signal has asked to stop; the state is saved.
         """
-        self.log, self.writer = log, writer
         self._started = time.perf_counter()
-        # Whether a signal asks to stop: the same on all ranks, whichever got it, so that all stop after the same step.
-        with contextlib.closing(AsyncMax()) as self._signals:
-            self._fit()
-
-    def _fit(self) -> None:
+        with contextlib.closing(self._signals):
+            while self.state.epoch < self.num_epochs:
+                self._run_epoch()
         state = self.state
-        while state.epoch < self.num_epochs:
-            epoch_started = time.perf_counter()
-            self.schedule.step(state.epoch)
-            if state.step:  # the rate of the step before, should no other one follow
-                self.schedule.step_update(state.global_step - 1)
-            if self.args.mixup_off_epoch:
-                self.prepare_train.mixup_enabled = state.epoch < self.args.mixup_off_epoch
-            training = self._train_epoch()
-            self._share_buffers()
-            fault_point('evaluate')
-            results, errors = self._evaluate()
-            is_best = self._note_metric(results)
-            self.log.epoch({'epoch': state.epoch, 'images_seen': state.images_seen, **training, **results,
-                            'lr': self._top_rate(), 'epoch_seconds': round(time.perf_counter() - epoch_started, 1)})
-            self._show_errors(errors)
-            state.start_next_epoch()
-            number = self._signals.conclude(signals.received())
-            self._save(is_best=is_best, must_succeed=bool(number) or state.epoch == self.num_epochs)
-            if number and state.epoch < self.num_epochs:
-                raise self._interrupted(number)
         if state.best_metric is not None:
             _logger.info('*** Best metric: %.4f (%s, epoch %d)', state.best_metric, self.args.eval_metric,
                          state.best_epoch)
 
+    def _run_epoch(self) -> None:
+        state = self.state
+        epoch_started = time.perf_counter()
+        self.schedule.step(state.epoch)
+        if state.step:  # the rate of the last step, in case no other one follows
+            self.schedule.step_update(state.global_step - 1)
+        if self.args.mixup_off_epoch:
+            self.loaders.prepare_train.mixup_enabled = state.epoch < self.args.mixup_off_epoch
+        training = self._train_epoch()
+        self._share_buffers()
+        fault_point('evaluate')
+        results, errors = self._evaluate()
+        is_best = self._note_metric(results)
+        self.log.epoch({'epoch': state.epoch, 'images_seen': state.images_seen, **training, **results,
+                        'lr': self._top_rate(), 'epoch_seconds': round(time.perf_counter() - epoch_started, 1)})
+        self._show_errors(errors)
+        state.start_next_epoch()
+        number = self._signals.conclude(signals.received())
+        self._save(is_best=is_best, must_succeed=bool(number) or state.epoch == self.num_epochs)
+        if number and state.epoch < self.num_epochs:
+            raise self._interrupted(number)
+
     def _train_epoch(self) -> dict:
-        """The rest of the epoch in progress; returns its mean loss and bad images, over all of it and all ranks."""
-        state, args = self.state, self.args
+        """Train the rest of the epoch; return its mean loss and its bad images, of the whole epoch and all ranks."""
+        state, args, loader = self.state, self.args, self.loaders.train_loader
         self.model.train()
-        self.train_loader.set_position(state.epoch, state.step * args.accum_steps)
-        batches = iter(self.train_loader)
+        loader.set_position(state.epoch, state.step * args.accum_steps)
+        batches = iter(loader)
         bar = progress_bar(total=self.steps_per_epoch, initial=state.step, desc=f'Epoch {state.epoch}')
         started = time.perf_counter(), state.loss_sums.clone(), state.step
         while state.step < self.steps_per_epoch:
             self.schedule.step_update(state.global_step)
             images = self._step(batches)
-            state.bad_images += self.train_loader.take_bad_count()
+            state.bad_images += loader.take_bad_count()
             bar.update()
             self._steps_since_start += 1
-            if state.step == 1 and self.log.shows_images:
-                self.log.first_batch(self._look_at(images), state.images_seen)
-            if args.save_images and self._is_log_step():
-                self.log.save_batch(self._look_at(images), state.global_step)
-            if self._is_log_step():
+            if state.step == 1 and self.log.wants(FIRST_BATCH):
+                self.log.first_batch(self._denormalize(images), state.images_seen)
+            if state.step in (1, self.steps_per_epoch) or state.step % args.log_interval == 0:
+                if self.log.wants(SAVED_BATCH):
+                    self.log.save_batch(self._denormalize(images), state.global_step)
                 self._log_line(bar, *started)
                 state.window_sums.copy_(state.loss_sums)
                 started = time.perf_counter(), state.loss_sums.clone(), state.step
-            # Behind the last step comes an evaluation, for which there may be no time.
+            # The evaluation after the last step may take longer than a signal leaves.
             ask = self._signals.conclude if state.step == self.steps_per_epoch else self._signals.exchange
             if number := ask(signals.received()):
                 self._save(must_succeed=True)
@@ -181,47 +174,42 @@ class Trainer:
             raise NotFiniteError(f'the gradient was not finite in any step of epoch {state.epoch}. {ADVICE}')
         return {'train_loss': loss / count, 'train_bad_images': int(bad)}
 
-    def _look_at(self, images: torch.Tensor) -> torch.Tensor:
-        return self.prepare_train.denormalize(images[:IMAGES_SHOWN])
+    def _denormalize(self, images: torch.Tensor) -> torch.Tensor:
+        return self.loaders.prepare_train.denormalize(images[:IMAGES_SHOWN])
 
     def _interrupted(self, number: int) -> InterruptedRun:
         return InterruptedRun(number, epoch=self.state.epoch, step=self.state.step, folder=self.folder)
 
-    def _is_log_step(self) -> bool:
-        state = self.state
-        return state.step == 1 or state.step % self.args.log_interval == 0 or state.step == self.steps_per_epoch
-
     def _log_line(self, bar, started: float, sums: torch.Tensor, step: int) -> None:
-        """Says how training goes since the last line; of this process's time since `started`, at `sums` and `step`."""
+        """Log the loss since the last line, and the speed of this process since `started`, at `sums` and `step`."""
         state = self.state
         self._step.sync_skipped_steps()
         totals = torch.stack([state.loss_sums - state.window_sums, state.loss_sums - sums])
         (loss, count), (_, count_here) = sum_over_ranks(totals).tolist()
-        loss = loss / count if count else None  # none: every step was skipped
+        loss = loss / count if count else None  # None: every step was skipped
         norm = self._step.gradient_norm.item()
         seconds, lr = time.perf_counter() - started, self._top_rate()
         speed = count_here / seconds
-        left = (self.num_epochs - state.epoch) * self.steps_per_epoch - state.step
-        eta = format_seconds((time.perf_counter() - self._started) / self._steps_since_start * left)
-        shown = 'none' if loss is None else f'{loss:.4f}'
-        bar.set_postfix_str(f'loss {shown}, lr {lr:.2e}, {speed:.0f} img/s, run left {eta}')
-        _logger.info('Train: %d [%4d/%d]  Loss: %s  Time: %.3fs, %.1f/s  LR: %.3e  Left: %s', state.epoch, state.step,
-                     self.steps_per_epoch, shown, seconds / (state.step - step), speed, lr, eta)
+        steps_left = (self.num_epochs - state.epoch) * self.steps_per_epoch - state.step
+        left = format_seconds((time.perf_counter() - self._started) / self._steps_since_start * steps_left)
+        bar.set_postfix_str(f"loss {'none' if loss is None else f'{loss:.4f}'}, lr {lr:.2e}, {speed:.0f} img/s, "
+                            f'run left {left}')
         on_gpu = state.world.device.type == 'cuda'
         self.log.train({
             'epoch': state.epoch, 'step': state.step, 'global_step': state.global_step,
             'images_seen': state.images_seen, 'epoch_progress': state.epoch + state.step / self.steps_per_epoch,
             'loss': loss, 'lr': lr, 'rates': {group['name']: group['lr'] for group in state.optimizer.param_groups},
-            # Of the last step; a norm that is not finite is no number in JSON.
+            # Of the last step. JSON has no number for a norm that is not finite.
             'gradient_norm': norm if math.isfinite(norm) else None,
             'skipped_steps': state.skipped_steps, 'images_per_second': round(speed, 1),
-            **({'gpu_memory_gib': round(torch.cuda.max_memory_allocated() / 2**30, 3)} if on_gpu else {})})
+            **({'gpu_memory_gib': round(torch.cuda.max_memory_allocated() / 2**30, 3)} if on_gpu else {})},
+            steps_per_epoch=self.steps_per_epoch, step_seconds=seconds / (state.step - step), left=left)
 
     def _top_rate(self) -> float:
         return max(group['lr'] for group in self.state.optimizer.param_groups)
 
     def _share_buffers(self) -> None:
-        """Makes the buffers of all ranks those that are saved: batch norms have seen other images on every rank."""
+        """Give all ranks the buffers that are saved, since batch norms have seen other images on every rank."""
         state = self.state
         for model in [state.model] + ([state.ema.module] if state.ema and not self.args.model_ema_force_cpu else []):
             if self.args.dist_bn == 'reduce' and state.world.size > 1:
@@ -229,44 +217,41 @@ class Trainer:
             broadcast_from_main(model.buffers())
 
     def _evaluate(self) -> tuple[dict, dict[str, MostConfidentErrors]]:
-        """Results of the weights, and of their average under `ema_…`, where one is on the same device; and the errors.
+        """Return the results of the weights, of their average (`ema_…`) if it is on the same device, and the errors.
 
-        Of errors there are those of rank 0, if it has where to show them.
+        Errors are collected on rank 0 only, and only if the log shows them.
         """
-        state, args = self.state, self.args
+        state, args, loaders = self.state, self.args, self.loaders
         models = {'weights': state.model}
         if state.ema and not args.model_ema_force_cpu:
             models['averaged weights'] = state.ema.module
-        errors = {whose: MostConfidentErrors() for whose in models} if self.log.shows_images else {}
-        # Eager: the numbers are those that validate.py gives, and no second graph has to be compiled for them.
-        found = {whose: evaluate(model, self.val_loader, self.prepare_val, precision=self.precision,
-                                 log_interval=args.log_interval, errors=errors.get(whose), eager=True,
-                                 name='Test' if whose == 'weights' else 'Test (EMA)').as_dict()
-                 for whose, model in models.items()}
+        errors = {name: MostConfidentErrors() for name in models} if self.log.wants(WRONG_PREDICTIONS) else {}
+        # Eager: the same numbers as validate.py's, without compiling a second graph.
+        found = {name: evaluate(model, loaders.val_loader, loaders.prepare_val, precision=self.precision,
+                                log_interval=args.log_interval, errors=errors.get(name), eager=True,
+                                name='Test' if name == 'weights' else 'Test (EMA)').as_dict()
+                 for name, model in models.items()}
         results = found['weights']
         if of_ema := found.get('averaged weights'):
             results |= {f'ema_{name}': of_ema[name] for name in ('loss', 'top1', 'top5')}
-        _logger.info('Epoch %d: Acc@1 %.3f  Acc@5 %.3f  Loss %.4f%s  (%d images)', state.epoch, results['top1'],
-                     results['top5'], results['loss'],
-                     f"  EMA Acc@1 {results['ema_top1']:.3f}" if 'ema_top1' in results else '', results['count'])
         return results, errors
 
     def _show_errors(self, errors: dict[str, MostConfidentErrors]) -> None:
         sheets: dict[str, tuple[torch.Tensor, Sequence[str]]] = {}
-        for whose, kept in errors.items():
+        for name, kept in errors.items():
             if fetched := kept.fetch():
                 images, *others = fetched
-                sheets[whose] = self.prepare_val.denormalize(images), [
+                sheets[name] = self.loaders.prepare_val.denormalize(images), [
                     f'{self._short_name(target)}\n→ {self._short_name(guess)}, {probability:.1%}'
                     for target, guess, probability in zip(*(other.tolist() for other in others), strict=True)]
         self.log.wrong_predictions(sheets, self.state.epoch)
 
     def _short_name(self, label: int, length: int = 20) -> str:
-        name = self.class_names[label]
+        name = self.loaders.class_names[label]
         return name if len(name) <= length else f'{name[:length - 1]}…'
 
     def _note_metric(self, results: dict) -> bool:
-        """Records the metric that decides, of the average where it is evaluated; True where it is the best so far."""
+        """Record the --eval-metric, of the average if there is one; tell whether it is the best so far."""
         state, name = self.state, self.args.eval_metric
         metric = state.metric = results.get(f'ema_{name}', results[name])
         sign = -1 if name == 'loss' else 1
@@ -279,20 +264,19 @@ class Trainer:
     def _save(self, *, is_best: bool = False, must_succeed: bool = False) -> None:
         self._step.sync_skipped_steps()
         self._check_weights()
-        content = self.state.state_dict()  # every rank has a part in it
-        # No rank may say that the state is saved where rank 0 could not.
+        content = self.state.state_dict()  # every rank contributes
+        # No rank may report a saved state that rank 0 could not write.
         with raise_on_all_ranks() if must_succeed else contextlib.nullcontext():
             if self.writer:
-                self.log.sync()  # a line is on the disk before the checkpoint that it led to
+                self.log.sync()  # records reach the disk before their checkpoint
                 self.writer.save(content, self.state.global_step, is_best=is_best, must_succeed=must_succeed)
 
     def _check_weights(self) -> None:
-        """Raises NotFiniteError on all ranks where a weight of one is not finite: such a state is never saved."""
+        """Raise NotFiniteError on all ranks if any weight of any rank is not finite: such a state is never saved."""
         state = self.state
         models = [state.model] + ([state.ema.module] if state.ema else [])
         bad = sum(~tensor.isfinite().all().to(state.world.device) for model in models
                   for tensor in model.state_dict().values() if tensor.is_floating_point())
         if sum_over_ranks(bad.double()).item():
             raise NotFiniteError(
-                f'a weight is not finite at epoch {state.epoch}, step {state.step}; nothing was saved since it was '
-                f'finite. {ADVICE}')
+                f'a weight is not finite at epoch {state.epoch}, step {state.step}; this state was not saved. {ADVICE}')

@@ -1,4 +1,4 @@
-"""The training loss that the options ask for; evaluation always measures plain cross-entropy."""
+"""The training loss. Evaluation always measures plain cross-entropy."""
 from timm.loss import JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
@@ -6,7 +6,11 @@ from utils.errors import UserError
 
 
 def create_loss(args, *, soft_targets: bool) -> nn.Module:
-    """`soft_targets`: Mixup gives distributions over classes, already smoothed; otherwise targets are class numbers."""
+    """Return the loss that the options name.
+
+    Args:
+        soft_targets: targets are distributions over classes, already smoothed by Mixup, instead of class numbers.
+    """
     if args.jsd:
         if args.aug_splits < 2:
             raise UserError(f'--jsd compares augmentation splits: add --aug-splits 3 (it is {args.aug_splits})')

@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer and the learning rate of every epoch; timm builds both, this says from what."""
+"""Parameter groups, and timm's optimizer and learning rate schedule for them."""
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
@@ -7,19 +7,19 @@ from timm.scheduler.scheduler import Scheduler
 from utils.errors import UserError, did_you_mean
 from utils.timm_model import TimmModel
 
-# One kernel for all parameters, the same as the others' to rounding, that can be told on the device to change nothing.
+# Optimizers that update all parameters in one kernel, and can skip a step by a flag on the device.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def param_groups(model: TimmModel, weight_decay: float, body_lr_scale: float = 1.0) -> list[dict]:
-    """Every trainable parameter of `model` in exactly one group.
+    """Put every trainable parameter of `model` into exactly one group.
 
-    Weights decay; biases, 1-D parameters and what `model.no_weight_decay()` names do not. With `body_lr_scale`, all
-    but the classifier learn at this part of the learning rate, at every point of the schedule. Groups have a 'name',
-    such as 'decayed' or 'head, not decayed'.
+    Weights decay; biases, 1-D parameters and those that `model.no_weight_decay()` names do not. All parameters but the
+    classifier's use `body_lr_scale` times the learning rate, at every point of the schedule. Groups have a 'name', such
+    as 'decayed' or 'head, not decayed'.
     """
     without_decay = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()
-    # A classifier can be several heads (distilled DeiT).
+    # A classifier can have several heads (distilled DeiT).
     classifier = model.get_classifier()
     heads = classifier if isinstance(classifier, tuple) else (classifier,)
     in_head = {id(p) for head in heads for p in head.parameters()}
@@ -38,10 +38,10 @@ def param_groups(model: TimmModel, weight_decay: float, body_lr_scale: float = 1
 
 
 def create_optimizer(groups: list[dict], args) -> torch.optim.Optimizer:
-    """The optimizer that --opt names, over `groups`; in torch's fused form where there is one.
+    """Create the optimizer that --opt names, in torch's fused form if there is one.
 
     Raises:
-        UserError: no such optimizer, or settings that it refuses.
+        UserError: there is no such optimizer, or it refuses the settings.
     """
     names = [str(name) for name in list_optimizers()]
     if args.opt.lower() not in names:
@@ -54,23 +54,23 @@ def create_optimizer(groups: list[dict], args) -> torch.optim.Optimizer:
             extra['fused'] = True
         optimizer = create_optimizer_v2(groups, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay,
                                         momentum=args.momentum, **{k: v for k, v in extra.items() if v is not None})
-    except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as e:
-        raise UserError(f'--opt {args.opt} with these settings: {e}') from None
+    except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f'--opt {args.opt} with these settings: {error}') from None
     if getattr(optimizer, 'is_second_order', False):
-        raise UserError(f'--opt {args.opt} needs second derivatives, which training does not compute; use another')
+        raise UserError(f'--opt {args.opt} needs second derivatives, which training does not compute; use another one')
     return optimizer
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, args, steps_per_epoch: int) -> tuple[Scheduler, int]:
-    """timm's schedule that the options ask for, and the number of epochs with the cool-down.
+    """Return timm's schedule, and the number of epochs including the cool-down.
 
-    `schedule.step(epoch)` sets the rates of an epoch or, with --sched-on-updates, `schedule.step_update(step)` those
-    of a step; the other does nothing. Both are functions of the options, so that there is nothing to save. For the
-    published recipe, with lr the top rate: epoch 0 at 1e-6, epochs 1-9 at 1e-6 + e (lr - 1e-6) / 10, epochs 10-299 at
-    1e-5 + (lr - 1e-5)(1 + cos(pi e / 300)) / 2, epochs 300-309 at 1e-5.
+    `schedule.step(epoch)` sets the rates of an epoch, or `schedule.step_update(step)` those of a step with
+    --sched-on-updates; the other one does nothing. Rates depend only on the options, so there is nothing to save.
+    The published recipe, with lr the top rate: epoch 0 at 1e-6, epochs 1-9 at 1e-6 + e (lr - 1e-6) / 10, epochs 10-299
+    at 1e-5 + (lr - 1e-5)(1 + cos(pi e / 300)) / 2, epochs 300-309 at 1e-5.
 
     Raises:
-        UserError: the noise is neither one nor two parts of the epochs.
+        UserError: --lr-noise has more than two values.
     """
     if args.lr_noise and len(args.lr_noise) > 2:
         raise UserError(f'--lr-noise {args.lr_noise}: give one or two parts of the epochs, such as 0.4 0.9')

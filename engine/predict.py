@@ -1,4 +1,4 @@
-"""What a model says of single images: the classes it gives most to, with their probabilities."""
+"""The most probable classes of single images."""
 import logging
 from typing import NamedTuple
 
@@ -11,9 +11,9 @@ _logger = logging.getLogger(__name__)
 
 
 class Predictions(NamedTuple):
-    """Of n images: their `indices` in the data set [n], the k most probable `classes` [n, k], `probabilities` [n, k].
+    """`indices` of n images in the data set [n], their k most probable `classes` [n, k] and `probabilities` [n, k].
 
-    Ordered by index. Images that could not be decoded are not among them.
+    They are ordered by index. Images that could not be decoded are left out.
     """
     indices: np.ndarray
     classes: np.ndarray
@@ -22,13 +22,12 @@ class Predictions(NamedTuple):
 
 @torch.no_grad()
 def predict(model, loader, prepare, *, precision, k: int = 5, log_interval: int = 50) -> Predictions:
-    """The k most probable classes of every image that `loader` gives, on this process alone.
+    """Return the k most probable classes of every image of `loader`, in this process alone.
 
     Args:
-        loader: gives (images, indices): of a data set that `data.Numbered` has numbered.
+        loader: gives (images, indices) of a `data.Numbered` data set.
         prepare: (uint8 images [B, C, H, W], indices [B]) → (normalised images, indices) on the device.
-        precision: utils.runtime.Precision, whose autocast the forward pass runs under.
-        k: number of classes, at most those that the model has.
+        k: number of classes; a model with fewer gives all of them.
     """
     was_training = model.training
     model.eval()

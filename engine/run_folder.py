@@ -1,4 +1,4 @@
-"""Which folder a run writes, which checkpoint it goes on from, and the lock that keeps other runs out."""
+"""The folder that a run writes, the checkpoint it resumes from, and the lock that keeps other runs out."""
 import contextlib
 import fcntl
 import logging
@@ -17,21 +17,27 @@ from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
+# Seconds to wait for a lock. A file server takes about 90 to free the lock of a machine that it lost.
+LOCK_TIMEOUT_SECONDS = 120
+# A file that all machines must see, and the seconds a network file system may take to show it.
+VISIBILITY_FILE = '.seen'
+VISIBILITY_SECONDS = 10
+
 
 def resolve_run(*, output: str, kind: str, experiment: str, resume: str, name: str,
                 restarted: bool = False) -> tuple[Path, Path | None]:
-    """The folder of this run, and the checkpoint it continues from (None for a new run). Creates nothing. Rank 0 only.
+    """Return the folder of this run, and the checkpoint it resumes from or None. Rank 0 only; creates nothing.
 
-    With `resume` a path, the run goes on in that checkpoint's folder, unless `experiment` names another. With
-    'auto' it goes on from the newest whole checkpoint of output/kind/experiment, or, where no experiment is named, of
-    the newest run called `*-name`; where there is none, it starts a new run. A new run is named after the time, that of
-    the launcher where there is one, so that processes started again find their folder.
+    A new run is named after the time. Restarted processes get the launcher's start time, so they find their folder.
 
     Args:
-        restarted: these processes take the place of others that have crashed: the run goes on from the newest whole
-            checkpoint of its own folder, whatever `resume` says, once it has one.
+        resume: a path: resume in that checkpoint's folder, or in the new run `experiment`. 'auto': resume from the
+            newest whole checkpoint of output/kind/experiment or, without `experiment`, of the newest run called
+            `*-name`; start a new run if there is none.
+        restarted: these processes replace others that crashed. The run resumes from the newest whole checkpoint of its
+            own folder, if it has one, whatever `resume` says.
     Raises:
-        UserError: the path to resume from is no whole checkpoint, or a new run would overwrite another.
+        UserError: the path to resume from is not a whole checkpoint, or a new run would overwrite another.
     """
     runs = Path(output).expanduser() / kind
     started = job.start_time() or f'{datetime.now():%Y%m%d-%H%M%S}'
@@ -62,18 +68,18 @@ def resolve_run(*, output: str, kind: str, experiment: str, resume: str, name: s
 
 
 def _folder_of_resume(resume: str, experiment: str, new: Path) -> Path:
-    """The folder in which a run goes on, as it was chosen when it first started."""
+    """Return the folder of a restarted run, as its first start chose it."""
     if experiment or resume in ('', 'auto'):
         return new
-    path = Path(resume).expanduser()  # which the run itself may have removed since, after newer ones
+    path = Path(resume).expanduser()  # the run may have removed it since, after saving newer ones
     return (path if path.is_dir() else path.parent).resolve()
 
 
 def check_resume(resume: str) -> Path:
-    """The folder of --resume PATH, without reading what is in it, for a check before the data is scanned.
+    """Return the folder of --resume PATH, without reading any file; a check before the data is scanned.
 
     Raises:
-        UserError: no checkpoint is there.
+        UserError: there is no checkpoint.
     """
     path = Path(resume).expanduser()
     folder = path if path.is_dir() else path.parent
@@ -83,7 +89,7 @@ def check_resume(resume: str) -> Path:
 
 
 def _asked_for(resume: str) -> Path:
-    """The checkpoint of --resume PATH: that file; of a folder, or for its LAST, the newest whole one in it."""
+    """Return the checkpoint of --resume PATH: that file, or the newest whole one of a folder or of its LAST."""
     path, folder = Path(resume).expanduser(), check_resume(resume)
     if path.is_dir() or path.name == LAST:
         if newest := find_checkpoint(path if path.is_dir() else path.parent):
@@ -91,13 +97,12 @@ def _asked_for(resume: str) -> Path:
         raise UserError(f'--resume {resume}: its last checkpoint has just been removed')
     try:
         verify_checksum(path)
-    except UserError as e:
-        try:
+    except UserError as error:
+        found = None
+        with contextlib.suppress(UserError):
             found = find_checkpoint(folder)
-        except UserError:
-            found = None
         beside = f'; the newest whole one beside it is {found}' if found else ''
-        raise UserError(f'--resume {resume}: {e}{beside}') from None
+        raise UserError(f'--resume {resume}: {error}{beside}') from None
     return path
 
 
@@ -106,7 +111,7 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def _changed(folder: Path) -> int:
-    """When the newest checkpoint of a folder was written."""
+    """Return the time at which the newest checkpoint of a folder was written."""
     times = [0]
     for path in (folder / LAST, *folder.glob(NUMBERED)):
         with contextlib.suppress(FileNotFoundError):
@@ -121,7 +126,7 @@ def _refuse_to_overwrite(folder: Path) -> None:
 
 
 def _lock(handle: int, patience: float) -> None:
-    """Raises BlockingIOError where another holds the lock for `patience` seconds."""
+    """Take the lock, or raise BlockingIOError if another process still holds it after `patience` seconds."""
     end = time.monotonic() + patience
     while True:
         try:
@@ -133,47 +138,38 @@ def _lock(handle: int, patience: float) -> None:
 
 
 class RunLock:
-    """One run, one folder: held from here until `release` or the end of this process, however it ends. Rank 0 only.
+    """Locks a run's folder for one process, until `release` or the end of the process. Rank 0 only.
 
-    The folder is made where it is missing. The file stays; what is in it counts only while a process holds it.
+    Creates the folder if it is missing. The lock file stays; its content counts only while a process holds it.
 
     Args:
         patience: seconds to wait for the holder to let go.
     Raises:
-        UserError: another run writes into the folder, or nothing can be written there.
+        UserError: another run writes into the folder, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, *, patience: float = 0):
         make_folder(folder, '--output')
-        self._handle = None
+        self._handle: int | None = None
         path = folder / LOCK
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as e:
-            self._warn(path, e)
-            return
-        try:
+            self._handle = handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             _lock(handle, patience)
         except BlockingIOError:
             holder = os.read(handle, 300).decode(errors='replace').strip() or 'unknown'
-            os.close(handle)
+            self.release()
             raise UserError(f'{folder}: another run writes here ({holder}); wait for it or end it, or start this one '
                             'under another --experiment') from None
-        except OSError as e:
-            os.close(handle)
-            self._warn(path, e)
+        except OSError as error:
+            self.release()
+            _logger.warning('%s cannot be locked (%s): nothing keeps a second run from writing into this folder', path,
+                            error.strerror)
             return
-        self._handle = handle
-        # A loader process that outlives this one must not keep the lock that it was born with.
+        # A loader process that outlives this one must not keep the lock.
         os.register_at_fork(after_in_child=self.release)
-        with contextlib.suppress(OSError):  # the name of the holder is a help; a full disk must not stop a run
+        with contextlib.suppress(OSError):  # the holder's name only informs; a full disk must not stop a run
             os.truncate(handle, 0)
             os.write(handle, f'host {socket.gethostname()}, process {os.getpid()}\n'.encode())
-
-    @staticmethod
-    def _warn(path: Path, error: OSError) -> None:
-        _logger.warning('%s cannot be locked (%s): nothing keeps a second run from writing into this folder', path,
-                        error.strerror)
 
     def release(self) -> None:
         if self._handle is not None:
@@ -181,20 +177,15 @@ class RunLock:
             self._handle = None
 
 
-LOCK_TIMEOUT_SECONDS = 120  # seconds; a file server gives the lock of a machine that it has lost away after 90
-VISIBILITY_FILE = '.seen'  # a file that all machines must see
-VISIBILITY_SECONDS = 10  # for a network file system to show what another machine has written
-
-
 def lock_patience(args) -> float:
-    """Seconds for what is left of a machine that was lost to let go of the run's folder; the other ranks wait, too."""
+    """Return the seconds to wait for a lost machine's lock; less than --timeout, since the other ranks wait too."""
     return min(LOCK_TIMEOUT_SECONDS, args.timeout / 2)
 
 
 def check_all_see(folder: Path, world: World) -> None:
-    """Raises UserError on every rank where a machine does not see the run's folder as that of rank 0 does.
+    """Raise UserError on every rank if a machine does not see the same run's folder as rank 0.
 
-    Each goes on from a checkpoint there, and rank 0 may be on another one after a restart.
+    Every machine resumes from a checkpoint there, and after a restart rank 0 may run on another machine.
     """
     hosts = gather(socket.gethostname() if world.local_rank == 0 else None)
     if len(hosts) - hosts.count(None) < 2:
@@ -204,13 +195,13 @@ def check_all_see(folder: Path, world: World) -> None:
         try:
             if world.is_main:
                 token.touch()
-        except OSError as e:
-            raise UserError(f'{token} cannot be written ({e.strerror})') from None
+        except OSError as error:
+            raise UserError(f'{token} cannot be written ({error.strerror}); check the disk of --output') from None
     end = time.monotonic() + VISIBILITY_SECONDS
     while not token.exists() and time.monotonic() < end:
         time.sleep(0.1)
         with contextlib.suppress(OSError):
-            os.listdir(folder)  # has a network file system look again
+            os.listdir(folder)  # makes a network file system look again
     seen = gather(token.exists())
     if world.is_main:
         token.unlink(missing_ok=True)

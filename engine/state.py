@@ -1,5 +1,6 @@
-"""TrainState: everything a resumed run needs. If it is not in here, it is not state."""
+"""TrainState: everything that a resumed run needs."""
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,63 +14,48 @@ from utils.runtime import get_rng_state, set_rng_state
 _logger = logging.getLogger(__name__)
 
 VERSION = 2
-SAVED = ('version', 'arch', 'epoch', 'step', 'global_step', 'state_dict', 'state_dict_ema', 'optimizer', 'amp_scaler',
-         'metric', 'best_metric', 'best_epoch', 'skipped_steps', 'skipped_in_a_row', 'ranks', 'args', 'classes')
+# Entries of a checkpoint with the types of their values.
 KINDS = {'version': int, 'arch': str, 'epoch': int, 'step': int, 'global_step': int, 'state_dict': dict,
          'optimizer': dict, 'amp_scaler': dict, 'skipped_steps': int, 'skipped_in_a_row': int, 'ranks': list,
          'args': dict, 'classes': list}
-# What every rank has of its own.
+# Attributes that a checkpoint stores as they are.
+PLAIN = ('epoch', 'step', 'global_step', 'metric', 'best_metric', 'best_epoch', 'skipped_steps', 'skipped_in_a_row')
+# Attributes of which every rank has its own.
 SUMS = ('loss_sums', 'window_sums', 'bad_images')
 
 
+@dataclass(kw_only=True, eq=False)
 class TrainState:
-    """What training changes, and where it stands.
+    """Everything that training changes, and the point it has reached."""
+    arch: str  # the model's name
+    model: nn.Module  # the raw model, never a DDP or compiled wrapper
+    optimizer: torch.optim.Optimizer  # the learning rate is a function of the epoch and the options
+    scaler: torch.amp.GradScaler
+    ema: ModelEma | None  # the average of all parameters and buffers
+    options: dict
+    classes: list[str]  # their names
+    world: World
+    order: str = ''  # what determines the order of images beside the options (see TrainSampler); '' if unknown
+    epoch: int = 0  # the current one
+    step: int = 0  # optimizer steps taken in the epoch
+    global_step: int = 0  # optimizer steps taken in the run
+    images_seen: int = 0  # in the batches of these steps, of all ranks
+    # Steps whose gradient was not finite, in the run and since the last good one, as TrainingStep counts them.
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    metric: float | None = None  # of the last evaluation
+    best_metric: float | None = None
+    best_epoch: int | None = None
 
-    Attributes:
-        model: the raw model, never a DDP or compiled wrapper.
-        optimizer, scaler: as torch knows them. The learning rate is a function of the epoch and the options.
-        ema: averaged copy of all parameters and buffers, or None.
-        epoch: the epoch in progress, from 0.
-        step: optimizer steps taken in it.
-        global_step: optimizer steps taken in the run.
-        images_seen: images in the batches of these steps, of all ranks.
-        loss_sums: float64 [2], this rank's sum of losses and number of images in the epoch so far.
-        window_sums: the same at the last log line, so that the next one says what it would have said without a break.
-        bad_images: float64 [1], images of the epoch so far that this rank could not decode, and has replaced.
-        skipped_steps, skipped_in_a_row: steps whose gradient was not finite, in the run and since the last good one;
-            of the steps that TrainingStep.sync_skipped_steps has counted.
-        best_metric, best_epoch: of the best checkpoint, or None.
-        metric: of the last evaluation, or None.
-        arch, options, classes: the model's name, the options as a plain dict, the names of the classes.
-        order: what the order of the images depends on beside the options (see TrainSampler); '' if nobody knows.
-    """
-
-    def __init__(self, *, arch: str, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                 ema: ModelEma | None, options: dict, classes: list[str], world: World):
-        self.arch = arch
-        self.model = model
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.ema = ema
-        self.options = options
-        self.classes = classes
-        self.order = ''
-        self.world = world
-        self.epoch = 0
-        self.step = 0
-        self.global_step = 0
-        self.images_seen = 0
-        self.loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    def __post_init__(self):
+        # Of this rank in the epoch so far: sum of losses and number of images; images that could not be decoded.
+        self.loss_sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        self.bad_images = torch.zeros(1, dtype=torch.float64, device=self.world.device)
+        # The same sums at the last log line, so that an interruption does not change the next one.
         self.window_sums = self.loss_sums.clone()
-        self.bad_images = torch.zeros(1, dtype=torch.float64, device=world.device)
-        self.skipped_steps = 0
-        self.skipped_in_a_row = 0
-        self.metric: float | None = None
-        self.best_metric: float | None = None
-        self.best_epoch: int | None = None
 
     def count_step(self) -> None:
-        """One optimizer step was taken, or skipped."""
+        """Count an optimizer step that was taken or skipped."""
         self.step += 1
         self.global_step += 1
         self.images_seen += _images_per_step(self.options, self.world.size)
@@ -80,7 +66,7 @@ class TrainState:
         self._reset_sums()
 
     def start_at(self, epoch: int, steps_per_epoch: int) -> None:
-        """Stands at the beginning of `epoch`, whatever was loaded."""
+        """Go to the beginning of `epoch`, whatever was loaded."""
         self.epoch, self.step, self.global_step = epoch, 0, epoch * steps_per_epoch
         self.images_seen = self.global_step * _images_per_step(self.options, self.world.size)
         self._reset_sums()
@@ -90,28 +76,21 @@ class TrainState:
             getattr(self, name).zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state as tensors and plain values, under the names of published checkpoints where those exist.
+        """Return the whole state as tensors and plain values, with the names of published checkpoints.
 
-        Every rank must call it, since each has generators and sums of its own.
+        Every rank must call it, since each has its own random generators and sums.
         """
         ranks = gather({'rng': get_rng_state(self.world.device), 'statistics': [b.cpu() for b in self._statistics()],
                         **{name: getattr(self, name).cpu() for name in SUMS}})
         return {
             'version': VERSION,
             'arch': self.arch,
-            'epoch': self.epoch,
-            'step': self.step,
-            'global_step': self.global_step,
+            **{name: getattr(self, name) for name in PLAIN},
             'images_seen': self.images_seen,
             'state_dict': self.model.state_dict(),
             'state_dict_ema': self.ema.module.state_dict() if self.ema else None,
             'optimizer': self.optimizer.state_dict(),
             'amp_scaler': self.scaler.state_dict(),
-            'metric': self.metric,
-            'best_metric': self.best_metric,
-            'best_epoch': self.best_epoch,
-            'skipped_steps': self.skipped_steps,
-            'skipped_in_a_row': self.skipped_in_a_row,
             'ranks': ranks,
             'args': self.options,
             'classes': self.classes,
@@ -119,15 +98,13 @@ class TrainState:
         }
 
     def _statistics(self) -> list[torch.Tensor]:
-        """The running statistics that this rank has of its own, until --dist-bn reduce averages them."""
+        """Return the running statistics that differ between ranks until --dist-bn reduce averages them."""
         if self.options.get('dist_bn') != 'reduce' or self.world.size == 1:
             return []
-        models = [self.model] + ([self.ema.module] if self.ema else [])
-        return [buffer for model in models for module in model.modules()
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) for buffer in module.buffers()]
+        return batch_norm_buffers(self.model) + (batch_norm_buffers(self.ema.module) if self.ema else [])
 
     def load_state_dict(self, state: dict[str, Any], *, source, with_optimizer: bool = True) -> None:
-        """Puts everything back, or raises and changes nothing.
+        """Restore everything, or raise and change nothing.
 
         Args:
             source: the file, for messages.
@@ -136,39 +113,38 @@ class TrainState:
             UserError: not a checkpoint of a run, or of another model, number of classes or image size.
         """
         self._check(state, source)
-        # The optimizer first: its torch class can still refuse.
+        # The optimizer first, since torch can still refuse it.
         if with_optimizer:
             self._load_optimizer(state['optimizer'], state['args'].get('opt'), source)
-            if state['amp_scaler']:  # empty where the run needed no loss scaling
+            if state['amp_scaler']:  # empty if the run needed no loss scaling
                 self.scaler.load_state_dict(state['amp_scaler'])
         self.model.load_state_dict(state['state_dict'])
         if self.ema:
-            # A run that had no average starts it at its weights.
+            # The average of a run that had none starts at the weights.
             self.ema.module.load_state_dict(state['state_dict_ema'] or state['state_dict'])
-        for name in ('epoch', 'step', 'global_step', 'metric', 'best_metric', 'best_epoch', 'skipped_steps',
-                     'skipped_in_a_row'):
+        for name in PLAIN:
             setattr(self, name, state[name])
-        # Checkpoints of earlier versions do not have it.
+        # Checkpoints of earlier versions lack images_seen.
         before = state['global_step'] * _images_per_step(state['args'], len(state['ranks']))
         self.images_seen = state.get('images_seen', before)
         self._load_rank(state['ranks'])
 
     def _load_optimizer(self, saved: dict, name: str | None, source) -> None:
-        # The options rule: a decay or momentum that was changed for the rest of the run is the new one.
+        # Options take precedence over the checkpoint, so a changed decay or momentum applies to the rest of the run.
         asked = [{k: v for k, v in group.items() if k != 'params'} for group in self.optimizer.param_groups]
         if str(name).lower() != str(self.options.get('opt')).lower():
             raise UserError(f"{source}: its optimizer is {name}, this run's is {self.options['opt']}; "
                             f'say --opt {name}, or --no-resume-opt to start the optimizer anew')
         try:
-            # Its form is no setting that a checkpoint has a say in, and decides where steps are counted.
+            # This run chooses the implementation, which decides where steps are counted.
             form = {k: asked[0][k] for k in ('fused', 'foreach') if k in asked[0]}
             self.optimizer.load_state_dict({**saved, 'param_groups': [{**g, **form} for g in saved['param_groups']]})
-        except (ValueError, KeyError) as e:
-            raise UserError(f'{source}: its optimizer state is of another kind ({e}); '
+        except (ValueError, KeyError) as error:
+            raise UserError(f'{source}: its optimizer state is of another kind ({error}); '
                             'use the same --opt, or --no-resume-opt to start the optimizer anew') from None
         for group, settings in zip(self.optimizer.param_groups, asked, strict=True):
             group.update(settings)
-        # Fused kernels go through weights and moments in the order of memory, which --channels-last may have changed.
+        # Fused kernels need weights and moments in the same memory order, which --channels-last may have changed.
         for parameter, moments in self.optimizer.state.items():
             moments.update({name: torch.empty_like(parameter, dtype=value.dtype).copy_(value)
                             for name, value in moments.items()
@@ -184,21 +160,20 @@ class TrainState:
                 buffer.copy_(saved)
             return
         if self.world.is_main:
-            _logger.warning('the checkpoint is of %d processes, this run has %d: it goes on at the same point, '
-                        'but not with the same random numbers', len(ranks), self.world.size)
+            _logger.warning('the checkpoint is of %d processes, this run has %d: it resumes at the same point, but '
+                            'with other random numbers', len(ranks), self.world.size)
             for name in SUMS:
                 getattr(self, name).copy_(sum(rank[name] for rank in ranks))
 
     def _check(self, state: dict[str, Any], source) -> None:
-        missing = set(SAVED) - state.keys()
-        if missing:
+        if missing := {'state_dict_ema', *KINDS, *PLAIN} - state.keys():
             raise UserError(f'{source}: not a checkpoint that a run can continue from (it has no '
                             f'{", ".join(sorted(missing))}); --initial-checkpoint starts a new run from its weights')
         wrong = [name for name, kind in KINDS.items() if not isinstance(state[name], kind)]
         wrong = wrong or [key for key, value in state['state_dict'].items() if not isinstance(value, torch.Tensor)]
         if wrong:
-            raise UserError(f'{source}: not as a run leaves it ({", ".join(wrong[:3])}); resume another of its '
-                            'checkpoints')
+            raise UserError(f'{source}: not a checkpoint as runs write it ({", ".join(wrong[:3])}); resume another '
+                            'checkpoint of the run')
         if state['version'] > VERSION:
             raise UserError(f"{source}: saved by a newer version of this program (format {state['version']}, "
                             f'this one reads up to {VERSION}); update to resume it')
@@ -214,10 +189,10 @@ class TrainState:
             raise UserError(f'{source}: stands in the middle of an epoch of {per_step[0]} images a step, this run has '
                             f'{per_step[1]} (processes x --batch-size x --accum-steps); '
                             f'{_fitting(per_step[0], self.world.size)}')
-        if state['step'] and state.get('order') and state['order'] != self.order:  # not of earlier versions
+        if state['step'] and state.get('order') and state['order'] != self.order:  # earlier versions lack it
             raise UserError(f"{source}: stands in the middle of an epoch of {state['order']}, this run has "
-                            f'{self.order}, in another order: some would be repeated, others left out; resume with the '
-                            'data as they were, or from a checkpoint at the end of an epoch')
+                            f'{self.order}, in another order: some images would be repeated, others left out; resume '
+                            'with the same data, or from a checkpoint at the end of an epoch')
         for entry in ('state_dict', 'state_dict_ema') if self.ema and state['state_dict_ema'] else ('state_dict',):
             self._check_weights(state[entry], source)
 
@@ -230,8 +205,13 @@ class TrainState:
         if different:
             more = f' and {len(different) - 3} more' if len(different) > 3 else ''
             raise UserError(f'{source}: other sizes than this run: {"; ".join(different[:3])}{more}; give the '
-                            '--num-classes, --img-size and --model-kwargs of the checkpoint, or start anew with '
+                            '--num-classes, --img-size and --model-kwargs of the checkpoint, or start a new run with '
                             '--initial-checkpoint')
+
+
+def batch_norm_buffers(model: nn.Module) -> list[torch.Tensor]:
+    return [buffer for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for buffer in module.buffers()]
 
 
 def _images_per_step(options: dict, processes: int) -> int:
@@ -239,11 +219,11 @@ def _images_per_step(options: dict, processes: int) -> int:
 
 
 def _fitting(images: int, processes: int) -> str:
-    """The options with which `processes` make steps of `images`, of as few batches as possible."""
+    """Say with which options `processes` make steps of `images`, in as few batches as possible."""
     if images % processes:
         numbers = ', '.join(str(n) for n in range(1, images + 1) if images % n == 0)
         return f'{processes} processes cannot share {images}; start {numbers} of them'
-    return f'on {processes} process(es) give -b {images // processes} --accum-steps 1, or another product of as many'
+    return f'on {processes} process(es) give -b {images // processes} --accum-steps 1, or another equal product'
 
 
 def _named(classes: list[str]) -> str:

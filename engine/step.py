@@ -1,7 +1,7 @@
-"""One optimizer step, in which the host never waits for the device; what the host wants to know it asks for later.
+"""One optimizer step. The host never waits for the device in it; it asks for results later.
 
     step = TrainingStep(state, model, prepare=prepare, loss=loss, precision=precision, args=args)
-    images = step(batches)      as often as there are batches
+    images = step(batches)       as long as there are batches
     step.sync_skipped_steps()    at log steps, before a save, at the end of an epoch
 """
 import contextlib
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.optimizer import FUSED
-from engine.state import TrainState
+from engine.state import TrainState, batch_norm_buffers
 from utils.distributed import note_progress
 from utils.errors import NotFiniteError
 from utils.faults import fault_point
@@ -23,23 +23,20 @@ from utils.runtime import Precision
 
 _logger = logging.getLogger(__name__)
 
-ADVICE = ('A lower --lr, --clip-grad 1 or --amp-dtype bfloat16 helps; --resume auto goes back to the last checkpoint')
+ADVICE = 'A lower --lr, --clip-grad 1 or --amp-dtype bfloat16 helps; --resume auto goes back to the last checkpoint'
 
 
 class TrainingStep:
-    """Called with an iterator of batches, takes one optimizer step from the next `args.accum_steps` of them.
+    """Called with an iterator of batches, takes one optimizer step from the next `args.accum_steps` batches.
 
-    A step whose gradient is not finite changes nothing but the count of such steps, to the byte, and on all ranks
-    alike: what one rank has, the averaged gradient of every rank has. It is the device that sees it and skips;
-    the host learns of it in `sync_skipped_steps`. With an optimizer that has no fused form in torch (see
-    create_optimizer) the host asks in every step, and waits for the answer.
+    A step whose gradient is not finite changes no byte but the count of such steps, on any rank: the averaged gradient
+    is the same on all ranks. The device detects and skips the step; the host learns of it in `sync_skipped_steps`. If
+    the optimizer has no fused form in torch (see create_optimizer), the host waits for the answer in every step.
 
     Args:
-        state: what is trained; changed in place.
-        model: `state.model` as it is called in training (see wrap_model).
-        prepare: (images, targets) as the loader gives them → the same on the device, as the model takes them.
+        model: `state.model` as training calls it (see wrap_model).
+        prepare: (images, targets) from the loader → the same on the device, as the model takes them.
         loss: (logits, targets) → scalar.
-        precision: whose autocast the forward pass runs under.
         args: accum_steps, clip_grad, max_skipped_steps.
     Attributes:
         gradient_norm: of the last step, before clipping; float32 [] on the device.
@@ -56,10 +53,10 @@ class TrainingStep:
         _start_momentum(state.optimizer)
 
     def __call__(self, batches: Iterator) -> torch.Tensor:
-        """Takes the step; returns the images of its last batch as the model saw them, [B, C, H, W]."""
+        """Take the step; return the images of its last batch as the model saw them, [B, C, H, W]."""
         state, args = self._state, self._args
         note_progress(state.global_step)
-        if 'torch._inductor.cudagraph_trees' in sys.modules:  # not worth its import where nothing is compiled
+        if 'torch._inductor.cudagraph_trees' in sys.modules:  # its import is not worth it if nothing is compiled
             torch.compiler.cudagraph_mark_step_begin()
         self._statistics.keep()
         images, sums = self._compute_gradient(batches)
@@ -82,11 +79,11 @@ class TrainingStep:
         return images
 
     def sync_skipped_steps(self) -> None:
-        """Waits for the steps since the last call, and counts and logs those of them that were skipped.
+        """Wait for the steps since the last call; count and log the skipped ones.
 
         Raises:
-            NotFiniteError: more than `args.max_skipped_steps` were skipped in a row. It may come some steps later;
-                a step that is skipped leaves the weights as they are.
+            NotFiniteError: more than `args.max_skipped_steps` were skipped in a row. The error may come some steps
+                late, since a skipped step leaves the weights unchanged.
         """
         if not self._unsettled:
             return
@@ -99,7 +96,7 @@ class TrainingStep:
                 self._state.skipped_in_a_row = 0
 
     def _compute_gradient(self, batches: Iterator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Leaves the gradient in the parameters; returns the last images, and the sum of losses and their number."""
+        """Store the gradient in the parameters; return the last images, and the sum of losses and their number."""
         state, args = self._state, self._args
         sums = torch.zeros_like(state.loss_sums)
         for micro_step in range(args.accum_steps):
@@ -109,7 +106,7 @@ class TrainingStep:
             unaveraged = self._model if not is_last and isinstance(self._model, DistributedDataParallel) else None
             with unaveraged.no_sync() if unaveraged is not None else contextlib.nullcontext():
                 with self._precision.autocast():
-                    # On CPUs autocast would have the loss in bfloat16.
+                    # On CPUs autocast would compute the loss in bfloat16.
                     loss = self._loss(self._model(images).float(), targets)
                 if fault_point('loss') == 'nan':
                     loss = loss * math.nan
@@ -119,10 +116,10 @@ class TrainingStep:
         return images, sums
 
     def _step_optimizer(self, skip: torch.Tensor) -> None:
-        # The scaler's own step would not know of a norm that overflows.
+        # The scaler's own step would not notice a norm that overflows.
         optimizer = self._state.optimizer
         if self._is_fused:
-            optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # as torch's GradScaler tells it
+            optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # as torch's GradScaler sets it
             optimizer.step()
             del optimizer.found_inf  # type: ignore[attr-defined]  # likewise
         elif not skip.item():
@@ -143,14 +140,13 @@ class TrainingStep:
 
 
 class _Statistics:
-    """What a forward pass changes in a model, the statistics of batch norm, which a skipped step puts back.
+    """The statistics of batch norm, which the forward pass changes and a skipped step restores.
 
-    However many layers there are, each call is a few launches: for each dtype, the buffers have a copy in one tensor.
+    A call takes a few launches for any number of layers, since one tensor holds the copies of all buffers of a dtype.
     """
 
     def __init__(self, model: nn.Module):
-        buffers = [buffer for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-                   for buffer in module.buffers()]
+        buffers = batch_norm_buffers(model)
         self._groups = []
         for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
             alike = [buffer for buffer in buffers if buffer.dtype == dtype]
@@ -160,22 +156,22 @@ class _Statistics:
             self._groups.append((alike, copies, old, new))
 
     def keep(self) -> None:
-        """Notes them as they are."""
+        """Copy the current statistics."""
         for buffers, _, old, _ in self._groups:
             torch._foreach_copy_(old, buffers)
 
     def restore(self, skip: torch.Tensor) -> None:
-        """Makes them what `keep` noted where `skip`, a bool [] on their device, is True."""
+        """Restore the statistics of the last `keep` if `skip`, a bool [] on their device, is True."""
         for buffers, copies, _, new in self._groups:
             torch._foreach_copy_(new, buffers)
-            torch.where(skip, copies[0], copies[1], out=copies[1])  # chosen, not computed: NaN leaves no trace
+            torch.where(skip, copies[0], copies[1], out=copies[1])  # chooses, so that NaN leaves no trace
             torch._foreach_copy_(buffers, new)
 
 
 def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Gives SGD its momentum as zeros, which make the same first step.
+    """Initialise SGD's momentum with zeros, which lead to the same first step.
 
-    Its fused form makes that step into memory that nothing was written to; it would stay so if the step were skipped.
+    Fused SGD would write its first momentum into uninitialised memory, which would remain if the step were skipped.
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return

@@ -169,8 +169,9 @@ def a_log_line_says_how_full_the_gpu_was(gpu: Gpu):
                               prepare_val=None, class_names=['a', 'b', 'c'])
     trainer = loop.Trainer(state, state.model, batches, loss=nn.CrossEntropyLoss(), schedule=None, num_epochs=1,
                            precision=runtime.Precision(torch.device('cpu'), enabled=False),
-                           args=Options(**state.options), folder=Path())
-    trainer.log, trainer._started, trainer._steps_since_start = create_autospec(RunLog, instance=True), 0., 1
+                           args=Options(**state.options), folder=Path(),
+                           log=create_autospec(RunLog, instance=True), writer=None)
+    trainer._steps_since_start = 1
     trainer._step(iter([batch(0)]))
     gpu.answer(max_memory_allocated=3 << 30)
     for device, expected in ((torch.device('cpu'), None), (GPU, 3.0)):
@@ -422,7 +423,7 @@ RUN_BY = {
     'tools/doctor/memory.py::look_at_memory': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
     'utils/distributed.py::_connect': [ranks_meet_over_nccl_each_on_its_gpu],
     'utils/distributed.py::_device': [devices_by_name],
-    'utils/distributed.py::join': [ranks_meet_over_nccl_each_on_its_gpu],
+    'utils/distributed.py::init_process_group': [ranks_meet_over_nccl_each_on_its_gpu],
     'launch/launcher.py::launch': [more_processes_than_gpus],
     'utils/runtime.py::Precision.__init__': [precision_is_what_the_gpu_has],
     'utils/runtime.py::describe_environment': [records_of_a_gpu_say_so],

@@ -114,7 +114,7 @@ def test_a_full_disk_is_one_warning_and_the_rest_is_written(point, named, tmp_pa
 
 def test_no_line_is_lost_where_a_real_disk_is_full_for_a_while(tmp_path, warnings_of, limit):
     """A limit on the size of files stops a line in its midst; each line after the limit is lifted is whole."""
-    log = RunLog(tmp_path, options={}, tensorboard=False)
+    log = RunLog(tmp_path, options={'tensorboard': False})
     log.train(line(1, **LARGE))
     with limit(4000):
         for step in (2, 3):
@@ -146,7 +146,6 @@ def test_tensorboard_on_a_full_disk_is_one_warning_without_a_traceback(tmp_path,
 
 
 def test_a_missing_tensorboard_is_a_warning(tmp_path, warnings_of, monkeypatch):
-    monkeypatch.delitem(sys.modules, 'engine.log.tensorboard', raising=False)
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
     run(tmp_path)
     assert len(warnings_of()) == 1 and 'TensorBoard' in warnings_of()[0]
@@ -168,7 +167,7 @@ def test_a_resumed_run_keeps_its_history_where_it_cannot_be_rewritten(tmp_path, 
     run(tmp_path)
     before = (tmp_path / 'metrics.jsonl').read_bytes()
     with limit(100):
-        log = RunLog(tmp_path, options={}, global_step=3, epoch=0, tensorboard=False)
+        log = RunLog(tmp_path, options={'tensorboard': False}, global_step=3, epoch=0)
     assert (tmp_path / 'metrics.jsonl').read_bytes() == before
     log.train(line(4))
     log.close()
@@ -185,7 +184,7 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path, warnings_of):
 
 
 def test_summary_has_a_column_for_each_number_of_any_epoch(tmp_path):
-    log = RunLog(tmp_path, options={}, tensorboard=False)
+    log = RunLog(tmp_path, options={'tensorboard': False})
     log.epoch({'epoch': 0, 'top1': 1.0})
     log.epoch({'epoch': 1, 'top1': 2.0, 'bad_images': 3})
     rows = list(csv.DictReader(open(tmp_path / 'summary.csv', newline='')))
@@ -195,7 +194,7 @@ def test_summary_has_a_column_for_each_number_of_any_epoch(tmp_path):
 def test_each_start_of_a_run_is_recorded_with_what_it_ran_on(tmp_path):
     assert read_environment(tmp_path) == []
     for step, device in ((0, 'one'), (7, 'another')):
-        RunLog(tmp_path, options={}, environment={'device': device}, global_step=step, tensorboard=False).close()
+        RunLog(tmp_path, options={'tensorboard': False}, environment={'device': device}, global_step=step).close()
     first, second = read_environment(tmp_path)
     assert (first['device'], first['global_step']) == ('one', 0)
     assert (second['device'], second['global_step']) == ('another', 7) and first['time'] <= second['time']
@@ -270,8 +269,8 @@ def test_the_batch_is_small_for_tensorboard_and_whole_in_the_file(tmp_path):
 
 
 def test_without_tensorboard_no_image_is_asked_for(tmp_path):
-    for log in (RunLog(None, options={}), RunLog(tmp_path, options={}, tensorboard=False)):
-        assert not log.shows_images
+    for log in (RunLog(None, options={}), RunLog(tmp_path, options={'tensorboard': False})):
+        assert not log.wants('first batch of the epoch')
         log.first_batch(torch.rand(2, 3, 8, 8), 2)
         log.wrong_predictions({'weights': (torch.rand(1, 3, 8, 8), ['x'])}, 0)
         log.sync()
@@ -374,7 +373,7 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path, warnings_of
     monkeypatch.setattr('utils.pictures.image_sheet', fail)
     log = RunLog(tmp_path, options={})
     log.wrong_predictions({'weights': (torch.rand(1, 3, 8, 8), ['ant\n→ bee, 90.0%'])}, 0)
-    assert log._board is not None
+    assert log.wants('wrong predictions')
     log.close()
     assert warnings_of() == [f'{tmp_path}/wrong predictions cannot be written (ValueError: cannot be drawn); '
                              'training goes on']

@@ -27,8 +27,7 @@ def run(tmp_path_factory):
     args = parse(str(images), '--model', 't2t_vit_7', '--img-size', '32', '--lr', '1e-3', '--experiment', '<b>r</b>',
                  '--epochs', '3', '--no-model-ema')
     folder = root / 'run'
-    log = RunLog(folder, options=args.as_dict(), environment={'device': 'an <i>old</i> machine', 'torch': '2.14'},
-                 tensorboard=False)
+    log = RunLog(folder, options=args.as_dict(), environment={'device': 'an <i>old</i> machine', 'torch': '2.14'})
     for epoch, (top1, loss) in enumerate(((40.0, 1.5), (75.5, 1.25))):
         for step in (1, 2):
             log.train({'epoch': epoch, 'step': step, 'global_step': 2 * epoch + step, 'images_seen': 1234,

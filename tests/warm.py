@@ -25,12 +25,12 @@ def next_request() -> dict:
 
 sys.path[0] = str(ROOT)
 import torch._dynamo  # noqa: E402, F401, as every optimizer does
+import torch.utils.tensorboard  # noqa: E402, F401
 
 import data.pipeline  # noqa: E402, F401
-import engine.log.curves  # noqa: E402, F401
-import engine.log.tensorboard  # noqa: E402, F401
 import engine.run  # noqa: E402, F401
 import models  # noqa: E402, F401
+import utils.pictures  # noqa: E402, F401
 
 request = next_request()
 os.setsid()

@@ -1,1 +1,4 @@
-"""How a process starts, talks to others, writes and ends."""
+"""How a process starts, talks to other processes, reads and writes files, and ends.
+
+Nothing here knows a model, a data set or the training loop, so every other folder may import this one.
+"""

@@ -1,4 +1,4 @@
-"""Reading checkpoint files, from wherever they come, without running anything that is in them."""
+"""Reads checkpoint files of any origin without running their code."""
 import argparse
 import hashlib
 import json
@@ -12,10 +12,10 @@ import safetensors
 import safetensors.torch
 import torch
 
-from utils import paddle_reader as paddle_files
+from utils import paddle_reader
 from utils.errors import UserError
 
-# What people have in place of the file they meant: how it begins, what it is, what to do.
+# Files that people mistake for a checkpoint: their first bytes, what they are, what to do.
 IMPOSTORS = (
     (b'version https://git-lfs', 'a Git LFS pointer', 'fetch the file itself with git lfs pull'),
     (b'/annex/objects/', 'a git-annex pointer', 'fetch the file itself with git annex get'),
@@ -23,12 +23,11 @@ IMPOSTORS = (
     (b'<html', 'a web page', 'download the file itself'),
 )
 
-# The entry of a safetensors file's metadata, JSON, under which ours keep what belongs to the weights: the entries that
-# a checkpoint of PyTorch would have beside its 'state_dict'.
+# The metadata entry in which our safetensors files store, as JSON, what a PyTorch checkpoint has beside 'state_dict'.
 METADATA = 't2t_vit'
 
-# A checkpoint of a run ends in its own checksum: the comment of the zip archive that torch writes, two bytes of length
-# and then SEAL with the SHA-256 of all that comes before the length. Copies, links and renames keep it.
+# A checkpoint of a run ends in its own checksum, as the comment of torch's zip archive: two bytes of length, then SEAL
+# and the SHA-256 of everything before the length. Copies, links and renames keep it.
 SEAL = b'sha256:'
 SEAL_LENGTH = len(SEAL) + 2 * hashlib.sha256().digest_size
 END_OF_ARCHIVE = b'PK\5\6'
@@ -37,14 +36,14 @@ END_OF_ARCHIVE = b'PK\5\6'
 def read_checkpoint(path: str | os.PathLike, *, verified: bool = False) -> dict[str, Any]:
     """Read a PyTorch, PaddlePaddle or safetensors file onto the CPU and return the dict it holds.
 
-    Told apart by content. Weights are tensors, in a PaddlePaddle file numpy arrays. A safetensors file is a
-    flat state dict, or, with METADATA of ours, a dict with 'state_dict'.
+    The content tells the format. Weights are tensors, or numpy arrays from a PaddlePaddle file. A safetensors file is
+    a flat state dict or, with METADATA, a dict with 'state_dict'.
 
-    Nothing in the file is executed: only tensors, arrays, plain containers and `argparse.Namespace` (the options in
-    the authors' checkpoints) are allowed, and there is no fallback.
+    No code in the file is run: only tensors, arrays, plain containers and `argparse.Namespace` (the options in the
+    authors' checkpoints) are allowed, without a fallback.
 
     Args:
-        verified: the file must have a checksum, as every checkpoint of a run has. Where there is one, it must fit.
+        verified: the file must have a checksum, as every checkpoint of a run has. Any checksum must fit in any case.
     Raises:
         UserError: the file is missing, is not a checkpoint, is damaged, or holds other objects.
     """
@@ -54,7 +53,7 @@ def read_checkpoint(path: str | os.PathLike, *, verified: bool = False) -> dict[
     if head[8:9] == b'{':  # a safetensors file: eight bytes of length, then JSON
         return _read_safetensors(path)
     try:
-        if paddle_files.is_bare_pickle(head):
+        if paddle_reader.is_bare_pickle(head):
             return _read_paddle(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -62,7 +61,7 @@ def read_checkpoint(path: str | os.PathLike, *, verified: bool = False) -> dict[
         raise
     except pickle.UnpicklingError as error:
         raise UserError(_explain_unpickling(path, error)) from error
-    except Exception as error:  # a damaged file makes the reader raise nearly anything: KeyError, EOFError, …
+    except Exception as error:  # a damaged file may cause any error: KeyError, EOFError, …
         raise UserError(f'{path} is damaged, incomplete or not a PyTorch checkpoint ({_first_line(error)}); '
                         'compare its size with the original and copy it again') from error
     if not isinstance(checkpoint, dict):
@@ -72,15 +71,15 @@ def read_checkpoint(path: str | os.PathLike, *, verified: bool = False) -> dict[
 
 
 def seal(digest: str) -> bytes:
-    """The end of a file whose SHA-256 up to here is `digest`; torch would end it with two zeros instead."""
+    """Return the end of a file whose SHA-256 so far is `digest`; torch ends its files with two zeros instead."""
     return SEAL_LENGTH.to_bytes(2, 'little') + SEAL + digest.encode()
 
 
 def verify_checksum(path: str | os.PathLike, *, required: bool = True) -> None:
-    """Compare a file with the checksum at its end. torch itself notices no changed bit of a weight.
+    """Compare a file with the checksum at its end, since torch does not notice changed bits of weights.
 
     Raises:
-        UserError: it is damaged; or, where a checksum is `required`, it has none; or it is no file that can be read.
+        UserError: the file is damaged or cannot be read, or it lacks a `required` checksum.
     """
     path = os.fspath(path)
     _file_start(path)
@@ -105,28 +104,28 @@ def verify_checksum(path: str | os.PathLike, *, required: bool = True) -> None:
 
 
 def _is_sealed(end: bytes) -> bool:
-    """Whether the last bytes of a file are, or were before a bit changed or the end was cut off, a checksum."""
+    """Tell whether a file ends in a checksum, or did so before a bit changed or the end was cut off."""
     archive = end.rfind(END_OF_ARCHIVE)
     announced = archive >= 0 and end[archive + 20:archive + 22] == SEAL_LENGTH.to_bytes(2, 'little')
     return announced or end[-SEAL_LENGTH:].startswith(SEAL)
 
 
 def _hash(file, length: int) -> str:
-    """SHA-256 of the first `length` bytes, as hexadecimal digits."""
+    """Return the SHA-256 of the first `length` bytes, as hexadecimal digits."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(2 ** 22))
     file.seek(0)
     while length > 0:
         count = file.readinto(buffer[:min(length, len(buffer))])
         if not count:
-            break  # it has become shorter since; the checksum will not fit
+            break  # the file has become shorter, so the checksum will not fit
         digest.update(buffer[:count])
         length -= count
     return digest.hexdigest()
 
 
 def _file_start(path: str) -> bytes:
-    """Return the first bytes of a file, or raise UserError where it cannot be a checkpoint of any kind."""
+    """Return the first bytes of a file, or raise UserError if it cannot be a checkpoint of any kind."""
     if not os.path.exists(path):
         raise UserError(f'checkpoint {path} does not exist; check the path')
     if os.path.isdir(path):
@@ -147,8 +146,8 @@ def _file_start(path: str) -> bytes:
 def _read_paddle(path: str) -> dict[str, Any]:
     """Read a file of paddle.save: a state dict of numpy arrays, or a dict with one in it."""
     with open(path, 'rb') as file:
-        content = paddle_files.load(file.read())
-    # In the dict itself, as (name, array) pairs, or one dict further down.
+        content = paddle_reader.load(file.read())
+    # Arrays are in the dict itself, in (name, array) pairs, or one dict further down.
     values = list(content.values()) if isinstance(content, dict) else []
     values += [part for value in values for part in (value.values() if isinstance(value, dict) else ())]
     values += [part for value in values if isinstance(value, tuple) for part in value]
@@ -159,7 +158,7 @@ def _read_paddle(path: str) -> dict[str, Any]:
 
 
 def _read_safetensors(path: str) -> dict[str, Any]:
-    """Read a safetensors file: a flat state dict and, in ours, what belongs to it as text."""
+    """Read a safetensors file: a flat state dict and, in our own files, further entries as JSON."""
     try:
         with safetensors.safe_open(path, 'pt') as file:
             metadata = file.metadata() or {}
@@ -172,7 +171,7 @@ def _read_safetensors(path: str) -> dict[str, Any]:
 
 
 def _explain_unpickling(path: str, error: pickle.UnpicklingError) -> str:
-    """Say in one line why torch refused a pickle: what it would have called, or that it holds no weights."""
+    """Return one line on why torch refused a pickle: what it would have called, or that it holds no weights."""
     refused = re.search(r'GLOBAL ([\w.$]+)', str(error))
     if refused:
         return (f'{path} was not read because it refers to {refused.group(1)}, which could run code; '

@@ -1,4 +1,4 @@
-"""Lines on the console, and progress bars. Rank 0 speaks; the others only warn."""
+"""Lines on the console, and progress bars. Rank 0 logs everything; other ranks log only warnings."""
 import logging
 import sys
 import warnings
@@ -9,20 +9,20 @@ from utils import job
 
 
 class _ConsoleHandler(logging.Handler):
-    """Lines to standard output, above the progress bar where there is one."""
+    """Writes lines to standard output, above any progress bar."""
 
     def emit(self, record):
-        if sys.stdout is None:  # closed by who started this
+        if sys.stdout is None:  # the parent process closed it
             return
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
-        except BrokenPipeError:  # nobody reads any more, which is no reason to stop
+        except BrokenPipeError:  # nobody reads any more; the program goes on
             sys.stdout = None
 
 
 def setup_logging(*, is_main: bool) -> None:
-    """Rank 0 speaks; the others speak up only when something is wrong."""
+    """Log to the console: everything on rank 0, warnings on other ranks."""
     handler = _ConsoleHandler()
     handler.setFormatter(_Formatter('%(message)s'))
     root = logging.getLogger()
@@ -31,7 +31,7 @@ def setup_logging(*, is_main: bool) -> None:
     for room in ('models', 'data', 'engine', 'options', 'utils', '__main__'):
         logging.getLogger(room).setLevel(logging.INFO if is_main else logging.WARNING)
     logging.captureWarnings(True)
-    # The published default of 8 workers is more than a small machine has cores; the user can say otherwise.
+    # The published default of 8 workers exceeds the cores of a small machine; --workers changes it.
     warnings.filterwarnings('ignore', message='This DataLoader will create')
 
 
@@ -42,12 +42,12 @@ class _Formatter(logging.Formatter):
 
 
 def progress_bar(**kwargs) -> tqdm:
-    """A bar with the time left, on rank 0 and only where a person can see it."""
+    """Return a bar with the time left; it is hidden on other ranks than 0 and if standard error is not a terminal."""
     hidden = job.rank() > 0 or not sys.stderr.isatty()
     return tqdm(disable=hidden, leave=False, dynamic_ncols=True, **kwargs)
 
 
 def format_seconds(seconds: float) -> str:
-    """5025 → '1:23:45'."""
+    """Return '1:23:45' for 5025."""
     minutes, seconds = divmod(round(seconds), 60)
     return f'{minutes // 60}:{minutes % 60:02d}:{seconds:02d}'

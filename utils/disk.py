@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and stay through a loss of power."""
+"""Files that are either whole or absent, and survive a loss of power."""
 import os
 import tempfile
 from pathlib import Path
@@ -9,9 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]  # the folder of this project
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file under another name and renames it: if there is no room for it, or on the way, the one before stays.
+    """Write a file under another name, then rename it. After a failure the previous file is intact.
 
-    Text is written as UTF-8, its line ends as they are. Raises OSError.
+    Text is written as UTF-8 with its line ends unchanged. Raises OSError.
     """
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
@@ -26,7 +26,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """A rename survives a loss of power only once its folder is on the disk."""
+    """Write a folder to the disk; only then do renames in it survive a loss of power."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -35,21 +35,20 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Makes a folder that the user named by `option`, or raises UserError if nothing can be written there."""
+    """Create a folder that the user named by `option`, or raise UserError if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as e:
-        raise UserError(f'{option}: {folder} cannot be written ({e.strerror}); name another folder') from None
+    except OSError as error:
+        raise UserError(f'{option}: {folder} cannot be written ({error.strerror}); name another folder') from None
+    check_writable(folder, option)
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Raises the UserError of `make_folder` if that folder could not be made or written, but makes nothing."""
+    """Raise UserError if `make_folder` could not create the folder or write there; create nothing."""
     folder = folder.absolute()
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
-    except OSError as e:
-        raise UserError(f'{option}: {folder} cannot be written ({e.strerror}); name another folder') from None
+    except OSError as error:
+        raise UserError(f'{option}: {folder} cannot be written ({error.strerror}); name another folder') from None

@@ -1,6 +1,6 @@
-"""Processes: who am I, how many are we, and the few things we say to one another.
+"""The process group: this process's rank and device, collectives, and errors that name the rank at fault.
 
-Every helper works without a process group too: a single process is rank 0 of 1.
+Everything works without a group too: a single process is rank 0 of 1.
 """
 import contextlib
 import json
@@ -23,24 +23,23 @@ from utils.exits import fail
 from utils.watch import BEAT, DeviceMarks, DeviceWatch
 
 HERE = Path(__file__).resolve()
-# Where processes that start at the same time may be apart: imports, a cold disk.
+# How far apart processes may start: imports, a cold disk.
 START = timedelta(minutes=10)
-# Processes that wait in vain for the same one notice it within this many seconds of each other.
+# Processes that wait in vain for the same rank notice it within this many seconds of each other.
 PATIENCE = 3.0
-# NCCL's watchdog aborts a process without a word on the rank that did not come. It begins to count before the watch of
-# this file does, when a collective is enqueued. With this much more time it acts only where the watch itself hangs.
+# NCCL's watchdog aborts a process without naming the missing rank, and starts counting before the watch of this file.
+# With this extra time it acts only if the watch itself hangs.
 NCCL_MARGIN = timedelta(minutes=5)
 LOST = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'Connection refused', 'was aborted',
         'remote process exited')
 TIMED_OUT = ('timed out', 'timeout', 'Timed out')
-# Beside NCCL, a group for what hosts tell one another: no GPU takes part, and gloo raises after --timeout.
+# Beside NCCL, a group for messages between hosts: it needs no GPU, and gloo raises after --timeout.
 _host_group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers: `rank` of `size`, `local_rank` of `local_size` on this machine, and the device it
-    computes on."""
+    """This process: rank of size, local_rank of local_size on this machine, and its device."""
     rank: int
     local_rank: int
     size: int
@@ -53,14 +52,14 @@ class World:
 
 
 def init_process_group(device_name: str, timeout: timedelta = timedelta(minutes=30)) -> World:
-    """Takes this process's device and, where torchrun started several, joins their group (NCCL on GPUs, gloo on CPUs).
+    """Choose this process's device and, if there are several processes, join their group (NCCL or gloo).
 
     Args:
         device_name: 'auto', 'cuda', 'cuda:N' or 'cpu'.
         timeout: how long a rank waits for the others in a collective before it ends with an error.
     Raises:
-        UserError: no such device, or more processes here than GPUs.
-        PeerLostError: not all processes have come.
+        UserError: there is no such device, or there are more processes here than GPUs.
+        PeerLostError: a process is missing.
     """
     global _host_group
     rank, size = job.rank(), job.world_size()
@@ -72,8 +71,8 @@ def init_process_group(device_name: str, timeout: timedelta = timedelta(minutes=
         try:
             store = _meet(rank, size)
             _connect(store, rank, size, device, timeout)
-        except RuntimeError as e:
-            raise PeerLostError(f'the processes of the job have not found one another ({_first_line(e)})') from e
+        except RuntimeError as error:
+            raise PeerLostError(f'the processes of the job did not find one another ({_first_line(error)})') from error
         _progress.start(store, rank, size, timeout)
         if device.type == 'cuda':
             _host_group = _gloo_group()
@@ -82,11 +81,11 @@ def init_process_group(device_name: str, timeout: timedelta = timedelta(minutes=
 
 
 def _meet(rank: int, size: int) -> dist.Store:
-    """The store that all ranks share, once they have all come."""
+    """Wait for all ranks, and return the store that they share."""
     store, _, _ = next(dist.rendezvous('env://', timeout=START))
-    # The launcher's store holds what the processes before a restart have said, their addresses too.
+    # The launcher's store still holds the keys of processes before a restart.
     store = dist.PrefixStore(f'restart_{job.restart_count()}', store)
-    # Only now the time of --timeout, which may be short, begins to count.
+    # --timeout may be short, so it counts only from here on.
     store.set(f'joined/{rank}', '')
     store.wait([f'joined/{other}' for other in range(size)], START)
     return store
@@ -96,9 +95,9 @@ def _connect(store: dist.Store, rank: int, size: int, device: torch.device, time
     is_gpu = device.type == 'cuda'
     if is_gpu:
         timeout += NCCL_MARGIN
-        # Another thread of torch aborts the process when the watchdog hangs, after 8 minutes unless told otherwise.
+        # Another thread of torch aborts the process if the watchdog hangs, by default after 8 minutes.
         os.environ.setdefault('TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC', str(round(timeout.total_seconds())))
-    # A device_id makes communicators come up early.
+    # With a device_id, communicators are created now.
     dist.init_process_group('nccl' if is_gpu else 'gloo', store=store, rank=rank, world_size=size, timeout=timeout,
                             device_id=device if is_gpu else None)
 
@@ -123,7 +122,7 @@ def _device(name: str, local_rank: int, local_size: int) -> torch.device:
 
 
 def destroy_process_group() -> None:
-    """The end of a script: gives the group's connections back."""
+    """Close the group's connections, at the end of a script."""
     global _host_group
     _progress.stop()
     _host_group = None
@@ -135,12 +134,12 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-# --- A process that does not come ------------------------------------------------------------------------------------
+# --- A process that does not respond ---------------------------------------------------------------------------------
 
 class _Progress:
-    """Where each rank stands, told twice a second to the store that all share, by a thread: no step waits for it.
+    """A thread that reports this rank's progress to the shared store twice a second.
 
-    The thread also ends this process where its device waits for another rank in vain (see `watch`).
+    It also ends this process if its device waits in vain for another rank (see `watch`).
     """
 
     def __init__(self):
@@ -159,19 +158,16 @@ class _Progress:
         self._thread.start()
 
     def watch(self, mark: Callable[[], Callable[[], bool]]) -> None:
-        """Watches a device on which collectives run, and which the main thread may wait for without end.
+        """Watch a device whose collectives may block the main thread forever; `mark` as for DeviceWatch.
 
         A rank that never started the collective has an idle device. It does not report waiting, so the others know
         that it is the missing one. gloo needs no watch: its calls raise after their timeout.
-
-        Args:
-            mark: as of DeviceWatch.
         """
         self._device = DeviceWatch(mark)
 
     def stop(self) -> None:
         self._stopped.set()
-        if self._thread:  # which, in the store as the interpreter ends, would be unwound through C++: an abort
+        if self._thread:  # a thread that is in the store when the interpreter ends aborts the process
             self._thread.join(PATIENCE)
         self._store = None
         if self._device:
@@ -188,22 +184,22 @@ class _Progress:
                 store.set(f'progress/{self._rank}', json.dumps(told))
                 self._end_if_in_vain()
             except RuntimeError:
-                return  # the launcher is gone, and its store
+                return  # the launcher and its store are gone
             if self._stopped.wait(BEAT):
                 return
 
     def _end_if_in_vain(self) -> None:
         device = self._device
         waited = device.waited() if device else 0.0
-        # Ranks come to a collective at different times. Those that came late say that they wait as soon as the first
-        # loses patience, so that it does not take them for missing.
+        # Ranks reach a collective at different times. Late ones report waiting as soon as the first one gives up, so
+        # that it does not take them for missing.
         if waited > self.timeout.total_seconds() or (waited > PATIENCE and self.someone_waits()):
             error = self.hang()
             if error and not self._stopped.is_set():
                 fail(error)
 
     def hang(self) -> HangError | None:
-        """The error of this rank, which waits in vain; None if the store is gone."""
+        """Return the error of this rank, which waits in vain, or None if the store is gone."""
         missing = self.missing()
         if missing is None:
             return None
@@ -214,7 +210,7 @@ class _Progress:
         return HangError(f'waited {seconds} in vain, as all ranks did; see to the network between them{devices}')
 
     def missing(self) -> list[str] | None:
-        """What is known of each rank that does not wait in vain as this one does; None if the store is gone."""
+        """Describe the ranks that never reached this collective; None if the store is gone."""
         store = self._store
         if store is None:
             return None
@@ -231,7 +227,7 @@ class _Progress:
             return None
 
     def someone_waits(self) -> bool:
-        """True where a rank has waited in vain, and has said so before it ended."""
+        """Tell whether any rank has reported that it waits in vain."""
         store = self._store
         try:
             return store is not None and store.check(['someone waits'])
@@ -252,16 +248,16 @@ _progress = _Progress()
 
 
 def note_progress(global_step: int) -> None:
-    """Tells the other ranks, should they wait for this one, that it has begun this step."""
+    """Note that this rank has begun a step, for the messages of ranks that wait for it."""
     _progress.note(global_step)
 
 
 @contextlib.contextmanager
 def hang_explained():
-    """Turns the errors of collectives in this block, where another rank is to blame, into one line.
+    """Turn errors of collectives that another rank causes into one line.
 
     Raises:
-        HangError: a rank did not come in time; it is named, with where it was last.
+        HangError: a rank did not respond in time; the message names it and its last position.
         PeerLostError: a rank has ended.
     """
     try:
@@ -273,25 +269,25 @@ def hang_explained():
 
 
 def explain(error: Exception) -> HangError | PeerLostError | None:
-    """What an error of a collective means, or None where it is of another kind."""
+    """Return what an error of a collective means, or None for any other error."""
     text = str(error)
     if not isinstance(error, RuntimeError) or not is_distributed():
         return None
     timed_out = any(words in text for words in TIMED_OUT) and not text.startswith('CUDA error')
     if not timed_out and not any(words in text for words in LOST) and not isinstance(error, dist.DistError):
         return None
-    # The first to lose patience closes its connections: to the others it looks as if it had died.
+    # The first rank to give up closes its connections, so it looks dead to the others.
     if (timed_out or _progress.someone_waits()) and (hang := _progress.hang()):
         return hang
     return PeerLostError(f'another process of the job was lost ({_first_line(error)})')
 
 
 def _where_main_thread_is() -> str:
-    """The innermost line of this project that the main thread is in: 'data/loader.py:98 (_batches)'."""
+    """Return the innermost line of this project that the main thread is in: 'data/loader.py:98 (_batches)'."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and path != HERE:  # whoever calls the helpers of this file says more
+        if path.is_relative_to(ROOT) and path != HERE:  # the caller of this file says more
             return f'{path.relative_to(ROOT)}:{frame.f_lineno} ({frame.f_code.co_name})'
         frame = frame.f_back
     return 'the libraries'
@@ -305,28 +301,28 @@ def _clock(seconds: float) -> str:
     return f'{datetime.fromtimestamp(seconds):%H:%M:%S}'
 
 
-# --- What ranks say to one another -----------------------------------------------------------------------------------
+# --- Collectives -----------------------------------------------------------------------------------------------------
 
 def _gloo_group() -> dist.ProcessGroup:
-    """Another group of all ranks, of CPU tensors; all must call this."""
+    """Create another group of all ranks, for CPU tensors; all ranks must call this."""
     try:
         group = dist.new_group(backend='gloo', timeout=_progress.timeout)
-    except RuntimeError as e:
-        raise PeerLostError('the processes cannot connect over gloo, which they need beside NCCL '
-                            f'({_first_line(e)}); GLOO_SOCKET_IFNAME=eth0 would name the network') from e
-    assert isinstance(group, dist.ProcessGroup), 'a group of all ranks has this one in it'
+    except RuntimeError as error:
+        raise PeerLostError(f'the processes cannot connect over gloo, as they must beside NCCL ({_first_line(error)}); '
+                            'name the network, as in GLOO_SOCKET_IFNAME=eth0') from error
+    assert isinstance(group, dist.ProcessGroup), 'a group of all ranks includes this one'
     return group
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The elementwise sum of `values` over all ranks, in place."""
+    """Sum `values` elementwise over all ranks, in place."""
     if is_distributed():
         dist.all_reduce(values)
     return values
 
 
 def from_main(value):
-    """Rank 0's value of any picklable object, on every rank."""
+    """Return rank 0's value, any picklable object, on every rank."""
     if not is_distributed():
         return value
     box = [value]
@@ -336,7 +332,7 @@ def from_main(value):
 
 @contextlib.contextmanager
 def raise_on_all_ranks():
-    """Raises the UserError of this block on rank 0, such as that of a file which it alone writes, on every rank."""
+    """Raise a UserError of this block on rank 0, such as that of a file which it alone writes, on every rank."""
     mistake = None
     try:
         yield
@@ -347,14 +343,14 @@ def raise_on_all_ranks():
 
 
 def broadcast_from_main(tensors) -> None:
-    """Writes rank 0's values into these tensors of every rank."""
+    """Copy rank 0's values into these tensors of every rank."""
     if is_distributed():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
 
 def gather(value) -> list:
-    """Every rank's value of any picklable object, in the order of ranks, on every rank."""
+    """Return the values of all ranks, any picklable objects, in the order of ranks, on every rank."""
     if not is_distributed():
         return [value]
     values = [None] * dist.get_world_size()
@@ -364,7 +360,7 @@ def gather(value) -> list:
 
 @contextlib.contextmanager
 def one_per_machine_first(world: World):
-    """This block is run by the first rank of every machine, then by the others: for files that it fetches."""
+    """Run this block on the first rank of every machine, then on the others; for files that it downloads."""
     if world.local_rank != 0:
         gather(None)
     yield
@@ -373,10 +369,10 @@ def one_per_machine_first(world: World):
 
 
 class AsyncMax:
-    """The largest number that any rank gives, the same on every rank, one call later: so that nobody waits for it.
+    """The maximum of a number over all ranks, available one call later, so that no call waits for it.
 
-    A group of its own, of CPU tensors (gloo, beside NCCL too), keeps it apart from the work of a GPU. One process has
-    no group, and knows at once. All ranks must make the same calls.
+    It has its own gloo group, apart from the work of a GPU. A single process gets its number at once. All ranks must
+    make the same calls.
     """
 
     def __init__(self):
@@ -384,7 +380,7 @@ class AsyncMax:
         self._under_way: tuple[torch.Tensor, dist.Work] | None = None
 
     def exchange(self, number: int) -> int:
-        """What the ranks gave in the call before, or 0; as long as it is 0, `number` is what the next call returns."""
+        """Return the maximum of the previous call, or 0. While it is 0, `number` takes part in the next one."""
         if self._group is None:
             return number
         if not (agreed := self._finish()):
@@ -392,19 +388,14 @@ class AsyncMax:
         return agreed
 
     def conclude(self, number: int) -> int:
-        """What the ranks give in this call or gave in the one before; waits for it, and leaves nothing under way."""
-        if self._group is None:
-            return number
-        if not (agreed := self._finish()):
-            self._start(number)
-            agreed = self._finish()
-        return agreed
+        """Wait for and return the maximum of this call or the previous one; nothing stays pending."""
+        return self.exchange(number) or self._finish()
 
     def close(self) -> None:
-        """Waits for what is under way, whose outcome no longer matters."""
+        """Wait for a pending exchange, whose result no longer matters."""
         if self._under_way is None:
             return
-        with contextlib.suppress(RuntimeError):  # there is a worse one, or this would have been asked for
+        with contextlib.suppress(RuntimeError):  # a more important error is on its way
             self._under_way[1].wait(timedelta(seconds=PATIENCE))
         self._under_way = None
 

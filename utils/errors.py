@@ -1,14 +1,14 @@
-"""The error of a user's mistake, and how a script ends: one line and an exit code, never a traceback for a mistake.
+"""Errors that end a script with one line and an exit code, without a traceback.
 
-Exit codes, of the scripts and of distributed_train.sh alike:
+Exit codes of all scripts and of distributed_train.sh:
 
       0  done
       1  a bug: its traceback is printed
       2  a user's mistake
-      3  training has left the finite numbers
-      4  a process did not come to the others for --timeout seconds
-      5  another process of the job was lost (distributed_train.sh ends with that one's code)
-     75  interrupted by SIGTERM, SIGHUP, SIGUSR1 or SIGQUIT; a training has saved its state: started again it goes on
+      3  training reached numbers that are not finite
+      4  a process did not respond to the others within --timeout seconds
+      5  another process of the job was lost (distributed_train.sh ends with that process's code)
+     75  interrupted by SIGTERM, SIGHUP, SIGUSR1 or SIGQUIT; training has saved its state, and resumes from there
     130  the same, by Ctrl-C
   128+n  killed by signal n
 """
@@ -26,41 +26,42 @@ EXIT_PEER_LOST = 5
 EXIT_INTERRUPTED = 75  # sysexits.h: a temporary failure, try again
 EXIT_CTRL_C = 130
 
-# Ends that were decided on: the same would come of starting the processes again.
+# Exit codes after which starting the processes again would change nothing.
 DECISIONS = (EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_INTERRUPTED, EXIT_CTRL_C)
 
+
 class UserError(ValueError):
-    """Something the user gave is wrong. The message says what, with its value, and what to do instead."""
+    """Something the user gave is wrong. The message names it, its value and the remedy."""
 
     exit_code = EXIT_USER_ERROR
     label = 'error: '
 
 
 class NotFiniteError(UserError):
-    """Training has left the finite numbers; the message says what helps."""
+    """Training reached numbers that are not finite. The message says what helps."""
 
     exit_code = EXIT_NOT_FINITE
 
 
 class HangError(UserError):
-    """A process has not come to the others in time; the message names it."""
+    """A process did not respond to the others in time. The message names it."""
 
     exit_code = EXIT_HANG
 
 
 class PeerLostError(UserError):
-    """Another process of the job has ended; why, its own message or the launcher says."""
+    """Another process of the job has ended. Its own message or the launcher says why."""
 
     exit_code = EXIT_PEER_LOST
 
 
 class InterruptedRun(UserError):
-    """A signal has asked a training to stop, and its state is saved.
+    """A signal stopped training, and the state is saved.
 
     Args:
         number: of the signal.
-        epoch, step: where the state stands.
-        folder: the run's, or one of its checkpoints.
+        epoch, step: the point of the saved state.
+        folder: the run's folder, or one of its checkpoints.
     """
 
     label = ''
@@ -72,7 +73,6 @@ class InterruptedRun(UserError):
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The end of a message on a wrong name: '; did you mean …?' with the nearest of `names`, or '' if none is near."""
+    """Return '; did you mean …?' with the most similar of `names`, or '' if none is similar."""
     near = difflib.get_close_matches(name, names, n=1)
     return f'; did you mean {near[0]}?' if near else ''
-

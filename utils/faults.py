@@ -1,10 +1,10 @@
-"""Named points at which a test can make this program fail, switched by the environment variable T2T_FAULTS.
+"""Named points at which tests make this program fail, controlled by the environment variable T2T_FAULTS.
 
     T2T_FAULTS='step@7#1=kill'                     rank 1 kills itself when it passes the point `step` for the 7th time
-    T2T_FAULTS='save.renamed=kill,loss@3+=nan'     several; without @N the first time, with @N+ from then on
+    T2T_FAULTS='save.renamed=kill,loss@3+=nan'     several; without @N the first time, with @N+ from the Nth time on
 
-Without the variable a point costs one look into a dict. A fault happens in the first incarnation of a process only,
-so that a job that is restarted goes on; `step@7!=kill` happens in every one.
+Without the variable, a point costs one dict lookup. Restarted processes skip faults, so that their job goes on;
+`step@7!=kill` happens in restarted processes too.
 """
 import errno
 import os
@@ -15,17 +15,17 @@ from utils import job
 
 SIGNALS = {'kill': signal.SIGKILL, 'stop': signal.SIGSTOP, 'term': signal.SIGTERM, 'int': signal.SIGINT,
            'usr1': signal.SIGUSR1}
-# What the place of the fault makes of it itself.
-TOLD = ('nan', 'flip')
+# Actions that the caller carries out.
+RETURNED = ('nan', 'flip')
 
 _passed: dict[str, int] = {}
 
 
 def fault_point(name: str) -> str | None:
-    """Does what T2T_FAULTS says for this point, at this passing, on this rank; returns the action, or None.
+    """Carry out the action of T2T_FAULTS for this point, passing and rank; return the action, or None.
 
-    Actions: a signal to this process (kill, stop, term, int, usr1) or to its launcher (launcher-term, …), SIGKILL to
-    every process of the job (kill-job), an OSError of a full disk (full), or one that the caller does (nan, flip).
+    Actions: a signal to this process (kill, stop, term, int, usr1) or to its launcher (launcher-term, …); SIGKILL to
+    every process of the job (kill-job); the OSError of a full disk (full); nan and flip, which the caller carries out.
     """
     plan = os.environ.get('T2T_FAULTS')
     if not plan:
@@ -54,16 +54,16 @@ def _act(action: str) -> str:
     elif action == 'full':
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     else:
-        assert action in TOLD, f'T2T_FAULTS: no such action: {action}'
+        assert action in RETURNED, f'T2T_FAULTS: no such action: {action}'
     return action
 
 
 def _kill_job() -> None:
-    """SIGKILL to the launcher, then to its other workers, then to this process: no one is left to clean up."""
+    """Send SIGKILL to the launcher, its other workers and this process, so that nobody is left to clean up."""
     me, launcher = os.getpid(), os.getppid()
     siblings = [int(pid) for task in Path(f'/proc/{launcher}/task').iterdir()
                 for pid in (task / 'children').read_text().split()]
-    if job.is_launched():  # else there is no launcher, and the parent is whoever started us
+    if job.is_launched():  # otherwise the parent is not a launcher
         for pid in (launcher, *(pid for pid in siblings if pid != me)):
             os.kill(pid, signal.SIGKILL)
     os.kill(me, signal.SIGKILL)

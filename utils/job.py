@@ -1,6 +1,6 @@
-"""What the launcher tells its processes through the environment. No other module reads these variables.
+"""The environment variables of the launcher. No other module reads them.
 
-A process that nobody launched is rank 0 of 1, was never restarted and has no launcher.
+A process without a launcher is rank 0 of 1 and was never restarted.
 """
 import os
 import shlex
@@ -36,28 +36,28 @@ def is_launched() -> bool:
 
 
 def restart_count() -> int:
-    """Return how often the launcher has started the processes again after a crash."""
+    """Return how often the launcher restarted the processes after a crash."""
     return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
 def was_restarted() -> bool:
-    """Tell whether the launcher has started this process in place of one that crashed."""
+    """Tell whether this process replaces one that crashed."""
     return restart_count() > 0
 
 
 def start_time() -> str | None:
-    """Return the time at which the job was first started, as YYYYMMDD-HHMMSS; restarted processes get the same one."""
+    """Return the first start of the job as YYYYMMDD-HHMMSS, which restarts do not change; None without a launcher."""
     return os.environ.get(STARTED)
 
 
 def error_file() -> Path | None:
-    """Return the file in which the launcher expects this process's last message."""
+    """Return the file from which the launcher reads this process's last message."""
     name = os.environ.get('TORCHELASTIC_ERROR_FILE')
     return Path(name) if name else None
 
 
 def take_launcher() -> int | None:
-    """Return the launcher's process id, and hide it from children of this process."""
+    """Return the launcher's process id, and hide it from child processes."""
     global _launcher
     launcher = os.environ.pop(LAUNCHER, None)
     if launcher is not None:
@@ -71,18 +71,18 @@ def is_orphan() -> bool:
 
 
 def without_job(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for a child that starts a job of its own."""
+    """Return the environment for a child that starts its own job."""
     return {name: value for name, value in environment.items()
             if not name.startswith(OF_A_JOB) and name not in OF_A_PROCESS}
 
 
 def resume_command(folder) -> str:
-    """Return the command that started this process, or its job, with --resume `folder` at its end."""
+    """Return the command that started this process or its job, with --resume `folder` at its end."""
     options = sys.argv[1:]
     for index in reversed(range(len(options))):
         name, equals, _ = options[index].partition('=')
         name = name.replace('_', '-')
-        if name in ('--resume', '--start-epoch'):  # this one, and the one below, were meant for once
+        if name in ('--resume', '--start-epoch'):  # these and the one below are for one start only
             del options[index:index + (1 if equals else 2)]
         elif name == '--no-resume-opt':
             del options[index]

@@ -1,13 +1,13 @@
-"""Reading what `paddle.save` writes, without PaddlePaddle and without running anything.
+"""Reads files of `paddle.save`, without PaddlePaddle and without running their code.
 
     state = load(open('T2T_ViT_14.pdparams', 'rb').read())
 
-Such a file is a bare pickle of numpy arrays, by themselves or in (name, array) pairs. A pickle is a program for
-a small stack machine, and Python's own machine calls what it is told to. This one knows the instructions
-of `_execute` and the names in NAMES; a name stands for a function of this module, never for what Python would import
-under it. What a file says is checked for its type before it is hashed, printed or multiplied: a tuple of tuples of
-one tuple takes a file of a hundred bytes and, for each of these, more time than there is.
+Such a file is a bare pickle of numpy arrays, alone or in (name, array) pairs. A pickle is a program for a small stack
+machine, and Python's own machine calls any function that the program names. This machine knows only the instructions
+of `_execute` and the names in NAMES, which stand for functions of this module. It checks the type of a value before it
+hashes, prints or multiplies it: nested tuples make a file of a hundred bytes that would take forever to hash.
 """
+import math
 import pickle
 import pickletools
 import types
@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-# The magic number with which files of torch.save begin that are no zip archives; they are bare pickles too.
+# Begins the legacy files of torch.save, which are bare pickles too.
 TORCH_MAGIC = (0x1950a86a20f9469cfc6c).to_bytes(10, 'little')
-MAX_DIMS = 64  # numpy's own limit
-DTYPES = ('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'f2', 'f4', 'f8')  # paddle keeps bfloat16 in u2
+# numpy's own limit.
+MAX_DIMS = 64
+# Paddle stores bfloat16 as u2.
+DTYPES = ('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'f2', 'f4', 'f8')
 
 
 def is_bare_pickle(head: bytes) -> bool:
@@ -32,7 +34,7 @@ def load(data: bytes) -> Any:
     Raises:
         pickle.UnpicklingError: it refers to anything else ('GLOBAL module.name') or needs an unknown instruction.
         ValueError: its arrays hold objects, or more bytes than the file.
-        Exception: it is damaged; nearly any kind, as with every reader of pickles.
+        Exception: it is damaged; nearly any kind, as for all readers of pickles.
     """
     content = _Machine(data).run()
     _check_size(content, limit=len(data))
@@ -40,7 +42,7 @@ def load(data: bytes) -> Any:
 
 
 def _check_size(content: Any, limit: int) -> None:
-    """Raise ValueError where one array or container stands in so many places that unfolding it would not end."""
+    """Raise ValueError if arrays or containers appear so often that unfolding them would not end."""
     claimed, waiting = 0, [content]
     while waiting:
         item = waiting.pop()
@@ -52,16 +54,15 @@ def _check_size(content: Any, limit: int) -> None:
 
 
 def _check_text(value: Any, what: str) -> None:
-    """Raise ValueError where something in a file is not the text that it should be."""
+    """Raise ValueError if a value is not text."""
     if type(value) is not str:
         raise ValueError(f'a {type(value).__name__} as {what}')
 
 
-# --------------------------------------------------------------------------------------------------
-# What the names in a file stand for
+# --- What the names in a file stand for ------------------------------------------------------------------------------
 
 class _DType:
-    """A dtype on its way: created with its code, completed with its byte order by BUILD."""
+    """An unfinished dtype: created with its code, completed with its byte order by BUILD."""
 
     def __init__(self, code: str):
         _check_text(code, 'the code of a dtype')
@@ -70,7 +71,7 @@ class _DType:
         self.code, self.order = code, '='
 
     def build(self, state: tuple) -> None:
-        """Take the byte order; the rest describes records and sub-arrays, which weights are not."""
+        """Take the byte order. The rest describes records and sub-arrays, which weights never are."""
         _, self.order, sub_array, names, fields = state[:5]
         _check_text(self.order, 'the byte order of a dtype')
         if self.order not in tuple('<>=|') or any(part is not None for part in (sub_array, names, fields)):
@@ -78,7 +79,7 @@ class _DType:
 
 
 class _Array:
-    """An array on its way: created empty, completed by BUILD with shape, dtype and bytes."""
+    """An unfinished array: created empty, completed by BUILD with shape, dtype and bytes."""
 
     def __init__(self):
         self.value: np.ndarray | None = None
@@ -88,20 +89,19 @@ class _Array:
         _, shape, dtype, is_fortran, content = state
         if not isinstance(dtype, _DType) or not isinstance(content, bytes):
             raise ValueError('an array without a dtype or bytes')
-        # Text times a number is a longer text, and the product of all the numbers of a file has no end either.
+        # Text times a number is a longer text, and a product of very many numbers never ends.
         if type(shape) is not tuple or len(shape) > MAX_DIMS or not all(type(length) is int for length in shape):
             raise ValueError(f'an array whose shape is no tuple of at most {MAX_DIMS} whole numbers')
         flat = np.frombuffer(content, dtype.order + dtype.code)
         # Python's integers do not overflow: a shape of 10¹² is compared, never allocated.
-        size = 1
-        for length in shape:
-            size *= length
+        size = math.prod(shape)
         if size != flat.size or any(length < 0 for length in shape):
             raise ValueError(f'an array of shape {str(shape)[:60]} with {flat.size} numbers')
         self.value = flat.reshape(shape, order='F' if is_fortran else 'C')
 
 
-_NDARRAY = object()  # the class numpy.ndarray, which is only ever handed to _reconstruct
+# Stands for the class numpy.ndarray, which only _reconstruct takes.
+_NDARRAY = object()
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
@@ -110,49 +110,34 @@ def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
     return _Array()
 
 
-def _dtype(code: str, align: Any = False, copy: Any = False) -> _DType:
-    return _DType(code)
-
-
 def _encode(text: str, encoding: str) -> bytes:
-    """Protocol 2 has no bytes: it keeps them as text of the same numbers."""
+    """Return the bytes that protocol 2 stores as text with the same code points."""
     _check_text(encoding, 'an encoding')
     if encoding != 'latin1':
         raise ValueError(f'bytes in the encoding {encoding[:20]!r}')
     return text.encode('latin1')
 
 
-def _no_bytes() -> bytes:
-    """And the content of an empty array as the call bytes()."""
-    return b''
-
-
 def _pair(items: tuple) -> tuple:
-    """A tensor in paddle.save is the call tuple((name, array))."""
+    """Return a tensor of paddle.save, which is the call tuple((name, array))."""
     name, array = items
     return name, array
-
-
-def _ordered_dict() -> dict:
-    """An OrderedDict, as state dicts often are, is created empty; a dict keeps the order too."""
-    return {}
 
 
 NAMES = {
     ('numpy.core.multiarray', '_reconstruct'): _reconstruct,
     ('numpy._core.multiarray', '_reconstruct'): _reconstruct,  # as numpy 2 writes it
     ('numpy', 'ndarray'): _NDARRAY,
-    ('numpy', 'dtype'): _dtype,
+    ('numpy', 'dtype'): lambda code, align=False, copy=False: _DType(code),
     ('_codecs', 'encode'): _encode,
-    ('__builtin__', 'bytes'): _no_bytes,
+    ('__builtin__', 'bytes'): lambda: b'',  # the content of an empty array in protocol 2
     ('builtins', 'tuple'): _pair,
     ('__builtin__', 'tuple'): _pair,  # as protocol 2 writes it
-    ('collections', 'OrderedDict'): _ordered_dict,
+    ('collections', 'OrderedDict'): lambda: {},  # created empty; a dict keeps the order too
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# The stack machine
+# --- The stack machine -----------------------------------------------------------------------------------------------
 
 CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
 LITERALS = {'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'SHORT_BINUNICODE', 'BINUNICODE', 'BINUNICODE8',
@@ -161,14 +146,14 @@ TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
 
 
 class _Machine:
-    """Executes one pickle. Its memo is a dict, so that a high index costs nothing."""
+    """Executes one pickle. Its memo is a dict, so a high index costs no memory."""
 
     def __init__(self, data: bytes):
         self.data = data
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        self.encoded = 0  # bytes made by _encode, which one text could make again and again
+        self.encoded = 0  # bytes from _encode, which may encode the same text again and again
 
     def run(self) -> Any:
         """Return the object that the pickle describes."""
@@ -179,7 +164,7 @@ class _Machine:
         raise EOFError('the pickle has no end')
 
     def _execute(self, name: str, argument: Any) -> None:
-        """Carry out one instruction of any that a dict of arrays needs."""
+        """Carry out one of the instructions that a dict of arrays needs."""
         stack = self.stack
         if name in LITERALS:
             stack.append(argument)
@@ -222,7 +207,7 @@ class _Machine:
             state = self._pop()
             self._top(_Array, _DType).build(state)
         elif name not in ('PROTO', 'FRAME'):
-            raise pickle.UnpicklingError(f'the instruction {name}, which arrays have no use for')
+            raise pickle.UnpicklingError(f'the instruction {name}, which arrays never need')
 
     def _reduce(self) -> None:
         """Call one of the functions of NAMES."""
@@ -241,7 +226,7 @@ class _Machine:
 
     @staticmethod
     def _finished(item: Any) -> Any:
-        """Return the array in place of an object that stood for it while it was built."""
+        """Return the array of a finished _Array, and anything else unchanged."""
         if isinstance(item, _Array):
             if item.value is None:
                 raise ValueError('an array without content')

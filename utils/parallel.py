@@ -1,9 +1,9 @@
-"""Work on numbered items in processes of this machine, with one bar.
+"""Work on numbered items in several processes of this machine, with one progress bar.
 
     for result in in_processes(work, range(100), jobs=4, total=25_000):
         …
 
-where work(item, tick) does one item and calls tick(count, bytes) as it goes.
+where work(item, tick) does one item, and reports progress by tick(count, bytes).
 """
 import contextlib
 import multiprocessing
@@ -20,17 +20,20 @@ from utils.errors import UserError
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def in_processes(work: Callable, items: Sequence, *, jobs: int, total: int, done: int = 0,
                  desc: str | None = None) -> Generator:
-    """Yields work(item, tick) of every item, in the order in which they get ready.
+    """Yield work(item, tick) of every item, in the order of completion. No process is left at the end.
 
-    jobs: processes; they are forked, so that `work` may hold a dataset of any size. total, done: the images that
-    the bar counts, and those of them that were done before. Which process does which item depends on `jobs` alone.
-    Raises the UserError of an item at once, and UserError if a process is killed; no process is left in any case.
+    Args:
+        jobs: number of processes; they are forked, so `work` may hold a dataset of any size. Which process does which
+            item depends on this number alone.
+        total, done: the images that the bar counts, and those that were done before.
+    Raises:
+        UserError: an item raised it, or a process was killed.
     """
     context = multiprocessing.get_context('fork')
     jobs = max(1, min(jobs, len(items)))
@@ -43,7 +46,7 @@ def in_processes(work: Callable, items: Sequence, *, jobs: int, total: int, done
                 process = context.Process(target=_run, args=(work, items[number::jobs], counts, number, writer,
                                                              os.getpid()))
                 process.start()
-                writer.close()  # so that the pipe ends with its process
+                writer.close()  # so the pipe ends with its process
                 processes[reader] = process
         started = time.monotonic()
         with progress_bar(total=total, initial=done, unit='image', desc=desc) as bar:
@@ -62,7 +65,7 @@ def in_processes(work: Callable, items: Sequence, *, jobs: int, total: int, done
 
 @contextlib.contextmanager
 def _ctrl_c_waits() -> Iterator[None]:
-    """Ctrl-C takes effect at the end: what Python calls at a fork, as logging has it do, would swallow it."""
+    """Delay Ctrl-C to the end of the block, since the hooks that Python calls at a fork would swallow it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -71,7 +74,7 @@ def _ctrl_c_waits() -> Iterator[None]:
 
 
 def _received(reader, processes: dict) -> Iterator:
-    """The result that waits in a process's pipe, if it is not the end of it."""
+    """Yield the result in a process's pipe, if there is one; raise the error of a process that failed."""
     try:
         kind, content = reader.recv()
     except EOFError:
@@ -85,15 +88,15 @@ def _received(reader, processes: dict) -> Iterator:
     elif kind == 'killed':
         process = processes.pop(reader)
         process.join()
-        raise UserError(f'one of the --jobs has ended with exit code {process.exitcode}; if the memory was full, take '
-                        'fewer. The same command goes on')
+        raise UserError(f'one of the --jobs has ended with exit code {process.exitcode}; if memory was full, use '
+                        'fewer. The same command continues the work')
     else:
         raise RuntimeError(f'in a process of --jobs:\n{content}')
 
 
 def _run(work: Callable, items: Sequence, counts, number: int, pipe, parent: int) -> None:
-    """The life of one process: its items one after another; nobody is left to work for once the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the others
+    """Do the items of one process one after another; exit if the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def tick(count: int, size: int) -> None:
@@ -111,4 +114,4 @@ def _run(work: Callable, items: Sequence, counts, number: int, pipe, parent: int
             pipe.send(('mistake', str(error)))
         except Exception:
             pipe.send(('bug', traceback.format_exc()))
-    os._exit(0)  # without what the parent had planned for its own end
+    os._exit(0)  # without the parent's exit handlers

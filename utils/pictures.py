@@ -1,4 +1,4 @@
-"""What all pictures share: colours that everybody can tell apart, and sheets of images with a line of text each."""
+"""Figures of matplotlib: their colours and fonts, and sheets of images with captions."""
 import functools
 import logging
 import math
@@ -12,19 +12,19 @@ from PIL import Image
 
 _logger = logging.getLogger(__name__)
 
-# Okabe and Ito's colours, which people who see colours differently can tell apart.
+# Okabe and Ito's colours, which colour-blind people can tell apart.
 BLUE, ORANGE, GREEN = '#0072B2', '#D55E00', '#009E73'
 SEQUENTIAL = 'viridis'
-THUMBNAIL = 256  # pixels of the longer side of an image in a sheet
-
-# Fonts with Chinese, Japanese and Korean letters: those of the machine stand in where matplotlib's own lacks a letter.
+# Pixels of the longer side of an image in a sheet.
+THUMBNAIL = 256
+# Fonts with Chinese, Japanese and Korean letters, which matplotlib's own font lacks.
 _WIDE_FONTS = ('Noto Sans CJK JP', 'Noto Sans CJK SC', 'Droid Sans Fallback', 'WenQuanYi Micro Hei', 'PingFang SC',
                'Hiragino Sans', 'Apple SD Gothic Neo', 'Microsoft YaHei', 'Yu Gothic', 'Malgun Gothic')
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, sized in inches, whose text has the letters of all fonts that this machine has for it."""
-    _add_wide_fonts()  # before any text: each takes the fonts that stand when it is made
+    """Return an empty figure, sized in inches, whose text uses all suitable fonts of this machine."""
+    _add_wide_fonts()  # before any text, which takes the fonts that are set at its creation
     return Figure(figsize=(width, height), layout='constrained')
 
 
@@ -36,10 +36,11 @@ def _add_wide_fonts() -> None:
 
 def image_sheet(images: Iterable[np.ndarray], titles: Sequence[str], *, columns: int = 4, title: str = '',
                 figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
-    """A figure of images [H, W, 3] (uint8, or float in 0…1) in rows of `columns`, each under its own title.
+    """Draw images [H, W, 3] (uint8, or float in 0…1) in rows of `columns`, each under its title.
 
-    images: one for each title; large ones (uint8) are made small one after the other.
-    figure: where to draw; a new one if not given.
+    Args:
+        images: one per title; large uint8 images are scaled down one by one.
+        figure: where to draw; a new one by default.
     """
     columns = max(1, min(columns, len(titles)))
     rows = max(1, math.ceil(len(titles) / columns))
@@ -56,7 +57,7 @@ def image_sheet(images: Iterable[np.ndarray], titles: Sequence[str], *, columns:
 
 
 def drawable(text: str) -> str:
-    """Text with '?' for what no font has and for bytes that are no text; of letters a warning says so, once."""
+    """Return text with '?' for letters that no font has, of which it warns once, and for bytes that are no text."""
     _add_wide_fonts()
     known = _letters(tuple(rcParams['font.family']))
     lacking = {letter for letter in text if ord(letter) not in known and not letter.isspace()}
@@ -67,19 +68,19 @@ def drawable(text: str) -> str:
 
 @functools.cache  # once
 def _warn_of_letters() -> None:
-    _logger.warning('pictures show ? for letters of names that no font here has; install one that has them (such as '
-                    'Noto Sans CJK), or name it under font.family in a matplotlibrc')
+    _logger.warning('pictures show ? for letters that no font here has; install a font that has them (such as Noto '
+                    'Sans CJK), or name it under font.family in a matplotlibrc')
 
 
 @functools.cache
 def _letters(families: tuple[str, ...]) -> frozenset[int]:
-    """The letters, by number, that matplotlib finds in the fonts of `families`."""
+    """Return the code points of all letters that matplotlib finds in the fonts of `families`."""
     fonts = (get_font(findfont(FontProperties(family=[family]))) for family in families)
     return frozenset().union(*(font.get_charmap() for font in fonts))
 
 
 def _thumbnail(picture: np.ndarray) -> np.ndarray:
-    """A picture of bytes at the size that a sheet shows it in; others as they are."""
+    """Scale a uint8 picture down to its size in a sheet; return others unchanged."""
     if picture.dtype != np.uint8 or max(picture.shape[:2]) <= THUMBNAIL:
         return picture
     image = Image.fromarray(picture)
@@ -88,7 +89,7 @@ def _thumbnail(picture: np.ndarray) -> np.ndarray:
 
 
 def to_array(figure: Figure, dpi: int = 100) -> np.ndarray:
-    """The pixels of a figure, uint8 [H, W, 3]."""
+    """Return the pixels of a figure, uint8 [H, W, 3]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""Results for people and programs: one JSON object and one CSV table beside each other."""
+"""Result files: a JSON object and a CSV table beside each other."""
 import csv
 import json
 import logging
@@ -13,12 +13,11 @@ _logger = logging.getLogger(__name__)
 
 
 def results_stem(args, given: str | None, option: str, kind: str) -> Path:
-    """Where results will go, without .json and .csv; checked to be writable before the work begins, but not made.
+    """Return the path of result files without .json and .csv. Check that it is writable, but create nothing.
 
     Args:
-        args: options with the model and its image size, which name the files where nothing is given.
-        given: the value of `option`; in a folder (one that is there, or a name that ends in /) the files get the name
-            that they have where nothing is given.
+        args: options with the model and its image size, for the default name.
+        given: the value of `option`; in a folder (an existing one, or a name that ends in /) the default name applies.
         kind: 'validate' or another folder of output/.
     """
     size = args.img_size if isinstance(args.img_size, int) else '{}x{}'.format(*args.img_size)
@@ -33,17 +32,16 @@ def results_stem(args, given: str | None, option: str, kind: str) -> Path:
 
 
 def write_results(stem: Path, record: dict, rows: list[dict], option: str) -> None:
-    """Writes STEM.json, the record, and STEM.csv, the rows under the names of the first one; numbers that are not
-    finite are null and empty.
+    """Write `record` to STEM.json and `rows` to STEM.csv. Numbers that are not finite become null and empty.
 
-    Raises UserError if they cannot be written.
+    Raises UserError if the files cannot be written.
     """
     make_folder(stem.parent, option)
     record, rows = finite(record), finite(rows)
     json_file, csv_file = Path(f'{stem}.json'), Path(f'{stem}.csv')
     try:
         json_file.write_text(json.dumps(record, indent=2, allow_nan=False) + '\n', encoding='utf-8')
-        # File names need not be text: their bytes come through as they are.
+        # Image names need not be valid UTF-8; their bytes stay the same.
         with open(csv_file, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
@@ -54,7 +52,7 @@ def write_results(stem: Path, record: dict, rows: list[dict], option: str) -> No
 
 
 def finite(value):
-    """The value, with None for every number in it that JSON does not have."""
+    """Return the value with None for every number that is not finite, since JSON has none."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

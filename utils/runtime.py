@@ -1,4 +1,4 @@
-"""What a process is before it computes: its seeds, its kernels' habits, its precision."""
+"""The start of a process: its seeds, its kernels, its precision."""
 import contextlib
 import ctypes
 import logging
@@ -23,14 +23,14 @@ _logger = logging.getLogger(__name__)
 
 
 def seed_everything(seed: int, rank: int) -> None:
-    """Seeds Python, numpy, torch and CUDA; each rank draws its own numbers."""
+    """Seed Python, numpy, torch and CUDA, differently on each rank."""
     random.seed(seed + rank)
     np.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
 
 
 def get_rng_state(device: torch.device) -> dict:
-    """The states of every generator the main process draws from, as plain values and tensors."""
+    """Return the states of all random generators of the process, as plain values and tensors."""
     numpy = np.random.get_state(legacy=False)
     return {
         'python': random.getstate(),
@@ -52,21 +52,21 @@ def set_rng_state(state: dict, device: torch.device) -> None:
 
 
 def set_determinism(deterministic: bool) -> None:
-    """Repeatable kernels, or the fastest ones. On CPUs both are the same and repeat to the bit."""
+    """Choose repeatable kernels, or the fastest ones. On CPUs both are the same and repeat to the bit."""
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.backends.cudnn.deterministic = True
         torch.use_deterministic_algorithms(True)
-        # Else a kernel fills each new tensor, for code that reads what it has not written; ours does not.
+        # Otherwise a kernel fills each new tensor, for code that reads uninitialised memory. This code does not.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch makes it late
 
 
 class Precision:
-    """Mixed precision of one device: `autocast()` around the forward pass, and a `scaler` that float16 needs.
+    """Mixed precision on one device: `autocast()` for the forward pass, and the `scaler` that float16 needs.
 
     Args:
-        dtype_name: 'auto' (bfloat16 where the device has it, else float16), 'bfloat16' or 'float16'.
+        dtype_name: 'auto' (bfloat16 if the device has it, otherwise float16), 'bfloat16' or 'float16'.
     """
 
     def __init__(self, device: torch.device, *, enabled: bool, dtype_name: str = 'auto'):
@@ -77,7 +77,7 @@ class Precision:
             dtype_name = 'bfloat16' if has_bfloat16 else 'float16'
         self.device_type = device.type
         self.dtype = getattr(torch, dtype_name) if enabled else None
-        # A disabled scaler passes everything through, so that the loop has one form.
+        # A disabled scaler passes everything through, so the loop needs no branches.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
 
     def autocast(self):
@@ -90,14 +90,14 @@ class Precision:
 
 
 def move_model(model: nn.Module, device: torch.device, *, channels_last: bool) -> None:
-    """Moves a model to its device, in place, and its convolutions to the memory layout in which they are fast there."""
+    """Move a model to a device in place, and its convolutions to the memory layout `channels_last` if asked."""
     model.to(device)
     if channels_last:
         model.to(memory_format=torch.channels_last)
 
 
 def find_commit() -> str | None:
-    """The commit of this code; COMMIT names it where the code has come without .git."""
+    """Return the commit of this code. The variable COMMIT names it if there is no .git."""
     if commit := os.environ.get('COMMIT'):
         return commit
     try:
@@ -108,7 +108,7 @@ def find_commit() -> str | None:
 
 
 def describe_environment(device: torch.device) -> dict:
-    """Machine, versions and commit, for records of results."""
+    """Return machine, versions and commit, for records of results."""
     import timm
     import torchvision
     return {
@@ -120,10 +120,12 @@ def describe_environment(device: torch.device) -> dict:
 
 
 def start(args, *, alone: bool = False) -> tuple[World, Precision]:
-    """Makes this process what the options say: a rank with a device, a voice, a seed and a precision.
+    """Set this process up from the options: process group, device, logging, seeds and precision.
 
+    Args:
+        alone: the script must be a single process.
     Raises:
-        UserError: of a script that is `alone`, more than one process has been started.
+        UserError: several processes were started of a script that is `alone`.
     """
     world = init_process_group(args.device, timedelta(seconds=args.timeout))
     setup_logging(is_main=world.is_main)
@@ -131,7 +133,7 @@ def start(args, *, alone: bool = False) -> tuple[World, Precision]:
         script = Path(sys.argv[0]).name
         raise UserError(f'{script} is one process, and {world.size} were started; call python {script} by itself')
     set_determinism(args.deterministic)
-    # What is to be float32 is float32, in convolutions too; only beside bfloat16 or float16 is TF32 no loss.
+    # Convolutions in float32 must be float32. TF32 loses nothing only beside bfloat16 or float16.
     torch.backends.cudnn.allow_tf32 = args.amp
     if world.device.type == 'cpu':
         keep_freed_memory()
@@ -142,13 +144,13 @@ def start(args, *, alone: bool = False) -> tuple[World, Precision]:
 
 
 def keep_freed_memory() -> None:
-    """Has the memory of one image or batch serve the next, in this process (glibc alone).
+    """Make glibc keep freed memory in this process, so that each image or batch reuses that of the previous one.
 
-    Large blocks are else given back to the system when they are freed, and asked for anew: of a batch of 64 images in
-    float32, made on a CPU, that takes three times as long as all that is computed.
+    Otherwise large blocks go back to the system and are allocated again. For a batch of 64 float32 images on a CPU that
+    takes three times as long as the computation.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD of malloc.h
-        # M_MMAP_THRESHOLD: older versions refuse more, and have ceased to raise it by themselves.
+        # M_MMAP_THRESHOLD: older versions refuse 1 << 30, and no longer raise it by themselves after the call above.
         mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)

@@ -12,11 +12,11 @@ from utils.exits import fail, leave_at_once, report
 
 
 def run_script(main) -> None:
-    """Calls a script's `main()` and ends the process with the exit code that says how it went."""
+    """Call a script's `main()`, and end the process with the exit code of errors.py if it fails."""
     name = Path(sys.argv[0]).name
     signals.prepare()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors='backslashreplace')  # a name that the console cannot show ends nothing
+        sys.stdout.reconfigure(errors='backslashreplace')  # the console may lack letters of a name
     try:
         main()
         if sys.stdout:
@@ -24,23 +24,23 @@ def run_script(main) -> None:
     except BrokenPipeError:
         if not _nobody_reads():
             raise
-    except UserError as e:
-        fail(e)
+    except UserError as error:
+        fail(error)
     except KeyboardInterrupt:
         report(f'{name}: interrupted; the same command starts it again', EXIT_CTRL_C)
-    except Exception as e:
-        # Only a process that has torch has peers; this module stays light for those that have none.
+    except Exception as error:
+        # Only a process that has imported torch can have peers. This module must not import it.
         distributed = sys.modules.get('utils.distributed')
         if distributed is None or not distributed.is_distributed():
             raise
-        if explained := distributed.explain(e):
+        if explained := distributed.explain(error):
             fail(explained)
         traceback.print_exc()
         leave_at_once(EXIT_BUG)
 
 
 def _nobody_reads() -> bool:
-    """Whether standard output goes into a pipe whose other end is closed, as behind `| head`; then it is given up."""
+    """Tell whether standard output is a pipe whose reader has closed it (`| head`); if so, discard further output."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):

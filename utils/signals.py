@@ -1,12 +1,11 @@
-"""What signals do to a process of ours.
+"""How a process reacts to signals.
 
-Until a training's loop runs, a signal that asks a process to stop ends it at once, with one line and the exit code of
-an interruption. From `install` on it only leaves a note: the loop looks at `received` between two steps, saves, and
-ends then.
+Before the training loop, a signal to stop ends the process at once, with one line and the exit code of an
+interruption. After `install` it is only noted: between two steps the loop checks `received`, saves and ends.
 
     prepare()                       every script, at its start
     install()                       before the loop
-    if number := received(): …      at a step's end
+    if number := received(): …      at the end of a step
 """
 import ctypes
 import faulthandler
@@ -22,7 +21,7 @@ from utils.exits import report
 
 # SIGUSR1 is Slurm's warning before the end of the time limit (--signal=USR1@120).
 STOPPING = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGQUIT')
-# One Ctrl-C reaches a process twice where its job's launcher passes on what the terminal or srun sent to all.
+# A Ctrl-C reaches a process twice if the launcher passes on what the terminal or srun sends to everybody.
 ECHO_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 
@@ -31,29 +30,29 @@ _interrupted_at: float | None = None
 
 
 def prepare() -> None:
-    """For the start of a script: signals end it at once, SIGUSR2 shows its stacks, and it ends with its launcher."""
+    """Prepare a script: signals end it at once, SIGUSR2 prints its stacks, and it ends with its launcher."""
     if threading.current_thread() is not threading.main_thread():
-        return  # only a test calls a script's main like this
-    # A Ctrl-C stays Python's KeyboardInterrupt: what is to be tidied up gets its chance.
+        return  # only tests call a script's main in another thread
+    # Ctrl-C stays Python's KeyboardInterrupt, so that `finally` blocks run.
     _handle(_end_at_once, set(STOPPING) - {'SIGINT'})
-    faulthandler.enable()  # a crash in a library shows where it was called
+    faulthandler.enable()  # a crash in a library prints the stack
     if hasattr(signal, 'SIGUSR2'):
         faulthandler.register(signal.SIGUSR2, all_threads=True)
     _follow_launcher()
 
 
 def install() -> None:
-    """From now on a signal that asks to stop is only noted; a second Ctrl-C still ends the process at once."""
+    """Only note signals to stop from now on. A second Ctrl-C still ends the process at once."""
     _handle(_note, STOPPING)
 
 
 def received() -> int:
-    """The number of the first signal that asked to stop since `install`, or 0."""
+    """Return the number of the first signal to stop since `install`, or 0."""
     return _received
 
 
 def stoppable() -> list[signal.Signals]:
-    """The signals that ask a process to stop, but for those that it was started to ignore (nohup, a shell's &)."""
+    """Return the signals to stop, except those that the process inherited as ignored (nohup, a shell's &)."""
     numbers = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
@@ -78,15 +77,15 @@ def _note(number: int, frame) -> None:
     if _interrupted_at is None:
         _interrupted_at = now
     elif now - _interrupted_at > ECHO_SECONDS:
-        report(f'{os.path.basename(sys.argv[0])}: interrupted twice, ended at once; --resume auto goes on from the '
-               'last checkpoint', EXIT_CTRL_C)
+        report(f'{os.path.basename(sys.argv[0])}: interrupted twice, ended at once; --resume auto continues from '
+               'the last checkpoint', EXIT_CTRL_C)
 
 
 def _follow_launcher() -> None:
-    """Has the kernel send SIGTERM when the launcher dies, however it does (Linux; elsewhere its workers live on)."""
+    """Make the kernel send SIGTERM when the launcher dies (Linux only; elsewhere the workers live on)."""
     if job.take_launcher() is None:
         return
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-        if job.is_orphan():  # it died before we asked
+        if job.is_orphan():  # the launcher died before the call
             _end_at_once(signal.SIGTERM, None)

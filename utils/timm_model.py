@@ -1,4 +1,4 @@
-"""What the models of timm's registry have, ours too, and torch.nn.Module does not declare."""
+"""The attributes of timm's models that torch.nn.Module does not declare, for type annotations."""
 from collections.abc import Callable
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class TimmModel(nn.Module):
-    """For annotations alone: no model inherits from it."""
+    """For annotations only; no model inherits from it."""
     num_classes: int
     pretrained_cfg: dict[str, Any]
     get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]

@@ -1,14 +1,15 @@
-"""The oldest versions that this program works with; said before a name that an older one lacks ends in a traceback."""
+"""The oldest supported versions of libraries, checked before a missing name causes a traceback."""
 import re
 from importlib.metadata import PackageNotFoundError, version
 
 from utils.errors import UserError
 
-LOWEST_TIMM = '1.0.22'  # layers take a device and a dtype from 1.0.21 on, which initialises timm's LayerScale wrongly
+# Layers take a device and a dtype from 1.0.21 on, but that version initialises timm's LayerScale wrongly.
+LOWEST_TIMM = '1.0.22'
 
 
 def check_timm() -> None:
-    """Raises UserError where timm is missing or too old; imports nothing of it."""
+    """Raise UserError if timm is missing or too old, without importing it."""
     try:
         found = version('timm')
     except PackageNotFoundError:
@@ -18,5 +19,5 @@ def check_timm() -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """[1, 0, 22] for '1.0.22', so that versions compare as numbers."""
+    """Return [1, 0, 22] for '1.0.22', so that versions compare as numbers."""
     return [int(number) for number in re.findall(r'\d+', text)[:3]]

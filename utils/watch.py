@@ -1,7 +1,7 @@
-"""Threads watch a device, since the main thread may hang in a launch or a read for ever.
+"""Threads that watch a device, since the main thread may hang forever in a launch or a read.
 
-One thread puts marks into the device's queue; when the queue is full, that thread hangs too. So a second thread
-measures how long the last mark has been waiting, and judges (see utils/distributed.py).
+One thread puts marks into the device's queue; it hangs too if the queue is full. So a second thread measures how long
+the last mark has been waiting (see utils/distributed.py).
 """
 import threading
 import time
@@ -9,14 +9,15 @@ from collections.abc import Callable
 
 import torch
 
-BEAT = 0.5  # seconds between two looks
+# Seconds between two checks.
+BEAT = 0.5
 
 
 class DeviceMarks:
-    """Puts a mark into the work of a device. The call returns a function that tells whether the device is past it.
+    """Puts a mark into a device's queue; the call returns a function that tells whether the device has passed it.
 
-    A mark is a copy into the host's memory, on the default stream, where training runs. It is not a CUDA event:
-    torch keeps Python's lock while it queries one, so a driver that hangs would stop this watch as well.
+    A mark is a copy into host memory on the default stream, where training runs. It is not a CUDA event, since torch
+    holds Python's lock while it queries one: a hanging driver would stop this watch too.
     """
 
     def __init__(self, device: torch.device):
@@ -30,10 +31,10 @@ class DeviceMarks:
 
 
 class DeviceWatch:
-    """Knows for how long a device has stood still. There is never more than one mark under way.
+    """Measures how long a device has stood still, with one mark at a time.
 
     Args:
-        mark: puts a mark into the device's work, after all that is there; returns what tells whether it is passed.
+        mark: puts a mark at the end of the device's queue; returns a function that tells whether it was passed.
     """
 
     def __init__(self, mark: Callable[[], Callable[[], bool]]):
@@ -46,9 +47,9 @@ class DeviceWatch:
         self._thread.start()
 
     def waited(self) -> float:
-        """Seconds for which the device has stood before the same mark; to be asked every BEAT.
+        """Return the seconds for which the device has not passed the current mark; call it every BEAT.
 
-        Time in which nobody asked does not count: a process that was stopped did not wait for another one.
+        Time without calls does not count, since a stopped process does not wait for another one.
         """
         now = time.monotonic()
         if self._is_open and self._passed == self._known:
@@ -60,7 +61,7 @@ class DeviceWatch:
 
     def stop(self) -> None:
         self._stopped.set()
-        self._thread.join(2 * BEAT)  # no longer, as it may hang with the device
+        self._thread.join(2 * BEAT)  # it may hang with the device
 
     def _run(self) -> None:
         try:
@@ -72,5 +73,5 @@ class DeviceWatch:
                         return
                 self._passed += 1
                 self._is_open = False
-        except RuntimeError:  # the device has failed, which the main thread learns as well
+        except RuntimeError:  # the device failed, which the main thread notices too
             self._is_open = False

@@ -1,14 +1,39 @@
-"""The picture of a run: loss, accuracy and learning rate against epochs."""
+"""curves.png: loss, accuracy and learning rate against epochs."""
+import time
 from pathlib import Path
 from typing import IO
 
-from matplotlib.ticker import MaxNLocator
+from engine.log.metrics import CURVES
+from engine.log.sink import EPOCH, Run, Sink
+from utils.faults import fault_point
 
-from utils.pictures import BLUE, GREEN, ORANGE, new_figure
+# Drawing takes longer than some epochs.
+SECONDS_BETWEEN_DRAWINGS = 30
+
+
+class Curves(Sink):
+    name, kinds = CURVES, (EPOCH,)
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self._drawn_at = time.monotonic()
+
+    def record(self, record: dict) -> None:
+        if time.monotonic() - self._drawn_at > SECONDS_BETWEEN_DRAWINGS:
+            self.close(False)
+
+    def close(self, finished: bool) -> None:
+        fault_point('log.curves')
+        draw_curves(self.run.records, self.run.folder / CURVES)
+        self._drawn_at = time.monotonic()
 
 
 def draw_curves(records: list[dict], path: Path | IO[bytes]) -> None:
-    """Draws the curves of the records of a metrics.jsonl into a PNG file; epochs are counted from 1, as ended."""
+    """Draw the records of a metrics.jsonl as a PNG file. Epoch 1 is the first one that ended."""
+    from matplotlib.ticker import MaxNLocator
+
+    from utils.pictures import BLUE, GREEN, ORANGE, new_figure
+
     epochs = [r for r in records if r['kind'] == 'epoch']
     steps = [r for r in records if r['kind'] == 'train']
     figure = new_figure(13, 3.8)

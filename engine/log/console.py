@@ -1,0 +1,23 @@
+"""The lines of a run on the console."""
+import logging
+
+from engine.log.sink import EPOCH, TRAIN, Sink
+
+_logger = logging.getLogger(__name__)
+
+# The parts of a line, each with the number that it needs.
+PARTS = {
+    TRAIN: (('steps_per_epoch', 'Train: {epoch} [{step:4d}/{steps_per_epoch}]'), ('loss', 'Loss: {loss:.4f}'),
+            ('step_seconds', 'Time: {step_seconds:.3f}s, {images_per_second:.1f}/s'), ('lr', 'LR: {lr:.3e}'),
+            ('left', 'Left: {left}')),
+    EPOCH: (('top1', 'Epoch {epoch}: Acc@1 {top1:.3f}'), ('top5', 'Acc@5 {top5:.3f}'), ('loss', 'Loss {loss:.4f}'),
+            ('ema_top1', 'EMA Acc@1 {ema_top1:.3f}'), ('count', '({count} images)')),
+}
+
+
+class Console(Sink):
+    name = 'console'
+
+    def record(self, record: dict) -> None:
+        known = {name: value for name, value in record.items() if value is not None}
+        _logger.info('  '.join(text.format(**known) for name, text in PARTS[record['kind']] if name in known))

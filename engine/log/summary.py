@@ -1,0 +1,21 @@
+"""summary.csv: one row per epoch, with a column for each number of any epoch."""
+import csv
+import io
+
+from engine.log.metrics import SUMMARY
+from engine.log.sink import EPOCH, Sink
+from utils.disk import write_whole
+from utils.faults import fault_point
+
+
+class Summary(Sink):
+    name, kinds = SUMMARY, (EPOCH,)
+
+    def record(self, record: dict) -> None:
+        epochs = [{k: v for k, v in r.items() if k != 'kind'} for r in self.run.records if r['kind'] == EPOCH]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for r in epochs for name in r)))
+        writer.writeheader()
+        writer.writerows(epochs)
+        fault_point('log.summary')
+        write_whole(self.run.folder / SUMMARY, text.getvalue())
