@@ -35,8 +35,7 @@ class NotSeen(UserError):
     """A model has nothing of the kind that was to be shown; with another model it could be."""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Attention of the backbone
+# --- Attention of the backbone ----------------------------------------------------------------------------------------
 
 class _Listener(TorchFunctionMode):
     """Hands the arguments of every fused attention to `heard`; inside, attention is not listened to."""
@@ -205,8 +204,7 @@ def _name(model: nn.Module) -> str:
     return getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Token layers
+# --- Token layers -----------------------------------------------------------------------------------------------------
 
 class PerformerWeights:
     """The weights that a Performer token layer implies, A_ij = φ(q_i)·φ(k_j) / (φ(q_i)·Σφ(k) + eps).
@@ -330,8 +328,7 @@ def _layer_weights(layer: nn.Module, x: torch.Tensor) -> PerformerWeights | Soft
         k, q, layer.attn.scale)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# From a token of the last grid back to the pixels
+# --- From a token of the last grid back to the pixels -----------------------------------------------------------------
 
 def _soft_split_grids(img_size: Grid) -> list[Grid]:
     """Rows and columns behind each of the three soft splits."""
@@ -401,8 +398,7 @@ def _through_windows(values: torch.Tensor, size: Grid, split: tuple[int, int, in
     return F.fold(columns, size, kernel, stride=stride, padding=padding).squeeze(1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Channels
+# --- Channels ---------------------------------------------------------------------------------------------------------
 
 def default_layers(model: nn.Module) -> list[str]:
     """An early, a middle and a late layer of a model that lists its features as timm's do; NotSeen for any other."""

@@ -22,9 +22,7 @@ MOST_COUNTS, MOST_NAMES, MOST_ROWS, MOST_BARS = 12, 40, 200, 24
 PAIRS, ERRORS = 16, 12  # confused pairs, and wrong images, that are shown
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Numbers
-
+# --- Numbers ----------------------------------------------------------------------------------------------------------
 
 class Calibration(NamedTuple):
     """How confidence and accuracy agree in `BINS` bins of equal width, and on the whole.
@@ -82,9 +80,7 @@ def _shares(matrix: np.ndarray) -> np.ndarray:
     return np.divide(matrix, totals, out=np.full(matrix.shape, np.nan), where=totals > 0)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Figures
-
+# --- Figures ----------------------------------------------------------------------------------------------------------
 
 def mistakes_figure(predictions, targets: np.ndarray, names: Sequence[str],
                     pictures: Callable[[int], np.ndarray]) -> Figure:

@@ -45,8 +45,7 @@ from models.tokens_to_token import SOFT_SPLITS
 __all__ = ['ConvolutionTokens', 'DenseBlock', 'GhostBlock', 'SEBlock', 'SEViTBlock', 'T2TViTDense', 'Transition']
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Squeeze-excitation
+# --- Squeeze-excitation -----------------------------------------------------------------------------------------------
 
 class SqueezeExcitation(nn.Module):
     """Weights of the channels from their means over all tokens (Hu et al. 2018, section 3), reduction 16."""
@@ -96,8 +95,7 @@ class SEViTBlock(ViTBlock):
         self.register_module('ls1', SqueezeExcitation(dim, device=device, dtype=dtype))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Ghost operations
+# --- Ghost operations -------------------------------------------------------------------------------------------------
 
 class CheapOperation(nn.Module):
     """One learned factor per channel: the "cheap linear operation" of GhostNet (Han et al. 2020) on tokens.
@@ -191,8 +189,7 @@ class GhostBlock(Block):
         self.mlp = GhostMlp(dim, act_layer, drop, **dd)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Dense connections
+# --- Dense connections ------------------------------------------------------------------------------------------------
 
 class DenseBlock(Block):
     """The backbone's block, whose output is made narrow and put beside its input: C to C + growth channels."""
@@ -242,6 +239,8 @@ class T2TViTDense(T2TViT):
         ValueError: as `T2TViT`, for the channels of any block.
     """
 
+    has_constant_width = False
+
     def __init__(
             self,
             embed_dim: int = 128,
@@ -286,31 +285,8 @@ class T2TViTDense(T2TViT):
         self.feature_info.append({'module': f'blocks.{len(self.blocks)}', 'num_chs': dim, 'reduction': 16})
         self.blocks.append(block)
 
-    def _norm_intermediate(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the final norm to outputs of its own width, and leave narrower ones as they are."""
-        return self.norm(x) if x.shape[-1] == self.num_features else x
 
-    def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> list[int]:
-        """Drop the blocks behind the last of `indices`; return the indices.
-
-        Norm and head fit the last block alone: they go with it, and else if told to.
-        """
-        depth = len(self.blocks)
-        chosen = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if len(self.blocks) < depth:
-            self.norm = nn.Identity()
-            self.num_features = self.head_hidden_size = self.feature_info[len(self.blocks) - 1]['num_chs']
-            self.reset_classifier(0, '')
-        return chosen
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Convolution tokens
+# --- Convolution tokens -----------------------------------------------------------------------------------------------
 
 class ConvolutionTokens(nn.Module):
     """Three convolutions with the windows of the soft splits, in place of splits and token layers (section 4.3).
@@ -338,8 +314,7 @@ class ConvolutionTokens(nn.Module):
         return self.project(x).flatten(2).transpose(1, 2)  # [B, N, embed_dim]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Registration with timm
+# --- Registration with timm -------------------------------------------------------------------------------------------
 
 _VIT: dict[str, Any] = {'first_conv': 'patch_embed.proj', 'fixed_input_size': True}
 

@@ -47,8 +47,7 @@ TIMED, REPEATS = 4, 5  # images in the batch whose time is measured; times, of w
 Run = Callable[[torch.Tensor], torch.Tensor]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What travels with the weights
+# --- What travels with the weights ------------------------------------------------------------------------------------
 
 def save_config(model: nn.Module, path: str | os.PathLike, *, classes: Sequence[str] | None = None,
                 descriptions: Mapping[str, str] | None = None, **images: Any) -> None:
@@ -84,8 +83,7 @@ def pack_safetensors(state: Mapping[str, torch.Tensor], beside: Mapping[str, Any
     return safetensors.torch.save(state, {METADATA: json.dumps(beside)})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The graph
+# --- The graph --------------------------------------------------------------------------------------------------------
 
 class Source:
     """A model in evaluation mode on the CPU, its description, and its graphs, which several forms share.
@@ -158,8 +156,7 @@ def open_axes(graph: torch.export.ExportedProgram) -> dict[str, int]:
     return axes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# safetensors: timm's folder
+# --- safetensors: timm's folder ---------------------------------------------------------------------------------------
 
 def write_safetensors(source: Source, folder: Path, _) -> None:
     """Write timm's folder: config.json and model.safetensors.
@@ -179,8 +176,7 @@ def read_safetensors(folder: Path) -> Run:
     return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ONNX
+# --- ONNX -------------------------------------------------------------------------------------------------------------
 
 def write_onnx(source: Source, path: Path, graph: torch.export.ExportedProgram) -> None:
     """Write one ONNX file: input 'image', output 'logits', the description among its metadata."""
@@ -209,8 +205,7 @@ def onnx_note(_, path: Path) -> str:
     return 'opset {}'.format(next(opset.version for opset in model.opset_import if opset.domain in ('', 'ai.onnx')))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# torch.export and AOTInductor
+# --- torch.export and AOTInductor -------------------------------------------------------------------------------------
 
 def write_torch_export(source: Source, path: Path, graph: torch.export.ExportedProgram) -> None:
     """Write the graph and its weights, for torch.export.load; the description is the extra file 'config.json'."""
@@ -251,8 +246,7 @@ def read_aotinductor(path: Path) -> Run:
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# int8
+# --- int8 -------------------------------------------------------------------------------------------------------------
 
 class _SplitThenLinear(nn.Module):
     """What a SplitLinear computes, patch by patch: torch quantizes the weights of linear layers alone."""
@@ -330,8 +324,7 @@ def _quietly() -> Iterator[None]:
         logging.disable(disabled)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of them
+# --- All of them ------------------------------------------------------------------------------------------------------
 
 class Form(NamedTuple):
     """A form of export: the name of its file or folder, how it is written and read back, the graphs it can be made of,
@@ -408,8 +401,7 @@ def _megabytes(path: Path) -> float:
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing
+# --- Comparing --------------------------------------------------------------------------------------------------------
 
 class Checks:
     """Images with the logits that the model in PyTorch gives for them.

@@ -72,6 +72,7 @@ class T2TViT(nn.Module):
     """
 
     pos_embed: torch.Tensor
+    has_constant_width = True  # of the blocks; not in T2TViTDense
 
     def __init__(
             self,
@@ -268,8 +269,8 @@ class T2TViT(nn.Module):
         return listed if intermediates_only else (self._norm_intermediate(x), listed)
 
     def _norm_intermediate(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the final norm to the output of any block; a backbone that changes its width overrides this."""
-        return self.norm(x)
+        """Apply the final norm to tokens [B, 1 + N, C] of its width; return narrower ones (T2TViTDense) unchanged."""
+        return self.norm(x) if x.shape[-1] == self.num_features else x
 
     def prune_intermediate_layers(
             self,
@@ -277,12 +278,18 @@ class T2TViT(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Drop the blocks behind the last of `indices`, and norm and head if told to; return the indices."""
-        chosen, last = feature_take_indices(len(self.blocks), indices)
+        """Drop the blocks after the last of `indices`; return the indices.
+
+        The norm and the head go too if the arguments say so, or if they fit the last block alone.
+        """
+        depth = len(self.blocks)
+        chosen, last = feature_take_indices(depth, indices)
+        still_fit = self.has_constant_width or last + 1 == depth
         self.blocks = self.blocks[:last + 1]
-        if prune_norm:
+        self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
+        if prune_norm or not still_fit:
             self.norm = nn.Identity()
-        if prune_head:
+        if prune_head or not still_fit:
             self.reset_classifier(0, '')
         return chosen
 

@@ -36,8 +36,7 @@ def tiny_model(**kwargs) -> torch.nn.Module:
         'img_size': (64, 48), 'num_classes': 5, 'embed_dim': 32, 'depth': 2, 'num_heads': 2, **kwargs}).eval()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Recipes
+# --- Recipes ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.yaml')), ids=lambda path: path.stem)
 def test_every_recipe_makes_a_model(path):
@@ -97,8 +96,7 @@ def test_two_heads_are_not_split():
         split_head(tiny_model(aux_head=True))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# torch.hub
+# --- torch.hub --------------------------------------------------------------------------------------------------------
 
 def test_torch_hub(tmp_path):
     code = f'''
@@ -120,8 +118,7 @@ def test_torch_hub_has_every_model():
     assert all(getattr(hubconf, name).__doc__ for name in entry_points)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# timm's folders and the Hugging Face Hub
+# --- timm's folders and the Hugging Face Hub --------------------------------------------------------------------------
 
 needs_arguments = pytest.mark.skipif(not SAVES_ARGUMENTS, reason='before timm 1.0.31 no arguments are saved')
 

@@ -57,8 +57,7 @@ def _check_text(value: Any, what: str) -> None:
         raise ValueError(f'a {type(value).__name__} as {what}')
 
 
-# --------------------------------------------------------------------------------------------------
-# What the names in a file stand for
+# --- What the names in a file stand for -------------------------------------------------------------------------------
 
 class _DType:
     """A dtype on its way: created with its code, completed with its byte order by BUILD."""
@@ -151,8 +150,7 @@ NAMES = {
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# The stack machine
+# --- The stack machine ------------------------------------------------------------------------------------------------
 
 CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
 LITERALS = {'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'SHORT_BINUNICODE', 'BINUNICODE', 'BINUNICODE8',

@@ -26,8 +26,7 @@ MAX_SIDE = 2 ** 16  # pixels of an image, beyond which a recorded size is taken 
 PADDLE_NAME_TABLE = 'StructuredToParameterName@@'  # what paddle.save adds to a state dict: its own names of the keys
 
 
-# --------------------------------------------------------------------------------------------------
-# The table
+# --- The table --------------------------------------------------------------------------------------------------------
 
 class Format(NamedTuple):
     """A kind of checkpoint: how to know it, and what in it is not as ours.
@@ -86,8 +85,7 @@ FORMATS = (
 )
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoint → weights
+# --- Checkpoint → weights ---------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Weights:
@@ -207,8 +205,7 @@ def shortened(items: Iterable[str], limit: int = 3) -> str:
     return ', '.join(items[:limit]) + rest
 
 
-# --------------------------------------------------------------------------------------------------
-# What else a checkpoint says
+# --- What else a checkpoint says --------------------------------------------------------------------------------------
 
 def recorded_options(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that a training saved with its checkpoint; none for other checkpoints."""
