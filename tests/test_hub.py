@@ -62,7 +62,7 @@ def test_what_a_recipe_says_of_the_model_is_taken(tmp_path):
 
 @pytest.mark.parametrize('lines, overrides, message', [
     (['lr: 1e-3'], {}, 'names no model; add a line such as "model: t2t_vit_14"'),
-    (['model: t2t_vit14'], {}, "'t2t_vit14' does not exist; use t2t_vit_14"),
+    (['model: t2t_vit14'], {}, "'t2t_vit14' does not exist; did you mean t2t_vit_14"),
     (['model: t2t_vit_7', 'img_size: big'], {}, 'img_size'),
     (['model: t2t_vit_7'], {'classes': 5}, "'classes' is no option of a model"),
     (['model: t2t_vit_7', 'model_kwargs: [dept=3]'], {}, 'takes no argument dept'),
@@ -92,7 +92,7 @@ def test_backbone_and_head(name, options, tmp_path):
 
 
 def test_two_heads_are_not_split():
-    with pytest.raises(UserError, match='a tuple, no linear layer; use model.forward_features'):
+    with pytest.raises(UserError, match='a tuple, not a linear layer; use model.forward_features'):
         split_head(tiny_model(aux_head=True))
 
 

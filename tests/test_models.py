@@ -527,7 +527,7 @@ def test_factory_sizes_vision_transformers(name):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    ({'name': 't2t_vit14'}, "'t2t_vit14' does not exist; use t2t_vit_14"),
+    ({'name': 't2t_vit14'}, "'t2t_vit14' does not exist; did you mean t2t_vit_14"),
     ({'name': 'T2T_ViT_t14'}, 't2t_vit_t_14'),
     ({'name': 'qwertz'}, 'list_models'),
     ({'name': 't2t_vit_7.laion'}, "no weights 'laion'; use t2t_vit_7 or t2t_vit_7.in1k"),

@@ -81,7 +81,7 @@ def test_images_of_the_same_name_have_pictures_of_their_own(call, folder):
     (('--blocks', '3'), 'block 3 does not exist; the model has blocks 1 to 2'),
     (('--token', '0', '2'), r'token 0 2 does not exist; the last grid has rows 0 to 1 and columns 0 to 1'),
     (('--layers', 'block.1'), r"layer 'block.1' does not exist in model t2t_vit_7; did you mean blocks\.1\?"),
-    (('--beside', 'resnet81'), "model 'resnet81' does not exist; use resnet1"),
+    (('--beside', 'resnet81'), "model 'resnet81' does not exist; did you mean resnet1"),
     (('--beside', 't2t_vit_7=nowhere.pth'), 'nowhere.pth'),
     (('--figures', 'atention'), "invalid choice: 'atention'"),
     (('--dataset', 'digits'), 'which images'),

@@ -228,7 +228,7 @@ def test_reports_name_every_key():
     assert f'{len(report.renamed)} renamed; {len(source)} dropped' in str(report)
     for line in ('renamed: backbone.encoder.1.ffn.layers.0.0.weight → blocks.1.mlp.fc1.weight',
                  'renamed: backbone.tokens_to_token.attention1.ln1.bias → tokens_to_token.attention1.norm1.bias',
-                 'dropped, no weights: ema_backbone_cls_token',
+                 'dropped, not weights: ema_backbone_cls_token',
                  'adapted: pos_embed resized from 4 × 4 to 6 × 6'):
         assert line in lines, line
     assert len(lines) == 1 + len(source) + len(source) + 1  # tokens_to_token.project keeps its name but for backbone.
@@ -243,7 +243,7 @@ def test_reports_name_every_key():
                         head_replaced='why')
     assert 'b, c, d and 1 more' in str(report) and 'f' in str(report)
     assert report.lines()[1:] == ['classifier not loaded: why', *(f'missing, kept as initialised: {k}' for k in 'bcde'),
-                                  'ignored, no place: f']
+                                  'ignored, not in the model: f']
 
 
 def test_the_average_is_taken_only_when_wanted():
