@@ -437,7 +437,7 @@ def _has_channels_last(model: nn.Module, output: torch.Tensor, images: torch.Ten
 
 
 def _grid_of(model: nn.Module, num_tokens: int, img_size: Grid) -> tuple[int, int, int]:
-    """Return (rows, columns, prefix tokens) of N tokens: a grid of T2T-ViT, else the grid nearest to the image's shape."""
+    """Return (rows, columns, prefix tokens) of N tokens: a grid of T2T-ViT, else the one closest to the image's."""
     prefixes = (_num_prefix_tokens(model), 0)
     if has_soft_splits(model):
         for H, W in _soft_split_grids(img_size):

@@ -1,13 +1,13 @@
-"""Reading what `paddle.save` writes, without PaddlePaddle and without running anything.
+"""Read files of `paddle.save` without PaddlePaddle and without running code from the file.
 
     state = load(open('T2T_ViT_14.pdparams', 'rb').read())
 
-Such a file is a bare pickle of numpy arrays, by themselves or in (name, array) pairs. A pickle is a program for
-a small stack machine, and Python's own machine calls what it is told to. This one knows the instructions
-of `_execute` and the names in NAMES; a name stands for a function of this module, never for what Python would import
-under it. What a file says is checked for its type before it is hashed, printed or multiplied: a tuple of tuples of
-one tuple takes a file of a hundred bytes and, for each of these, more time than there is.
+Such a file is a bare pickle of numpy arrays, some in (name, array) pairs. A pickle is a program for a stack machine;
+Python's machine calls any function that the program names. This one executes only the instructions in `_execute` and
+the names in NAMES, which stand for functions of this module. It checks the type of every value before it hashes, prints
+or multiplies it, since a hundred bytes can describe nested tuples that take forever to hash.
 """
+import math
 import pickle
 import pickletools
 import types
@@ -15,24 +15,24 @@ from typing import Any
 
 import numpy as np
 
-# The magic number with which files of torch.save begin that are no zip archives; they are bare pickles too.
+# Magic number at the start of torch.save's legacy files, which are bare pickles too.
 TORCH_MAGIC = (0x1950a86a20f9469cfc6c).to_bytes(10, 'little')
 MAX_DIMS = 64  # numpy's own limit
-DTYPES = ('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'f2', 'f4', 'f8')  # paddle keeps bfloat16 in u2
+DTYPES = ('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'f2', 'f4', 'f8')  # paddle stores bfloat16 as u2
 
 
 def is_bare_pickle(head: bytes) -> bool:
-    """Tell from a file's first bytes whether it is a pickle (protocol 2 or later) that torch.save did not write."""
+    """Return whether a file with these first bytes is a pickle (protocol 2 or later) not written by torch.save."""
     return head[:1] == b'\x80' and head[1:2] in (b'\x02', b'\x03', b'\x04', b'\x05') and TORCH_MAGIC not in head[:32]
 
 
 def load(data: bytes) -> Any:
-    """Return what a pickle of plain containers and numpy arrays holds; the arrays are read-only.
+    """Return the content of a pickle of plain containers and numpy arrays; the arrays are read-only.
 
     Raises:
-        pickle.UnpicklingError: it refers to anything else ('GLOBAL module.name') or needs an unknown instruction.
+        pickle.UnpicklingError: it refers to anything else ('GLOBAL module.name') or has an unknown instruction.
         ValueError: its arrays hold objects, or more bytes than the file.
-        Exception: it is damaged; nearly any kind, as with every reader of pickles.
+        Exception: it is damaged; errors of nearly any kind.
     """
     content = _Machine(data).run()
     _check_size(content, limit=len(data))
@@ -40,7 +40,7 @@ def load(data: bytes) -> Any:
 
 
 def _check_size(content: Any, limit: int) -> None:
-    """Raise ValueError where one array or container stands in so many places that unfolding it would not end."""
+    """Raise ValueError if repeated arrays and containers are, taken together, larger than the file."""
     claimed, waiting = 0, [content]
     while waiting:
         item = waiting.pop()
@@ -52,15 +52,15 @@ def _check_size(content: Any, limit: int) -> None:
 
 
 def _check_text(value: Any, what: str) -> None:
-    """Raise ValueError where something in a file is not the text that it should be."""
+    """Raise ValueError unless a value is text."""
     if type(value) is not str:
         raise ValueError(f'a {type(value).__name__} as {what}')
 
 
-# --- What the names in a file stand for -------------------------------------------------------------------------------
+# --- Meaning of the names in a file -----------------------------------------------------------------------------------
 
 class _DType:
-    """A dtype on its way: created with its code, completed with its byte order by BUILD."""
+    """A dtype under construction: created with its code, completed with its byte order by BUILD."""
 
     def __init__(self, code: str):
         _check_text(code, 'the code of a dtype')
@@ -69,7 +69,7 @@ class _DType:
         self.code, self.order = code, '='
 
     def build(self, state: tuple) -> None:
-        """Take the byte order; the rest describes records and sub-arrays, which weights are not."""
+        """Set the byte order; refuse records and sub-arrays."""
         _, self.order, sub_array, names, fields = state[:5]
         _check_text(self.order, 'the byte order of a dtype')
         if self.order not in tuple('<>=|') or any(part is not None for part in (sub_array, names, fields)):
@@ -77,30 +77,27 @@ class _DType:
 
 
 class _Array:
-    """An array on its way: created empty, completed by BUILD with shape, dtype and bytes."""
+    """An array under construction: created empty, completed by BUILD with shape, dtype and bytes."""
 
     def __init__(self):
         self.value: np.ndarray | None = None
 
     def build(self, state: tuple) -> None:
-        """Take shape and content, if they agree."""
+        """Set the value, or raise ValueError unless shape and content agree."""
         _, shape, dtype, is_fortran, content = state
         if not isinstance(dtype, _DType) or not isinstance(content, bytes):
             raise ValueError('an array without a dtype or bytes')
-        # Text times a number is a longer text, and the product of all the numbers of a file has no end either.
+        # Checked before multiplying: text times a number is a longer text, and many numbers have a huge product.
         if type(shape) is not tuple or len(shape) > MAX_DIMS or not all(type(length) is int for length in shape):
             raise ValueError(f'an array whose shape is no tuple of at most {MAX_DIMS} whole numbers')
         flat = np.frombuffer(content, dtype.order + dtype.code)
-        # Python's integers do not overflow: a shape of 10¹² is compared, never allocated.
-        size = 1
-        for length in shape:
-            size *= length
-        if size != flat.size or any(length < 0 for length in shape):
+        # Python's integers do not overflow, so a shape of 10¹² is compared, never allocated.
+        if math.prod(shape) != flat.size or any(length < 0 for length in shape):
             raise ValueError(f'an array of shape {str(shape)[:60]} with {flat.size} numbers')
         self.value = flat.reshape(shape, order='F' if is_fortran else 'C')
 
 
-_NDARRAY = object()  # the class numpy.ndarray, which is only ever handed to _reconstruct
+_NDARRAY = object()  # stands for numpy.ndarray, which is only an argument of _reconstruct
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
@@ -114,7 +111,7 @@ def _dtype(code: str, align: Any = False, copy: Any = False) -> _DType:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Protocol 2 has no bytes: it keeps them as text of the same numbers."""
+    """Return bytes, which protocol 2 stores as text of the same numbers."""
     _check_text(encoding, 'an encoding')
     if encoding != 'latin1':
         raise ValueError(f'bytes in the encoding {encoding[:20]!r}')
@@ -122,18 +119,18 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 def _no_bytes() -> bytes:
-    """And the content of an empty array as the call bytes()."""
+    """Return no bytes, which protocol 2 stores as the call bytes()."""
     return b''
 
 
 def _pair(items: tuple) -> tuple:
-    """A tensor in paddle.save is the call tuple((name, array))."""
+    """Return (name, array), paddle.save's form of a tensor, which is stored as a call of tuple."""
     name, array = items
     return name, array
 
 
 def _ordered_dict() -> dict:
-    """An OrderedDict, as state dicts often are, is created empty; a dict keeps the order too."""
+    """Return a dict for an empty OrderedDict, since it keeps the order too."""
     return {}
 
 
@@ -159,14 +156,14 @@ TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
 
 
 class _Machine:
-    """Executes one pickle. Its memo is a dict, so that a high index costs nothing."""
+    """Executes one pickle. The memo is a dict, so a high index takes no memory."""
 
     def __init__(self, data: bytes):
         self.data = data
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        self.encoded = 0  # bytes made by _encode, which one text could make again and again
+        self.encoded = 0  # bytes returned by _encode, which a file may call repeatedly
 
     def run(self) -> Any:
         """Return the object that the pickle describes."""
@@ -177,7 +174,7 @@ class _Machine:
         raise EOFError('the pickle has no end')
 
     def _execute(self, name: str, argument: Any) -> None:
-        """Carry out one instruction of any that a dict of arrays needs."""
+        """Execute one of the instructions that a dict of arrays needs."""
         stack = self.stack
         if name in LITERALS:
             stack.append(argument)
@@ -220,12 +217,12 @@ class _Machine:
             state = self._pop()
             self._top(_Array, _DType).build(state)
         elif name not in ('PROTO', 'FRAME'):
-            raise pickle.UnpicklingError(f'the instruction {name}, which arrays have no use for')
+            raise pickle.UnpicklingError(f'the instruction {name}, which no array needs')
 
     def _reduce(self) -> None:
         """Call one of the functions of NAMES."""
         arguments, function = self._pop(), self._pop()
-        if not isinstance(function, types.FunctionType):  # all others on the stack are data
+        if not isinstance(function, types.FunctionType):  # other values are data
             raise ValueError(f'a call of a {type(function).__name__}')
         if type(arguments) is not tuple:
             raise ValueError(f'a call with a {type(arguments).__name__} of arguments')
@@ -239,7 +236,7 @@ class _Machine:
 
     @staticmethod
     def _finished(item: Any) -> Any:
-        """Return the array in place of an object that stood for it while it was built."""
+        """Return the finished array of an `_Array`; return other values unchanged."""
         if isinstance(item, _Array):
             if item.value is None:
                 raise ValueError('an array without content')
