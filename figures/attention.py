@@ -22,15 +22,9 @@ WIDTH = 11.5  # inches, of a figure
 LEAST_COLUMNS = 4  # of a row of panels; fewer panels are centred
 
 
-def attention_figure(
-        model: torch.nn.Module,
-        image: torch.Tensor,
-        picture: np.ndarray,
-        *,
-        blocks: Sequence[int] | None = None,
-        queries: Sequence[tuple[int, int]] | None = None,
-        title: str = '',
-) -> Figure:
+def attention_figure(model: torch.nn.Module, image: torch.Tensor, picture: np.ndarray, *,
+                     blocks: Sequence[int] | None = None, queries: Sequence[tuple[int, int]] | None = None,
+                     title: str = '') -> Figure:
     """Draw the attention of the classifier's input in all blocks, of chosen heads, and of tokens in the token layers.
 
     Args:

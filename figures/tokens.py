@@ -19,14 +19,8 @@ from utils.pictures import ORANGE, SEQUENTIAL, new_figure
 PATCHES_SHOWN = 8  # rows and columns of patches of the first soft split
 
 
-def tokens_figure(
-        model: torch.nn.Module,
-        image: torch.Tensor,
-        picture: np.ndarray,
-        *,
-        token: tuple[int, int] | None = None,
-        title: str = '',
-) -> Figure:
+def tokens_figure(model: torch.nn.Module, image: torch.Tensor, picture: np.ndarray, *,
+                  token: tuple[int, int] | None = None, title: str = '') -> Figure:
     """Draw the stages of the tokens-to-token module, as the paper's Figure 3, and trace one token back to the pixels.
 
     The grids are drawn as three principal components (red, green, blue) and as the norm of each token. Below is what

@@ -223,22 +223,11 @@ class T2TViTDense(T2TViT):
 
     has_constant_width = False
 
-    def __init__(
-            self,
-            embed_dim: int = 128,
-            num_heads: int = 8,
-            mlp_ratio: float = 2.,
-            growth_rate: int = 64,
-            block_config: Sequence[int] = (3, 6, 6, 4),
-            drop_rate: float = 0.,
-            attn_drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
-            norm_layer: Callable[..., nn.Module] | None = None,
-            act_layer: type[nn.Module] | None = None,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
-            **kwargs: Any,
-    ):
+    def __init__(self, embed_dim: int = 128, num_heads: int = 8, mlp_ratio: float = 2., growth_rate: int = 64,
+                 block_config: Sequence[int] = (3, 6, 6, 4), drop_rate: float = 0., attn_drop_rate: float = 0.,
+                 drop_path_rate: float = 0., norm_layer: Callable[..., nn.Module] | None = None,
+                 act_layer: type[nn.Module] | None = None, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None, **kwargs: Any):
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         norm_layer = norm_layer or nn.LayerNorm
         act_layer = act_layer or nn.GELU

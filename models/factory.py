@@ -28,21 +28,17 @@ _logger = logging.getLogger(__name__)
 
 # Arguments that are left out for architectures that do not have them (a ResNet takes any image size).
 OPTIONAL_ARGUMENTS = ('img_size', 'global_pool', 'drop_rate', 'attn_drop_rate', 'drop_path_rate')
+# Arguments of models that have an option of their own.
+OPTIONS_OF_ARGUMENTS = {
+    'num_classes': 'num_classes', 'pretrained': 'pretrained', 'img_size': 'img_size', 'global_pool': 'gp',
+    'drop_rate': 'drop', 'drop_path_rate': 'drop_path', 'drop_block_rate': 'drop_block', 'bn_momentum': 'bn_momentum',
+    'bn_eps': 'bn_eps'}
 
 
-def create_model(
-        name: str,
-        *,
-        pretrained: bool = False,
-        num_classes: int | None = None,
-        img_size: int | tuple[int, int] | None = None,
-        in_chans: int | None = None,
-        global_pool: str | None = None,
-        drop_rate: float | None = None,
-        attn_drop_rate: float | None = None,
-        drop_path_rate: float | None = None,
-        **kwargs: Any,
-) -> TimmModel:
+def create_model(name: str, *, pretrained: bool = False, num_classes: int | None = None,
+                 img_size: int | tuple[int, int] | None = None, in_chans: int | None = None,
+                 global_pool: str | None = None, drop_rate: float | None = None, attn_drop_rate: float | None = None,
+                 drop_path_rate: float | None = None, **kwargs: Any) -> TimmModel:
     """Create a model registered with timm and log its arguments; None means the model's default.
 
     Args:
@@ -153,11 +149,11 @@ def create_model_from_options(args, *, num_classes: int, transfer_from: str | No
     Raises:
         UserError: as create_model and load_weights.
     """
-    further = {'drop_block_rate': 'drop_block', 'bn_momentum': 'bn_momentum', 'bn_eps': 'bn_eps'}
-    model = create_model(
-        args.model, pretrained=args.pretrained, num_classes=num_classes, img_size=args.img_size, global_pool=args.gp,
-        drop_rate=getattr(args, 'drop', None), drop_path_rate=getattr(args, 'drop_path', None),
-        **{name: getattr(args, option, None) for name, option in further.items()}, **_further_arguments(args))
+    further = keywords(args.model_kwargs)
+    for argument in further.keys() & OPTIONS_OF_ARGUMENTS.keys():
+        raise UserError(f'--model-kwargs {argument}: use --{OPTIONS_OF_ARGUMENTS[argument].replace("_", "-")}')
+    arguments = {argument: getattr(args, option, None) for argument, option in OPTIONS_OF_ARGUMENTS.items()}
+    model = create_model(args.model, **{**arguments, **further, 'num_classes': num_classes})
     for path, replace_head in ((args.initial_checkpoint, False), (transfer_from, True)):
         if path:
             _logger.info('%s', load_weights(model, path, use_ema=args.use_ema, replace_head=replace_head))
@@ -271,14 +267,3 @@ def split_head(model: TimmModel) -> tuple[TimmModel, nn.Module]:
                         'and model.forward_head instead')
     model.reset_classifier(0)
     return model, head
-
-
-def _further_arguments(args) -> dict[str, Any]:
-    """Return the arguments of --model-kwargs; raise UserError for one that has an option of its own."""
-    further = keywords(args.model_kwargs)
-    named = {'num_classes': '--num-classes', 'img_size': '--img-size', 'global_pool': '--gp', 'drop_rate': '--drop',
-             'drop_path_rate': '--drop-path', 'pretrained': '--pretrained', 'drop_block_rate': '--drop-block',
-             'bn_momentum': '--bn-momentum', 'bn_eps': '--bn-eps'}
-    for name in further.keys() & named.keys():
-        raise UserError(f'--model-kwargs {name}: use {named[name]}')
-    return further

@@ -129,19 +129,9 @@ class Block(nn.Module):
         act_layer: activation of the MLP.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            mlp_ratio: float,
-            drop: float = 0.,
-            attn_drop: float = 0.,
-            drop_path: float = 0.,
-            norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-            act_layer: type[nn.Module] = nn.GELU,
-            device=None,
-            dtype=None,
-    ):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop: float = 0., attn_drop: float = 0.,
+                 drop_path: float = 0., norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+                 act_layer: type[nn.Module] = nn.GELU, device=None, dtype=None):
         super().__init__()
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.norm1 = norm_layer(dim, **dd)

@@ -219,17 +219,11 @@ class T2TViT(nn.Module):
         """Map images [B, in_chans, height, width] to logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: int | list[int] | None = None,
-            return_prefix_tokens: bool = False,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-            output_dict: bool = False,
-    ) -> list | tuple[torch.Tensor, list] | dict[str, torch.Tensor | list]:
+    def forward_intermediates(self, x: torch.Tensor, indices: int | list[int] | None = None,
+                              return_prefix_tokens: bool = False, norm: bool = False, stop_early: bool = False,
+                              output_fmt: str = 'NCHW', intermediates_only: bool = False,
+                              output_dict: bool = False,
+                              ) -> list | tuple[torch.Tensor, list] | dict[str, torch.Tensor | list]:
         """Return the outputs of chosen blocks (timm's interface, also used by `features_only=True`).
 
         Args:
@@ -271,12 +265,8 @@ class T2TViT(nn.Module):
         """Apply the final norm to tokens [B, 1 + N, C] of its width; return narrower ones (T2TViTDense) unchanged."""
         return self.norm(x) if x.shape[-1] == self.num_features else x
 
-    def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> list[int]:
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False,
+                                  prune_head: bool = True) -> list[int]:
         """Drop the blocks after the last of `indices`; return the indices.
 
         The norm and the head go too if the arguments say so, or if they fit the last block alone.

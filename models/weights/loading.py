@@ -58,10 +58,8 @@ class LoadReport:
     unexpected: tuple[str, ...] = ()  # keys of the file that are not in the model, except that classifier
 
     def __str__(self) -> str:
-        parts = [self._headline()]
-        parts += [f'{len(keys)} {what}' for what, keys in (('renamed', self.renamed), ('transposed', self.transposed),
-                                                            ('dropped as not weights', self.dropped)) if keys]
-        parts += self.adapted
+        changes = {'renamed': self.renamed, 'transposed': self.transposed, 'dropped as not weights': self.dropped}
+        parts = [self._headline(), *(f'{len(keys)} {what}' for what, keys in changes.items() if keys), *self.adapted]
         if self.head_replaced:
             parts.append(f'classifier not loaded: {self.head_replaced}')
         if self.missing:
@@ -72,32 +70,21 @@ class LoadReport:
 
     def lines(self) -> list[str]:
         """Return a line for every key that was not simply copied."""
-        return [
-            self._headline(),
-            *(f'renamed: {old} → {new}' for old, new in self.renamed),
-            *(f'transposed: {key}' for key in self.transposed),
-            *(f'dropped, not weights: {key}' for key in self.dropped),
-            *(f'adapted: {what}' for what in self.adapted),
-            *([f'classifier not loaded: {self.head_replaced}'] if self.head_replaced else []),
-            *(f'missing, kept as initialised: {key}' for key in self.missing),
-            *(f'ignored, not in the model: {key}' for key in self.unexpected),
-        ]
+        details = {
+            'renamed': [f'{old} → {new}' for old, new in self.renamed], 'transposed': self.transposed,
+            'dropped, not weights': self.dropped, 'adapted': self.adapted,
+            'classifier not loaded': [self.head_replaced] if self.head_replaced else [],
+            'missing, kept as initialised': self.missing, 'ignored, not in the model': self.unexpected}
+        return [self._headline(), *(f'{what}: {detail}' for what, parts in details.items() for detail in parts)]
 
     def _headline(self) -> str:
         kind = self.format if self.entry is None else f'{self.format}, {self.entry}'
         return f'{len(self.loaded)} tensors loaded from {self.source} ({kind})'
 
 
-def load_weights(
-        model: nn.Module,
-        path_or_checkpoint: str | os.PathLike | Mapping[str, Any],
-        *,
-        use_ema: bool = True,
-        strict: bool = True,
-        replace_head: bool = False,
-        img_size: tuple[int, int] | None = None,
-        source: str = 'checkpoint in memory',
-) -> LoadReport:
+def load_weights(model: nn.Module, path_or_checkpoint: str | os.PathLike | Mapping[str, Any], *, use_ema: bool = True,
+                 strict: bool = True, replace_head: bool = False, img_size: tuple[int, int] | None = None,
+                 source: str = 'checkpoint in memory') -> LoadReport:
     """Load weights from a file or a checkpoint into any timm model.
 
     A position embedding of another grid is resampled; the first layer of a T2T-ViT is adapted to other channels. If
@@ -150,13 +137,8 @@ def load_weights(
                       adapted, head_conflict, tuple(missing), tuple(unexpected))
 
 
-def load_for_transfer_learning(
-        model: nn.Module,
-        checkpoint_path: str | os.PathLike,
-        use_ema: bool = True,
-        strict: bool = False,
-        num_classes: int = 1000,
-) -> LoadReport:
+def load_for_transfer_learning(model: nn.Module, checkpoint_path: str | os.PathLike, use_ema: bool = True,
+                               strict: bool = False, num_classes: int = 1000) -> LoadReport:
     """Load weights for fine-tuning, with the name and arguments of the function in the authors' repository.
 
     The model keeps its classifier, if the weights have another, unless num_classes is 1000.
@@ -164,12 +146,8 @@ def load_for_transfer_learning(
     return load_weights(model, checkpoint_path, use_ema=use_ema, strict=strict, replace_head=num_classes != 1000)
 
 
-def fit_to_model(
-        weights: StateDict,
-        model: nn.Module,
-        img_size: tuple[int, int] | None = None,
-        recorded: tuple[int, int] | None = None,
-) -> tuple[StateDict, tuple[str, ...]]:
+def fit_to_model(weights: StateDict, model: nn.Module, img_size: tuple[int, int] | None = None,
+                 recorded: tuple[int, int] | None = None) -> tuple[StateDict, tuple[str, ...]]:
     """Return a state dict adapted to the image size and channels of a model, and a phrase for each change.
 
     Takes the arguments of `resize_pos_embed` and raises its errors.
@@ -179,12 +157,8 @@ def fit_to_model(
     return weights, tuple(phrase for phrase in (resized, adapted) if phrase)
 
 
-def resize_pos_embed(
-        weights: StateDict,
-        model: nn.Module,
-        img_size: tuple[int, int] | None = None,
-        recorded: tuple[int, int] | None = None,
-) -> tuple[StateDict, str | None]:
+def resize_pos_embed(weights: StateDict, model: nn.Module, img_size: tuple[int, int] | None = None,
+                     recorded: tuple[int, int] | None = None) -> tuple[StateDict, str | None]:
     """Return a state dict with `pos_embed` resampled in float32 to the grid of a model, and a phrase (None: unchanged).
 
     Works for every model with `pos_embed` [1, prefix + rows · columns, C] and its grid in `grid_size` or
@@ -272,14 +246,8 @@ def _compare_heads(model: nn.Module, weights: StateDict, target: StateDict) -> t
     return f'the weights have {described(weights)}, the model has {described(target)}', keys
 
 
-def _explain_mismatch(
-        weights: StateDict,
-        checkpoint: Mapping[str, Any],
-        model: nn.Module,
-        shapes: list[str],
-        missing: list[str],
-        unexpected: list[str],
-) -> str:
+def _explain_mismatch(weights: StateDict, checkpoint: Mapping[str, Any], model: nn.Module, shapes: list[str],
+                      missing: list[str], unexpected: list[str]) -> str:
     """Return a line that names the model of the weights, their differences from this model, and the remedy."""
     name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
     identity = identify(weights, recorded_img_size(checkpoint))
