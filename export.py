@@ -1,20 +1,19 @@
-"""Writes a trained model in the forms that other runtimes read, and compares each with the model in PyTorch.
+"""Export a trained model to the formats of other runtimes, and compare each with the model in PyTorch.
 
     python export.py --checkpoint output/train/demo/model_best.pth.tar --dataset digits
     python export.py photo.jpg folder/ --checkpoint path/to/checkpoint --format onnx int8 -o exported
     python export.py --data /data/imagenet --samples 250 --checkpoint path/to/checkpoint       # what does int8 cost?
 
     safetensors    timm's folder: config.json, model.safetensors
-    onnx           one file, batch and image size open where the model can; needs requirements-export.txt
-    torch-export   the graph of torch.export, batch and image size open where the model can
-    aotinductor    compiled for this machine's kind of CPU, batch open; needs a C++ compiler
+    onnx           one file, dynamic batch and (if the model allows it) image size; needs requirements-export.txt
+    torch-export   graph of torch.export, dynamic batch and (if the model allows it) image size
+    aotinductor    compiled for CPUs like this one, dynamic batch; needs a C++ compiler
     int8           linear layers in 8 bits, for CPUs; models.runtimes.read_int8 reads it
 
-Each form is read back from its file and called with random images, of other sizes too where these are open, and with
-the images that are given. A form that should be exact but differs from PyTorch by more than 1e-4 (of the largest logit,
-where that is above 1) is not kept. What
-cannot be exported says so in one line, and the others go on. It is an error if a form differs, or if one that
-was asked for by name is missing. With a data set, its evaluation images tell what int8 costs in accuracy.
+Each format is read back and compared on random images and on the given images. An exact format that differs from
+PyTorch by more than 1e-4 (relative to the largest logit, if that exceeds 1) is deleted. A failed format is reported in
+one line; it is an error if it differs or was named in --format. With a labelled data set, the accuracy of int8 is
+measured too.
 """
 import logging
 from pathlib import Path
@@ -28,7 +27,7 @@ from utils.script import run_script
 COLUMNS = {'format': 'format', 'file': 'file', 'megabytes': 'MB', 'axes': 'open axes',
            'difference_random': '|Δ| random', 'difference_real': '|Δ| real', 'same_top1': 'same top-1',
            'top1': 'top-1', 'ms_per_image': 'ms/image', 'export_seconds': 'seconds', 'note': ''}
-WRITTEN = {'megabytes': '.1f', 'difference_random': '.1e', 'difference_real': '.1e', 'same_top1': '.1f%',
+NUMBERS = {'megabytes': '.1f', 'difference_random': '.1e', 'difference_real': '.1e', 'same_top1': '.1f%',
            'top1': '.2f%', 'ms_per_image': '.2f', 'export_seconds': '.1f'}
 
 log = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ def main():
     from data.pipeline import create_eval_loader, open_images, resolve_input
     from engine.evaluate import evaluate
     from models import open_trained_model
-    from models.runtimes import FORMS, Checks, Source, describe, export
+    from models.runtimes import RUNTIME_FORMATS, Checks, TracedModel, check_overwrites, describe, write_format
     from utils.console import progress_bar
     from utils.disk import make_folder
     from utils.results import write_results
@@ -62,14 +61,12 @@ def main():
     folder = Path(args.output_dir or 'output/export/{}-{}x{}'.format(args.model, *config.img_size))
     make_folder(folder, '--output-dir')
     names = args.formats or FORMATS
-    in_the_way = [FORMS[name].file for name in names if (folder / FORMS[name].file).exists()]
-    if in_the_way and not (folder / 'export.json').exists():  # what an export has written, the next one replaces
-        raise UserError(f'--output-dir: {folder / in_the_way[0]} is there, and no export has written it; '
-                        'name another folder')
+    check_overwrites(folder, names)
     dataset = open_images(args, known_classes, model.num_classes, world) if has_images else None
     labels = label_classes(args, known_classes or (dataset.classes if dataset else None), model.num_classes)
-    source = Source(model, describe(model, **labels, input_size=(3, *config.img_size), mean=config.mean, std=config.std,
-                                    crop_pct=config.crop_pct, interpolation=config.interpolation), config.img_size)
+    description = describe(model, **labels, input_size=(3, *config.img_size), mean=config.mean, std=config.std,
+                           crop_pct=config.crop_pct, interpolation=config.interpolation)
+    traced = TracedModel(model, description, config.img_size)
 
     # --- Exports, each compared with PyTorch --------------------------------------------------------------------------
     checks = Checks(model, config.img_size, first_batch(args, dataset, config, world) if dataset else None)
@@ -77,14 +74,15 @@ def main():
     bar = progress_bar(total=len(names))
     for name in names:
         bar.set_description(f'Export {name}')
-        rows[name] = {'format': name, **export(name, source, folder, checks)}
+        rows[name] = {'format': name, **write_format(name, traced, folder, checks)}
         bar.update()
     bar.close()
 
-    # --- The accuracy that 8 bits cost --------------------------------------------------------------------------------
+    # --- Accuracy of int8 ---------------------------------------------------------------------------------------------
     if dataset and (dataset.targets >= 0).all() and 'int8' in rows and 'failure' not in rows['int8']:
         loader, prepare = create_eval_loader(args, dataset, config, world)
-        for name, candidate in (('pytorch', model), ('int8', FORMS['int8'].read(folder / FORMS['int8'].file))):
+        int8 = RUNTIME_FORMATS['int8']
+        for name, candidate in (('pytorch', model), ('int8', int8.read(folder / int8.file))):
             rows[name].update(evaluate(candidate, loader, prepare, precision=precision, name=name).as_dict())
         loader.close()
 
@@ -96,16 +94,16 @@ def main():
     columns = dict.fromkeys(name for row in rows.values() for name in row)
     write_results(folder / 'export', record, [columns | row for row in rows.values()], '--output-dir')
     print_table([row for row in rows.values() if 'failure' not in row])
-    missing = {name: rows[name]['failure'] for name in names if 'failure' in rows[name]}
-    told = '\n'.join(f'{name} was not exported: {failure}' for name, failure in missing.items())
-    if any(args.formats or 'difference' in rows[name] for name in missing):
-        raise UserError(told)
-    if missing:
-        log.warning('%s', told)
+    failures = {name: rows[name]['failure'] for name in names if 'failure' in rows[name]}
+    message = '\n'.join(f'{name} was not exported: {failure}' for name, failure in failures.items())
+    if any(args.formats or 'difference' in rows[name] for name in failures):
+        raise UserError(message)
+    if failures:
+        log.warning('%s', message)
 
 
 def label_classes(args, classes: list[str] | None, num_classes: int) -> dict:
-    """Names of the classes in the order of the logits, and words for those that have others for people."""
+    """Return the names of the classes in the order of the logits, and words for names such as synsets."""
     from data import read_class_map
     from data.pipeline import name_classes
     words = name_classes(args, classes or None, num_classes)
@@ -118,7 +116,7 @@ def label_classes(args, classes: list[str] | None, num_classes: int) -> dict:
 
 
 def first_batch(args, dataset, config, world):
-    """A batch of the images, evenly spread over them, float32 [B, 3, height, width]."""
+    """Return a batch of evenly spaced images, float32 [B, 3, height, width]."""
     from data import evenly_spaced
     from data.pipeline import create_eval_loader
     args = args.replacing(workers=0, validation_batch_size_multiplier=1, channels_last=False)
@@ -127,20 +125,20 @@ def first_batch(args, dataset, config, world):
 
 
 def print_table(rows) -> None:
-    """One line for each row, and no column that none of them has a value for."""
+    """Print a line for each row, without columns that are empty in all rows."""
     columns = [name for name in COLUMNS if any(name in row for row in rows)]
-    cells = [[COLUMNS[name] for name in columns], *([written(row, name) for name in columns] for row in rows)]
+    cells = [[COLUMNS[name] for name in columns], *([formatted(row, name) for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
-        print('  '.join(cell.rjust(width) if name in WRITTEN else cell.ljust(width)
+        print('  '.join(cell.rjust(width) if name in NUMBERS else cell.ljust(width)
                         for name, cell, width in zip(columns, line, widths, strict=True)).rstrip())
 
 
-def written(row: dict, name: str) -> str:
-    """A value as the table shows it."""
+def formatted(row: dict, name: str) -> str:
+    """Return a value as the table shows it."""
     if name not in row:
         return '-'
-    form = WRITTEN.get(name, '')
+    form = NUMBERS.get(name, '')
     return format(row[name], form.rstrip('%')) + form[-1:].strip('fe')
 
 

@@ -1,11 +1,11 @@
-"""Says what is in images: the most probable classes of each, with their names, on the console and as CSV and JSON.
+"""Predict the most probable classes of images, on the console and as CSV and JSON.
 
     python predict.py cat.jpg holiday/ --checkpoint output/train/demo/model_best.pth.tar
     python predict.py --dataset digits --samples 20 --checkpoint output/train/demo/model_best.pth.tar -k 3
     python predict.py cat.jpg --model resnet50 --pretrained -o cat
 
-Model and image size are found out from the checkpoint, names of the classes too. An image that cannot be decoded is
-named and left out. Of a data set the true class is shown as well.
+Model, image size and names of the classes are read from the checkpoint. Images that cannot be decoded are reported and
+left out. For a data set, the true class is shown too.
 """
 import logging
 from collections import Counter
@@ -16,7 +16,7 @@ from options.scripts import predict_parser
 from utils.errors import UserError
 from utils.script import run_script
 
-LINES = 20  # of images, and of classes, that the console shows
+LINES = 20  # images, and classes, shown on the console
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def main():
     # --- Predictions --------------------------------------------------------------------------------------------------
     num_batches = -(-len(dataset) // (args.batch_size * args.validation_batch_size_multiplier))
     args = args.replacing(
-        workers=min(args.workers, num_batches) if num_batches > 1 else 0,  # to start them takes longer than one batch
+        workers=min(args.workers, num_batches) if num_batches > 1 else 0,  # starting workers takes longer than a batch
         max_bad_val_images=len(dataset) if args.max_bad_val_images is None else args.max_bad_val_images)
     loader, prepare = create_eval_loader(args, Numbered(dataset), config, world)
     predictions = predict(model, loader, prepare, precision=precision, k=args.top_k, log_interval=args.log_interval)
@@ -63,14 +63,14 @@ def main():
         'precision': str(precision), **describe_environment(world.device), 'images': entries}
     write_results(stem, record, [as_row(entry, min(args.top_k, model.num_classes)) for entry in entries],
                   '--results-file')
-    print_table(entries)  # after the results: no console can make them be lost
+    print_table(entries)  # after writing the results, so that a broken console cannot lose them
     if all('error' in entry for entry in entries):
         raise UserError(f'none of {len(entries)} images could be predicted; the first: '
                         f'{entries[0]["path"]}: {entries[0]["error"]}')
 
 
 def describe_images(dataset, predictions, names: list[str], bad_images: dict[str, str]) -> list[dict]:
-    """One entry for each image of `dataset`, in its order: its path and its classes, or an error."""
+    """Return an entry for each image of `dataset`, in its order: the path, and the classes or an error."""
     row_of = {int(index): row for row, index in enumerate(predictions.indices)}
     entries = []
     for index in range(len(dataset)):
@@ -81,7 +81,7 @@ def describe_images(dataset, predictions, names: list[str], bad_images: dict[str
         if row is None:
             entry['error'] = bad_images[entry['path']].removeprefix(f"image {entry['path']}: ")
         elif not all(abs(p) <= 1 for p in predictions.probabilities[row]):
-            entry['error'] = 'the model gives numbers that are not finite; try without --amp, or another checkpoint'
+            entry['error'] = 'the probabilities are not finite; try without --amp, or another checkpoint'
         else:
             entry['classes'] = [
                 {'class': names[number], 'number': int(number), 'probability': round(float(probability), 6)}
@@ -91,7 +91,7 @@ def describe_images(dataset, predictions, names: list[str], bad_images: dict[str
 
 
 def as_row(entry: dict, k: int) -> dict:
-    """An entry as a row of a CSV table, every one of the same columns."""
+    """Return an entry as a row of a CSV table; all rows have the same columns."""
     row = {'path': entry['path']}
     if 'true_class' in entry:
         row['true_class'] = entry['true_class']
@@ -102,7 +102,7 @@ def as_row(entry: dict, k: int) -> dict:
 
 
 def print_table(entries: list[dict]) -> None:
-    """The first images with their classes; of many images also how often each class was the most probable."""
+    """Print the first images with their classes, and for many images the most frequent classes."""
     shown = [(printable(entry['path']), entry) for entry in entries[:LINES]]
     width = max(len(path) for path, _ in shown)
     for path, entry in shown:
@@ -126,14 +126,14 @@ def count_of(number: int, what: str, plural: str = 's') -> str:
 
 
 def judge(entry: dict) -> str:
-    """What to say of the first guess where the true class is known."""
+    """Return whether the first class is right, as text; '' if the true class is unknown."""
     if 'true_class' not in entry or 'classes' not in entry:
         return ''
     return '  right' if entry['classes'][0]['class'] == entry['true_class'] else f"  wrong: is {entry['true_class']}"
 
 
 def printable(text: str) -> str:
-    """A line as a console can show it: names of files and folders need not be text, nor of one line."""
+    """Return text as one line that a console can show, since file names may contain any bytes."""
     return ' '.join(text.encode('utf-8', 'replace').decode().splitlines())
 
 

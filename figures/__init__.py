@@ -1,5 +1,9 @@
-"""Pictures of what a model does: functions that take a model, images or predictions and return a matplotlib Figure.
+"""Draw what a model does: functions that map a model, images or predictions to a matplotlib Figure.
 
-For visualize.py, reports and notebooks. Nothing here opens a window: a notebook shows a returned Figure by itself, and
-`figure.savefig(path)` writes it.
+    explain     computes attention, stages of tokens and channels of layers; draws nothing
+    attention   attention of blocks, heads and token layers     tokens     soft splits and tokens
+    features    channels of layers, models side by side         mistakes   confusion, accuracy, calibration, errors
+    files       figures by name, and their files
+
+A notebook shows a returned Figure by itself; `figure.savefig(path)` writes it.
 """

@@ -1,4 +1,4 @@
-"""What the channels of layers show of an image, models side by side, and which channels say nothing.
+"""Draw the channels of layers for an image, models side by side, with dead and saturated channels framed.
 
     from figures.features import features_figure
     from figures.explain import layer_features
@@ -17,19 +17,19 @@ from figures.explain import ChannelHealth, LayerFeatures
 from utils.pictures import BLUE, ORANGE, SEQUENTIAL, new_figure
 
 CHANNELS_SHOWN = 49  # of each layer
-SIDE = 3.6  # of the square that they fill, inches
-CELL, GAP = 64, 6  # pixels of a channel's map and between two of them, in the picture
+SIDE = 3.6  # inches, of the square that they fill
+CELL, GAP = 64, 6  # pixels of a channel's map, and between two maps
 
 
 def features_figure(models: Mapping[str, Sequence[LayerFeatures]], index: int = 0, *, title: str = '') -> Figure:
     """Draw channels of layers as maps, one column for each model; dead and saturated channels are framed.
 
-    Shown are up to 49 channels, evenly spread over all; the shares are of all channels. The colours of a channel span
-    its range over all the images, but at least a twentieth of the layer's typical one, so that noise stays flat.
+    Up to 49 evenly spaced channels are shown; the shares are of all channels. The colours span a channel's range over
+    all images, but at least 5 % of the layer's typical range, so that noise looks flat.
 
     Args:
-        models: name → layers, as `figures.explain.layer_features` gives them.
-        index: which of the images that they have seen.
+        models: name → layers, as returned by `figures.explain.layer_features`.
+        index: number of the image in their batch.
         title: above the figure.
     """
     images = f'in {(count := len(next(iter(models.values()))[0].maps))} image{"s" * (count > 1)}'
@@ -38,7 +38,7 @@ def features_figure(models: Mapping[str, Sequence[LayerFeatures]], index: int = 
     size = (max(SIDE * rows, 7), SIDE + 1.2) if alone else (SIDE * columns, (SIDE + 0.3) * rows + 1)
     figure = new_figure(*size)
     figure.set_layout_engine('constrained', wspace=0.06, hspace=0.02)
-    # A single model has its layers beside one another.
+    # The layers of a single model are side by side.
     panels = figure.subplots(*((1, rows) if alone else (rows, columns)), squeeze=False)
     panels = panels.T if alone else panels
     for column, (name, layers) in enumerate(models.items()):
@@ -54,7 +54,7 @@ def features_figure(models: Mapping[str, Sequence[LayerFeatures]], index: int = 
 
 
 def describe_health(health: ChannelHealth) -> str:
-    """The shares of invalid channels in words: '3.1 % dead, 0.4 % saturated of 256 channels'."""
+    """Return the shares of invalid channels: '3.1 % dead, 0.4 % saturated of 256 channels'."""
     dead, saturated = (100 * float(marks.float().mean()) for marks in health)
     return f'{dead:.1f} % dead, {saturated:.1f} % saturated of {len(health.dead)} channels'
 
@@ -63,12 +63,12 @@ def _draw_channels(axes: Axes, layer: LayerFeatures, index: int, name: str) -> N
     maps = layer.maps[index].numpy()  # [C, H, W]
     C, H, W = maps.shape
     count = min(C, CHANNELS_SHOWN)
-    in_row = min(max(round(math.sqrt(count * H / W)), 1), count)  # so that all of them fill a square
+    in_row = min(max(round(math.sqrt(count * H / W)), 1), count)  # so that all maps fill a square
     count -= count % in_row
     low, high = layer.maps.amin((0, 2, 3)).numpy(), layer.maps.amax((0, 2, 3)).numpy()
     least = max(np.sort(high - low)[math.ceil(0.75 * (C - 1))] / 20, 1e-12)
 
-    # In pixels of the picture: cells whose longer side is CELL, whatever the map's own size.
+    # In pixels: the longer side of a cell is CELL for maps of any size.
     cell_height, cell_width = (round(CELL * side / max(H, W)) for side in (H, W))
     for place in range(count):
         channel = place * C // count

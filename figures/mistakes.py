@@ -1,10 +1,10 @@
-"""Where a model errs: confusion matrix, accuracy of each class, reliability of its confidence, its surest errors.
+"""Draw a model's mistakes: confusion matrix, accuracy of each class, calibration, most confident errors.
 
     predictions = predict(model, loader, prepare, precision=precision)           # engine.predict
     figure = mistakes_figure(predictions, dataset.targets[predictions.indices], names, lambda i: picture of image i)
     figure.savefig('mistakes.png')
 
-Each part is a figure of its own as well. Rows of a confusion matrix [K, K] are true classes, columns predicted ones.
+Each part is also a figure of its own. Rows of a confusion matrix [K, K] are true classes, columns predicted ones.
 """
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,41 +16,35 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from utils.pictures import BLUE, ORANGE, SEQUENTIAL, drawable, image_sheet, new_figure
 
-BINS = 15  # of confidence, as Guo et al. have
-# What fits into a panel: counts in the cells, names beside the rows, rows and columns at all, bars.
+BINS = 15  # of confidence, as in Guo et al.
+# Largest number of classes with counts in the cells, with names beside the rows, with own rows, and with own bars.
 MOST_COUNTS, MOST_NAMES, MOST_ROWS, MOST_BARS = 12, 40, 200, 24
-PAIRS, ERRORS = 16, 12  # confused pairs, and wrong images, that are shown
+PAIRS, ERRORS = 16, 12  # confused pairs, and wrong images, shown
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Numbers
-
+# --- Numbers ----------------------------------------------------------------------------------------------------------
 
 class Calibration(NamedTuple):
-    """How confidence and accuracy agree in `BINS` bins of equal width, and on the whole.
-
-    `counts` of images [BINS], mean `confidence` and `accuracy` in 0…1 [BINS] (NaN in empty bins), and `error`, the
-    expected calibration error: |accuracy - confidence| averaged over images. Guo et al., 2017, equation 3.
-    """
-    counts: np.ndarray
-    confidence: np.ndarray
-    accuracy: np.ndarray
-    error: float
+    """Confidence and accuracy in `BINS` bins of equal width (Guo et al., 2017); NaN in empty bins."""
+    counts: np.ndarray  # of images, [BINS]
+    confidence: np.ndarray  # mean in 0…1, [BINS]
+    accuracy: np.ndarray  # in 0…1, [BINS]
+    error: float  # expected calibration error: mean of |accuracy - confidence| over images (equation 3)
 
 
 def confusion_matrix(targets: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """Numbers of images [K, K] by true class (row) and predicted class (column), from two arrays [n]."""
+    """Return the numbers of images [K, K] by true class (row) and predicted class (column), from two arrays [n]."""
     pairs = np.asarray(targets) * num_classes + np.asarray(predicted)
     return np.bincount(pairs, minlength=num_classes ** 2).reshape(num_classes, num_classes)
 
 
 def class_accuracy(matrix: np.ndarray) -> np.ndarray:
-    """The part of each class's images [K] that is recognised, in 0…1; NaN for a class without images."""
+    """Return the accuracy of each class, [K] in 0…1; NaN for a class without images."""
     return _shares(matrix).diagonal()
 
 
 def most_confused(matrix: np.ndarray, limit: int) -> list[tuple[int, int, int]]:
-    """Up to `limit` pairs (true class, predicted class, number of images), most images first."""
+    """Return up to `limit` triples (true class, predicted class, number of images), most images first."""
     errors = matrix.copy()
     np.fill_diagonal(errors, 0)
     order = np.argsort(-errors, axis=None, kind='stable')[:limit]
@@ -60,9 +54,9 @@ def most_confused(matrix: np.ndarray, limit: int) -> list[tuple[int, int, int]]:
 
 
 def calibrate(confidence: np.ndarray, right: np.ndarray) -> Calibration:
-    """The calibration of predictions by their confidence in 0…1 [n] and whether they are right [n]."""
+    """Return the calibration of predictions from their confidence in 0…1 [n] and whether they are right [n]."""
     edges = np.linspace(0, 1, BINS + 1)
-    bins = np.digitize(confidence, edges[1:-1], right=True)  # a bin has its upper edge
+    bins = np.digitize(confidence, edges[1:-1], right=True)  # a bin includes its upper edge
     counts = np.bincount(bins, minlength=BINS)
     with np.errstate(invalid='ignore'):
         means, accuracy = (np.bincount(bins, weights=values, minlength=BINS) / counts for values in (confidence, right))
@@ -71,28 +65,26 @@ def calibrate(confidence: np.ndarray, right: np.ndarray) -> Calibration:
 
 
 def most_confident_errors(predictions, targets: np.ndarray, limit: int) -> np.ndarray:
-    """Rows of `predictions` whose first class is wrong, the most probable first."""
+    """Return the rows of `predictions` with a wrong first class, the most probable first."""
     wrong = np.flatnonzero(predictions.classes[:, 0] != targets)
     return wrong[np.argsort(-predictions.probabilities[wrong, 0], kind='stable')][:limit]
 
 
 def _shares(matrix: np.ndarray) -> np.ndarray:
-    """Each row divided by its sum; NaN where that is 0."""
+    """Return each row divided by its sum; NaN if that is 0."""
     totals = matrix.sum(1, keepdims=True)
     return np.divide(matrix, totals, out=np.full(matrix.shape, np.nan), where=totals > 0)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Figures
-
+# --- Figures ----------------------------------------------------------------------------------------------------------
 
 def mistakes_figure(predictions, targets: np.ndarray, names: Sequence[str],
                     pictures: Callable[[int], np.ndarray]) -> Figure:
-    """All that this module shows, in one figure.
+    """Draw all parts in one figure.
 
     Args:
-        predictions: n images with `indices` [n], `classes` [n, k] and `probabilities` [n, k], as engine.predict has.
-        targets: their true classes [n].
+        predictions: of engine.predict, for n images: `indices` [n], `classes` [n, k] and `probabilities` [n, k].
+        targets: true classes [n].
         names: of all classes.
         pictures: index in the data set → image [H, W, 3], uint8.
     """
@@ -111,17 +103,17 @@ def mistakes_figure(predictions, targets: np.ndarray, names: Sequence[str],
 
 def confusion_figure(matrix: np.ndarray, names: Sequence[str],
                      figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
-    """A confusion matrix in shares of the true class; of many classes also the most confused pairs, as text."""
+    """Draw a confusion matrix in shares of the true class; for many classes also list the most confused pairs."""
     figure = figure or new_figure(9, 7)
     count = len(names)
     right, total = int(matrix.trace()), int(matrix.sum())
     figure.suptitle(f'Confusion matrix: {right:,} of {total:,} images right ({100 * right / max(1, total):.1f} %)')
     ratios = (1,) if count <= MOST_COUNTS else (2, 1)
     axes, *beside = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
-    step = -(-count // MOST_ROWS)  # of very many classes several share a row, so that no error falls between pixels
+    step = -(-count // MOST_ROWS)  # very many classes share rows, so that no error falls between pixels
     edges = np.arange(0, count, step)
     shares = _shares(np.add.reduceat(np.add.reduceat(matrix, edges, axis=0), edges, axis=1))
-    # By the root, so that errors show beside a diagonal of nearly 1.
+    # Colours by the square root, so that errors are visible beside a diagonal near 1.
     image = axes.imshow(shares, norm=PowerNorm(0.5, 0, 1), cmap=SEQUENTIAL, interpolation='nearest', aspect='equal',
                         extent=(-0.5, count - 0.5, count - 0.5, -0.5))
     bar = figure.colorbar(image, ax=axes, shrink=0.7, ticks=(0, 0.01, 0.05, 0.2, 0.5, 1))
@@ -157,7 +149,7 @@ def _write_pairs(axes, matrix: np.ndarray, names: Sequence[str]) -> None:
 
 def accuracy_figure(matrix: np.ndarray, names: Sequence[str],
                     figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
-    """The accuracy of each class as bars, worst first; of many classes the worst and the best ones."""
+    """Draw the accuracy of each class as bars, worst first; for many classes only the worst and the best ones."""
     figure = figure or new_figure(7, 6)
     accuracy, counts = class_accuracy(matrix), matrix.sum(1)
     order = np.argsort(accuracy, kind='stable')[:np.isfinite(accuracy).sum()]  # NaN comes last
@@ -191,7 +183,7 @@ def accuracy_figure(matrix: np.ndarray, names: Sequence[str],
 
 def reliability_figure(predictions, targets: np.ndarray,
                        figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
-    """Accuracy against confidence in bins, with the number of images in each; Guo et al., 2017, figure 1."""
+    """Draw accuracy against confidence in bins, with the number of images in each (Guo et al., 2017, figure 1)."""
     figure = figure or new_figure(6, 6)
     confidence = predictions.probabilities[:, 0]
     calibration = calibrate(confidence, predictions.classes[:, 0] == targets)
@@ -217,7 +209,7 @@ def reliability_figure(predictions, targets: np.ndarray,
 
 def errors_figure(predictions, targets: np.ndarray, names: Sequence[str], pictures: Callable[[int], np.ndarray],
                   figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
-    """The images that the model is most sure of and wrong about."""
+    """Draw the wrongly classified images with the highest confidence."""
     rows = most_confident_errors(predictions, targets, ERRORS)
     titles = []
     for row in rows:
@@ -232,6 +224,6 @@ def errors_figure(predictions, targets: np.ndarray, names: Sequence[str], pictur
 
 
 def shorten(name: str, length: int) -> str:
-    """A name of at most `length` letters, on one line, that can be drawn (with parse_math=False, for its dollars)."""
+    """Return a name of at most `length` drawable letters on one line; draw it with parse_math=False."""
     name = drawable(' '.join(name.split()))
     return name if len(name) <= length else name[:length - 1].rstrip() + '…'

@@ -1,4 +1,4 @@
-"""How a T2T-ViT makes tokens of an image: soft splits, the grids of tokens, and what one token has seen of the image.
+"""Draw how a T2T-ViT makes tokens of an image: soft splits, grids of tokens, and what one token has seen.
 
     from figures.tokens import tokens_figure
     tokens_figure(model, image, picture, token=(3, 5)).savefig('tokens.png')
@@ -11,37 +11,30 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 from timm.data import IMAGENET_DEFAULT_MEAN
 
-from figures.attention import WIDTH, add_title, check_token, draw_overlay
+from figures.attention import WIDTH, add_colorbar, add_title, check_token, draw_overlay
 from figures.explain import Stage, pixel_relevance, receptive_field, token_stages
 from models.tokens_to_token import SOFT_SPLITS
 from utils.pictures import ORANGE, SEQUENTIAL, new_figure
 
-PATCHES_SHOWN = 8  # rows and columns of the first soft split's patches that are drawn apart
+PATCHES_SHOWN = 8  # rows and columns of patches of the first soft split
 
 
-def tokens_figure(
-        model: torch.nn.Module,
-        image: torch.Tensor,
-        picture: np.ndarray,
-        *,
-        token: tuple[int, int] | None = None,
-        title: str = '',
-) -> Figure:
-    """Draw the steps of the tokens-to-token module as the paper's Figure 3 does, with one token followed back.
+def tokens_figure(model: torch.nn.Module, image: torch.Tensor, picture: np.ndarray, *,
+                  token: tuple[int, int] | None = None, title: str = '') -> Figure:
+    """Draw the stages of the tokens-to-token module, as the paper's Figure 3, and trace one token back to the pixels.
 
-    The grids are drawn twice: their three main components as red, green and blue, and the length of each token. Below
-    is what the chosen token has seen: by the windows of the soft splits alone, and by the token layers, which are
-    global.
+    The grids are drawn as three principal components (red, green, blue) and as the norm of each token. Below is what
+    the chosen token has seen, through the soft splits alone and with the token layers, which are global.
 
     Args:
-        model: a T2T-ViT, also that of convolution tokens.
+        model: a T2T-ViT, of soft splits or of convolutions.
         image: normalised, [1, C, height, width].
         picture: the same for people, uint8 [height, width, 3].
-        token: row and column on the last grid, its middle if not given.
+        token: (row, column) on the last grid, by default its centre.
         title: above the figure.
 
     Raises:
-        UserError: no such token; NotSeen, if the model has no such module.
+        UserError: no such token; NotSeen if the model has no such module.
     """
     stages = token_stages(model, image)
     H, W = stages[-1].grid
@@ -53,7 +46,7 @@ def tokens_figure(
     heights = [cell + 0.8, 2 * cell + 1.6, 1.3 * cell + 0.9]
     figure = new_figure(WIDTH, sum(heights) + 0.4)
     splits, grids, fields = figure.subfigures(3, 1, squeeze=False, height_ratios=heights).ravel()
-    # What a model pads with is 0 of normalised pixels, the mean colour.
+    # The model pads normalised pixels with 0, which is the mean colour.
     mean = getattr(model, 'pretrained_cfg', {}).get('mean') or IMAGENET_DEFAULT_MEAN
     _draw_splits(splits, picture, 255 * np.array(mean), token, (H, W), seen)
     _draw_grids(grids, stages, token, size)
@@ -63,11 +56,11 @@ def tokens_figure(
 
 
 def main_components(tokens: torch.Tensor) -> np.ndarray:
-    """The three main components of tokens [channels, H, W] as colours [H, W, 3] in 0…1; absent ones are 0.5."""
+    """Return the three main components of tokens [channels, H, W] as colours [H, W, 3] in 0…1; missing ones are 0.5."""
     channels, H, W = tokens.shape
     values = tokens.double().flatten(1).T.cpu()  # [H · W, channels]
     values = values - values.mean(0)
-    # Signs are arbitrary: the largest entry of each direction is made positive, so that pictures repeat.
+    # Signs are arbitrary; the largest entry of each direction is made positive, so that pictures are reproducible.
     _, _, directions = torch.linalg.svd(values, full_matrices=False)
     directions = directions[:3]
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
@@ -82,9 +75,9 @@ def main_components(tokens: torch.Tensor) -> np.ndarray:
 
 def _draw_splits(part: SubFigure, picture: np.ndarray, border: np.ndarray, token: tuple[int, int],
                  grid: tuple[int, int], seen: torch.Tensor):
-    """The image, with the token's part of it framed, and patches of the first soft split drawn apart.
+    """Draw the image with the token's receptive field framed, and separated patches of the first soft split.
 
-    border: the colour that the image is padded with.
+    `border` is the colour of the padding.
     """
     kernel, stride, padding = SOFT_SPLITS[0]
     whole, patches = part.subplots(1, 2)
@@ -116,7 +109,7 @@ def _draw_splits(part: SubFigure, picture: np.ndarray, border: np.ndarray, token
 
 
 def _draw_grids(part: SubFigure, stages: list[Stage], token: tuple[int, int], size: tuple[int, int]):
-    """The tokens on their grids: as colours, and their lengths; framed is what the chosen token is made of."""
+    """Draw the tokens on their grids, as colours and by their norms, with the chosen token's receptive field framed."""
     panels = part.subplots(2, 3)
     extent = (-0.5, size[1] - 0.5, size[0] - 0.5, -0.5)
     made_by = ['soft split, token layer', 'soft split, token layer', 'soft split, projection']
@@ -132,8 +125,7 @@ def _draw_grids(part: SubFigure, stages: list[Stage], token: tuple[int, int], si
         drawn = lengths.imshow(tokens.norm(dim=0).cpu().numpy(), extent=extent, interpolation='nearest',
                                cmap=SEQUENTIAL)
         lengths.set_title('length of each token', fontsize=9)
-        bar = part.colorbar(drawn, ax=lengths, location='bottom', fraction=0.046, pad=0.02, aspect=30)
-        bar.ax.tick_params(labelsize=7)
+        add_colorbar(part, drawn, lengths, '', location='bottom', fraction=0.046, pad=0.02, aspect=30)
         for axes in (colours, lengths):
             axes.set_axis_off()
             _frame(axes, window, size)
@@ -144,7 +136,7 @@ def _draw_grids(part: SubFigure, stages: list[Stage], token: tuple[int, int], si
 
 def _draw_fields(part: SubFigure, picture: np.ndarray, stages: list[Stage], token: tuple[int, int],
                  seen: torch.Tensor):
-    """What the token has seen by the soft splits alone, and what is in it with the token layers."""
+    """Draw what the token has seen through the soft splits alone, and with the token layers."""
     has_layers = stages[0].weights is not None
     panels = part.subplots(1, 2)
     paths = np.ma.masked_equal(seen.numpy(), 0)
@@ -152,7 +144,7 @@ def _draw_fields(part: SubFigure, picture: np.ndarray, stages: list[Stage], toke
     _frame(panels[0], seen > 0)
     rows, columns = (int((seen > 0).any(axis).sum()) for axis in (1, 0))
     panels[0].set_title(f'Receptive field of the soft splits alone: {rows} × {columns} pixels', fontsize=9)
-    _scale(part, drawn, panels[0], 'paths from a pixel to the token')
+    add_colorbar(part, drawn, panels[0], 'paths from a pixel to the token', fraction=0.046, pad=0.02)
     if not has_layers:
         panels[1].text(0.5, 0.5, 'Convolutions in place of token layers:\nthe token has seen nothing else.',
                        ha='center', va='center', fontsize=9, transform=panels[1].transAxes)
@@ -166,17 +158,11 @@ def _draw_fields(part: SubFigure, picture: np.ndarray, stages: list[Stage], toke
     _frame(panels[1], seen > 0)
     panels[1].set_title(f'With the token layers, which are global: {100 * inside:.0f} % of the token\n'
                         'comes from inside the frame (in each layer the residual, and what is attended to)', fontsize=9)
-    _scale(part, drawn, panels[1], 'relevance over an even share')
-
-
-def _scale(part: SubFigure, drawn, axes: Axes, label: str) -> None:
-    bar = part.colorbar(drawn, ax=axes, fraction=0.046, pad=0.02)
-    bar.set_label(label, fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    add_colorbar(part, drawn, panels[1], 'relevance over an even share', fraction=0.046, pad=0.02)
 
 
 def _frame(axes: Axes, where: torch.Tensor, size: tuple[int, int] | None = None) -> None:
-    """Frame the true part of a mask [H, W] in a picture of `size`, by default the mask's own."""
+    """Frame the true part of a mask [H, W] on a picture of `size`, by default that of the mask."""
     H, W = where.shape
     height, width = size or (H, W)
     rows, columns = (where.any(axis).nonzero().flatten() for axis in (1, 0))

@@ -1,12 +1,18 @@
-"""Architectures and their weights. Importing this package registers them with timm and does nothing else."""
-from models import timm_versions  # noqa: F401, first, for it says so where timm is too old
+"""Architectures and their weights; importing this package registers the architectures with timm.
+
+    layers → tokens_to_token → t2t_vit → ablations   parts, tokens-to-token module, T2T-ViT, the paper's ablations
+    weights/formats → identity → loading             checkpoint → state dict → its model → weights in the model
+    factory                                          model from a name, options, a recipe or a checkpoint
+    runtimes                                         trained model → files for other runtimes, compared with PyTorch
+    timm_versions                                    what newer versions of timm add
+"""
+from models import timm_versions  # noqa: F401, first, since it checks the version of timm
 from models.ablations import T2TViTDense
 from models.factory import (
     TrainedModel,
     create_from_config,
     create_model,
     create_model_from_options,
-    model_of_checkpoint,
     open_trained_model,
     resolve_name,
     split_head,
@@ -25,25 +31,8 @@ from models.weights.loading import (
 from utils.checkpoint_reader import read_checkpoint
 
 __all__ = [
-    'Architecture',
-    'LoadReport',
-    'T2TViT',
-    'T2TViTDense',
-    'TrainedModel',
-    'count_classes',
-    'create_from_config',
-    'create_model',
-    'create_model_from_options',
-    'fit_to_model',
-    'identify',
-    'load_for_transfer_learning',
-    'load_weights',
-    'model_of_checkpoint',
-    'open_trained_model',
-    'our_models',
-    'read_checkpoint',
-    'recorded_classes',
-    'resolve_name',
-    'split_head',
-    'state_dict_of',
+    'Architecture', 'LoadReport', 'T2TViT', 'T2TViTDense', 'TrainedModel', 'count_classes', 'create_from_config',
+    'create_model', 'create_model_from_options', 'fit_to_model', 'identify', 'load_for_transfer_learning',
+    'load_weights', 'open_trained_model', 'our_models', 'read_checkpoint', 'recorded_classes', 'resolve_name',
+    'split_head', 'state_dict_of',
 ]

@@ -1,9 +1,6 @@
-"""The paper's ablations and its baseline: designs of CNNs in T2T-ViT and ViT, convolutions in place of the T2T module.
+"""Build the ablations and baselines of the paper: CNN designs in T2T-ViT and ViT, convolutions instead of soft splits.
 
-    import models, timm
-    timm.create_model('t2t_vit_dense', num_classes=10)
-
-Published (section 4.2 with Table 6, "From CNN to ViT", and section 4.3 with Table 7), then counted here, at 224:
+Published at 224 pixels (section 4.2, Table 6; section 4.3, Table 7). The last column is counted on these models.
 
 | model | design | depth × channels | top-1 | parameters | MACs | counted |
 |---|---|---|---|---|---|---|
@@ -15,13 +12,11 @@ Published (section 4.2 with Table 6, "From CNN to ViT", and section 4.3 with Tab
 | vit_se | squeeze-excitation | 8 × 768 | 78.4 | 49.2 M | 10.2 G | 49.34 M, 9.89 G |
 | vit_dn | deep-narrow | 16 × 384 | 79.0 | 24.5 M | 5.5 G | 24.41 M, 5.18 G |
 
-The published parameters of t2t_vit_c_14, vit_s_16 and vit_se leave out class token and position embedding. The MACs
-of that table come from formulas of the authors' that are not published; for the first three rows above, the models
-counted are those of their code, to the last parameter.
+The published parameters of t2t_vit_c_14, vit_s_16 and vit_se exclude class token and position embedding. The formulas
+behind the published MACs are unknown. The first three models have exactly the parameters of the authors' code.
 
-t2t_vit_14_resnext (81.5, 21.5 M, 4.8 G) and t2t_vit_14_wide (77.9, 25.1 M, 5.0 G) need no code of their own: see
-`VARIANTS` in t2t_vit.py. No weights of any of these were released. The T2T-ViTs have the state dict keys, shapes and
-order of the authors' code.
+t2t_vit_14_resnext (81.5, 21.5 M, 4.8 G) and t2t_vit_14_wide (77.9, 25.1 M, 5.0 G) are rows of `VARIANTS` in t2t_vit.py.
+The authors released no weights of the ablations. The T2T-ViTs have the state dict keys, shapes and order of their code.
 
 Dimensions: B images, N tokens, C channels, H × W pixels or grid, D token dimension.
 """
@@ -39,22 +34,21 @@ from timm.models.vision_transformer import (
 from torch import nn
 
 from models.layers import Attention, Block, attend
-from models.t2t_vit import T2TViT, build_t2t_vit, init_weights, pretrained_cfg
+from models.t2t_vit import FEATURE_CFG, T2TViT, build_t2t_vit, init_weights, pretrained_cfg
 from models.tokens_to_token import SOFT_SPLITS
 
 __all__ = ['ConvolutionTokens', 'DenseBlock', 'GhostBlock', 'SEBlock', 'SEViTBlock', 'T2TViTDense', 'Transition']
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Squeeze-excitation
+# --- Squeeze-excitation -----------------------------------------------------------------------------------------------
 
 class SqueezeExcitation(nn.Module):
-    """Weights of the channels from their means over all tokens (Hu et al. 2018, section 3), reduction 16."""
+    """Weight each channel by a gate computed from the channel means over all tokens (Hu et al. 2018), reduction 16."""
 
     def __init__(self, dim: int, device=None, dtype=None):
         super().__init__()
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
-        # A Sequential for the sake of the published keys, fc.0 and fc.2.
+        # A Sequential, since the published keys are fc.0 and fc.2.
         self.fc = nn.Sequential(
             nn.Linear(dim, dim // 16, bias=False, **dd), nn.ReLU(),
             nn.Linear(dim // 16, dim, bias=False, **dd), nn.Sigmoid())
@@ -65,7 +59,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class SEAttention(Attention):
-    """The backbone's attention with squeeze-excitation after its output projection; arguments of `Attention`."""
+    """Attention of the backbone with squeeze-excitation after its output projection; takes `Attention`'s arguments."""
 
     def __init__(self, dim: int, num_heads: int, attn_drop: float = 0., proj_drop: float = 0., device=None, dtype=None):
         super().__init__(dim, num_heads, attn_drop, proj_drop, device=device, dtype=dtype)
@@ -79,7 +73,7 @@ class SEAttention(Attention):
 
 
 class SEBlock(Block):
-    """The backbone's block with `SEAttention`; arguments of `Block`."""
+    """Block of the backbone with `SEAttention`; takes the arguments of `Block`."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop: float = 0., attn_drop: float = 0.,
                  device=None, dtype=None, **kwargs: Any):
@@ -88,32 +82,26 @@ class SEBlock(Block):
 
 
 class SEViTBlock(ViTBlock):
-    """timm's block of a ViT with squeeze-excitation after the attention's output projection; its arguments."""
+    """timm's ViT block with squeeze-excitation after the attention's output projection; takes the same arguments."""
 
     def __init__(self, dim: int, num_heads: int, device=None, dtype=None, **kwargs: Any):
         super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
-        # LayerScale's place is right behind the attention, and it weights channels too: so no forward of our own.
+        # LayerScale also weights channels right after the attention, so this module takes its place.
         self.register_module('ls1', SqueezeExcitation(dim, device=device, dtype=dtype))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Ghost operations
+# --- Ghost operations -------------------------------------------------------------------------------------------------
 
 class CheapOperation(nn.Module):
-    """One learned factor per channel: the "cheap linear operation" of GhostNet (Han et al. 2020) on tokens.
+    """Multiply each channel by a learned factor: the "cheap linear operation" of GhostNet (Han et al. 2020) on tokens.
 
-    The published code has a depth-wise convolution over single tokens, hence the weight's shape [C, 1, 1] and
-    its initialisation.
+    The published code uses a depth-wise convolution over single tokens, hence the weight's shape [C, 1, 1].
     """
 
     def __init__(self, dim: int, device=None, dtype=None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, 1, 1, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the factors as torch does for a convolution of one input: uniformly between -1 and 1."""
-        nn.init.uniform_(self.weight, -1., 1.)
+        nn.init.uniform_(self.weight, -1., 1.)  # as torch initialises a convolution of one input
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens [B, N, C] to tokens [B, N, C] of the same dtype, also under autocast, as a convolution does."""
@@ -121,13 +109,9 @@ class CheapOperation(nn.Module):
 
 
 class GhostAttention(nn.Module):
-    """Multi-head self-attention whose q, k and v are half computed, half cheap copies of that half.
+    """Multi-head self-attention with half of the channels of q, k and v computed, the others cheap copies of those.
 
-    Args:
-        dim: channels C of the tokens, an even number (ValueError).
-        num_heads: heads; C must be divisible by it (ValueError).
-        attn_drop: dropout probability of the attention weights.
-        proj_drop: dropout probability after the output projection.
+    Takes the arguments of `Attention`. Raises ValueError unless `dim` is divisible by num_heads and by 2.
     """
 
     def __init__(self, dim: int, num_heads: int, attn_drop: float = 0., proj_drop: float = 0., device=None, dtype=None):
@@ -149,7 +133,7 @@ class GhostAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens [B, N, C] to tokens [B, N, C]."""
         q, k, v = self.q(x), self.k(x), self.v(x)  # each [B, N, C / 2]
-        # Joined before they are cut into heads: the first heads are the computed ones, the last their copies.
+        # Joined before the split into heads: the first heads are the computed ones, the last their copies.
         q = torch.cat((q, self.cheap_operation_q(q)), dim=2)  # [B, N, C]
         k = torch.cat((k, self.cheap_operation_k(k)), dim=2)  # [B, N, C]
         v = torch.cat((v, self.cheap_operation_v(v)), dim=2)  # [B, N, C]
@@ -158,10 +142,9 @@ class GhostAttention(nn.Module):
 
 
 class GhostMlp(nn.Module):
-    """MLP of 3 C hidden channels, of which C are computed and two times C are cheap copies of those."""
+    """MLP with 3 C hidden channels: C computed ones and two cheap copies of them."""
 
-    def __init__(self, dim: int, act_layer: type[nn.Module] = nn.GELU, drop: float = 0.,
-                 device=None, dtype=None):
+    def __init__(self, dim: int, act_layer: type[nn.Module] = nn.GELU, drop: float = 0., device=None, dtype=None):
         super().__init__()
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.fc1 = nn.Linear(dim, dim, **dd)
@@ -173,13 +156,13 @@ class GhostMlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens [B, N, C] to tokens [B, N, C]."""
-        x = self.act(self.fc1(x))  # the copies are made of activations, and activated once more
+        x = self.act(self.fc1(x))  # activations, copied below and activated once more
         x = torch.cat((x, self.act(self.cheap_operation2(x)), self.act(self.cheap_operation3(x))), dim=2)  # [B, N, 3 C]
         return self.drop(self.fc2(self.drop(x)))
 
 
 class GhostBlock(Block):
-    """The backbone's block with ghost operations in attention and MLP; arguments of `Block`, mlp_ratio 3 alone."""
+    """Block of the backbone with ghost operations in attention and MLP; takes `Block`'s arguments, mlp_ratio 3 only."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop: float = 0., attn_drop: float = 0.,
                  act_layer: type[nn.Module] = nn.GELU, device=None, dtype=None, **kwargs: Any):
@@ -191,11 +174,10 @@ class GhostBlock(Block):
         self.mlp = GhostMlp(dim, act_layer, drop, **dd)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Dense connections
+# --- Dense connections ------------------------------------------------------------------------------------------------
 
 class DenseBlock(Block):
-    """The backbone's block, whose output is made narrow and put beside its input: C to C + growth channels."""
+    """Block of the backbone that appends `growth_rate` channels, projected from its output, to its input."""
 
     def __init__(self, growth_rate: int, dim: int, num_heads: int, mlp_ratio: float, device=None, dtype=None,
                  **kwargs: Any):
@@ -210,7 +192,7 @@ class DenseBlock(Block):
 
 
 class Transition(nn.Module):
-    """Between two stages: half as many channels, then the activation."""
+    """Transition between two stages: halve the channels, then apply the activation."""
 
     def __init__(self, dim: int, act_layer: type[nn.Module] = nn.GELU, device=None, dtype=None):
         super().__init__()
@@ -225,44 +207,32 @@ class Transition(nn.Module):
 class T2TViTDense(T2TViT):
     """T2T-ViT with a backbone in stages of `DenseBlock`s, after DenseNet (Huang et al. 2017).
 
-    `embed_dim` is the width of tokens and position embedding, `num_features` that of the final norm and the
-    classifier. Each transition is a block like the others for `forward_intermediates` and layer-wise rates.
+    `embed_dim` is the width of the tokens, `num_features` that of the final norm and the classifier. A transition
+    counts as a block in `forward_intermediates` and for layer-wise learning rates.
 
     Args:
-        embed_dim: channels of the first block.
-        num_heads: attention heads, in every block.
-        mlp_ratio: hidden channels of a block's MLP over its channels.
-        growth_rate: channels that a block adds.
-        block_config: blocks of each stage; a transition follows each stage but the last.
+        growth_rate: channels that each block adds.
+        block_config: blocks of each stage; a transition follows each stage except the last.
         drop_path_rate: stochastic depth of the last stage; the rates of the stages rise linearly from 0. The
-            published code takes them from a schedule of 12 blocks, so that its 0.1 is 0.1 · 3 / 11 here.
-        kwargs: arguments of `T2TViT`, but not depth or block_fn.
+            published code uses a schedule of 12 blocks, so its 0.1 is 0.1 · 3 / 11 here.
+        kwargs: arguments of `T2TViT` except depth and block_fn. The arguments not listed here are the same.
 
     Raises:
         ValueError: as `T2TViT`, for the channels of any block.
     """
 
-    def __init__(
-            self,
-            embed_dim: int = 128,
-            num_heads: int = 8,
-            mlp_ratio: float = 2.,
-            growth_rate: int = 64,
-            block_config: Sequence[int] = (3, 6, 6, 4),
-            drop_rate: float = 0.,
-            attn_drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
-            norm_layer: Callable[..., nn.Module] | None = None,
-            act_layer: type[nn.Module] | None = None,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
-            **kwargs: Any,
-    ):
+    has_constant_width = False
+
+    def __init__(self, embed_dim: int = 128, num_heads: int = 8, mlp_ratio: float = 2., growth_rate: int = 64,
+                 block_config: Sequence[int] = (3, 6, 6, 4), drop_rate: float = 0., attn_drop_rate: float = 0.,
+                 drop_path_rate: float = 0., norm_layer: Callable[..., nn.Module] | None = None,
+                 act_layer: type[nn.Module] | None = None, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None, **kwargs: Any):
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         norm_layer = norm_layer or nn.LayerNorm
         act_layer = act_layer or nn.GELU
         super().__init__(embed_dim=embed_dim, depth=0, drop_rate=drop_rate, norm_layer=norm_layer, **dd, **kwargs)
-        # The parent made everything up to the blocks; what follows has the width that they grow to.
+        # The parent has built the modules before the blocks; the ones after them need the final width.
         dim = embed_dim
         self.feature_info = []
         rates = calculate_drop_path_rates(drop_path_rate, len(block_config))
@@ -282,44 +252,17 @@ class T2TViTDense(T2TViT):
         self.reset_classifier(self.num_classes)
 
     def _append(self, block: nn.Module, dim: int) -> None:
-        """Add a block whose output has `dim` channels."""
+        """Append a block with an output of `dim` channels."""
         self.feature_info.append({'module': f'blocks.{len(self.blocks)}', 'num_chs': dim, 'reduction': 16})
         self.blocks.append(block)
 
-    def _norm_intermediate(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the final norm to outputs of its own width, and leave narrower ones as they are."""
-        return self.norm(x) if x.shape[-1] == self.num_features else x
 
-    def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> list[int]:
-        """Drop the blocks behind the last of `indices`; return the indices.
-
-        Norm and head fit the last block alone: they go with it, and else if told to.
-        """
-        depth = len(self.blocks)
-        chosen = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if len(self.blocks) < depth:
-            self.norm = nn.Identity()
-            self.num_features = self.head_hidden_size = self.feature_info[len(self.blocks) - 1]['num_chs']
-            self.reset_classifier(0, '')
-        return chosen
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Convolution tokens
+# --- Convolution tokens -----------------------------------------------------------------------------------------------
 
 class ConvolutionTokens(nn.Module):
-    """Three convolutions with the windows of the soft splits, in place of splits and token layers (section 4.3).
+    """Three convolutions with the kernels and strides of the soft splits (section 4.3), without token layers.
 
-    Args:
-        tokens_type: 'convolution' (ValueError otherwise): there are no token layers to choose.
-        in_chans: channels of the image.
-        embed_dim: channels of the backbone.
-        token_dim: channels D of the first two convolutions.
+    Takes the arguments of `TokensToToken`; raises ValueError unless tokens_type is 'convolution'.
     """
 
     def __init__(self, tokens_type: str, in_chans: int, embed_dim: int, token_dim: int, device=None, dtype=None):
@@ -333,17 +276,16 @@ class ConvolutionTokens(nn.Module):
             for i, (kernel, stride, padding) in enumerate(SOFT_SPLITS))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images [B, C, H, W] to tokens [B, N, embed_dim] on the grid that `token_grid(H, W)` tells."""
+        """Map images [B, C, H, W] to tokens [B, N, embed_dim] on the grid `token_grid(H, W)`."""
         x = self.soft_split1(self.soft_split0(x))  # [B, D, H / 8, W / 8]
         return self.project(x).flatten(2).transpose(1, 2)  # [B, N, embed_dim]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Registration with timm
+# --- Registration with timm -------------------------------------------------------------------------------------------
 
 _VIT: dict[str, Any] = {'first_conv': 'patch_embed.proj', 'fixed_input_size': True}
 
-# `register_model` looks the description of a model up under this name.
+# `register_model` requires this name.
 default_cfgs = generate_default_cfgs({
     't2t_vit_14_se.in1k': pretrained_cfg(),
     't2t_vit_dense.in1k': pretrained_cfg(),
@@ -356,61 +298,57 @@ default_cfgs = generate_default_cfgs({
 
 
 def _build_vit(name: str, pretrained: bool, given: dict[str, Any], **architecture: Any) -> VisionTransformer:
-    """Build timm's ViT as the paper trained it; the arguments that the user has `given` come first.
+    """Build timm's ViT as the paper trained it, with LayerNorm epsilon 1e-6; `given` overrides the architecture.
 
-    What all of them share: patches of 16 pixels, MLP ratio 3, no bias for q, k and v, LayerNorm with epsilon 1e-6
-    (timm's). As timm's others they take images of `img_size` alone, unless built with `dynamic_img_size`.
+    As other ViTs of timm, it takes only images of `img_size` unless built with `dynamic_img_size`.
     """
     shared = {'patch_size': 16, 'mlp_ratio': 3., 'qkv_bias': False}
     return build_model_with_cfg(
-        VisionTransformer, name, pretrained,
-        pretrained_filter_fn=vit_checkpoint_filter_fn,
-        feature_cfg={'out_indices': 3, 'feature_cls': 'getter'},
-        **{**shared, **architecture, **given},
-    )
+        VisionTransformer, name, pretrained, pretrained_filter_fn=vit_checkpoint_filter_fn,
+        feature_cfg=FEATURE_CFG, **{**shared, **architecture, **given})
 
 
 @register_model
 def t2t_vit_14_se(pretrained: bool = False, **kwargs: Any) -> T2TViT:
-    """Build T2T-ViT-14 with squeeze-excitation in its attention; see `T2TViT` for the arguments."""
+    """Build T2T-ViT-14 with squeeze-excitation in its attention; takes the arguments of `T2TViT`."""
     return build_t2t_vit(T2TViT, 't2t_vit_14_se', pretrained, kwargs, block_fn=SEBlock)
 
 
 @register_model
 def t2t_vit_dense(pretrained: bool = False, **kwargs: Any) -> T2TViTDense:
-    """Build T2T-ViT with dense connections; see `T2TViTDense` for the arguments."""
+    """Build T2T-ViT with dense connections; takes the arguments of `T2TViTDense`."""
     return build_t2t_vit(T2TViTDense, 't2t_vit_dense', pretrained, kwargs)
 
 
 @register_model
 def t2t_vit_16_ghost(pretrained: bool = False, **kwargs: Any) -> T2TViT:
-    """Build T2T-ViT of 16 blocks with ghost operations; see `T2TViT` for the arguments."""
+    """Build T2T-ViT of 16 blocks with ghost operations; takes the arguments of `T2TViT`."""
     return build_t2t_vit(T2TViT, 't2t_vit_16_ghost', pretrained, kwargs, depth=16, block_fn=GhostBlock)
 
 
 @register_model
 def t2t_vit_c_14(pretrained: bool = False, **kwargs: Any) -> T2TViT:
-    """Build T2T-ViT-14 on convolution tokens; see `T2TViT` for the arguments."""
+    """Build T2T-ViT-14 on convolution tokens; takes the arguments of `T2TViT`."""
     return build_t2t_vit(
         T2TViT, 't2t_vit_c_14', pretrained, kwargs, tokens_type='convolution', tokens_fn=ConvolutionTokens)
 
 
 @register_model
 def vit_s_16(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Build ViT-S/16, the paper's baseline; see timm's `VisionTransformer` for the arguments."""
+    """Build ViT-S/16, the paper's baseline; takes the arguments of timm's `VisionTransformer`."""
     return _build_vit('vit_s_16', pretrained, kwargs, embed_dim=768, depth=8, num_heads=8)
 
 
 @register_model
 def vit_se(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Build ViT-S/16 with squeeze-excitation; see timm's `VisionTransformer` for the arguments."""
+    """Build ViT-S/16 with squeeze-excitation; takes the arguments of timm's `VisionTransformer`."""
     return _build_vit('vit_se', pretrained, kwargs, embed_dim=768, depth=8, num_heads=8, block_fn=SEViTBlock)
 
 
 @register_model
 def vit_dn(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Build the deep and narrow ViT; see timm's `VisionTransformer` for the arguments.
+    """Build the deep and narrow ViT; takes the arguments of timm's `VisionTransformer`.
 
-    The paper does not tell the number of heads; 6 is that of its T2T-ViTs of the same width.
+    The paper does not state the number of heads; 6 is that of its T2T-ViTs of the same width.
     """
     return _build_vit('vit_dn', pretrained, kwargs, embed_dim=384, depth=16, num_heads=6)

@@ -1,6 +1,4 @@
-"""Parts of the T2T-ViT backbone: sinusoid table, multi-head attention, transformer block.
-
-The MLP is timm's (`timm.layers.Mlp`).
+"""Parts of the T2T-ViT backbone: sinusoid table, multi-head attention, transformer block (the MLP is timm's).
 
 Dimensions: B images, N tokens, C channels, h heads, d = C / h channels of a head.
 """
@@ -12,31 +10,31 @@ import torch.nn.functional as F
 from timm.layers import Mlp, register_notrace_function
 from torch import nn
 
-HAS_MATRIX_UNITS = torch.cpu._is_amx_tile_supported()  # of this machine's CPU
+HAS_MATRIX_UNITS = torch.cpu._is_amx_tile_supported()  # whether this CPU has AMX
 
 
 def sinusoid_table(num_positions: int, dim: int, device=None, dtype=None) -> torch.Tensor:
     """Return the fixed position embedding of Vaswani et al. 2017 (section 3.5), [1, num_positions, dim].
 
-    Even channels i are sin(position / 10000^(2⌊i/2⌋/dim)), odd channels the cosine of the same angle. In
-    T2T-ViT position 0 is the class token's, and the grid follows row by row.
+    Even channels i are sin(position / 10000^(2⌊i/2⌋/dim)), odd channels the cosine of the same angle. In T2T-ViT,
+    position 0 belongs to the class token; the grid follows row by row.
     """
     positions = torch.arange(num_positions, dtype=torch.float64)
     channels = torch.arange(dim, dtype=torch.float64)
     wavelengths = 10000 ** (2 * torch.div(channels, 2, rounding_mode='floor') / dim)
-    # In float32 the angle of a late position would be off by more than the rounding of the result.
+    # In float64, since in float32 the error of a large angle exceeds the rounding of the result.
     angles = positions[:, None] / wavelengths  # [num_positions, dim]
     table = torch.where(channels % 2 == 0, angles.sin(), angles.cos())
     return table.unsqueeze(0).to(device=device, dtype=dtype or torch.get_default_dtype())
 
 
-@torch.fx.wrap  # leaves to torch.fx, which cannot follow a question about types
+@torch.fx.wrap  # a leaf function, since torch.fx cannot trace a comparison of types
 @register_notrace_function
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float = 0.) -> torch.Tensor:
     """Return softmax(scale · q kᵀ) v, all [B, h, N, d], by torch's fused kernel.
 
-    In bfloat16 on a CPU without matrix units, where that takes twice as long, it is written out, but for so many tokens
-    that the weights would cost more than they save.
+    In bfloat16 on a CPU without matrix units the fused kernel is twice as slow as the written-out formula, which is
+    used there for up to 1,024 tokens (for more, the memory of the weights makes it slower).
     """
     if not torch.jit.is_scripting():
         if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and not HAS_MATRIX_UNITS and k.shape[2] <= 1024:
@@ -46,9 +44,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, d
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, dropout: float) -> torch.Tensor:
-    """Return multi-head attention of q, k and v, [B, N, C] each, as [B, N, C]; `dropout` is of the weights.
+    """Return multi-head attention [B, N, C] of q, k and v, [B, N, C] each, with `dropout` of the weights.
 
-    A function, not a method to override, for TorchScript knows no `super().forward`.
+    A function instead of a method, since TorchScript does not support `super().forward`.
     """
     B, N, C = v.shape
     q = q.reshape(B, N, num_heads, C // num_heads).transpose(1, 2)  # [B, h, N, d]
@@ -59,11 +57,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, dr
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of the backbone (T2T-ViT, section 3.2): no bias for q, k and v.
+    """Multi-head self-attention of the backbone (T2T-ViT, section 3.2), without bias for q, k and v.
 
     Args:
         dim: channels C of the tokens.
-        num_heads: heads h; C must be divisible by it (ValueError).
+        num_heads: number of heads h; raises ValueError unless it divides C.
         attn_drop: dropout probability of the attention weights.
         proj_drop: dropout probability after the output projection.
     """
@@ -88,14 +86,10 @@ class Attention(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, a residual branch is dropped for some images, and scaled up for the others.
+    """Stochastic depth: in training, drop a residual branch for some images and scale it up for the others.
 
-    timm's, but for how it draws: torch.compile makes one graph of this for blocks of different rates, since their
-    rates are tensors. Of a number, torch 2.11 makes a graph for each value.
-
-    Args:
-        drop_prob: probability of dropping, below 1.
-        device: where its one buffer, which is not saved, is made.
+    Unlike timm's, the rate is a tensor, so torch.compile makes one graph for all blocks. For a number, torch 2.11
+    makes a graph for each value. `drop_prob`, the probability of dropping, must be below 1.
     """
 
     keep: torch.Tensor
@@ -107,7 +101,7 @@ class DropPath(nn.Module):
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
-        """Write what no state dict has; timm calls this where layers were made without memory."""
+        """Fill the buffer that is not saved; timm calls this after creating layers on the meta device."""
         self.keep.fill_(1. - self.drop_prob)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -135,23 +129,13 @@ class Block(nn.Module):
         act_layer: activation of the MLP.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            mlp_ratio: float,
-            drop: float = 0.,
-            attn_drop: float = 0.,
-            drop_path: float = 0.,
-            norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-            act_layer: type[nn.Module] = nn.GELU,
-            device=None,
-            dtype=None,
-    ):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop: float = 0., attn_drop: float = 0.,
+                 drop_path: float = 0., norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+                 act_layer: type[nn.Module] = nn.GELU, device=None, dtype=None):
         super().__init__()
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.norm1 = norm_layer(dim, **dd)
-        # Other modules take these places in subclasses; TorchScript lets no class say so.
+        # Subclasses replace these modules; TorchScript does not allow class annotations of them.
         self.attn: nn.Module = Attention(dim, num_heads, attn_drop=attn_drop, proj_drop=drop, **dd)
         self.drop_path = DropPath(drop_path, device=device) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)

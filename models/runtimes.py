@@ -1,12 +1,12 @@
-"""A trained model in the forms that other runtimes read: one function that writes each form, and one that reads it.
+"""Write a trained model in the formats of other runtimes, and compare what is read back with PyTorch.
 
-    source = Source(model, describe(model, classes=['ant', 'bee']), img_size=(224, 224))
-    write_onnx(source, 'model.onnx', source.graph)
+    traced = TracedModel(model, describe(model, classes=['ant', 'bee']), img_size=(224, 224))
+    write_onnx(traced, 'model.onnx', traced.graph)
     logits = read_onnx('model.onnx')(images)
 
-What is read back is called with normalised images [B, 3, height, width], float32 on the CPU, and returns logits
-[B, classes]. Beside the weights every form carries `describe`'s account of the model and its images: names of the
-classes, image size, mean and standard deviation of the pixels. export.py is the command line of all this.
+Each format has a function that writes it and one that reads it. What is read back maps normalised images
+[B, 3, height, width], float32 on the CPU, to logits [B, classes]. Every format carries the description of the model:
+names of the classes, image size, mean and standard deviation of the pixels. export.py is the command line.
 """
 import contextlib
 import copy
@@ -41,23 +41,22 @@ from utils.errors import UserError
 INPUT, OUTPUT = 'image', 'logits'
 AXES = {0: 'batch', 2: 'height', 3: 'width'}
 CONFIG = 'config.json'
-TOLERANCE = 1e-4  # of logits up to 1; of larger ones, as a part of the largest
-TIMED, REPEATS = 4, 5  # images in the batch whose time is measured; times, of which the median counts
+TOLERANCE = 1e-4  # of logits, relative to the largest one if that exceeds 1
+TIMED, REPEATS = 4, 5  # images in the batch that is timed; times of which the median is taken
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What travels with the weights
+# --- What travels with the weights ------------------------------------------------------------------------------------
 
-def save_config(model: nn.Module, path: str | os.PathLike, *, classes: Sequence[str] | None = None,
-                descriptions: Mapping[str, str] | None = None, **images: Any) -> None:
-    """Write timm's config.json: architecture and arguments, names of the classes, what images are to the model.
+def describe(model: nn.Module, *, classes: Sequence[str] | None = None,
+             descriptions: Mapping[str, str] | None = None, **images: Any) -> dict:
+    """Return the content of timm's config.json: architecture, arguments, names of the classes, input of the model.
 
     Args:
         classes: names in the order of the logits, if they are known.
-        descriptions: words for those of the names that need some, such as synsets.
-        images: what is not as in the model's own configuration: input_size, mean, std, crop_pct, interpolation, …
+        descriptions: words for names such as synsets.
+        images: replacements in the model's configuration: input_size, mean, std, crop_pct, interpolation, …
 
     Raises:
         UserError: the installed timm does not save a model's arguments.
@@ -65,61 +64,54 @@ def save_config(model: nn.Module, path: str | os.PathLike, *, classes: Sequence[
     if not SAVES_ARGUMENTS:
         raise UserError(f"timm {timm.__version__} does not save a model's arguments; pip install 'timm>=1.0.31'")
     labels = {'label_names': list(classes) if classes else None, 'label_descriptions': dict(descriptions or {})}
-    save_config_for_hf(model, str(path), model_config={name: value for name, value in labels.items() if value},
-                       data_config=images)
-
-
-def describe(model: nn.Module, *, classes: Sequence[str] | None = None,
-             descriptions: Mapping[str, str] | None = None, **images: Any) -> dict:
-    """What `save_config` writes, as a dict; its arguments."""
     with tempfile.TemporaryDirectory() as folder:
-        save_config(model, Path(folder, CONFIG), classes=classes, descriptions=descriptions, **images)
+        save_config_for_hf(model, f'{folder}/{CONFIG}', data_config=images,
+                           model_config={name: value for name, value in labels.items() if value})
         return json.loads(Path(folder, CONFIG).read_text())
 
 
 def pack_safetensors(state: Mapping[str, torch.Tensor], beside: Mapping[str, Any]) -> bytes:
-    """The content of a safetensors file, with what `read_checkpoint` is to find beside the state dict."""
+    """Return the content of a safetensors file; `read_checkpoint` returns `beside` together with the state dict."""
     state = {key: tensor.detach().contiguous() for key, tensor in state.items()}
-    # One entry: several would be in another order each time, and give another hash.
+    # One entry, since safetensors writes several in random order, which changes the hash.
     return safetensors.torch.save(state, {METADATA: json.dumps(beside)})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The graph
+# --- The graph --------------------------------------------------------------------------------------------------------
 
-class Source:
-    """A model in evaluation mode on the CPU, its description, and its graphs, which several forms share.
+class TracedModel:
+    """A model in evaluation mode on the CPU, its description, and its graphs, which several formats share.
 
     Args:
-        config: as `describe` returns it.
-        img_size: (height, width) in pixels that the model is made for.
+        config: as returned by `describe`.
+        img_size: (height, width) of the model in pixels.
     """
 
     def __init__(self, model: nn.Module, config: dict, img_size: tuple[int, int]):
         self.model, self.config, self.img_size = model.eval(), config, img_size
 
     def graphs(self) -> Iterator[torch.export.ExportedProgram]:
-        """The graph for images of any size, where there is one, then that for the model's own size."""
+        """Yield the graph for images of any size, if there is one, then the graph for the model's own size."""
         yield self.graph
         if self.fixed_graph is not self.graph:
             yield self.fixed_graph
 
     @functools.cached_property
     def graph(self) -> torch.export.ExportedProgram:
-        """For batches of any length and, of models that can, images of any size."""
-        # Below 32 pixels a side has a single token, which to a tracer is unlike all other numbers.
+        """The graph for any number of images, of any size if the model supports it."""
+        # Below 32 pixels a side has a single token, which the tracer treats as a constant.
         if self.config['pretrained_cfg'].get('fixed_input_size') or min(self.img_size) < 32:
             return self.fixed_graph
         height, width = self.img_size
         try:
-            # Sides that differ: equal numbers could be taken for one number.
+            # The sides differ, since the tracer may identify equal sides.
             return self._trace((height, width + 32), {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC})
-        except Exception:  # what a tracer cannot follow ends in errors of all kinds
+        except Exception:  # a tracer raises errors of all kinds
             return self.fixed_graph
 
     @functools.cached_property
     def fixed_graph(self) -> torch.export.ExportedProgram:
-        """For batches of any length, of images of the model's own size."""
+        """The graph for any number of images of the model's own size."""
         return self._trace(self.img_size, {})
 
     def _trace(self, size: tuple[int, int], sides: dict) -> torch.export.ExportedProgram:
@@ -128,7 +120,7 @@ class Source:
             return torch.export.export(self.model, (torch.zeros(2, 3, *size),), dynamic_shapes=(axes,))
 
     def properties(self) -> dict[str, str]:
-        """The description as texts, for forms that can hold nothing else; lists and the whole of it as JSON."""
+        """Return the description as texts, for formats that hold nothing else; lists are JSON."""
         images = self.config['pretrained_cfg']
         return {
             'architecture': self.config['architecture'],
@@ -141,13 +133,13 @@ class Source:
 
 
 def class_names(config: Mapping[str, Any]) -> list[str]:
-    """Names of the classes in the order of the logits, in words where the description has some; [] if unknown."""
+    """Return the names of the classes in the order of the logits, in words if there are any; [] if unknown."""
     words = config.get('label_descriptions', {})
     return [words.get(name, name) for name in config.get('label_names', ())]
 
 
 def open_axes(graph: torch.export.ExportedProgram) -> dict[str, int]:
-    """The axes of the images that a graph leaves open, with the smallest length that it takes."""
+    """Return the dynamic axes of the images, with the smallest length that the graph accepts."""
     images = next(node for node in graph.graph.nodes if node.name in graph.graph_signature.user_inputs)
     axes = {}
     for axis, name in AXES.items():
@@ -158,87 +150,78 @@ def open_axes(graph: torch.export.ExportedProgram) -> dict[str, int]:
     return axes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# safetensors: timm's folder
+# --- safetensors: timm's folder ---------------------------------------------------------------------------------------
 
-def write_safetensors(source: Source, folder: Path, _) -> None:
-    """Write timm's folder: config.json and model.safetensors.
-
-    After `import models`, timm.create_model('local-dir:FOLDER', pretrained=True) is the model.
-    """
+def write_safetensors(traced: TracedModel, folder: Path, _) -> None:
+    """Write config.json and model.safetensors, for timm.create_model('local-dir:FOLDER', pretrained=True)."""
     folder.mkdir()
-    (folder / CONFIG).write_text(json.dumps(source.config, indent=2) + '\n')
-    beside = {'arch': source.config['architecture'], 'img_size': list(source.img_size),
-              'classes': source.config.get('label_names')}
+    (folder / CONFIG).write_text(json.dumps(traced.config, indent=2) + '\n')
+    beside = {'arch': traced.config['architecture'], 'img_size': list(traced.img_size),
+              'classes': traced.config.get('label_names')}
     (folder / HF_SAFE_WEIGHTS_NAME).write_bytes(
-        pack_safetensors(source.model.state_dict(), {name: value for name, value in beside.items() if value}))
+        pack_safetensors(traced.model.state_dict(), {name: value for name, value in beside.items() if value}))
 
 
 def read_safetensors(folder: Path) -> Run:
-    """The model of such a folder."""
+    """Return the model of such a folder."""
     return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ONNX
+# --- ONNX -------------------------------------------------------------------------------------------------------------
 
-def write_onnx(source: Source, path: Path, graph: torch.export.ExportedProgram) -> None:
-    """Write one ONNX file: input 'image', output 'logits', the description among its metadata."""
+def write_onnx(traced: TracedModel, path: Path, graph: torch.export.ExportedProgram) -> None:
+    """Write an ONNX file with input 'image' and output 'logits'; its metadata hold the description."""
     program = torch.onnx.export(graph, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT],
                                 dynamic_shapes=({axis: name for axis, name in AXES.items()
                                                  if name in open_axes(graph)},))
-    assert program is not None, 'torch returns a program wherever it is told of no file'
-    program.model.metadata_props.update(source.properties())
+    assert program is not None, 'without a file, torch returns the program'
+    program.model.metadata_props.update(traced.properties())
     program.save(path, external_data=False)
 
 
 def read_onnx(path: Path) -> Run:
-    """The file in onnxruntime, on as many threads as PyTorch has."""
+    """Return the model in onnxruntime, with as many threads as PyTorch uses."""
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors: its warnings are of optimizations that it left out
+    options.log_severity_level = 3  # errors only; the warnings are about omitted optimizations
     session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
 def onnx_note(_, path: Path) -> str:
-    """The version of ONNX's operators that the file asks for."""
+    """Return the version of ONNX's operator set."""
     import onnx
-    model = onnx.load(path)
-    return 'opset {}'.format(next(opset.version for opset in model.opset_import if opset.domain in ('', 'ai.onnx')))
+    opsets = onnx.load(path).opset_import
+    return 'opset {}'.format(next(opset.version for opset in opsets if opset.domain in ('', 'ai.onnx')))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# torch.export and AOTInductor
+# --- torch.export and AOTInductor -------------------------------------------------------------------------------------
 
-def write_torch_export(source: Source, path: Path, graph: torch.export.ExportedProgram) -> None:
-    """Write the graph and its weights, for torch.export.load; the description is the extra file 'config.json'."""
-    torch.export.save(graph, path, extra_files={CONFIG: json.dumps(source.config)})
+def write_torch_export(traced: TracedModel, path: Path, graph: torch.export.ExportedProgram) -> None:
+    """Write the graph and its weights, for torch.export.load; the extra file config.json holds the description."""
+    torch.export.save(graph, path, extra_files={CONFIG: json.dumps(traced.config)})
 
 
 def read_torch_export(path: Path) -> Run:
-    """The graph, as a module."""
+    """Return the graph as a module."""
     return torch.export.load(path).module()
 
 
-def write_aotinductor(source: Source, path: Path, graph: torch.export.ExportedProgram) -> None:
-    """Compile a graph for this machine's kind of CPU, for torch._inductor.aoti_load_package.
-
-    FORMS has it compile the graph for the model's own image size: that for any size takes twice as long.
-    """
+def write_aotinductor(traced: TracedModel, path: Path, graph: torch.export.ExportedProgram) -> None:
+    """Compile a graph for CPUs like this one, for torch._inductor.aoti_load_package."""
     torch._inductor.aoti_compile_and_package(graph, package_path=str(path), inductor_configs={
-        'aot_inductor.metadata': source.properties(),
-        'aot_inductor.precompile_headers': False,  # it pays off from the second compilation on
-        'aot_inductor.compile_wrapper_opt_level': 'O0',  # it only calls the kernels
-        'cpp.dynamic_threads': True,  # as many as there are where it runs, not here
+        'aot_inductor.metadata': traced.properties(),
+        'aot_inductor.precompile_headers': False,  # pays off only from the second compilation on
+        'aot_inductor.compile_wrapper_opt_level': 'O0',  # the wrapper only calls the kernels
+        'cpp.dynamic_threads': True,  # the number of threads of the machine that runs it
     })
 
 
 def read_aotinductor(path: Path) -> Run:
-    """The compiled model, which refuses images of another size: by itself it would compute something.
+    """Return the compiled model, which raises ValueError for images of another size.
 
-    (So it would without this function, but for AOTI_RUNTIME_CHECK_INPUTS=1 in the environment.)
+    The package itself returns wrong logits for them, unless AOTI_RUNTIME_CHECK_INPUTS=1 is in the environment.
     """
     model = torch._inductor.aoti_load_package(str(path))
     size = tuple(map(int, model.get_metadata()['img_size'].split('x')))
@@ -251,11 +234,10 @@ def read_aotinductor(path: Path) -> Run:
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# int8
+# --- int8 -------------------------------------------------------------------------------------------------------------
 
 class _SplitThenLinear(nn.Module):
-    """What a SplitLinear computes, patch by patch: torch quantizes the weights of linear layers alone."""
+    """A SplitLinear computed from patches, since torch quantizes the weights of linear layers only."""
 
     def __init__(self, layer: SplitLinear):
         super().__init__()
@@ -272,9 +254,9 @@ class _SplitThenLinear(nn.Module):
 
 
 def quantize(model: nn.Module) -> nn.Module:
-    """A copy of the model whose linear layers have weights of 8 bits, one scale for each output.
+    """Return a copy of the model with linear layers of 8 bits, one scale for each output, for CPUs only.
 
-    Activations are quantized as they come, with the range of each batch (dynamic quantization). CPUs alone.
+    Activations are quantized by the range of each batch (dynamic quantization).
     """
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
     model = copy.deepcopy(model)
@@ -285,17 +267,17 @@ def quantize(model: nn.Module) -> nn.Module:
         return quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
 
 
-def write_int8(source: Source, path: Path, _) -> None:
-    """Write description and state dict of the quantized model, for `read_int8`."""
+def write_int8(traced: TracedModel, path: Path, _) -> None:
+    """Write the description and the state dict of the quantized model, for `read_int8`."""
     with _quietly():
-        torch.save({'config': source.config, 'state_dict': quantize(source.model).state_dict()}, path)
+        torch.save({'config': traced.config, 'state_dict': quantize(traced.model).state_dict()}, path)
 
 
 def read_int8(path: str | os.PathLike) -> nn.Module:
-    """The quantized model in such a file: built as its description says, quantized, then filled.
+    """Return the quantized model of such a file: build it from the description, quantize it, load the weights.
 
     Raises:
-        UserError: as read_checkpoint, or the file is none of `write_int8`.
+        UserError: as read_checkpoint, or `write_int8` has not written the file.
     """
     with _quietly():
         content = read_checkpoint(path)
@@ -311,15 +293,15 @@ def read_int8(path: str | os.PathLike) -> nn.Module:
     return model
 
 
-def int8_note(source: Source, _) -> str:
-    """How many of the layers that have a weight matrix or a kernel are quantized."""
-    layers = [module for module in source.model.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)]
+def int8_note(traced: TracedModel, _) -> str:
+    """Return how many of the linear and convolution layers are quantized."""
+    layers = [module for module in traced.model.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)]
     return f'{sum(type(layer) in (nn.Linear, SplitLinear) for layer in layers)} of {len(layers)} layers in 8 bits'
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without warnings: that quantization is to move into a package of its own, that there is no CUDA, …"""
+    """Suppress warnings, such as that quantization will move to another package."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -330,34 +312,41 @@ def _quietly() -> Iterator[None]:
         logging.disable(disabled)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of them
+# --- All formats ------------------------------------------------------------------------------------------------------
 
-class Form(NamedTuple):
-    """A form of export: the name of its file or folder, how it is written and read back, the graphs it can be made of,
-    best first, what else there is to say of it, whether its logits are to be PyTorch's, packages it needs."""
+class RuntimeFormat(NamedTuple):
+    """A format of export: its file or folder, its functions, and what it needs."""
     file: str
-    write: Callable[[Source, Path, Any], None]  # the last is what `graphs` gives
+    write: Callable[[TracedModel, Path, Any], None]  # model, path, one of `graphs`
     read: Callable[[Path], Run]
-    graphs: Callable[[Source], Iterable[torch.export.ExportedProgram | None]] = lambda source: (None,)
-    note: Callable[[Source, Path], str] = lambda source, path: ''
-    is_exact: bool = True
+    graphs: Callable[[TracedModel], Iterable[torch.export.ExportedProgram | None]] = lambda _: (None,)  # best first
+    note: Callable[[TracedModel, Path], str] = lambda _, path: ''
+    is_exact: bool = True  # whether its logits must equal PyTorch's
     packages: tuple[str, ...] = ()
 
 
-FORMS = {
-    'safetensors': Form('timm', write_safetensors, read_safetensors),
-    'onnx': Form('model.onnx', write_onnx, read_onnx, Source.graphs, onnx_note,
-                 packages=('onnx', 'onnxscript', 'onnxruntime')),
-    'torch-export': Form('model.export.pt2', write_torch_export, read_torch_export, Source.graphs),
-    'aotinductor': Form('model.aoti.pt2', write_aotinductor, read_aotinductor, lambda source: (source.fixed_graph,)),
-    'int8': Form('model.int8.pth', write_int8, read_int8, note=int8_note, is_exact=False),
+RUNTIME_FORMATS = {
+    'safetensors': RuntimeFormat('timm', write_safetensors, read_safetensors),
+    'onnx': RuntimeFormat('model.onnx', write_onnx, read_onnx, TracedModel.graphs, onnx_note,
+                          packages=('onnx', 'onnxscript', 'onnxruntime')),
+    'torch-export': RuntimeFormat('model.export.pt2', write_torch_export, read_torch_export, TracedModel.graphs),
+    # The graph for images of any size would be twice as slow.
+    'aotinductor': RuntimeFormat('model.aoti.pt2', write_aotinductor, read_aotinductor,
+                                 lambda traced: (traced.fixed_graph,)),
+    'int8': RuntimeFormat('model.int8.pth', write_int8, read_int8, note=int8_note, is_exact=False),
 }
 
 
+def check_overwrites(folder: Path, names: Iterable[str]) -> None:
+    """Raise UserError if a file of these formats exists in a folder without an earlier export."""
+    existing = [folder / RUNTIME_FORMATS[name].file for name in names if (folder / RUNTIME_FORMATS[name].file).exists()]
+    if existing and not (folder / 'export.json').exists():
+        raise UserError(f'--output-dir: {existing[0]} is there, and no export has written it; name another folder')
+
+
 def missing(name: str) -> str | None:
-    """What this machine lacks for a form, and how to get it; None where there is nothing."""
-    packages = [package for package in FORMS[name].packages if importlib.util.find_spec(package) is None]
+    """Return what this machine lacks for a format and how to get it, or None."""
+    packages = [package for package in RUNTIME_FORMATS[name].packages if importlib.util.find_spec(package) is None]
     if packages:
         return f'{", ".join(packages)} not installed; pip install -r requirements-export.txt'
     compiler = os.environ.get('CXX') or ('clang++' if sys.platform == 'darwin' else 'g++')
@@ -366,58 +355,55 @@ def missing(name: str) -> str | None:
     return None
 
 
-def export(name: str, source: Source, folder: Path, checks: 'Checks') -> dict:
-    """Write one form into a folder, read it back and compare it; it is kept if it is as it should be.
+def write_format(name: str, traced: TracedModel, folder: Path, checks: 'Checks') -> dict:
+    """Write a format into a folder, read it back, compare it, and keep it if its logits are right.
 
     Returns:
-        What there is to say of it; of one that was not kept 'failure', and 'difference' if that is the reason.
+        A row of results; 'failure' if it was not kept, with 'difference' if its logits are wrong.
     """
-    form, kept = FORMS[name], folder / FORMS[name].file
+    form = RUNTIME_FORMATS[name]
+    kept = folder / form.file
     if lack := missing(name):
         return {'failure': lack}
-    shutil.rmtree(kept) if kept.is_dir() else kept.unlink(missing_ok=True)  # it may be of another checkpoint
+    shutil.rmtree(kept) if kept.is_dir() else kept.unlink(missing_ok=True)  # perhaps of another checkpoint
     began = time.perf_counter()
     try:
-        # Where a graph is not exact for images of other sizes, that for the model's own size is next.
-        for graph in form.graphs(source):
+        # If a graph is not exact for images of other sizes, the next one is for the model's own size.
+        for graph in form.graphs(traced):
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 written = Path(temporary, form.file)
                 with _quietly():
-                    form.write(source, written, graph)
+                    form.write(traced, written, graph)
                     seconds = time.perf_counter() - began
                     run = form.read(written)
                 axes = open_axes(graph) if graph else {}
                 compared = checks.compare(run, axes)
                 limit = TOLERANCE * max(1., checks.largest) if form.is_exact else sys.float_info.max
-                if compared['difference'] <= limit:  # NaN is not
+                if compared['difference'] <= limit:  # false for NaN
                     shutil.move(written, kept)
-                    said = ', '.join(axis if low == 1 else f'{axis} ≥ {low}' for axis, low in axes.items())
-                    return {'file': form.file, 'megabytes': _megabytes(kept), 'axes': said or 'as in PyTorch',
-                            **compared, 'ms_per_image': checks.milliseconds(run), 'export_seconds': seconds,
-                            'note': form.note(source, kept)}
+                    files = kept.iterdir() if kept.is_dir() else [kept]
+                    listed = ', '.join(axis if low == 1 else f'{axis} ≥ {low}' for axis, low in axes.items())
+                    return {'file': form.file, 'megabytes': sum(file.stat().st_size for file in files) / 1e6,
+                            'axes': listed or 'as in PyTorch', **compared, 'ms_per_image': checks.milliseconds(run),
+                            'export_seconds': seconds, 'note': form.note(traced, kept)}
         return {'difference': compared['difference'],
                 'failure': f'its logits differ from those of PyTorch by {compared["difference"]:.2g}, '
                            f'more than {limit:.2g}'}
-    except Exception as error:  # exporters raise whatever the libraries below them do
+    except Exception as error:  # the libraries below raise errors of all kinds
         reason = next(iter(str(error).strip().splitlines()), '')[:200]
         return {'failure': f'{type(error).__name__}: {reason}'}
 
 
-def _megabytes(path: Path) -> float:
-    files = path.iterdir() if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files) / 1e6
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing
+# --- Comparison -------------------------------------------------------------------------------------------------------
 
 class Checks:
-    """Images with the logits that the model in PyTorch gives for them.
+    """Images, and the logits of the model in PyTorch for them.
 
     Args:
         model: in evaluation mode, on the CPU.
-        img_size: (height, width) in pixels that the model is made for.
-        real: normalised images [B, 3, height, width], beside random ones.
+        img_size: (height, width) of the model in pixels.
+        real: normalised images [B, 3, height, width], used besides random ones.
+
     Raises:
         UserError: the model's own logits are not finite.
     """
@@ -433,11 +419,11 @@ class Checks:
         self.timed = self._random[-1][0] if real is None else real[:TIMED]
 
     def compare(self, run: Run, axes: Mapping[str, int]) -> dict[str, float]:
-        """The largest differences of logits, and how many percent of the real images get the same class.
+        """Return the largest differences of logits, and the share of real images with the same class, in percent.
 
         Args:
-            axes: as `open_axes` returns them; where height and width are open, two more sizes are tried: where the
-                model is made for 224 pixels, 160 and 256 × 192.
+            axes: as returned by `open_axes`; if height and width are open, two other sizes are compared too (160 and
+                256 × 192 for a model of 224 pixels).
         """
         height, width = self._img_size
         sizes = ((height * 5 // 7, width * 5 // 7), (height * 8 // 7, width * 6 // 7)) if 'height' in axes else ()
@@ -455,7 +441,7 @@ class Checks:
         return {'difference': largest, **row}
 
     def milliseconds(self, run: Run) -> float:
-        """Time for an image, in a batch of the images `timed`: the median of REPEATS."""
+        """Return the time for an image in a batch of the images `timed`: the median of REPEATS."""
         times = []
         with torch.no_grad():
             run(self.timed)
@@ -475,5 +461,5 @@ def _random_images(count: int, height: int, width: int) -> torch.Tensor:
 
 
 def _difference(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """The largest difference in any pair; NaN where there is one, which Python's max would lose."""
+    """Return the largest difference in any pair; NaN if there is one, which Python's max may lose."""
     return torch.stack([(ours - theirs).abs().max() for ours, theirs in pairs]).max().item()

@@ -1,13 +1,12 @@
-"""T2T-ViT: tokens-to-token module and deep-narrow backbone, one table of variants, registered with timm.
-
-Yuan et al., "Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet", ICCV 2021.
+"""Build T2T-ViT from the tokens-to-token module and a deep-narrow backbone; register all variants with timm.
 
     import models, timm
     timm.create_model('t2t_vit_14', num_classes=10, img_size=(192, 256))
 
-State dict keys, shapes and order are those of the authors' released checkpoints.
+Yuan et al., "Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet", ICCV 2021. State dict keys,
+shapes and order are those of the authors' released checkpoints.
 
-Dimensions: B images, N grid tokens, C channels of the backbone, H × W grid; the class token makes it N + 1.
+Dimensions: B images, N grid tokens (1 + N with the class token), C channels of the backbone, H × W grid.
 """
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -33,8 +32,9 @@ from models.weights.loading import fit_to_model, state_dict_of
 __all__ = ['T2TViT', 'VARIANTS', 'build_t2t_vit', 'checkpoint_filter_fn']
 
 POOLINGS = ('token', 'avg', '')
+FEATURE_CFG = {'out_indices': 3, 'feature_cls': 'getter'}  # of timm's features_only=True
 
-# Leaves to torch.fx, which cannot follow a comparison of sizes.
+# Leaf functions for torch.fx, which cannot trace a comparison of sizes.
 torch.fx.wrap('token_grid')
 torch.fx.wrap('resample_abs_pos_embed')
 
@@ -42,14 +42,14 @@ torch.fx.wrap('resample_abs_pos_embed')
 class T2TViT(nn.Module):
     """Tokens-to-Token Vision Transformer.
 
-    Images may have another size than `img_size`: the position embedding is then resampled to their grid.
+    For images of another size than `img_size` the position embedding is resampled to their grid.
 
     Args:
         img_size: pixels, one number or (height, width), at least 16 each; fixes the grid of `pos_embed`.
         in_chans: channels of the images.
-        num_classes: rows of the classifier; 0 for none.
-        global_pool: what the classifier sees: 'token' (class token, as published), 'avg' (mean of the grid
-            tokens), or '' (every token).
+        num_classes: outputs of the classifier; 0 for none.
+        global_pool: input of the classifier: 'token' (class token, as published), 'avg' (mean of the grid tokens),
+            or '' (every token).
         embed_dim: channels C of the backbone.
         depth: number of blocks.
         num_heads: attention heads of a block.
@@ -57,21 +57,21 @@ class T2TViT(nn.Module):
         drop_rate: dropout probability after the position embedding, attention and MLP of the backbone.
         attn_drop_rate: dropout probability of the backbone's attention weights.
         drop_path_rate: stochastic depth of the last block; the rates rise linearly from 0.
-        tokens_type: token layers, 'performer' or 'transformer'.
-        token_dim: channels of the token layers.
-        aux_head: a second classifier over the grid tokens, as in the release trained by token labeling.
-        aux_weight: how much of its maximum over the tokens is added to the class token's logits.
+        tokens_type: kind of token layers, 'performer' or 'transformer'.
+        token_dim: channels D of the token layers (token dimension).
+        aux_head: add a second classifier over the grid tokens, as in the release trained by token labeling.
+        aux_weight: factor of its maximum over the tokens, which is added to the class token's logits.
         norm_layer: normalisation of the backbone, called with C; LayerNorm with epsilon 1e-5 by default.
         act_layer: activation of the backbone's MLPs; the exact GELU by default.
         block_fn: class of the backbone's blocks, with the arguments of `layers.Block`.
         tokens_fn: class of the tokens-to-token module, with the arguments of `TokensToToken`.
-        device, dtype: where the parameters are made, and of what type.
 
     Raises:
-        ValueError: image below 16 pixels, unknown tokens_type or global_pool, heads that do not divide C.
+        ValueError: image below 16 pixels, unknown tokens_type or global_pool, C not divisible by num_heads.
     """
 
     pos_embed: torch.Tensor
+    has_constant_width = True  # of the blocks; not in T2TViTDense
 
     def __init__(
             self,
@@ -112,7 +112,7 @@ class T2TViT(nn.Module):
         self.tokens_to_token = tokens_fn(tokens_type, in_chans, embed_dim, token_dim, **dd)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
         num_positions = self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
-        # Never trained, so a buffer; saved, as in the released checkpoints.
+        # A buffer, since it is not trained; saved, as in the released checkpoints.
         self.register_buffer('pos_embed', sinusoid_table(num_positions, embed_dim, **dd))
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList([
@@ -135,12 +135,12 @@ class T2TViT(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with more than one dimension that weight decay leaves alone."""
+        """Return the names of parameters with more than one dimension that are exempt from weight decay."""
         return {'cls_token'}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Patterns that order the parameters by depth, for layer-wise learning rates (timm's format)."""
+        """Return patterns that order the parameters by depth, for layer-wise learning rates (timm's format)."""
         return {
             'stem': r'^cls_token|^pos_embed|^tokens_to_token',
             'blocks': [(r'^blocks\.(\d+)', None), (r'^norm', (99999,))],
@@ -153,11 +153,11 @@ class T2TViT(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
-        """Return the classifier: a linear layer, an identity where there are no classes, or head and aux_head."""
+        """Return the classifier: a linear layer, an identity if there are no classes, or (head, aux_head)."""
         return self.head if self.aux_head is None else (self.head, self.aux_head)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one (0 classes for none) and, if given, the pooling."""
+        """Replace the classifier by a newly initialised one (0 classes for none) and, if given, the pooling."""
         if global_pool is not None:
             self.global_pool = _checked_pooling(global_pool)
         self.num_classes = num_classes
@@ -165,14 +165,14 @@ class T2TViT(nn.Module):
         self.aux_head = self._new_classifier(num_classes) if self.has_aux_head and num_classes > 0 else None
 
     def _new_classifier(self, num_classes: int) -> nn.Linear:
-        """Return an initialised linear layer on the device and of the dtype of the model."""
+        """Return an initialised linear layer with the device and dtype of the model."""
         head = nn.Linear(self.num_features, num_classes, device=self.cls_token.device, dtype=self.cls_token.dtype)
         init_weights(head)
         return head
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Resample the position embedding to another image size for good; other sizes are resampled at each call."""
+        """Resample the position embedding to another image size once, instead of at each call."""
         grid = token_grid(*to_2tuple(img_size))
         self.pos_embed = resample_abs_pos_embed(
             self.pos_embed, grid, self.grid_size, num_prefix_tokens=self.num_prefix_tokens)
@@ -182,7 +182,7 @@ class T2TViT(nn.Module):
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         """Map images [B, in_chans, height, width] to tokens with positions [B, 1 + N, C]."""
         B, _, height, width = x.shape
-        H, W = token_grid(height, width)  # first, so that a small image fails with a clear message
+        H, W = token_grid(height, width)  # first, since its error for a small image is clear
         x = self.tokens_to_token(x)  # [B, N, C]
         x = torch.cat((self.cls_token.expand(B, -1, -1), x), dim=1)  # [B, 1 + N, C]
         pos_embed = resample_abs_pos_embed(
@@ -210,7 +210,7 @@ class T2TViT(nn.Module):
             return pooled
         logits = self.head(pooled)
         if self.aux_head is not None and self.global_pool != '':
-            # In training too, so that one function is trained and evaluated and every parameter gets a gradient.
+            # In training too, so that the evaluated function is the trained one and every parameter gets a gradient.
             token_logits = self.aux_head(x[:, self.num_prefix_tokens:])  # [B, N, num_classes]
             logits = logits + self.aux_weight * token_logits.amax(dim=1)
         return logits
@@ -219,29 +219,23 @@ class T2TViT(nn.Module):
         """Map images [B, in_chans, height, width] to logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: int | list[int] | None = None,
-            return_prefix_tokens: bool = False,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-            output_dict: bool = False,
-    ) -> list | tuple[torch.Tensor, list] | dict[str, torch.Tensor | list]:
-        """Return the output of chosen blocks, in timm's interface (also behind `features_only=True`).
+    def forward_intermediates(self, x: torch.Tensor, indices: int | list[int] | None = None,
+                              return_prefix_tokens: bool = False, norm: bool = False, stop_early: bool = False,
+                              output_fmt: str = 'NCHW', intermediates_only: bool = False,
+                              output_dict: bool = False,
+                              ) -> list | tuple[torch.Tensor, list] | dict[str, torch.Tensor | list]:
+        """Return the outputs of chosen blocks (timm's interface, also used by `features_only=True`).
 
         Args:
             x: images [B, in_chans, height, width].
-            indices: the last n blocks if one number, these blocks if a list, all if None.
+            indices: number of last blocks, list of blocks, or None for all.
             return_prefix_tokens: pair each map with its class token, [B, 1, C].
-            norm: apply the final norm to each.
-            stop_early: do not run the blocks behind the last chosen one.
+            norm: apply the final norm to each output.
+            stop_early: skip the blocks after the last chosen one.
             output_fmt: 'NCHW' for maps [B, C, H, W], 'NLC' for tokens [B, N, C].
-            intermediates_only: return the list alone instead of (final tokens, list).
-            output_dict: return 'image_intermediates', 'image_intermediates_prefix' (with `return_prefix_tokens`)
-                and 'image_features' (without `intermediates_only`) by name instead.
+            intermediates_only: return the list instead of (final tokens, list).
+            output_dict: return a dict of 'image_intermediates', 'image_intermediates_prefix' (with
+                `return_prefix_tokens`) and 'image_features' (without `intermediates_only`) instead.
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt is {output_fmt!r}; choose from 'NCHW', 'NLC'")
@@ -268,34 +262,36 @@ class T2TViT(nn.Module):
         return listed if intermediates_only else (self._norm_intermediate(x), listed)
 
     def _norm_intermediate(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the final norm to the output of any block; a backbone that changes its width overrides this."""
-        return self.norm(x)
+        """Apply the final norm to tokens [B, 1 + N, C] of its width; return narrower ones (T2TViTDense) unchanged."""
+        return self.norm(x) if x.shape[-1] == self.num_features else x
 
-    def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> list[int]:
-        """Drop the blocks behind the last of `indices`, and norm and head if told to; return the indices."""
-        chosen, last = feature_take_indices(len(self.blocks), indices)
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False,
+                                  prune_head: bool = True) -> list[int]:
+        """Drop the blocks after the last of `indices`; return the indices.
+
+        The norm and the head go too if the arguments say so, or if they fit the last block alone.
+        """
+        depth = len(self.blocks)
+        chosen, last = feature_take_indices(depth, indices)
+        still_fit = self.has_constant_width or last + 1 == depth
         self.blocks = self.blocks[:last + 1]
-        if prune_norm:
+        self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
+        if prune_norm or not still_fit:
             self.norm = nn.Identity()
-        if prune_head:
+        if prune_head or not still_fit:
             self.reset_classifier(0, '')
         return chosen
 
 
 def _checked_pooling(global_pool: str) -> str:
-    """Return `global_pool`, or raise ValueError where it does not exist."""
+    """Return `global_pool`, or raise ValueError if it is unknown."""
     if global_pool not in POOLINGS:
         raise ValueError(f'global_pool is {global_pool!r}; choose from {", ".join(map(repr, POOLINGS))}')
     return global_pool
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise as published: truncated normal 0.02 for linear layers, zero biases, norms of one."""
+    """Initialise as published: linear layers from a truncated normal (std 0.02), biases 0, norm weights 1."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=.02)
         if module.bias is not None:
@@ -306,7 +302,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 class Variant(NamedTuple):
-    """One row of the paper's table of architectures, and the file of its released weights."""
+    """A row of the paper's table of architectures, and the file name of its released weights ('' for none)."""
     tokens_type: str
     embed_dim: int
     depth: int
@@ -326,7 +322,7 @@ VARIANTS = {
     't2t_vit_t_14': Variant('transformer', 384, 14, 6, 3., '81.7_T2T_ViTt_14.pth.tar'),
     't2t_vit_t_19': Variant('transformer', 448, 19, 7, 3., '82.4_T2T_ViTt_19.pth.tar'),
     't2t_vit_t_24': Variant('transformer', 512, 24, 8, 3., '82.6_T2T_ViTt_24.pth.tar'),
-    # The paper's ablations that differ in their numbers alone. t2t_vit_14_resnext has the shapes of t2t_vit_14.
+    # Ablations of the paper that differ only in these numbers; t2t_vit_14_resnext has the shapes of t2t_vit_14.
     't2t_vit_14_resnext': Variant('performer', 384, 14, 32, 3.),
     't2t_vit_14_wide': Variant('performer', 768, 4, 12, 3.),
     # The 84.2 % release: trained by token labeling (Jiang et al. 2021), which adds a classifier over the tokens.
@@ -335,7 +331,7 @@ VARIANTS = {
 
 
 def pretrained_cfg(release: str = '', **kwargs) -> dict:
-    """Return timm's description of a model trained on ImageNet, and of its weights in `release` if there are any."""
+    """Return timm's configuration of a model trained on ImageNet, with weights if there is a `release` file."""
     return {
         'url': f'https://github.com/yitu-opensource/T2T-ViT/releases/download/main/{release}' if release else '',
         'num_classes': 1000, 'input_size': (3, 224, 224), 'fixed_input_size': False,
@@ -350,7 +346,7 @@ def pretrained_cfg(release: str = '', **kwargs) -> dict:
     }
 
 
-# `register_model` looks the description of a model up under this name.
+# `register_model` requires this name.
 default_cfgs = generate_default_cfgs({
     **{f'{name}.in1k': pretrained_cfg(
         variant.release, classifier=('head', 'aux_head') if variant.aux_head else 'head')
@@ -360,8 +356,8 @@ default_cfgs = generate_default_cfgs({
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
-    """Unwrap downloaded weights, and fit them to the image size and channels of the model (timm's hook)."""
-    # What timm saved with the weights, if it was timm: without it, the grid is taken for a square.
+    """Extract downloaded weights and adapt them to the image size and channels of the model (timm's hook)."""
+    # timm may have saved the image size with the weights; otherwise the grid is assumed to be a square.
     saved_size = getattr(model, 'pretrained_model_args', {}).get('img_size')
     return fit_to_model(state_dict_of(state_dict), model, to_2tuple(saved_size) if saved_size else None)[0]
 
@@ -369,37 +365,29 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
 _Model = TypeVar('_Model', bound=T2TViT)
 
 
-def build_t2t_vit(
-        model_class: type[_Model],
-        name: str,
-        pretrained: bool,
-        given: dict[str, Any],
-        **architecture: Any,
-) -> _Model:
-    """Build the registered model `name` of this architecture; the arguments that the user has `given` come first."""
-    # The position embedding of weights trained at 384 pixels has that size, unless another one is asked for.
+def build_t2t_vit(model_class: type[_Model], name: str, pretrained: bool, given: dict[str, Any],
+                  **architecture: Any) -> _Model:
+    """Build the registered model `name` of this architecture; `given` overrides the architecture."""
+    # Weights trained at 384 pixels have a position embedding of that size.
     weights = resolve_pretrained_cfg(name, given.get('pretrained_cfg'), given.get('pretrained_cfg_overlay'))
     architecture['img_size'] = tuple(weights.input_size[-2:])
     return build_model_with_cfg(
-        model_class, name, pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': 3, 'feature_cls': 'getter'},
-        **{**architecture, **given},
-    )
+        model_class, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=FEATURE_CFG,
+        **{**architecture, **given})
 
 
 def _entrypoint(name: str) -> Callable[..., T2TViT]:
-    """Return the function that timm calls to create the variant `name`."""
+    """Return the function by which timm creates the variant `name`."""
     def entrypoint(pretrained: bool = False, **kwargs) -> T2TViT:
         architecture = VARIANTS[name]._asdict()
         del architecture['release']
         return build_t2t_vit(T2TViT, name, pretrained, kwargs, **architecture)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = f'Build {name}; see `T2TViT` for the arguments.'
+    entrypoint.__doc__ = f'Build {name}; takes the arguments of `T2TViT`.'
     return entrypoint
 
 
 for _name in VARIANTS:
-    # timm adds the name to __all__, so the function has to be found under it in this module.
+    # timm adds the name to __all__, so this module must have the function under that name.
     globals()[_name] = register_model(_entrypoint(_name))

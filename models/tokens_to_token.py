@@ -1,8 +1,8 @@
-"""The Tokens-to-Token module (T2T-ViT, section 3.1): from an image to tokens on a 16 times coarser grid.
+"""Tokens-to-token module (T2T-ViT, section 3.1): map an image to tokens on a grid 16 times coarser.
 
-A soft split cuts overlapping patches and flattens each into one token, so that neighbours share what they
-see. A token layer (Performer or Transformer, 64 channels, one head) lets the tokens look at each other, and
-re-structurization lays them back on their grid for the next soft split. There are three splits, two layers.
+A soft split flattens overlapping patches into tokens. A token layer (Performer or Transformer, one head) applies
+attention to them. Re-structurization reshapes the tokens to a map for the next soft split. The module has three soft
+splits and two token layers.
 
 Dimensions: B images, C channels, H × W pixels or grid, N tokens, D token dimension, m random features.
 """
@@ -17,7 +17,7 @@ from torch import nn
 
 from models.layers import attention
 
-torch.fx.wrap('attention')  # a leaf in this module too
+torch.fx.wrap('attention')  # a leaf function in this module too
 
 # (kernel, stride, padding) of the three soft splits; 224 pixels become 56, 28, then 14 tokens a side.
 SOFT_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
@@ -25,55 +25,42 @@ SOFT_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
 
 @register_notrace_function
 def token_grid(height: int, width: int) -> tuple[int, int]:
-    """Return rows and columns of the module's tokens for an image of height × width pixels.
-
-    Raises ValueError below 16 pixels a side.
-    """
+    """Return (rows, columns) of the tokens of an image of height × width pixels; raise ValueError below 16 a side."""
     if height < 16 or width < 16:
         raise ValueError(f'an image of {height} × {width} pixels is too small for T2T-ViT: '
                          'height and width must be at least 16')
-    for kernel, stride, padding in ((7, 4, 2), (3, 2, 1), (3, 2, 1)):  # SOFT_SPLITS: TorchScript sees no globals
+    for kernel, stride, padding in ((7, 4, 2), (3, 2, 1), (3, 2, 1)):  # SOFT_SPLITS; TorchScript has no globals
         height = (height + 2 * padding - kernel) // stride + 1
         width = (width + 2 * padding - kernel) // stride + 1
     return height, width
 
 
-def _has_autocast(device_type: str) -> bool:
-    """Return whether mixed precision is on; the meta device knows none."""
-    return device_type != 'meta' and torch.is_autocast_enabled(device_type)
-
-
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Return a context without mixed precision."""
-    return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else contextlib.nullcontext()
+    """Return a context without mixed precision, which the meta device does not support."""
+    is_on = device_type != 'meta' and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if is_on else contextlib.nullcontext()
 
 
 def soft_split(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
-    """Return the windows of a map [B, C, H, W], each flattened as nn.Unfold has it, [B, N, C · kernel²].
+    """Return the patches of a map [B, C, H, W] as tokens [B, N, C · kernel²], each flattened as by nn.Unfold.
 
-    By one copy, where nn.Unfold's, which puts windows last, needs a second one to lay them out as tokens.
+    This takes one copy; nn.Unfold puts the patches last, which takes a second copy to make tokens.
     """
     windows = F.pad(x, (padding, padding, padding, padding)).unfold(2, kernel, stride).unfold(3, kernel, stride)
     B, C, H, W, _, _ = windows.shape
     return windows.permute(0, 2, 3, 1, 4, 5).reshape(B, H * W, C * kernel * kernel)  # [B, N, C · k²]
 
 
-@torch.fx.wrap  # leaves to torch.fx, like all functions here that look at types
+@torch.fx.wrap  # a leaf function, since torch.fx cannot trace a comparison of types; so are those below
 @register_notrace_function
-def split_linear(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        kernel: int,
-        stride: int,
-        padding: int,
-) -> torch.Tensor:
-    """Return `F.linear(patches, weight, bias)` of the soft split of a map [B, C, H, W], [B, N, rows of weight].
+def split_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kernel: int, stride: int,
+                 padding: int) -> torch.Tensor:
+    """Return `F.linear(patches, weight, bias)` [B, N, rows of weight] for the soft split of a map [B, C, H, W].
 
-    A convolution: the patches, kernel² / stride² times the map, are never in memory.
+    Computed as a convolution, so the patches (kernel² / stride² times the map) are never in memory.
     """
     kernels = weight.reshape(-1, x.shape[1], kernel, kernel)  # [rows, C, kernel, kernel]
-    # In this layout a map is its tokens, so that nothing is copied before or behind.
+    # In channels_last layout a map has the memory layout of its tokens, so nothing is copied.
     x = F.conv2d(x.contiguous(memory_format=torch.channels_last),
                  kernels.contiguous(memory_format=torch.channels_last), bias, stride=stride, padding=padding)
     return x.flatten(2).transpose(1, 2)  # [B, rows, H', W'] -> [B, N, rows]
@@ -82,23 +69,15 @@ def split_linear(
 @torch.fx.wrap
 @register_notrace_function
 def split_norm_linear(
-        x: torch.Tensor,
-        norm_weight: torch.Tensor,
-        norm_bias: torch.Tensor,
-        norm_eps: float,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        kernel: int,
-        stride: int,
-        padding: int,
-) -> torch.Tensor:
-    """Return `F.linear(F.layer_norm(patches), weight, bias)` of the soft split of a map [B, C, H, W], [B, N, rows].
+        x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, norm_eps: float, weight: torch.Tensor,
+        bias: torch.Tensor | None, kernel: int, stride: int, padding: int) -> torch.Tensor:
+    """Return `F.linear(F.layer_norm(patches), weight, bias)` [B, N, rows] for the soft split of a map [B, C, H, W].
 
-    With mean μ and deviation σ of a patch x, W((x − μ)/σ · γ + β) + b is W'x/σ + (Wβ + b), where W' is W · γ less the
-    mean of each of its rows: a convolution by W', divided by the σ of each window. Rounding grows with |μ|/σ: this is
-    for maps of many channels, not for images, where a patch of sky is all but flat.
+    With mean μ and deviation σ of a patch x, W((x − μ)/σ · γ + β) + b equals W'x/σ + (Wβ + b), where W' is W · γ minus
+    the mean of each row: a convolution by W', divided by the σ of each patch. The rounding error grows with |μ|/σ, so
+    use this for maps with many channels, not for images, which have nearly constant patches.
     """
-    if torch.jit.is_scripting():  # which cannot switch autocast off
+    if torch.jit.is_scripting():  # TorchScript cannot switch autocast off
         patches = soft_split(x, kernel, stride, padding)  # [B, N, C · kernel²]
         return F.linear(F.layer_norm(patches, norm_weight.shape, norm_weight, norm_bias, norm_eps), weight, bias)
     else:
@@ -113,10 +92,10 @@ def split_norm_linear(
             maps = torch.stack((x.mean(1), x.square().mean(1)))  # [2, B, H, W]
             mean, square = F.avg_pool2d(maps, kernel, stride, padding).flatten(2).unsqueeze(3)  # [B, N, 1] each
             factor = ((square - mean.square()).clamp(min=0) + norm_eps).rsqrt()  # 1/σ, [B, N, 1]
-            # Images of any contrast fit into float16 this way. Detached, for the result does not depend on it.
+            # Makes images of any contrast fit float16. Detached, since the result does not depend on it.
             contrast = (maps[1].detach().mean((1, 2)) + norm_eps).sqrt().view(-1, 1, 1, 1)  # [B, 1, 1, 1]
             x, factor = x / contrast, factor * contrast.squeeze(3)
-        # Only now autocast, which says what is multiplied, and so what comes out.
+        # Outside of the context, since autocast determines the dtype of the product and of the result.
         x = split_linear(x.to(weight.dtype), centred.to(weight.dtype), None, kernel, stride, padding)
         with without_autocast(x.device.type):
             return torch.addcmul(offset, x, factor).to(x.dtype)
@@ -124,33 +103,24 @@ def split_norm_linear(
 
 @torch.fx.wrap
 @register_notrace_function
-def performer_attention(
-        k: torch.Tensor,
-        q: torch.Tensor,
-        v: torch.Tensor,
-        w: torch.Tensor,
-        eps: float = 1e-8,
-) -> torch.Tensor:
-    """Attention in linear time by positive random features (Choromanski et al. 2021), as T2T-ViT uses it.
+def performer_attention(k: torch.Tensor, q: torch.Tensor, v: torch.Tensor, w: torch.Tensor,
+                        eps: float = 1e-8) -> torch.Tensor:
+    """Return attention in linear time by positive random features (Choromanski et al. 2021), [B, N, D] like v.
 
     With features φ(x) = exp(w·x − |x|²/2) / √m the result is φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k) + eps).
 
-    Features reach e¹⁶, far above float16's 65,504. So all of this is float32 (float64 where the inputs are, and
-    in TorchScript), whatever autocast says, and the largest exponent of each q, and of all k of an image, is
-    subtracted first, so that activations of any size are safe. These factors cancel between numerator and
-    denominator if eps is divided by them too, and so does 1/√m: function and gradient are exactly the
-    published ones.
+    Features reach e¹⁶, above float16's 65,504, so the computation is in float32 (float64 for such inputs and in
+    TorchScript) even under autocast. The largest exponent of each q, and of all k of an image, is subtracted first.
+    These factors cancel between numerator and denominator, as does 1/√m, if eps is divided by them too. Function and
+    gradient are exactly the published ones. No entry exceeds the largest |v| of its image.
 
     Args:
         k, q, v: keys, queries and values, [B, N, D] each.
         w: fixed projections, [m, D].
         eps: published constant that keeps the quotient finite.
-
-    Returns:
-        [B, N, D] in the dtype of v, which can hold it: no entry exceeds the largest |v| of its image.
     """
     if torch.jit.is_scripting():
-        # TorchScript cannot switch autocast off, but autocast leaves float64 alone.
+        # TorchScript cannot switch autocast off, but autocast does not change float64.
         out = _performer_attention(k.double(), q.double(), v.double(), w.double(), eps)
     else:
         dtype = torch.promote_types(v.dtype, torch.float32)
@@ -159,24 +129,19 @@ def performer_attention(
     return out.to(v.dtype)
 
 
-def _performer_attention(
-        k: torch.Tensor,
-        q: torch.Tensor,
-        v: torch.Tensor,
-        w: torch.Tensor,
-        eps: float,
-) -> torch.Tensor:
-    """Compute `performer_attention` in the dtype of its inputs, which must hold the features' range."""
+def _performer_attention(k: torch.Tensor, q: torch.Tensor, v: torch.Tensor, w: torch.Tensor,
+                         eps: float) -> torch.Tensor:
+    """Compute `performer_attention` in the dtype of its inputs, which must be able to hold the features."""
     q_exponent = q @ w.t() - q.square().sum(-1, keepdim=True) / 2  # [B, N, m]
     k_exponent = k @ w.t() - k.square().sum(-1, keepdim=True) / 2  # [B, N, m]
-    # Detached: the result does not depend on the shifts, so nor does its gradient.
+    # Detached, since neither the result nor its gradient depends on the shifts.
     q_shift = q_exponent.detach().amax(dim=2, keepdim=True)  # [B, N, 1], per token
     k_shift = k_exponent.detach().amax(dim=(1, 2), keepdim=True)  # [B, 1, 1], per image
     q_features = torch.exp(q_exponent - q_shift)
     k_features = torch.exp(k_exponent - k_shift)
-    # The rescaled epsilon stays between exp(-60) and exp(60), well inside float32. Its lower end is out of reach of
-    # the published layers: with 32 rows of length √32 no exponent exceeds 16, and log(1e-8) - 2 · 16 > -60. At its
-    # upper end the features underflow: the published function is 0 like ours.
+    # The rescaled epsilon is clamped to exp(±60), well inside float32. The published layers never reach the lower
+    # limit: with 32 rows of length √32 no exponent exceeds 16, and log(1e-8) - 2 · 16 > -60. At the upper limit the
+    # features underflow, so the published function is 0 too.
     log_eps = math.log(eps * w.shape[0]) - q_shift - k_shift
     shifted_eps = log_eps.clamp(-60., 60.).exp()  # [B, N, 1]
 
@@ -186,9 +151,9 @@ def _performer_attention(
 
 
 class SoftSplit(nn.Module):
-    """Overlapping patches of a map, each flattened into one token (section 3.1, "soft split").
+    """Soft split (section 3.1): cut a map into overlapping patches and flatten each into a token.
 
-    This is the definition. The layers behind a split are `SplitLinear`, which for maps needs no patches.
+    This is the definition. `SplitLinear` computes a soft split and the linear layer after it without the patches.
     """
 
     def __init__(self, kernel: int, stride: int, padding: int):
@@ -196,7 +161,7 @@ class SoftSplit(nn.Module):
         self.kernel, self.stride, self.padding = kernel, stride, padding
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return rows and columns of the tokens of a map of height × width."""
+        """Return (rows, columns) of the tokens of a map of height × width."""
         margin = 2 * self.padding - self.kernel
         return (height + margin) // self.stride + 1, (width + margin) // self.stride + 1
 
@@ -209,13 +174,13 @@ class SoftSplit(nn.Module):
 
 
 class SplitLinear(nn.Linear):
-    """A linear layer behind a soft split, or behind a soft split and LayerNorm, with no patches of maps in memory.
+    """Linear layer after a soft split, or after a soft split and LayerNorm, without the patches in memory.
 
     Args:
-        split: kernel, stride and padding of the soft split.
+        split: (kernel, stride, padding) of the soft split.
         in_chans: channels C of the map.
         out_features: channels of the tokens.
-        of_pixels: the map is an image, whose patches, of few channels, are made (see `split_norm_linear`).
+        of_pixels: the map is an image, whose patches are small and are computed (see `split_norm_linear`).
     """
 
     def __init__(self, split: tuple[int, int, int], in_chans: int, out_features: int, bias: bool = True,
@@ -224,14 +189,9 @@ class SplitLinear(nn.Linear):
         self.kernel, self.stride, self.padding = split
         self.of_pixels = of_pixels
 
-    def forward(
-            self,
-            x: torch.Tensor,
-            norm_weight: torch.Tensor | None = None,
-            norm_bias: torch.Tensor | None = None,
-            norm_eps: float = 1e-5,
-    ) -> torch.Tensor:
-        """Map [B, C, H, W] to tokens [B, N, out_features]; with the weight and bias of a LayerNorm, through it."""
+    def forward(self, x: torch.Tensor, norm_weight: torch.Tensor | None = None, norm_bias: torch.Tensor | None = None,
+                norm_eps: float = 1e-5) -> torch.Tensor:
+        """Map [B, C, H, W] to tokens [B, N, out_features]; apply a LayerNorm of this weight and bias in between."""
         if norm_weight is None or norm_bias is None:
             return split_linear(x, self.weight, self.bias, self.kernel, self.stride, self.padding)
         if self.of_pixels:
@@ -246,15 +206,15 @@ class SplitLinear(nn.Linear):
 
 
 class TokenPerformer(nn.Module):
-    """Soft split and token layer with Performer attention: the published default, linear in the number of tokens.
+    """Soft split and token layer with Performer attention, linear in the number of tokens (the published default).
 
     Args:
-        split: kernel, stride and padding of the soft split.
+        split: (kernel, stride, padding) of the soft split.
         in_chans: channels C of the map.
-        token_dim: channels D of the outgoing tokens.
+        token_dim: channels D of the output tokens.
         of_pixels: the map is an image.
         kernel_ratio: random features m over D.
-        drop: dropout probability after the attention's projection and after the MLP, active in training.
+        drop: dropout probability after the attention's projection and after the MLP.
     """
 
     w: torch.Tensor
@@ -269,37 +229,37 @@ class TokenPerformer(nn.Module):
         self.dropout = nn.Dropout(drop)
         self.norm1 = nn.LayerNorm(self.kqv.in_features, **dd)
         self.norm2 = nn.LayerNorm(token_dim, **dd)
-        # A Sequential for the sake of the released keys, mlp.0 and mlp.2.
+        # A Sequential, since the released keys are mlp.0 and mlp.2.
         self.mlp = nn.Sequential(
             nn.Linear(token_dim, token_dim, **dd), nn.GELU(), nn.Linear(token_dim, token_dim, **dd), nn.Dropout(drop))
         features = int(token_dim * kernel_ratio)
-        # Drawn in float32: there is no QR decomposition in lower precision.
+        # In float32, since there is no QR decomposition in lower precision.
         w = nn.init.orthogonal_(torch.empty(features, token_dim, device=device)) * math.sqrt(features)
-        # Never trained, so a buffer; saved, because the trained weights belong to this draw.
+        # A buffer, since it is not trained; saved, since the trained weights depend on it.
         self.register_buffer('w', w.to(dtype))
 
     def keys_queries_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return k, q and v of a map [B, C, H, W], [B, N, D] each."""
+        """Return keys, queries and values, [B, N, D] each, of a map [B, C, H, W]."""
         k, q, v = self.kqv(x, self.norm1.weight, self.norm1.bias, self.norm1.eps).split(self.token_dim, dim=2)
         return k, q, v
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map a map [B, C, H, W] to tokens [B, N, D]."""
         k, q, v = self.keys_queries_values(x)
-        # The width changes from C · kernel² to D, so the residual starts at v instead of the patches.
+        # The residual starts at v, since the patches have another width (C · kernel² instead of D).
         x = v + self.dropout(self.proj(performer_attention(k, q, v, self.w)))
         return x + self.mlp(self.norm2(x))
 
 
 class TokenAttention(nn.Module):
-    """One-head attention of a Transformer token layer, whose arguments it takes; the residual is taken from v."""
+    """One-head attention of `TokenTransformer`, with its arguments; the residual starts at v."""
 
     def __init__(self, split: tuple[int, int, int], in_chans: int, token_dim: int, of_pixels: bool = False,
                  device=None, dtype=None):
         super().__init__()
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.qkv = SplitLinear(split, in_chans, 3 * token_dim, bias=False, of_pixels=of_pixels, **dd)
-        # As published: of the incoming channels (147 or 576), not of the 64 that q and k have.
+        # As published: from the channels of the patches (147 or 576), not from the 64 of q and k.
         self.scale = self.qkv.in_features ** -0.5
         self.proj = nn.Linear(token_dim, token_dim, **dd)
 
@@ -310,13 +270,9 @@ class TokenAttention(nn.Module):
 
 
 class TokenTransformer(nn.Module):
-    """Soft split and token layer with full attention: more accurate, quadratic in the number of tokens (T2T-ViT_t).
+    """Soft split and token layer with full attention, quadratic in the number of tokens (T2T-ViT_t).
 
-    Args:
-        split: kernel, stride and padding of the soft split.
-        in_chans: channels C of the map.
-        token_dim: channels D of the outgoing tokens.
-        of_pixels: the map is an image.
+    Takes the first four arguments of `TokenPerformer`.
     """
 
     def __init__(self, split: tuple[int, int, int], in_chans: int, token_dim: int, of_pixels: bool = False,
@@ -329,7 +285,7 @@ class TokenTransformer(nn.Module):
         self.mlp = Mlp(token_dim, **dd)
 
     def keys_queries_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return k, q and v of a map [B, C, H, W], [B, N, D] each."""
+        """Return keys, queries and values, [B, N, D] each, of a map [B, C, H, W]."""
         q, k, v = self.attn.qkv(x, self.norm1.weight, self.norm1.bias, self.norm1.eps).chunk(3, dim=2)
         return k, q, v
 
@@ -344,13 +300,13 @@ TOKEN_LAYERS = {'performer': TokenPerformer, 'transformer': TokenTransformer}
 
 
 class TokensToToken(nn.Module):
-    """Soft split, token layer, re-structurization, twice; a last soft split; projection to the backbone.
+    """Tokens-to-token module: twice a soft split, token layer and re-structurization; a soft split; a projection.
 
     Args:
-        tokens_type: 'performer' or 'transformer' (ValueError otherwise).
+        tokens_type: kind of token layers, 'performer' or 'transformer' (else ValueError).
         in_chans: channels of the image.
         embed_dim: channels of the backbone.
-        token_dim: channels D of the token layers.
+        token_dim: channels D of the token layers (token dimension).
     """
 
     def __init__(self, tokens_type: str, in_chans: int, embed_dim: int, token_dim: int, device=None, dtype=None):
@@ -365,7 +321,7 @@ class TokensToToken(nn.Module):
         self.project = SplitLinear(SOFT_SPLITS[2], token_dim, embed_dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images [B, C, H, W] to tokens [B, N, embed_dim] on the grid that `token_grid(H, W)` tells."""
+        """Map images [B, C, H, W] to tokens [B, N, embed_dim] on the grid `token_grid(H, W)`."""
         B, _, H, W = x.shape
         x = self.attention1(x)  # [B, N0, D]
         H, W = self.soft_split0.grid_size(H, W)

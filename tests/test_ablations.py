@@ -56,8 +56,7 @@ def tiny_dense(**kwargs) -> T2TViTDense:
     return timm.create_model('t2t_vit_dense', **{**defaults, **kwargs}).eval()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The published architectures
+# --- The published architectures --------------------------------------------------------------------------------------
 
 def test_registration():
     assert set(timm.list_models(module='ablations')) == set(SIZES)
@@ -111,8 +110,7 @@ def test_initialisation(name):
             assert -1 <= module.weight.min() < -0.9 and 0.9 < module.weight.max() <= 1, key
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Squeeze-excitation
+# --- Squeeze-excitation -----------------------------------------------------------------------------------------------
 
 def squeeze_excitation(x: torch.Tensor, layer: SqueezeExcitation) -> torch.Tensor:
     """The formula, image by image."""
@@ -139,8 +137,7 @@ def test_squeeze_excitation_follows_the_projection():
     torch.testing.assert_close(block(tokens), x + plain.mlp(plain.norm2(x)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Ghost operations
+# --- Ghost operations -------------------------------------------------------------------------------------------------
 
 def depthwise(tokens: torch.Tensor, operation: CheapOperation) -> torch.Tensor:
     """The published form: a depth-wise convolution over single tokens, its weights taken as they are."""
@@ -196,8 +193,7 @@ def test_ghost_refuses(arguments, message):
             GhostAttention(*arguments[:2])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Dense connections
+# --- Dense connections ------------------------------------------------------------------------------------------------
 
 def test_dense_block():
     block, tokens = DenseBlock(8, 16, 2, 2.), torch.randn(2, 5, 16)
@@ -279,8 +275,7 @@ def test_dense_weights_move_to_another_size_and_data_set(tmp_path):
     assert torch.equal(other.blocks[3].dense_linear.weight, model.blocks[3].dense_linear.weight)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Convolution tokens
+# --- Convolution tokens -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('size', [(64, 64), (65, 47), (16, 33)])
 def test_convolution_tokens(size):
@@ -303,8 +298,7 @@ def test_convolution_tokens_have_no_token_layers():
         T2TViT(img_size=64, tokens_fn=ConvolutionTokens)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Randomness in training
+# --- Randomness in training -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('block_fn, mlp_ratio', [(SEBlock, 3.), (GhostBlock, 3.)])
 @pytest.mark.parametrize('argument', ['drop', 'attn_drop', 'drop_path'])

@@ -14,7 +14,7 @@ import torch
 
 import export as script
 from models import runtimes as exports
-from models.runtimes import FORMS, Checks, Form, Source, describe, export
+from models.runtimes import RUNTIME_FORMATS, Checks, RuntimeFormat, TracedModel, describe, write_format
 from tests.conftest import ROOT, run_command, run_script, succeeded
 from utils.errors import UserError
 
@@ -55,8 +55,8 @@ def small_model(name='t2t_vit_7', img_size=(32, 32), **kwargs) -> torch.nn.Modul
     return timm.create_model(name, img_size=img_size, num_classes=3, **{**SMALL, **kwargs}).eval()
 
 
-def source_of(model, img_size=(32, 32)) -> Source:
-    return Source(model, describe(model, classes=CLASSES, input_size=(3, *img_size)), img_size)
+def traced_model(model, img_size=(32, 32)) -> TracedModel:
+    return TracedModel(model, describe(model, classes=CLASSES, input_size=(3, *img_size)), img_size)
 
 
 @pytest.fixture(scope='module')
@@ -117,17 +117,17 @@ def test_files_are_read_by_a_fresh_process(exported):
 
 def test_transformer_tokens(tmp_path):
     model = small_model('t2t_vit_t_14', (32, 64))
-    source, checks = source_of(model, (32, 64)), Checks(model, (32, 64), torch.randn(4, 3, 32, 64))
-    row = export('onnx', source, tmp_path, checks)
+    traced, checks = traced_model(model, (32, 64)), Checks(model, (32, 64), torch.randn(4, 3, 32, 64))
+    row = write_format('onnx', traced, tmp_path, checks)
     assert 'failure' not in row and row['difference'] <= 1e-4 and 'height' in row['axes'], row
 
 
 @pytest.mark.slow
 def test_aotinductor(tmp_path):
     model = small_model()
-    row = export('aotinductor', source_of(model), tmp_path, Checks(model, (32, 32)))
+    row = write_format('aotinductor', traced_model(model), tmp_path, Checks(model, (32, 32)))
     assert row['axes'] == 'batch' and row['difference'] <= 1e-4, row
-    run = FORMS['aotinductor'].read(tmp_path / row['file'])
+    run = RUNTIME_FORMATS['aotinductor'].read(tmp_path / row['file'])
     for count in (1, 5):
         images = torch.randn(count, 3, 32, 32)
         torch.testing.assert_close(run(images), model(images).detach(), atol=1e-4, rtol=0)
@@ -137,41 +137,42 @@ def test_aotinductor(tmp_path):
 
 def test_int8_is_a_quarter_of_the_size(tmp_path):
     model = timm.create_model('t2t_vit_7', img_size=32, num_classes=3).eval()
-    source, checks = source_of(model), Checks(model, (32, 32))
-    exact, int8 = export('safetensors', source, tmp_path, checks), export('int8', source, tmp_path, checks)
+    traced, checks = traced_model(model), Checks(model, (32, 32))
+    exact, int8 = write_format('safetensors', traced, tmp_path, checks), write_format('int8', traced, tmp_path, checks)
     assert int8['megabytes'] < exact['megabytes'] / 3.5
     with pytest.raises(UserError, match='no int8 export'):
         exports.read_int8(tmp_path / 'timm' / 'model.safetensors')
 
 
-def linear_model() -> tuple[torch.nn.Module, Source]:
+def linear_model() -> tuple[torch.nn.Module, TracedModel]:
     """A model that is exported in no time, for images of any size."""
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 5)).eval()
-    return model, Source(model, {'pretrained_cfg': {}}, (32, 32))
+    return model, TracedModel(model, {'pretrained_cfg': {}}, (32, 32))
 
 
 @pytest.mark.parametrize(('change', 'kept'), [
     (lambda logits: logits + 5e-5, True), (lambda logits: logits + 2e-4, False),
     (lambda logits: logits * (np.nan if len(logits) == 3 else 1), False), (lambda logits: logits.flip(0), False)])
 def test_a_form_that_differs_is_not_kept(tmp_path, monkeypatch, change, kept):
-    model, source = linear_model()
-    monkeypatch.setitem(FORMS, 'bent', Form(
-        'bent.txt', lambda source, path, graph: path.write_text(''), lambda path: lambda images: change(model(images))))
+    model, traced = linear_model()
+    monkeypatch.setitem(RUNTIME_FORMATS, 'bent', RuntimeFormat(
+        'bent.txt', lambda traced, path, graph: path.write_text(''), lambda path: lambda images: change(model(images))))
     (tmp_path / 'bent.txt').write_text('of another checkpoint')
-    row = export('bent', source, tmp_path, Checks(model, (32, 32), torch.randn(4, 3, 32, 32)))
+    row = write_format('bent', traced, tmp_path, Checks(model, (32, 32), torch.randn(4, 3, 32, 32)))
     assert (tmp_path / 'bent.txt').exists() == kept == ('failure' not in row)
     assert kept or 'differ' in row['failure']
     assert {path.name for path in tmp_path.iterdir()} <= {'bent.txt'}
 
 
 def test_large_logits_are_compared_by_their_size_and_none_may_be_nan(tmp_path, monkeypatch):
-    model, source = linear_model()
+    model, traced = linear_model()
     torch.nn.init.constant_(model[2].bias, 1000)
 
     def exported_with(change, **form):
-        monkeypatch.setitem(FORMS, 'bent', Form('bent', lambda source, path, graph: path.write_text(''),
-                                                lambda path: lambda images: model(images) + change, **form))
-        return export('bent', source, tmp_path, Checks(model, (32, 32)))
+        monkeypatch.setitem(RUNTIME_FORMATS, 'bent', RuntimeFormat(
+            'bent', lambda traced, path, graph: path.write_text(''),
+            lambda path: lambda images: model(images) + change, **form))
+        return write_format('bent', traced, tmp_path, Checks(model, (32, 32)))
 
     assert 'failure' not in exported_with(0.05) and 'differ' in exported_with(0.2)['failure']
     assert 'failure' not in exported_with(0.2, is_exact=False)
@@ -182,31 +183,31 @@ def test_large_logits_are_compared_by_their_size_and_none_may_be_nan(tmp_path, m
 
 
 def test_other_sizes_are_open_only_where_they_are_exact(tmp_path, monkeypatch):
-    model, source = linear_model()
+    model, traced = linear_model()
 
     def read(path):
         return lambda images: model(images) + (images.shape[2] != 32)
 
-    monkeypatch.setitem(FORMS, 'bent', Form('bent', lambda source, path, graph: path.write_text(''), read,
-                                            Source.graphs))
-    assert export('bent', source, tmp_path, Checks(model, (32, 32)))['axes'] == 'batch'
-    monkeypatch.setitem(FORMS, 'bent', FORMS['bent']._replace(read=lambda path: model))
-    assert export('bent', source, tmp_path, Checks(model, (32, 32)))['axes'].startswith('batch, height')
+    monkeypatch.setitem(RUNTIME_FORMATS, 'bent', RuntimeFormat(
+        'bent', lambda traced, path, graph: path.write_text(''), read, TracedModel.graphs))
+    assert write_format('bent', traced, tmp_path, Checks(model, (32, 32)))['axes'] == 'batch'
+    monkeypatch.setitem(RUNTIME_FORMATS, 'bent', RUNTIME_FORMATS['bent']._replace(read=lambda path: model))
+    assert write_format('bent', traced, tmp_path, Checks(model, (32, 32)))['axes'].startswith('batch, height')
 
 
 def test_models_of_one_size_are_exported_for_it():
     model = timm.create_model('deit_tiny_patch16_224', img_size=32, depth=1).eval()
     config = describe(model)
     del config['pretrained_cfg']['fixed_input_size']  # a model that does not say so, too
-    assert exports.open_axes(Source(model, config, (32, 32)).graph) == {'batch': 1}
+    assert exports.open_axes(TracedModel(model, config, (32, 32)).graph) == {'batch': 1}
 
 
 def test_what_is_missing_is_said(monkeypatch):
-    assert tuple(FORMS) == script.FORMATS
+    assert tuple(RUNTIME_FORMATS) == script.FORMATS
     assert exports.missing('safetensors') is None
     monkeypatch.setattr(exports.importlib.util, 'find_spec', lambda name: None if name == 'onnxscript' else name)
     assert exports.missing('onnx') == 'onnxscript not installed; pip install -r requirements-export.txt'
-    assert (ROOT / 'requirements-export.txt').read_text().count('onnx') >= len(FORMS['onnx'].packages)
+    assert (ROOT / 'requirements-export.txt').read_text().count('onnx') >= len(RUNTIME_FORMATS['onnx'].packages)
 
 
 def test_script_goes_on_without_a_compiler(exported):

@@ -41,8 +41,7 @@ def arrays() -> dict[str, np.ndarray]:
     return {key: tensor.numpy() for key, tensor in tensors().items()}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files that are no checkpoints
+# --- Files that are no checkpoints ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('content, message', [
     (b'', 'is empty'),
@@ -101,8 +100,7 @@ def test_metadata_of_a_safetensors_file(tmp_path):
         assert_refused(path, 'damaged')
 
 
-# ------------------------------------------------------------------------------------------------------------
-# PaddlePaddle's files
+# --- PaddlePaddle's files ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('protocol', [2, 3, 4])
 def test_arrays_of_every_kind(protocol, tmp_path):
@@ -123,8 +121,7 @@ def test_arrays_of_every_kind(protocol, tmp_path):
             assert read[key] == value
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files that run code: each attack works with Python's own reader, and does nothing here
+# --- Files that run code: each attack works with Python's own reader, and does nothing here ---------------------------
 
 class Hostile:
     """Pickles as a call."""
@@ -269,8 +266,7 @@ def test_the_allowance_ends_with_the_call(tmp_path):
         torch.load(tmp_path / 'a.pth', weights_only=True)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pickles that are absurd: no code, but more memory or time than a machine has, or no sense
+# --- Pickles that are absurd: no code, but more memory or time than a machine has, or no sense ------------------------
 
 def in_dict(*values: bytes) -> bytes:
     """A whole pickle: a dict of values."""

@@ -36,8 +36,7 @@ def tiny_model(**kwargs) -> torch.nn.Module:
         'img_size': (64, 48), 'num_classes': 5, 'embed_dim': 32, 'depth': 2, 'num_heads': 2, **kwargs}).eval()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Recipes
+# --- Recipes ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.yaml')), ids=lambda path: path.stem)
 def test_every_recipe_makes_a_model(path):
@@ -63,7 +62,7 @@ def test_what_a_recipe_says_of_the_model_is_taken(tmp_path):
 
 @pytest.mark.parametrize('lines, overrides, message', [
     (['lr: 1e-3'], {}, 'names no model; add a line such as "model: t2t_vit_14"'),
-    (['model: t2t_vit14'], {}, "'t2t_vit14' does not exist; use t2t_vit_14"),
+    (['model: t2t_vit14'], {}, "'t2t_vit14' does not exist; did you mean t2t_vit_14"),
     (['model: t2t_vit_7', 'img_size: big'], {}, 'img_size'),
     (['model: t2t_vit_7'], {'classes': 5}, "'classes' is no option of a model"),
     (['model: t2t_vit_7', 'model_kwargs: [dept=3]'], {}, 'takes no argument dept'),
@@ -93,12 +92,11 @@ def test_backbone_and_head(name, options, tmp_path):
 
 
 def test_two_heads_are_not_split():
-    with pytest.raises(UserError, match='a tuple, no linear layer; use model.forward_features'):
+    with pytest.raises(UserError, match='a tuple, not a linear layer; use model.forward_features'):
         split_head(tiny_model(aux_head=True))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# torch.hub
+# --- torch.hub --------------------------------------------------------------------------------------------------------
 
 def test_torch_hub(tmp_path):
     code = f'''
@@ -120,8 +118,7 @@ def test_torch_hub_has_every_model():
     assert all(getattr(hubconf, name).__doc__ for name in entry_points)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# timm's folders and the Hugging Face Hub
+# --- timm's folders and the Hugging Face Hub --------------------------------------------------------------------------
 
 needs_arguments = pytest.mark.skipif(not SAVES_ARGUMENTS, reason='before timm 1.0.31 no arguments are saved')
 

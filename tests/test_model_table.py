@@ -56,7 +56,7 @@ def test_another_image_size(tmp_path):
 
 
 @pytest.mark.parametrize('options, message', [
-    (['t2t_vit14'], "model 't2t_vit14' does not exist; use t2t_vit_14"),
+    (['t2t_vit14'], "model 't2t_vit14' does not exist; did you mean t2t_vit_14"),
     (['t2t_vit_7', '--img-size', '8'], 'at least 16'),
     (['t2t_vit_7', '-o', 'nowhere/zoo.md'], '--output nowhere/zoo.md cannot be written'),
 ])

@@ -66,8 +66,7 @@ def tiny_model(tokens_type: str = 'performer', **kwargs) -> T2TViT:
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The published architecture
+# --- The published architecture ---------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason=f'no golden data at {GOLDEN}; set T2T_SHARED to its folder')
 @pytest.mark.parametrize('name', GOLDEN_MODELS)
@@ -227,8 +226,7 @@ def test_a_normalised_split_squares_its_map_once():
     assert reads.seen == ['mean', 'pow', 'mean', 'div', 'convolution']
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Image sizes
+# --- Image sizes ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('size, grid', [
     ((224, 224), (14, 14)), ((192, 256), (12, 16)), ((16, 16), (1, 1)), ((17, 31), (1, 2)),
@@ -266,8 +264,7 @@ def test_small_images_are_refused(size):
         tiny_model()(torch.randn(1, 3, *size))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The Performer's arithmetic
+# --- The Performer's arithmetic ---------------------------------------------------------------------------------------
 
 def published_attention(k, q, v, w, eps=1e-8):
     """The formula as published, without any care for overflow."""
@@ -358,8 +355,7 @@ def test_published_arithmetic_overflows_float16():
     assert performer_attention(k, q, v, w).isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# timm's interface
+# --- timm's interface -------------------------------------------------------------------------------------------------
 
 def test_registration():
     assert set(timm.list_models(module='t2t_vit')) == set(VARIANTS) == set(PUBLISHED)
@@ -501,8 +497,7 @@ def test_compiles_without_graph_breaks(tokens_type):
         torch.testing.assert_close(compiled(images), model(images))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The factory
+# --- The factory ------------------------------------------------------------------------------------------------------
 
 def test_factory_passes_arguments_and_logs_them(caplog):
     with caplog.at_level(logging.INFO, logger='models.factory'):
@@ -532,7 +527,7 @@ def test_factory_sizes_vision_transformers(name):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    ({'name': 't2t_vit14'}, "'t2t_vit14' does not exist; use t2t_vit_14"),
+    ({'name': 't2t_vit14'}, "'t2t_vit14' does not exist; did you mean t2t_vit_14"),
     ({'name': 'T2T_ViT_t14'}, 't2t_vit_t_14'),
     ({'name': 'qwertz'}, 'list_models'),
     ({'name': 't2t_vit_7.laion'}, "no weights 'laion'; use t2t_vit_7 or t2t_vit_7.in1k"),

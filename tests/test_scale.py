@@ -138,7 +138,7 @@ def test_two_ranks_against_one(tmp_path):
 
 
 @pytest.mark.parametrize('options, message', [
-    (('--models', 't2t_vit_15'), "model 't2t_vit_15' does not exist; use t2t_vit_19"),
+    (('--models', 't2t_vit_15'), "model 't2t_vit_15' does not exist; did you mean t2t_vit_19"),
     (('--ranks', '1'), '--ranks: 1 is too small: at least 2'),  # a process on its own would start itself without an end
     (('--img-sizes', '8'), '--img-sizes: an image of 8 × 8 pixels is too small'),
     (('--precision', 'fp16'), '--precision fp16: a CPU computes in fp32 or bf16')])

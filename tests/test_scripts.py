@@ -195,7 +195,7 @@ def mistakes(tmp: Path, images: Path, checkpoint: Path) -> dict:
         'value': ('train.py', (*good, '--lr', 'x'), "--lr: 'x' is not a number"),
         'no data': ('train.py', TRAIN, 'no data: give the folder'),
         'model': ('train.py', (images, '--model', 't2t_vit_15', '--device', 'cpu'),
-                  "'t2t_vit_15' does not exist; use t2t_vit_1"),
+                  "'t2t_vit_15' does not exist; did you mean t2t_vit_1"),
         'dataset': ('train.py', (*good, '--dataset', 'cifar11'), "invalid choice: 'cifar11'"),
         'device': ('train.py', (*good, '--device', 'gpu'), '--device gpu: no such device'),
         'folder': ('train.py', (tmp / 'nowhere', *TRAIN), 'nowhere'),
@@ -227,7 +227,7 @@ def mistakes(tmp: Path, images: Path, checkpoint: Path) -> dict:
         'what model': (
             'validate.py',
             (images, *SMALL[4:], '--eval-checkpoint', tmp / 'unknown.pth'),
-            'does not say what model it is of (an architecture not known here (1 tensors, the first conv.weight)); '
+            'does not record its model (an architecture not known here (1 tensors, the first conv.weight)); '
             'give --model',
         ),
         'model kwargs': ('train.py', (*good, '--model-kwargs', 'dept=3'), 'takes no argument dept'),

@@ -112,7 +112,7 @@ def test_a_contender_that_fails_is_a_row_that_says_so(measured):
 
 
 @pytest.mark.parametrize('options, message', [
-    (('--models', 't2t_vit_15'), "model 't2t_vit_15' does not exist; use t2t_vit_19"),
+    (('--models', 't2t_vit_15'), "model 't2t_vit_15' does not exist; did you mean t2t_vit_19"),
     (('--precision', 'fp16'), '--precision fp16: a CPU computes in fp32 or bf16; leave it out'),
     (('--peers', 'resnet50@big'), "--peers: 'big' is not an image size"),
     (('--name', 'a/b'), '--name a/b: give a name without a folder; the folder is --output')])

@@ -284,8 +284,7 @@ def test_random_layers_are_taken(name, shared):
     assert max(rates) == pytest.approx(0.3) and rates == sorted(rates)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Older versions of timm
+# --- Older versions of timm -------------------------------------------------------------------------------------------
 
 # Private modules that timm 1.0.22 has as well, in which there is what has no public name.
 PRIVATE = {'timm.models._features', 'timm.models._hub'}

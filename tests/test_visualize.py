@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import visualize as script
+from figures import files
 from models import create_model
 from tests.conftest import run_script, succeeded, write_checkpoint
 from utils.errors import UserError
@@ -49,7 +50,7 @@ def test_an_image_gets_every_picture(run, folder):
 
 def test_shares_of_all_models_are_printed(run):
     out = succeeded(run)
-    assert 'Channels that say nothing of 1 image:' in out
+    assert 'Dead and saturated channels, judged by 1 image:' in out
     for title, layer, channels in (('t2t_vit_7 ', 'blocks.1', 32), ('resnet18 (random weights)', 'layer4', 512),
                                    ('t2t_vit_7 (small.pth.tar)', 'tokens_to_token.attention1', 64)):
         line, = (line for line in out.splitlines() if line.startswith(f'  {title}') and f' {layer} ' in line
@@ -81,7 +82,7 @@ def test_images_of_the_same_name_have_pictures_of_their_own(call, folder):
     (('--blocks', '3'), 'block 3 does not exist; the model has blocks 1 to 2'),
     (('--token', '0', '2'), r'token 0 2 does not exist; the last grid has rows 0 to 1 and columns 0 to 1'),
     (('--layers', 'block.1'), r"layer 'block.1' does not exist in model t2t_vit_7; did you mean blocks\.1\?"),
-    (('--beside', 'resnet81'), "model 'resnet81' does not exist; use resnet1"),
+    (('--beside', 'resnet81'), "model 'resnet81' does not exist; did you mean resnet1"),
     (('--beside', 't2t_vit_7=nowhere.pth'), 'nowhere.pth'),
     (('--figures', 'atention'), "invalid choice: 'atention'"),
     (('--dataset', 'digits'), 'which images'),
@@ -156,10 +157,10 @@ def test_images_in_class_folders_are_named_with_their_class(call, folder, tmp_pa
 
 
 def test_names_of_files():
-    assert script.file_names([
+    assert files.file_names([
         '/a/cat.jpg', 'b/cat.png', 'cat-2.jpg', 'digits val[7]', '/x/ü /é$.jpg', '###.jpg', 'a[1]/dog.jpg', 'c/cat.png',
     ]) == ['cat', 'cat-2', 'cat-2-2', 'digits-val-7', 'é', 'image', 'dog', 'cat-3']
-    assert script.file_names(['val/ant/1.png', 'val/bee/1.png', 'cifar10 test[2]'], in_class_folders=True) == [
+    assert files.file_names(['val/ant/1.png', 'val/bee/1.png', 'cifar10 test[2]'], in_class_folders=True) == [
         'ant-1', 'bee-1', 'cifar10-test-2']
-    long, same = script.file_names([f'{"a" * 120}{"é" * 60}.jpg'] * 2)
+    long, same = files.file_names([f'{"a" * 120}{"é" * 60}.jpg'] * 2)
     assert long == 'a' * 120 + 'é' * 40 and same == f'{long}-2'

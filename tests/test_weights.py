@@ -67,8 +67,7 @@ def assert_refused(model: torch.nn.Module, checkpoint, message: str, **kwargs) -
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Formats. Each writer below turns a state dict of ours into what the file of another project holds.
+# --- Formats. Each writer below turns a state dict of ours into what the file of another project holds. ---------------
 
 class PaddleTensor:
     """Pickles as tensors of PaddlePaddle do: as the call tuple((name, array))."""
@@ -229,7 +228,7 @@ def test_reports_name_every_key():
     assert f'{len(report.renamed)} renamed; {len(source)} dropped' in str(report)
     for line in ('renamed: backbone.encoder.1.ffn.layers.0.0.weight → blocks.1.mlp.fc1.weight',
                  'renamed: backbone.tokens_to_token.attention1.ln1.bias → tokens_to_token.attention1.norm1.bias',
-                 'dropped, no weights: ema_backbone_cls_token',
+                 'dropped, not weights: ema_backbone_cls_token',
                  'adapted: pos_embed resized from 4 × 4 to 6 × 6'):
         assert line in lines, line
     assert len(lines) == 1 + len(source) + len(source) + 1  # tokens_to_token.project keeps its name but for backbone.
@@ -244,7 +243,7 @@ def test_reports_name_every_key():
                         head_replaced='why')
     assert 'b, c, d and 1 more' in str(report) and 'f' in str(report)
     assert report.lines()[1:] == ['classifier not loaded: why', *(f'missing, kept as initialised: {k}' for k in 'bcde'),
-                                  'ignored, no place: f']
+                                  'ignored, not in the model: f']
 
 
 def test_the_average_is_taken_only_when_wanted():
@@ -306,8 +305,7 @@ def test_arrays_in_any_byte_order_and_bfloat16():
     assert state['b'].dtype == torch.bfloat16 and torch.equal(state['b'], values.bfloat16())
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Loading
+# --- Loading ----------------------------------------------------------------------------------------------------------
 
 def test_another_image_size_resamples_the_position_embedding():
     source = tiny_model(img_size=64)
@@ -498,8 +496,7 @@ def test_other_shapes_are_never_accepted():
     assert_refused(tiny_model(), {'something.else': torch.zeros(1)}, 'do not fit', strict=False)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What weights are of
+# --- What weights are of ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name, options', [
     ('t2t_vit_10', {}), ('t2t_vit_t_14', {'num_classes': 10}), ('t2t_vit_14', {'img_size': 384}),
@@ -603,8 +600,7 @@ def test_models_of_timm(name, classifier, options):
     assert transfer.state_dict()[f'{classifier}.weight'].shape[0] == 3
 
 
-# ------------------------------------------------------------------------------------------------------------
-# timm's own way to pretrained weights
+# --- timm's own way to pretrained weights -----------------------------------------------------------------------------
 
 def test_pretrained_through_timm(tmp_path):
     state = timm.create_model('t2t_vit_7').state_dict()

@@ -256,11 +256,13 @@ class _Builder:
 
     def save_config(self, path: Path) -> None:
         """Writes what timm needs to know beside the weights."""
-        from models.runtimes import save_config
+        from models.runtimes import describe
         from models.weights.formats import recorded_classes
         model = self.build()
-        save_config(model, path, classes=recorded_classes(self.checkpoint), input_size=self._input_size(model))
-        with open(path, 'rb') as file:
+        config = describe(model, classes=recorded_classes(self.checkpoint), input_size=self._input_size(model))
+        with open(path, 'w') as file:
+            json.dump(config, file, indent=2)
+            file.flush()
             os.fsync(file.fileno())
 
     def compare(self, written: Path, is_folder: bool) -> float:

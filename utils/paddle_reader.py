@@ -1,11 +1,11 @@
-"""Reads files of `paddle.save`, without PaddlePaddle and without running their code.
+"""Read files of `paddle.save` without PaddlePaddle and without running code from the file.
 
     state = load(open('T2T_ViT_14.pdparams', 'rb').read())
 
-Such a file is a bare pickle of numpy arrays, alone or in (name, array) pairs. A pickle is a program for a small stack
-machine, and Python's own machine calls any function that the program names. This machine knows only the instructions
-of `_execute` and the names in NAMES, which stand for functions of this module. It checks the type of a value before it
-hashes, prints or multiplies it: nested tuples make a file of a hundred bytes that would take forever to hash.
+Such a file is a bare pickle of numpy arrays, some in (name, array) pairs. A pickle is a program for a stack machine;
+Python's machine calls any function that the program names. This one executes only the instructions in `_execute` and
+the names in NAMES, which stand for functions of this module. It checks the type of every value before it hashes, prints
+or multiplies it, since a hundred bytes can describe nested tuples that take forever to hash.
 """
 import math
 import pickle
@@ -15,26 +15,24 @@ from typing import Any
 
 import numpy as np
 
-# Begins the legacy files of torch.save, which are bare pickles too.
+# Magic number at the start of torch.save's legacy files, which are bare pickles too.
 TORCH_MAGIC = (0x1950a86a20f9469cfc6c).to_bytes(10, 'little')
-# numpy's own limit.
-MAX_DIMS = 64
-# Paddle stores bfloat16 as u2.
-DTYPES = ('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'f2', 'f4', 'f8')
+MAX_DIMS = 64  # numpy's own limit
+DTYPES = ('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'f2', 'f4', 'f8')  # paddle stores bfloat16 as u2
 
 
 def is_bare_pickle(head: bytes) -> bool:
-    """Tell from a file's first bytes whether it is a pickle (protocol 2 or later) that torch.save did not write."""
+    """Return whether a file with these first bytes is a pickle (protocol 2 or later) not written by torch.save."""
     return head[:1] == b'\x80' and head[1:2] in (b'\x02', b'\x03', b'\x04', b'\x05') and TORCH_MAGIC not in head[:32]
 
 
 def load(data: bytes) -> Any:
-    """Return what a pickle of plain containers and numpy arrays holds; the arrays are read-only.
+    """Return the content of a pickle of plain containers and numpy arrays; the arrays are read-only.
 
     Raises:
-        pickle.UnpicklingError: it refers to anything else ('GLOBAL module.name') or needs an unknown instruction.
+        pickle.UnpicklingError: it refers to anything else ('GLOBAL module.name') or has an unknown instruction.
         ValueError: its arrays hold objects, or more bytes than the file.
-        Exception: it is damaged; nearly any kind, as for all readers of pickles.
+        Exception: it is damaged; errors of nearly any kind.
     """
     content = _Machine(data).run()
     _check_size(content, limit=len(data))
@@ -42,7 +40,7 @@ def load(data: bytes) -> Any:
 
 
 def _check_size(content: Any, limit: int) -> None:
-    """Raise ValueError if arrays or containers appear so often that unfolding them would not end."""
+    """Raise ValueError if repeated arrays and containers are, taken together, larger than the file."""
     claimed, waiting = 0, [content]
     while waiting:
         item = waiting.pop()
@@ -54,15 +52,15 @@ def _check_size(content: Any, limit: int) -> None:
 
 
 def _check_text(value: Any, what: str) -> None:
-    """Raise ValueError if a value is not text."""
+    """Raise ValueError unless a value is text."""
     if type(value) is not str:
         raise ValueError(f'a {type(value).__name__} as {what}')
 
 
-# --- What the names in a file stand for ------------------------------------------------------------------------------
+# --- Meaning of the names in a file -----------------------------------------------------------------------------------
 
 class _DType:
-    """An unfinished dtype: created with its code, completed with its byte order by BUILD."""
+    """A dtype under construction: created with its code, completed with its byte order by BUILD."""
 
     def __init__(self, code: str):
         _check_text(code, 'the code of a dtype')
@@ -71,7 +69,7 @@ class _DType:
         self.code, self.order = code, '='
 
     def build(self, state: tuple) -> None:
-        """Take the byte order. The rest describes records and sub-arrays, which weights never are."""
+        """Set the byte order; refuse records and sub-arrays."""
         _, self.order, sub_array, names, fields = state[:5]
         _check_text(self.order, 'the byte order of a dtype')
         if self.order not in tuple('<>=|') or any(part is not None for part in (sub_array, names, fields)):
@@ -79,29 +77,27 @@ class _DType:
 
 
 class _Array:
-    """An unfinished array: created empty, completed by BUILD with shape, dtype and bytes."""
+    """An array under construction: created empty, completed by BUILD with shape, dtype and bytes."""
 
     def __init__(self):
         self.value: np.ndarray | None = None
 
     def build(self, state: tuple) -> None:
-        """Take shape and content, if they agree."""
+        """Set the value, or raise ValueError unless shape and content agree."""
         _, shape, dtype, is_fortran, content = state
         if not isinstance(dtype, _DType) or not isinstance(content, bytes):
             raise ValueError('an array without a dtype or bytes')
-        # Text times a number is a longer text, and a product of very many numbers never ends.
+        # Checked before multiplying: text times a number is a longer text, and many numbers have a huge product.
         if type(shape) is not tuple or len(shape) > MAX_DIMS or not all(type(length) is int for length in shape):
             raise ValueError(f'an array whose shape is no tuple of at most {MAX_DIMS} whole numbers')
         flat = np.frombuffer(content, dtype.order + dtype.code)
-        # Python's integers do not overflow: a shape of 10¹² is compared, never allocated.
-        size = math.prod(shape)
-        if size != flat.size or any(length < 0 for length in shape):
+        # Python's integers do not overflow, so a shape of 10¹² is compared, never allocated.
+        if math.prod(shape) != flat.size or any(length < 0 for length in shape):
             raise ValueError(f'an array of shape {str(shape)[:60]} with {flat.size} numbers')
         self.value = flat.reshape(shape, order='F' if is_fortran else 'C')
 
 
-# Stands for the class numpy.ndarray, which only _reconstruct takes.
-_NDARRAY = object()
+_NDARRAY = object()  # stands for numpy.ndarray, which is only an argument of _reconstruct
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
@@ -110,34 +106,48 @@ def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
     return _Array()
 
 
+def _dtype(code: str, align: Any = False, copy: Any = False) -> _DType:
+    return _DType(code)
+
+
 def _encode(text: str, encoding: str) -> bytes:
-    """Return the bytes that protocol 2 stores as text with the same code points."""
+    """Return bytes, which protocol 2 stores as text of the same numbers."""
     _check_text(encoding, 'an encoding')
     if encoding != 'latin1':
         raise ValueError(f'bytes in the encoding {encoding[:20]!r}')
     return text.encode('latin1')
 
 
+def _no_bytes() -> bytes:
+    """Return no bytes, which protocol 2 stores as the call bytes()."""
+    return b''
+
+
 def _pair(items: tuple) -> tuple:
-    """Return a tensor of paddle.save, which is the call tuple((name, array))."""
+    """Return (name, array), paddle.save's form of a tensor, which is stored as a call of tuple."""
     name, array = items
     return name, array
+
+
+def _ordered_dict() -> dict:
+    """Return a dict for an empty OrderedDict, since it keeps the order too."""
+    return {}
 
 
 NAMES = {
     ('numpy.core.multiarray', '_reconstruct'): _reconstruct,
     ('numpy._core.multiarray', '_reconstruct'): _reconstruct,  # as numpy 2 writes it
     ('numpy', 'ndarray'): _NDARRAY,
-    ('numpy', 'dtype'): lambda code, align=False, copy=False: _DType(code),
+    ('numpy', 'dtype'): _dtype,
     ('_codecs', 'encode'): _encode,
-    ('__builtin__', 'bytes'): lambda: b'',  # the content of an empty array in protocol 2
+    ('__builtin__', 'bytes'): _no_bytes,
     ('builtins', 'tuple'): _pair,
     ('__builtin__', 'tuple'): _pair,  # as protocol 2 writes it
-    ('collections', 'OrderedDict'): lambda: {},  # created empty; a dict keeps the order too
+    ('collections', 'OrderedDict'): _ordered_dict,
 }
 
 
-# --- The stack machine -----------------------------------------------------------------------------------------------
+# --- The stack machine ------------------------------------------------------------------------------------------------
 
 CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
 LITERALS = {'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'SHORT_BINUNICODE', 'BINUNICODE', 'BINUNICODE8',
@@ -146,14 +156,14 @@ TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
 
 
 class _Machine:
-    """Executes one pickle. Its memo is a dict, so a high index costs no memory."""
+    """Executes one pickle. The memo is a dict, so a high index takes no memory."""
 
     def __init__(self, data: bytes):
         self.data = data
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        self.encoded = 0  # bytes from _encode, which may encode the same text again and again
+        self.encoded = 0  # bytes returned by _encode, which a file may call repeatedly
 
     def run(self) -> Any:
         """Return the object that the pickle describes."""
@@ -164,7 +174,7 @@ class _Machine:
         raise EOFError('the pickle has no end')
 
     def _execute(self, name: str, argument: Any) -> None:
-        """Carry out one of the instructions that a dict of arrays needs."""
+        """Execute one of the instructions that a dict of arrays needs."""
         stack = self.stack
         if name in LITERALS:
             stack.append(argument)
@@ -207,12 +217,12 @@ class _Machine:
             state = self._pop()
             self._top(_Array, _DType).build(state)
         elif name not in ('PROTO', 'FRAME'):
-            raise pickle.UnpicklingError(f'the instruction {name}, which arrays never need')
+            raise pickle.UnpicklingError(f'the instruction {name}, which no array needs')
 
     def _reduce(self) -> None:
         """Call one of the functions of NAMES."""
         arguments, function = self._pop(), self._pop()
-        if not isinstance(function, types.FunctionType):  # all others on the stack are data
+        if not isinstance(function, types.FunctionType):  # other values are data
             raise ValueError(f'a call of a {type(function).__name__}')
         if type(arguments) is not tuple:
             raise ValueError(f'a call with a {type(arguments).__name__} of arguments')
@@ -226,7 +236,7 @@ class _Machine:
 
     @staticmethod
     def _finished(item: Any) -> Any:
-        """Return the array of a finished _Array, and anything else unchanged."""
+        """Return the finished array of an `_Array`; return other values unchanged."""
         if isinstance(item, _Array):
             if item.value is None:
                 raise ValueError('an array without content')

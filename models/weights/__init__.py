@@ -1,1 +1,1 @@
-"""Weights from elsewhere: recognise their format, identify their model, load them."""
+"""Recognise the format of foreign weights, identify their model, load them: formats → identity → loading."""

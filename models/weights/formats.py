@@ -1,9 +1,9 @@
-"""The kinds of checkpoints there are of T2T-ViT, and the way from each to a flat state dict of ours.
+"""Recognise the formats of T2T-ViT checkpoints by their content, and convert each to a state dict with our keys.
 
     weights = extract(read_checkpoint('T2T_ViT_14.pdparams'))
     weights.format, weights.state['tokens_to_token.attention1.kqv.weight']
 
-Files are told apart by what is in them, never by their name. A new kind is one entry in FORMATS.
+A new format is one entry in FORMATS.
 """
 import argparse
 import re
@@ -18,36 +18,27 @@ from utils.errors import UserError
 
 StateDict = dict[str, torch.Tensor]
 
-# Where a checkpoint keeps its weights; first match wins. Published accuracies are those of the average (EMA).
+# Entries that may hold the weights; the first one wins. Published accuracies are those of the averaged weights (EMA).
 CONTAINERS = ('state_dict_ema', 'state_dict', 'model_ema', 'model', 'net')
 EMA_CONTAINERS = ('state_dict_ema', 'model_ema')
 
-MAX_SIDE = 2 ** 16  # pixels of an image, beyond which a recorded size is taken for a mistake
-PADDLE_NAME_TABLE = 'StructuredToParameterName@@'  # what paddle.save adds to a state dict: its own names of the keys
+MAX_SIDE = 2 ** 16  # pixels; a larger recorded image size is ignored
+PADDLE_NAME_TABLE = 'StructuredToParameterName@@'  # entry that paddle.save adds to a state dict
 
 
-# --------------------------------------------------------------------------------------------------
-# The table
+# --- The table --------------------------------------------------------------------------------------------------------
 
 class Format(NamedTuple):
-    """A kind of checkpoint: how to know it, and what in it is not as ours.
-
-    Attributes:
-        name: what reports call it.
-        recognises: looks at the whole checkpoint and at its flat state dict.
-        renamed: patterns of re.sub, each applied to every key, in this order.
-        dropped: pattern of the keys, whole, that are no weights.
-        transposed: whether linear layers keep [in, out] instead of [out, in].
-    """
-    name: str
-    recognises: Callable[[Mapping[str, Any], dict[str, Any]], bool]
-    renamed: tuple[tuple[str, str], ...] = ()
-    dropped: str | None = None
-    transposed: bool = False
+    """A format of checkpoints, and its differences from ours."""
+    name: str  # in reports
+    recognises: Callable[[Mapping[str, Any], dict[str, Any]], bool]  # called with the checkpoint and its state dict
+    renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of re.sub, applied in this order
+    dropped: str | None = None  # pattern of whole keys that are not weights
+    transposed: bool = False  # whether linear layers are stored as [in, out]
 
 
 def _has_arrays(state: Mapping[str, Any]) -> bool:
-    """Tell whether the weights are numpy's, as read_checkpoint gives them from PaddlePaddle's files."""
+    """Return whether the weights are numpy arrays, as read from PaddlePaddle's files."""
     return any(isinstance(_without_name(value), np.ndarray) for value in state.values())
 
 
@@ -55,7 +46,7 @@ def _has_keys(state: Mapping[str, Any], start: str) -> bool:
     return any(key.startswith(start) for key in state)
 
 
-# PaddleViT's names, and those of PASSL before it took over the authors'.
+# Names of PaddleViT, and of PASSL before it used the authors' names.
 PADDLEVIT_NAMES = ((r'^patch_embed\.attn(\d+)\.', r'tokens_to_token.attention\1.'),
                    (r'^patch_embed\.proj\.', 'tokens_to_token.project.'))
 
@@ -67,7 +58,7 @@ FORMATS = (
     Format('PaddleViT', lambda content, state: _has_arrays(state) and _has_keys(state, 'patch_embed.attn'),
            renamed=PADDLEVIT_NAMES, dropped=PADDLE_NAME_TABLE, transposed=True),
     Format('PaddlePaddle', lambda content, state: _has_arrays(state), dropped=PADDLE_NAME_TABLE, transposed=True),
-    # Its EMA hook has already put the averages in the place of the weights; `ema_*` are the weights before that.
+    # Its EMA hook has replaced the weights by the averages; `ema_*` are the weights before that.
     Format('mmpretrain', lambda content, state: _has_keys(state, 'backbone.encoder.'),
            renamed=((r'^backbone\.', ''), (r'^encoder\.', 'blocks.'), (r'^head\.layers\.head\.', 'head.'),
                     (r'\.ln([12])\.', r'.norm\1.'), (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'),
@@ -86,13 +77,12 @@ FORMATS = (
 )
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoint → weights
+# --- Checkpoint → weights ---------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights in a checkpoint under our keys and in our layout, and what was done to them."""
-    format: str  # name of the format, one of FORMATS
+    """The weights of a checkpoint with our keys and layout, and the changes."""
+    format: str  # name of one of FORMATS
     entry: str | None  # entry of the checkpoint that held the weights; None for a flat state dict
     state: StateDict
     renamed: tuple[tuple[str, str], ...] = ()  # (key in the file, our key)
@@ -101,14 +91,14 @@ class Weights:
 
 
 def extract(checkpoint: Mapping[str, Any], use_ema: bool = True) -> Weights:
-    """Return the weights in a checkpoint of any kind in FORMATS.
+    """Return the weights of a checkpoint in any of FORMATS.
 
     Args:
-        checkpoint: what `read_checkpoint` returns.
-        use_ema: prefer the averaged weights; without it they are never taken.
+        checkpoint: as returned by `read_checkpoint`.
+        use_ema: prefer the averaged weights; False never takes them.
 
     Raises:
-        UserError: there are no weights in it, or only averaged ones and use_ema is False.
+        UserError: it has no weights, or only averaged ones and use_ema is False.
     """
     wanted = [entry for entry in CONTAINERS if use_ema or entry not in EMA_CONTAINERS]
     entry = next((entry for entry in wanted if _has_weights(checkpoint, entry)), None)
@@ -146,23 +136,23 @@ def extract(checkpoint: Mapping[str, Any], use_ema: bool = True) -> Weights:
 
 
 def has_ema(checkpoint: Mapping[str, Any]) -> bool:
-    """Tell whether a checkpoint holds averaged weights."""
+    """Return whether a checkpoint holds averaged weights."""
     return any(_has_weights(checkpoint, entry) for entry in EMA_CONTAINERS)
 
 
 def has_plain(checkpoint: Mapping[str, Any]) -> bool:
-    """Tell whether a checkpoint holds weights that are no averages."""
-    plain = [entry for entry in CONTAINERS if entry not in EMA_CONTAINERS]
+    """Return whether a checkpoint holds weights that are not averaged."""
+    plain = set(CONTAINERS) - set(EMA_CONTAINERS)
     return not has_ema(checkpoint) or any(_has_weights(checkpoint, entry) for entry in plain)
 
 
 def _has_weights(checkpoint: Mapping[str, Any], entry: str) -> bool:
-    """Tell whether an entry is there and filled: trainers write None where they keep no average."""
+    """Return whether an entry exists and is not empty, since trainers without an average write None."""
     return isinstance(checkpoint.get(entry), Mapping) and len(checkpoint[entry]) > 0
 
 
 def _without_wrappers(key: str) -> str:
-    """Strip what DistributedDataParallel (at the front) and torch.compile (anywhere) add to a key."""
+    """Strip the prefixes of DistributedDataParallel (at the front) and torch.compile (anywhere) from a key."""
     key = key.replace('_orig_mod.', '')
     while key.startswith('module.'):
         key = key.removeprefix('module.')
@@ -170,14 +160,14 @@ def _without_wrappers(key: str) -> str:
 
 
 def _without_name(value: Any) -> Any:
-    """Return the array of a (name, array) pair, as which PaddlePaddle saves a tensor; all else as it is."""
+    """Return the array of a (name, array) pair, PaddlePaddle's form of a tensor; return other values unchanged."""
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], np.ndarray):
         return value[1]
     return value
 
 
 def _to_tensor(array: np.ndarray) -> torch.Tensor:
-    """Copy an array, in any byte order or layout, into a tensor."""
+    """Copy an array of any byte order and layout to a tensor."""
     array = np.array(array, dtype=array.dtype.newbyteorder('='), order='C')
     if array.dtype == np.uint16:  # numpy has no bfloat16, PaddlePaddle no uint16
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
@@ -185,13 +175,13 @@ def _to_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _checked(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of plain numbers that has as many as its shape claims: 10¹² fit in a file that repeats one."""
+    """Return the tensor, or raise UserError unless it is dense and has as many numbers as its shape claims."""
     if tensor.is_meta:
-        raise UserError(f'{key} has a shape, but no numbers (device meta); save the model once it has its weights')
+        raise UserError(f'{key} has a shape, but no numbers (device meta); save the model after loading its weights')
     if tensor.is_quantized:
         raise UserError(f'{key} is quantized ({tensor.dtype}); save it as floats: tensor.dequantize()')
     if tensor.is_complex():
-        raise UserError(f'{key} holds complex numbers ({tensor.dtype}), which no model here has; save real ones')
+        raise UserError(f'{key} holds complex numbers ({tensor.dtype}), but no model here does; save real ones')
     if tensor.layout != torch.strided:
         raise UserError(f'{key} is a {tensor.layout} tensor; save it dense: tensor.to_dense()')
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
@@ -201,17 +191,16 @@ def _checked(key: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shortened(items: Iterable[str], limit: int = 3) -> str:
-    """Join the first items by commas and say how many more there are."""
+    """Join the first items by commas, with the number of the others."""
     items = list(items)
     rest = f' and {len(items) - limit} more' if len(items) > limit else ''
     return ', '.join(items[:limit]) + rest
 
 
-# --------------------------------------------------------------------------------------------------
-# What else a checkpoint says
+# --- Other content of checkpoints -------------------------------------------------------------------------------------
 
 def recorded_options(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that a training saved with its checkpoint; none for other checkpoints."""
+    """Return the options that a training saved with its checkpoint; {} if there are none."""
     options = checkpoint.get('args')
     if isinstance(options, argparse.Namespace):
         options = vars(options)
@@ -219,13 +208,13 @@ def recorded_options(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recorded_arch(checkpoint: Mapping[str, Any]) -> str | None:
-    """Return the name of the model that a checkpoint says it is of, if it says so."""
+    """Return the model name that a checkpoint records, if any."""
     names = (checkpoint.get('arch'), recorded_options(checkpoint).get('model'))
     return next((name for name in names if isinstance(name, str) and name), None)
 
 
 def recorded_classes(checkpoint: Mapping[str, Any]) -> list[str] | None:
-    """Return the names of the classes in a checkpoint, in the order of their numbers, if it has them."""
+    """Return the names of the classes in the order of the logits, if a checkpoint records them."""
     classes = checkpoint.get('classes')
     if isinstance(classes, list | tuple) and classes and all(isinstance(name, str) for name in classes):
         return list(classes)
@@ -233,16 +222,16 @@ def recorded_classes(checkpoint: Mapping[str, Any]) -> list[str] | None:
 
 
 def recorded_img_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return (height, width) of the images that a checkpoint says it was trained at, if it says so."""
+    """Return the (height, width) of the training images, if a checkpoint records it."""
     sizes = (checkpoint.get('img_size'), recorded_options(checkpoint).get('img_size'))
     return next((sides for size in sizes if (sides := _sides(size))), None)
 
 
 def _sides(size: Any) -> tuple[int, int] | None:
-    """Return (height, width) as written by anyone: 224, '224', '192x256' or [192, 256]; None for all else."""
+    """Return (height, width) of an image size such as 224, '224', '192x256' or [192, 256]; None for other values."""
     if isinstance(size, str) and re.fullmatch(r'[0-9]{1,5}(x[0-9]{1,5})?', size):
         size = [int(side) for side in size.split('x')]
     sides = tuple(size) if isinstance(size, list | tuple) else (size,)
     if len(sides) not in (1, 2) or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
-        return None  # bool is no int here
+        return None  # `type`, since bool is a subclass of int
     return sides[0], sides[-1]

@@ -1,6 +1,6 @@
-"""What a state dict is of: which registered models have its keys and shapes, for which images and classes.
+"""Find the registered models that have the keys and shapes of a state dict, and their image size and classes.
 
-    identify(state_dict_of(read_checkpoint('model.pth'))).names     ('t2t_vit_14', 't2t_vit_14_resnext')
+    identify(state_dict_of(read_checkpoint('model.pth'))).names     # ('t2t_vit_14', 't2t_vit_14_resnext')
 """
 import functools
 import math
@@ -20,22 +20,22 @@ MAX_CLASSIFIER_KEYS = 4  # a head and an auxiliary head, weight and bias
 
 @dataclass(frozen=True)
 class Architecture:
-    """What `identify` found out; None for what the weights do not tell."""
-    names: tuple[str, ...]  # registered models of ours with these keys and shapes: several where those are equal
+    """Result of `identify`; None for properties that the weights do not determine."""
+    names: tuple[str, ...]  # our registered models with these keys and shapes, which several may share
     description: str  # in words
-    grid: tuple[int, int] | None  # rows and columns of the position embedding
-    img_size: tuple[int, int] | None  # height and width of the images, in pixels
+    grid: tuple[int, int] | None  # (rows, columns) of the position embedding
+    img_size: tuple[int, int] | None  # (height, width) of the images in pixels
     num_classes: int | None
     in_chans: int | None
 
 
 def identify(weights: Mapping[str, torch.Tensor], img_size: tuple[int, int] | None = None) -> Architecture:
-    """Tell what weights are of, whatever the image size, classes and channels they were made for.
+    """Return the architecture of weights, for any image size, classes and channels.
 
     Args:
-        weights: state dict under our keys, as `state_dict_of` returns it.
-        img_size: height and width of the images in pixels, where the checkpoint records them. A size that does not
-            give the positions in the weights is ignored, and squares are assumed as without one.
+        weights: state dict with our keys, as returned by `state_dict_of`.
+        img_size: recorded (height, width) of the images in pixels. Without it, or if it does not give the number of
+            positions in the weights, images are assumed to be square.
     """
     names = tuple(name for name in our_models() if _fits(weights, name))
     grid, img_size = _grid_and_size(weights, names, img_size)
@@ -45,25 +45,19 @@ def identify(weights: Mapping[str, torch.Tensor], img_size: tuple[int, int] | No
 
 
 def our_models() -> list[str]:
-    """Return the registered models that this package defines, without tags."""
-    package = __name__.split('.')[0]
-    return [name for name in timm.list_models()
-            if timm.model_entrypoint(name).__module__.split('.')[0] == package]
+    """Return the registered models of this package, without tags."""
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('models.')]
 
 
-def grid_of(
-        positions: int,
-        img_size: tuple[int, int] | None = None,
-        patch_size: tuple[int, int] | None = None,
-) -> tuple[int, int] | None:
-    """Return the rows and columns of a grid of `positions`, None where there is no such grid.
+def grid_of(positions: int, img_size: tuple[int, int] | None = None,
+            patch_size: tuple[int, int] | None = None) -> tuple[int, int] | None:
+    """Return (rows, columns) of a grid of `positions` = rows · columns, or None if there is no such grid.
 
     Args:
-        positions: rows times columns.
-        img_size: height and width of the images in pixels; the grid is theirs, to the last token, or None. Without
-            it, the grid is a square.
-        patch_size: height and width of the patches of a ViT, which must divide those of the images; None for the
-            tokens-to-token module.
+        positions: number of grid tokens.
+        img_size: (height, width) of the images in pixels, whose grid is returned; without it, a square.
+        patch_size: (height, width) of the patches of a ViT, which must divide img_size; None for the tokens-to-token
+            module.
     """
     if positions < 1:
         return None
@@ -83,27 +77,28 @@ def grid_of(
 
 
 def patch_size_of(positions: int, img_size: tuple[int, int]) -> tuple[int, int]:
-    """Return the only square patches that could cut images into `positions`; `grid_of` tells whether they do."""
+    """Return the size of square patches that may divide images into `positions`; `grid_of` checks it."""
     side = math.isqrt(math.prod(img_size) // positions) if positions > 0 else 0
     return side, side
 
 
 @functools.cache
 def _shapes(name: str, **kwargs: Any) -> dict[str, torch.Size]:
-    """Return the keys and shapes of a registered model, without its memory."""
+    """Return the keys and shapes of a registered model, built on the meta device."""
     with torch.device('meta'):
         model: nn.Module = timm.create_model(name, **kwargs)
     return {key: tensor.shape for key, tensor in model.state_dict().items()}
 
 
 def _fits(weights: Mapping[str, torch.Tensor], name: str) -> bool:
-    """Tell whether weights are of the model `name`, for images and classes of any kind.
+    """Return whether weights belong to the model `name`, for any image size, classes and channels.
 
-    What changes between two such models is free; what one without classes lacks is a classifier, and optional.
+    Two models of different sizes show which lengths may vary; a model without classes shows the keys of classifiers,
+    which are optional.
     """
     published = _shapes(name)
     if len(published.keys() ^ weights.keys()) > MAX_CLASSIFIER_KEYS:
-        return False  # before a second model is built
+        return False  # without building the second model
     other = _shapes(name, img_size=64, in_chans=1, num_classes=0)
     classifiers = published.keys() - other.keys()
     given = classifiers & weights.keys()
@@ -118,14 +113,11 @@ def _fits(weights: Mapping[str, torch.Tensor], name: str) -> bool:
     return all(weights[key].shape[1:] == published[key][1:] for key in given)
 
 
-def _grid_and_size(
-        weights: Mapping[str, torch.Tensor],
-        names: tuple[str, ...],
-        img_size: tuple[int, int] | None,
-) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-    """Return the grid of the position embedding and the size of the images, which never contradict each other.
+def _grid_and_size(weights: Mapping[str, torch.Tensor], names: tuple[str, ...], img_size: tuple[int, int] | None
+                   ) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """Return the grid of the position embedding and the image size, consistent with each other.
 
-    For a model that is not known here the pixels of a token are not either: its size is the recorded one, or None.
+    For an unknown model the pixels of a token are unknown, so its image size is the recorded one, or None.
     """
     if 'pos_embed' not in weights or weights['pos_embed'].dim() != 3:
         return None, img_size
@@ -141,12 +133,12 @@ def _grid_and_size(
             return grid, img_size
     grid = grid_of(positions)
     if grid is None:
-        return None, None if token_size else img_size  # a model not known here may have other tokens in the table
+        return None, None if token_size else img_size  # an unknown model may have other prefix tokens
     return grid, (grid[0] * token_size[0], grid[1] * token_size[1]) if token_size else None
 
 
 def _in_chans(weights: Mapping[str, torch.Tensor], names: tuple[str, ...]) -> int | None:
-    """Return the channels of the images: from the first soft split, else from the patches of a ViT of ours."""
+    """Return the channels of the images, from the first soft split or the patches of our ViTs, or None."""
     norm = weights.get('tokens_to_token.attention1.norm1.weight')
     if norm is not None:
         return norm.numel() // SOFT_SPLITS[0][0] ** 2 or None
@@ -155,7 +147,7 @@ def _in_chans(weights: Mapping[str, torch.Tensor], names: tuple[str, ...]) -> in
 
 
 def _described(weights: Mapping[str, torch.Tensor], names: tuple[str, ...]) -> str:
-    """Say what weights are of: the model's name, its dimensions where it has none, or only how many there are."""
+    """Return the names of the models, else the dimensions of a T2T-ViT, else the number of tensors."""
     if names:
         return ' or '.join(names) + (' (of equal shapes: only you can tell)' if len(names) > 1 else '')
     depth = len({match[1] for key in weights if (match := re.match(r'blocks\.(\d+)\.', key))})

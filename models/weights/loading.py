@@ -1,11 +1,11 @@
-"""Weights from elsewhere: the one place where a known checkpoint gets into a model.
+"""Load the weights of any checkpoint into a model.
 
     model = timm.create_model('t2t_vit_14')
     print(load_weights(model, '81.5_T2T_ViT_14.pth.tar'))
 
-Three steps, each usable alone: `utils.checkpoint_reader.read_checkpoint` (file → dict, running no code from the file),
-`state_dict_of` (dict → flat state dict with our keys; see formats.py), `load_weights` (state dict → model,
-with a report). Where weights do not fit, models/weights/identity.py says what they are of.
+There are three steps: `utils.checkpoint_reader.read_checkpoint` (file → dict, without running code from the file),
+`state_dict_of` (dict → flat state dict with our keys, see formats.py), `load_weights` (state dict → model). If weights
+do not fit, identity.py finds the model that they belong to.
 """
 import os
 from collections.abc import Mapping
@@ -23,105 +23,87 @@ from models.weights.identity import grid_of, identify, patch_size_of
 from utils.checkpoint_reader import read_checkpoint
 from utils.errors import UserError
 
-# The layers of ours that see pixels, channel by channel as unfold orders them: what they have of each in which
-# dimension is summed for one channel (True) or averaged (False).
+# Layers of T2T-ViT applied to patches of pixels, channel by channel as in nn.Unfold. For images of one channel, the
+# entries of all channels are summed (True) or averaged (False).
 FIRST_LAYERS = {
     'tokens_to_token.attention1.norm1.weight': False,
     'tokens_to_token.attention1.norm1.bias': False,
     'tokens_to_token.attention1.kqv.weight': True,
     'tokens_to_token.attention1.attn.qkv.weight': True,
 }
-LISTED_KEYS = 20  # of one kind in an error, where they are all that is wrong; fewer for another architecture
+LISTED_KEYS = 20  # keys of a kind that an error lists; 3 for weights of another architecture
 
 
-def state_dict_of(checkpoint: Mapping[str, Any], use_ema: bool = True) -> StateDict:
-    """Return the weights in a checkpoint as a flat dict of tensors under our keys and in our layout.
-
-    Args:
-        checkpoint: what `read_checkpoint` returns.
-        use_ema: prefer the averaged weights; without it they are never taken.
-
-    Raises:
-        UserError: there are no weights in it, or only averaged ones and use_ema is False.
-    """
-    return extract(checkpoint, use_ema).state
+def state_dict_of(checkpoint: Mapping[str, Any], use_ema: bool = True, source: str | None = None) -> StateDict:
+    """Return the weights of a checkpoint as `extract` does, without the report; messages begin with `source`."""
+    try:
+        return extract(checkpoint, use_ema).state
+    except UserError as error:
+        raise UserError(f'{source}: {error}' if source else str(error)) from error
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_weights` did; `str()` of it is a sentence for the log, `lines()` has every key."""
+    """Report of `load_weights`: `str()` gives a sentence for the log, `lines()` lists every key."""
     source: str  # path of the file, or 'checkpoint in memory'
-    format: str  # name of the format, one of FORMATS
+    format: str  # name of one of FORMATS
     entry: str | None  # entry of the checkpoint that held the weights; None for a flat state dict
     loaded: tuple[str, ...]  # keys copied into the model
     renamed: tuple[tuple[str, str], ...] = ()  # (key in the file, our key)
-    transposed: tuple[str, ...] = ()  # keys of linear layers that the file keeps as [in, out]
-    dropped: tuple[str, ...] = ()  # keys in the file that are no weights
-    adapted: tuple[str, ...] = ()  # what was resampled or adapted, each with both sizes
-    head_replaced: str | None = None  # why the model kept its own classifier, None where it was loaded
-    missing: tuple[str, ...] = ()  # keys of the model that kept their values, but for that classifier
-    unexpected: tuple[str, ...] = ()  # keys of the weights that have no place, but for that classifier
+    transposed: tuple[str, ...] = ()  # keys of linear layers that the file stores as [in, out]
+    dropped: tuple[str, ...] = ()  # keys in the file that are not weights
+    adapted: tuple[str, ...] = ()  # phrases with both sizes
+    head_replaced: str | None = None  # why the classifier was not loaded; None if it was
+    missing: tuple[str, ...] = ()  # keys of the model that are not in the file, except that classifier
+    unexpected: tuple[str, ...] = ()  # keys of the file that are not in the model, except that classifier
 
     def __str__(self) -> str:
-        parts = [self._headline()]
-        parts += [f'{len(keys)} {what}' for what, keys in (('renamed', self.renamed), ('transposed', self.transposed),
-                                                            ('dropped as no weights', self.dropped)) if keys]
-        parts += self.adapted
+        changes = {'renamed': self.renamed, 'transposed': self.transposed, 'dropped as not weights': self.dropped}
+        parts = [self._headline(), *(f'{len(keys)} {what}' for what, keys in changes.items() if keys), *self.adapted]
         if self.head_replaced:
             parts.append(f'classifier not loaded: {self.head_replaced}')
         if self.missing:
-            parts.append(f'{len(self.missing)} not given and kept as initialised: {shortened(self.missing)}')
+            parts.append(f'{len(self.missing)} missing and kept as initialised: {shortened(self.missing)}')
         if self.unexpected:
-            parts.append(f'{len(self.unexpected)} ignored, having no place: {shortened(self.unexpected)}')
+            parts.append(f'{len(self.unexpected)} ignored, not in the model: {shortened(self.unexpected)}')
         return '; '.join(parts)
 
     def lines(self) -> list[str]:
-        """Return everything that was not simply copied, one key a line."""
-        return [
-            self._headline(),
-            *(f'renamed: {old} → {new}' for old, new in self.renamed),
-            *(f'transposed: {key}' for key in self.transposed),
-            *(f'dropped, no weights: {key}' for key in self.dropped),
-            *(f'adapted: {what}' for what in self.adapted),
-            *([f'classifier not loaded: {self.head_replaced}'] if self.head_replaced else []),
-            *(f'missing, kept as initialised: {key}' for key in self.missing),
-            *(f'ignored, no place: {key}' for key in self.unexpected),
-        ]
+        """Return a line for every key that was not simply copied."""
+        details = {
+            'renamed': [f'{old} → {new}' for old, new in self.renamed], 'transposed': self.transposed,
+            'dropped, not weights': self.dropped, 'adapted': self.adapted,
+            'classifier not loaded': [self.head_replaced] if self.head_replaced else [],
+            'missing, kept as initialised': self.missing, 'ignored, not in the model': self.unexpected}
+        return [self._headline(), *(f'{what}: {detail}' for what, parts in details.items() for detail in parts)]
 
     def _headline(self) -> str:
         kind = self.format if self.entry is None else f'{self.format}, {self.entry}'
         return f'{len(self.loaded)} tensors loaded from {self.source} ({kind})'
 
 
-def load_weights(
-        model: nn.Module,
-        path_or_checkpoint: str | os.PathLike | Mapping[str, Any],
-        *,
-        use_ema: bool = True,
-        strict: bool = True,
-        replace_head: bool = False,
-        img_size: tuple[int, int] | None = None,
-        source: str = 'checkpoint in memory',
-) -> LoadReport:
-    """Load weights from a file or a checkpoint into any timm model and report what was done.
+def load_weights(model: nn.Module, path_or_checkpoint: str | os.PathLike | Mapping[str, Any], *, use_ema: bool = True,
+                 strict: bool = True, replace_head: bool = False, img_size: tuple[int, int] | None = None,
+                 source: str = 'checkpoint in memory') -> LoadReport:
+    """Load weights from a file or a checkpoint into any timm model.
 
-    A position embedding of another grid is resampled, and the first layer of a T2T-ViT adapted to other channels.
-    Either everything fits and is copied, or an error says why not and the model stays as it was.
+    A position embedding of another grid is resampled; the first layer of a T2T-ViT is adapted to other channels. If
+    the weights do not fit, an error is raised and the model stays unchanged.
 
     Args:
-        model: target; its classifier's name is read from `model.pretrained_cfg`.
-        path_or_checkpoint: file, dict as `read_checkpoint` returns it, or state dict.
-        use_ema: prefer averaged weights; without it they are never taken.
-        strict: refuse keys that are missing or have no place. Other shapes are refused in any case.
-        replace_head: where the weights have another number of classes than the model, or no classifier, keep
-            the model's own, fresh one (transfer learning) instead of raising.
-        img_size: height and width, in pixels, of the images that the weights were trained at; by default what the
-            checkpoint records, if it gives the positions in the weights; else see `resize_pos_embed`.
-        source: what a checkpoint that is no path is called in messages.
+        model: target; the name of its classifier is read from `model.pretrained_cfg`.
+        path_or_checkpoint: file, dict as returned by `read_checkpoint`, or state dict.
+        use_ema: prefer averaged weights; False never takes them.
+        strict: refuse missing and unexpected keys. Other shapes are always refused.
+        replace_head: keep the model's classifier if the weights have none, or another number of classes (transfer
+            learning), instead of raising.
+        img_size: (height, width) in pixels of the images in the training of the weights; by default as recorded in
+            the checkpoint, else see `resize_pos_embed`.
+        source: name of a checkpoint without a path in messages.
 
     Raises:
-        UserError: unreadable file, weights of another model, other number of classes without `replace_head`, an
-            `img_size` that the position embedding does not fit.
+        UserError: unreadable file, weights of another model, other number of classes without `replace_head`, or
+            `img_size` does not fit the position embedding.
     """
     if isinstance(path_or_checkpoint, Mapping):
         checkpoint = path_or_checkpoint
@@ -149,85 +131,54 @@ def load_weights(
     for key, tensor in loaded.items():
         if tensor.is_floating_point() != target[key].is_floating_point():
             raise UserError(f'{source}: {key} has numbers of {tensor.dtype}, the model of {target[key].dtype}; '
-                            'save it in the kind of numbers that the model has')
-    model.load_state_dict(loaded, strict=False)  # complete and of the right shapes, as checked above
+                            'save it in the dtype of the model')
+    model.load_state_dict(loaded, strict=False)  # the checks above cover keys and shapes
     return LoadReport(source, given.format, given.entry, tuple(loaded), given.renamed, given.transposed, given.dropped,
                       adapted, head_conflict, tuple(missing), tuple(unexpected))
 
 
-def load_for_transfer_learning(
-        model: nn.Module,
-        checkpoint_path: str | os.PathLike,
-        use_ema: bool = True,
-        strict: bool = False,
-        num_classes: int = 1000,
-) -> LoadReport:
-    """Load weights for fine-tuning, under the name and arguments that the authors' repository gave this.
+def load_for_transfer_learning(model: nn.Module, checkpoint_path: str | os.PathLike, use_ema: bool = True,
+                               strict: bool = False, num_classes: int = 1000) -> LoadReport:
+    """Load weights for fine-tuning, with the name and arguments of the function in the authors' repository.
 
-    Args:
-        model: target, already with the new number of classes.
-        checkpoint_path: file with the pretrained weights.
-        use_ema: prefer averaged weights.
-        strict: refuse keys that are missing or have no place.
-        num_classes: classes of the model; anything but ImageNet's 1000 allows it to keep its own classifier.
+    The model keeps its classifier, if the weights have another, unless num_classes is 1000.
     """
-    return load_weights(
-        model, checkpoint_path, use_ema=use_ema, strict=strict, replace_head=num_classes != 1000)
+    return load_weights(model, checkpoint_path, use_ema=use_ema, strict=strict, replace_head=num_classes != 1000)
 
 
-def fit_to_model(
-        weights: StateDict,
-        model: nn.Module,
-        img_size: tuple[int, int] | None = None,
-        recorded: tuple[int, int] | None = None,
-) -> tuple[StateDict, tuple[str, ...]]:
-    """Adapt a state dict of ours to the image size and the channels of a model.
+def fit_to_model(weights: StateDict, model: nn.Module, img_size: tuple[int, int] | None = None,
+                 recorded: tuple[int, int] | None = None) -> tuple[StateDict, tuple[str, ...]]:
+    """Return a state dict adapted to the image size and channels of a model, and a phrase for each change.
 
-    Args:
-        weights: state dict; it is left as it is.
-        model: target.
-        img_size: height and width, in pixels, of the images that the weights were trained at.
-        recorded: the same as the checkpoint says it, which is used where it fits and there is no `img_size`.
-
-    Returns:
-        The adapted state dict, and a phrase for everything that was done.
-
-    Raises:
-        UserError: as `resize_pos_embed`.
+    Takes the arguments of `resize_pos_embed` and raises its errors.
     """
     weights, resized = resize_pos_embed(weights, model, img_size, recorded)
     weights, adapted = adapt_in_chans(weights, model)
     return weights, tuple(phrase for phrase in (resized, adapted) if phrase)
 
 
-def resize_pos_embed(
-        weights: StateDict,
-        model: nn.Module,
-        img_size: tuple[int, int] | None = None,
-        recorded: tuple[int, int] | None = None,
-) -> tuple[StateDict, str | None]:
-    """Resample `pos_embed` of a state dict to the grid of the model, in float32.
+def resize_pos_embed(weights: StateDict, model: nn.Module, img_size: tuple[int, int] | None = None,
+                     recorded: tuple[int, int] | None = None) -> tuple[StateDict, str | None]:
+    """Return a state dict with `pos_embed` resampled in float32 to the grid of a model, and a phrase (None: unchanged).
 
-    Works for every model that keeps [1, prefix + rows · columns, C] in `pos_embed` and its grid in
-    `grid_size` or `patch_embed.grid_size`; other state dicts come back as they are.
-
-    The grid of the weights is that of the images they were trained at, where `img_size` or `recorded` gives exactly
-    their positions. Else as many positions as the model has are taken for its grid, and others for a square.
+    Works for every model with `pos_embed` [1, prefix + rows · columns, C] and its grid in `grid_size` or
+    `patch_embed.grid_size`. The grid of the weights is that of the training images, if their size gives the number of
+    positions. Otherwise it is the model's grid, if the number is the same, else a square.
 
     Args:
-        weights, model, img_size, recorded: as in `fit_to_model`.
-
-    Returns:
-        The state dict (the given one is left as it is) and what was done, None for nothing.
+        weights: state dict; it is not changed.
+        model: target.
+        img_size: (height, width) in pixels of the images in the training of the weights.
+        recorded: image size recorded in the checkpoint, used without `img_size` and only if it fits.
 
     Raises:
-        UserError: `img_size` does not give the positions of the weights, or nothing tells the shape of their grid.
+        UserError: `img_size` does not give the number of positions, or the grid of the weights is unknown.
     """
     given, wanted = weights.get('pos_embed'), getattr(model, 'pos_embed', None)
     holder = model if hasattr(model, 'grid_size') else getattr(model, 'patch_embed', None)
     grid = getattr(holder, 'grid_size', None)
     if given is None or wanted is None or grid is None or given.dim() != 3 or given.shape[-1] != wanted.shape[-1]:
-        return weights, None  # weights of another model, which the caller finds out
+        return weights, None  # weights of another model, which the caller detects
     prefix = 0 if getattr(model, 'no_embed_class', False) else getattr(model, 'num_prefix_tokens', 1)
     positions = given.shape[1] - prefix
     known = _grid_of_images(positions, model, size) if (size := img_size or recorded) else None
@@ -245,7 +196,7 @@ def resize_pos_embed(
 
 
 def _grid_of_images(positions: int, model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the grid of `positions` that images have in a model, None where they have no such grid."""
+    """Return the grid (rows, columns) of images in a model, or None if it does not have `positions` tokens."""
     patches = getattr(model, 'patch_embed', None)
     if hasattr(model, 'tokens_to_token'):
         patch_size = None
@@ -257,13 +208,10 @@ def _grid_of_images(positions: int, model: nn.Module, img_size: tuple[int, int])
 
 
 def adapt_in_chans(weights: StateDict, model: nn.Module) -> tuple[StateDict, str | None]:
-    """Adapt the first token layer of a state dict to images with other channels, in float32.
+    """Return a state dict with the first token layer adapted to the model's channels, and a phrase (None: unchanged).
 
-    As timm adapts a first convolution: what the layer has for each channel is summed for one channel; for others
-    it is repeated in turn, scaled so that the sum stays of the same size. The norm before it is averaged or repeated.
-
-    Returns:
-        The state dict (the given one is left as it is) and what was done, None for nothing.
+    As timm adapts a first convolution, in float32: for one channel, the weights of all channels are summed; otherwise
+    they are repeated and scaled to the same sum. The norm before them is averaged or repeated.
     """
     target = {key: tensor for key, tensor in model.state_dict().items() if key in FIRST_LAYERS}
     patch = SOFT_SPLITS[0][0] ** 2
@@ -285,7 +233,7 @@ def adapt_in_chans(weights: StateDict, model: nn.Module) -> tuple[StateDict, str
 
 
 def _compare_heads(model: nn.Module, weights: StateDict, target: StateDict) -> tuple[str | None, set[str]]:
-    """Return how the classifiers differ in classes, and their keys; (None, no keys) where they agree."""
+    """Return how the numbers of classes differ and the keys of the classifiers; (None, no keys) if they agree."""
     names = classifier_names(getattr(model, 'pretrained_cfg', None) or {})
     keys = {f'{name}.{kind}' for name in names for kind in ('weight', 'bias')}
 
@@ -298,15 +246,9 @@ def _compare_heads(model: nn.Module, weights: StateDict, target: StateDict) -> t
     return f'the weights have {described(weights)}, the model has {described(target)}', keys
 
 
-def _explain_mismatch(
-        weights: StateDict,
-        checkpoint: Mapping[str, Any],
-        model: nn.Module,
-        shapes: list[str],
-        missing: list[str],
-        unexpected: list[str],
-) -> str:
-    """Say in one line what weights are of, if that is another model, how they differ from this one, and what to do."""
+def _explain_mismatch(weights: StateDict, checkpoint: Mapping[str, Any], model: nn.Module, shapes: list[str],
+                      missing: list[str], unexpected: list[str]) -> str:
+    """Return a line that names the model of the weights, their differences from this model, and the remedy."""
     name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
     identity = identify(weights, recorded_img_size(checkpoint))
     is_other = bool(identity.names) and name not in identity.names
@@ -326,35 +268,32 @@ def _explain_mismatch(
 
 def count_classes(model_name: str, checkpoint: Mapping[str, Any], use_ema: bool = True,
                   source: str = 'checkpoint in memory') -> int | None:
-    """The number of classes of the classifier in a checkpoint of `model_name`; None if it holds no classifier.
+    """Return the number of classes in a checkpoint of `model_name`; None if it has no classifier.
 
-    Without a checkpoint (an empty one), that of the model's pretrained weights.
+    For an empty checkpoint, return that of the model's pretrained weights.
     """
     config = published_config(model_name).to_dict()
     if not checkpoint:
         return config['num_classes']
-    try:
-        weights = state_dict_of(checkpoint, use_ema)
-    except UserError as error:
-        raise UserError(f'{source}: {error}') from error
+    weights = state_dict_of(checkpoint, use_ema, source)
     keys = [f'{name}.weight' for name in classifier_names(config)]
-    # A classifier may be a convolution too, with four dimensions.
+    # A classifier may also be a convolution, with four dimensions.
     return max((len(weights[key]) for key in keys if key in weights and weights[key].dim() >= 2), default=None)
 
 
 def published_config(model_name: str) -> PretrainedCfg:
-    """What timm knows of a model's published weights; its defaults for a registered model of which it knows nothing."""
+    """Return timm's configuration of a model's published weights, or defaults if it has none."""
     return timm.get_pretrained_cfg(model_name) or PretrainedCfg()
 
 
 def count_channels(model_name: str, weights: StateDict) -> int | None:
-    """The channels of the images that weights of `model_name` are for, as its first convolution tells; else None."""
+    """Return the channels of the images, from the first convolution of `model_name`, or None if it has none."""
     first = published_config(model_name).first_conv
     tensor = weights.get(f'{first}.weight') if isinstance(first, str) else None
     return tensor.shape[1] if tensor is not None and tensor.dim() == 4 else None
 
 
 def classifier_names(pretrained_cfg: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of a model's classifiers: one, several (distilled DeiT) or none."""
+    """Return the names of a model's classifiers: one, several (distilled DeiT) or none."""
     names = pretrained_cfg.get('classifier') or ()
     return (names,) if isinstance(names, str) else tuple(names)

@@ -1,0 +1,79 @@
+"""Draw the figures of one image by their names, and write them to files with names of their own."""
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from figures.attention import attention_figure
+from figures.explain import LayerFeatures, layer_features
+from figures.features import features_figure
+from figures.tokens import tokens_figure
+from utils.errors import UserError
+
+DPI = 110  # of the files
+NAME_BYTES = 200  # of a file name taken from the image's name; file systems allow 255
+
+
+def draw_figure(name: str, args, model: torch.nn.Module, image: torch.Tensor, picture: np.ndarray,
+                features: Mapping[str, list[LayerFeatures]], index: int, title: str) -> Figure:
+    """Return one of options.scripts.FIGURES_OF_IMAGES.
+
+    Args:
+        args: options of visualize.py, of which `blocks` and `token` are used.
+        image: normalised [1, C, height, width]; `picture` is the same for people, uint8 [height, width, 3].
+        features: as returned by `features_of_models`; `index` is the image's number in that batch.
+    """
+    if name == 'attention':
+        queries = [args.token] if args.token else None
+        return attention_figure(model, image, picture, blocks=args.blocks, queries=queries, title=title)
+    if name == 'tokens':
+        return tokens_figure(model, image, picture, token=args.token, title=title)
+    return features_figure(features, index, title=title)
+
+
+def features_of_models(models: Mapping[str, torch.nn.Module], images: list[torch.Tensor],
+                       layers: list[str] | None) -> dict[str, list[LayerFeatures]]:
+    """Return the features of each model for its batch of images: of `layers`, if the model has all of them."""
+    known = [{name for name, _ in model.named_modules()} for model in models.values()]
+    return {title: layer_features(model, batch, layers if layers and names.issuperset(layers) else None)
+            for (title, model), batch, names in zip(models.items(), images, known, strict=True)}
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure to a file, or raise UserError."""
+    try:
+        figure.savefig(path, dpi=DPI)
+    except OSError as error:
+        raise UserError(f'--output-dir: {path} cannot be written ({error.strerror or error})') from None
+
+
+def file_names(paths: list[str], in_class_folders: bool = False) -> list[str]:
+    """Return unique names for the files of each image: its own name, after its folder's if `in_class_folders`."""
+    stems = []
+    for path in paths:
+        stem = Path(path).stem
+        if re.search(r'\[\d+\]$', path):  # an image of a data set without folders
+            stem = path
+        elif in_class_folders:
+            stem = f'{Path(path).parent.name}-{stem}'
+        stem = re.sub(r'[^\w.-]+', '-', stem).strip('-').encode()[:NAME_BYTES].decode(errors='ignore')
+        stems.append(stem or 'image')
+    return unique(stems)
+
+
+def unique(names: Iterable[str]) -> list[str]:
+    """Return the names, with the first free one of name-2, name-3, … for a name that is taken."""
+    taken, result = set(), []
+    last: Counter[str] = Counter()
+    for name in names:
+        free = name
+        while free in taken:
+            last[name] += 1
+            free = f'{name}-{last[name] + 1}'
+        taken.add(free)
+        result.append(free)
+    return result
