@@ -7,6 +7,9 @@ from tqdm import tqdm
 
 from utils import job
 
+# The folders whose modules a script runs. Each is the name of a logger. launch/ runs in a process of its own.
+ROOMS = ('data', 'engine', 'figures', 'models', 'options', 'utils')
+
 
 class _ConsoleHandler(logging.Handler):
     """Lines to standard output, above the progress bar where there is one."""
@@ -28,7 +31,7 @@ def setup_logging(*, is_main: bool) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    for room in ('models', 'data', 'engine', 'options', 'utils', '__main__'):
+    for room in (*ROOMS, '__main__'):
         logging.getLogger(room).setLevel(logging.INFO if is_main else logging.WARNING)
     logging.captureWarnings(True)
     # The published default of 8 workers is more than a small machine has cores; the user can say otherwise.
