@@ -31,7 +31,7 @@ Most groups belong to `train.py` and to other scripts. A group with scripts in p
 
 
 def table() -> str:
-    """Markdown: one row for each option of train.py, and below those that only other scripts have."""
+    """Return Markdown with a row for each option of train.py, and below those that only other scripts have."""
     parsers = {f'{script}.py': parser() for script, parser in SCRIPTS.items()}
     having: dict[str | None, list[str]] = {}  # a group's title → the scripts that have it
     for script, parser in parsers.items():
@@ -53,7 +53,7 @@ def table() -> str:
 
 
 def _written(name: str, value) -> str:
-    """A default as it would be typed."""
+    """Return a default as a user would type it."""
     option = name.replace('_', '-')
     if isinstance(value, bool):
         return f'--{option}' if value else f'--no-{option}'
