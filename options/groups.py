@@ -106,8 +106,7 @@ def optimizer_options(parser):
 
 def schedule_options(parser):
     add = parser.add_argument_group('Learning rate schedule').add_argument
-    add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'poly'],
-        help='shape of the schedule after the warm-up')
+    add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'poly'], help='shape after the warm-up')
     add('--lr', type=rate, default=5e-4, metavar='LR', help='highest learning rate of the schedule')
     add('--lr-noise', type=rate, nargs='+', metavar='PCT', help='noise on the rate between these shares of the epochs')
     add('--lr-noise-pct', type=rate, default=0.67, metavar='PCT', help='limit of that noise')
@@ -165,8 +164,7 @@ def batch_norm_options(parser):
     add('--bn-momentum', type=rate, metavar='M', help='momentum of the running statistics')
     add('--bn-eps', type=positive, metavar='EPS', help='epsilon')
     add('--sync-bn', action=FLAG, default=False, help='compute the statistics over all processes')
-    add('--dist-bn', default='', choices=['', 'reduce', 'broadcast'],
-        help='share the running statistics after each epoch')
+    add('--dist-bn', default='', choices=['', 'reduce', 'broadcast'], help='share running statistics after each epoch')
 
 
 def ema_options(parser):

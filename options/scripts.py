@@ -108,8 +108,7 @@ def _visualize_options(parser: Parser) -> None:
         help='attention: show the heads of these blocks, counted from 1 (default: 4 5, as published)')
     add('--token', type=count, nargs=2, metavar=('ROW', 'COL'),
         help='attention, tokens: show this token of the last grid, counted from 0 (default: the middle)')
-    add('--layers', nargs='+', metavar='NAME',
-        help='features: show these layers (default: an early, a middle and a late one)')
+    add('--layers', nargs='+', metavar='NAME', help='features: layers (default: an early, a middle and a late one)')
     add('--beside', nargs='+', default=[], metavar='MODEL[=CHECKPOINT|=pretrained]',
         help='features: show these models too; without a checkpoint their weights are random')
     add('-o', '--output-dir', default='output/visualize', metavar='DIR', help='folder for the pictures')

@@ -71,8 +71,7 @@ def assert_equal(path: Path, expected: dict) -> dict:
     return {entry: value for entry, value in content.items() if entry != 'state_dict'}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# inspect
+# --- inspect ----------------------------------------------------------------------------------------------------------
 
 def test_inspect(tmp_path):
     source, other = model(), model()
@@ -117,8 +116,7 @@ def test_inspect_names_ties_and_other_kinds(tmp_path):
     assert 'recorded model resnet18' in out and 'classes        4' in out and 'channels       2' in out
 
 
-# ------------------------------------------------------------------------------------------------------------
-# convert
+# --- convert ----------------------------------------------------------------------------------------------------------
 
 def paddle_file(path: Path, source: torch.nn.Module) -> None:
     """As PASSL's."""
@@ -281,8 +279,7 @@ def test_a_difference_in_logits_leaves_no_file(tmp_path):
     refused('was not written', 'convert', 'a.pth', 'b.pth', cwd=tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# average, strip
+# --- average, strip ---------------------------------------------------------------------------------------------------
 
 def test_average(tmp_path):
     sources = [model(depth=2) for _ in range(3)]
@@ -341,8 +338,7 @@ def test_strip(tmp_path):
         refused(f'{hashed.name} exists', 'strip', 'last.pth.tar', name, '--hash', '--no-use-ema', cwd=tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Mistakes
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
 
 def test_mistakes(tmp_path):
     torch.save({'state_dict_ema': model(img_size=32).state_dict()}, tmp_path / 'a.pth')

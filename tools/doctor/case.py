@@ -18,21 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Case:
-    """The run, and how closely to look at it.
-
-    Attributes:
-        processes: processes of the run.
-        together: processes that are started to exchange a gradient.
-        samples: images to decode.
-        seconds: time for measuring the loader.
-    """
+    """The run, and how closely to look at it."""
     args: Options
     world: 'World'
     precision: 'Precision'
     processes: int
-    together: int
-    samples: int
-    seconds: float
+    together: int  # processes to start for exchanging a gradient
+    samples: int  # images to decode
+    seconds: float  # for measuring the loader
 
 
 @dataclass(frozen=True)
@@ -58,42 +51,26 @@ class Setup:
 
 @dataclass(frozen=True)
 class Loading:
-    """A batch of each loader, and rates in images per second.
-
-    Attributes:
-        rate: of training images, with the workers of one process.
-        rate_per_core: the same for each core that these use.
-        supply: of training images, with all processes.
-        eval_rate: of evaluation images, with the workers of one process; 0 without such images.
-    """
+    """A batch of each loader, and rates in images per second, of the workers of one process unless said otherwise."""
     missing: ClassVar[str] = 'no loader was measured'
     batch: 'tuple[torch.Tensor, torch.Tensor]'
     rate: float
     rate_per_core: float
-    supply: float
+    supply: float  # of all processes
     eval_batch: 'tuple[torch.Tensor, torch.Tensor] | None' = None
     eval_rate: float = 0.0
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Training steps of one process.
-
-    Attributes:
-        measured: (seconds, bytes of memory) by number of images.
-        too_large: a number of images that did not fit into memory.
-        seconds: one step of the run, with all its accumulated batches.
-        rate: images per second of such a step.
-        forward_rate: images per second of an evaluation.
-        is_finite: whether the gradient was.
-    """
+    """Training steps of one process, and its rates in images per second."""
     missing: ClassVar[str] = 'no training step was measured'
-    measured: dict[int, tuple[float, int]]
-    too_large: int | None
-    seconds: float
+    measured: dict[int, tuple[float, int]]  # number of images → (seconds, bytes of memory)
+    too_large: int | None  # a number of images that did not fit into memory
+    seconds: float  # of a step with all its accumulated batches
     rate: float
-    forward_rate: float
-    is_finite: bool = True
+    forward_rate: float  # of an evaluation
+    is_finite: bool = True  # the gradient
 
 
 @dataclass(frozen=True)

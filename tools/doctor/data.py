@@ -31,17 +31,11 @@ LEFTOVER = re.compile(r'[\s_.-]*(\(\d+\)|old|new|bak|backup|copy|tmp|temp|orig|o
 # --- Folders ----------------------------------------------------------------------------------------------------------
 
 class Survey(NamedTuple):
-    """The content of one split's folder by its names.
-
-    Attributes:
-        counts: images of each class folder.
-        stray: files without the extension of an image.
-        loose: images outside class folders.
-    """
+    """The content of one split's folder by its names."""
     folder: str
-    counts: dict[str, int]
-    stray: list[str]
-    loose: list[str]
+    counts: dict[str, int]  # images of each class folder
+    stray: list[str]  # files without the extension of an image
+    loose: list[str]  # images outside class folders
 
 
 def survey(folder: str) -> Survey:
@@ -136,8 +130,9 @@ def look_at_data(case: Case, splits: Splits) -> Iterator[Finding]:
 
 def _balance(classes: Sequence[str], counts: np.ndarray) -> Finding:
     low, high, median = int(counts.min()), int(counts.max()), float(np.median(counts))
-    figure = (f'{plural(low, "image")} of each to train on' if low == high else
-              f'{low:,} to {high:,} images to train on, median {median:,.0f}')
+    figure = f'{low:,} to {high:,} images to train on, median {median:,.0f}'
+    if low == high:
+        figure = f'{plural(low, "image")} of each to train on'
     few = [name for name, count in zip(classes, counts, strict=True) if 0 < count < FEW * median]
     mark, remedy = OK, ''
     if few:
@@ -172,10 +167,9 @@ def _class_map(train: Survey, val: Survey, problem: UserError | None) -> Iterato
     if extra:
         yield stop(f'{val.folder} has {plural(len(extra), "class", "classes")} that {train.folder} has not',
                    'Remove or rename them, or give them images to train on.', extra, extra=extra)
-    if problem and not missing and not extra:
-        yield refusal('Class map', problem)
-    if not problem and not missing and not extra:
-        yield Finding(OK, 'Class map', f'The same {plural(len(train.counts), "folder")} in both splits')
+    if not missing and not extra:
+        yield refusal('Class map', problem) if problem else Finding(
+            OK, 'Class map', f'The same {plural(len(train.counts), "folder")} in both splits')
 
 
 def _oddities(found: Survey) -> Iterator[Finding]:

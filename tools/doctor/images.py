@@ -65,27 +65,21 @@ def look_at_images(case: Case, splits: Splits) -> Iterator[Finding]:
     if good:
         yield _sizes(good, args.img_size)
     if 'val' in seen:
-        yield _duplicates(seen['train'], _val_images(case, splits, seen['val']))
+        yield _duplicates(case, splits, seen)
 
 
 # --- One image --------------------------------------------------------------------------------------------------------
 
 class Seen(NamedTuple):
-    """What one image is.
-
-    Attributes:
-        length: bytes of the file, or of the pixels.
-        kind: format of the file.
-        problem: why it cannot be decoded, or ''.
-    """
+    """What one image is."""
     path: str
-    length: int = 0
+    length: int = 0  # bytes of the file, or of the pixels
     digest: bytes = b''
-    kind: str = 'unknown'
+    kind: str = 'unknown'  # format of the file
     mode: str = ''
     size: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
-    problem: str = ''
+    problem: str = ''  # why it cannot be decoded
 
 
 def look_closely(stored: bytes | Image.Image, path: str) -> Seen:
@@ -226,15 +220,15 @@ def _sizes(good: Sequence[Seen], img_size: int | tuple[int, int]) -> Finding:
         'median': median, 'smallest': sizes[0], 'largest': sizes[-1], 'smaller': smaller})
 
 
-def _duplicates(train: Sequence[Seen], val: Iterator[tuple]) -> Finding:
-    """Look for sampled training images, byte for byte, among `val`, which is of `_val_images`."""
-    known = {image.digest: image.path for image in train if image.length}
-    lengths = {image.length for image in train}
+def _duplicates(case: Case, splits: Splits, seen: dict[str, list[Seen]]) -> Finding:
+    """Look for sampled training images, byte for byte, among those of the evaluation."""
+    known = {image.digest: image.path for image in seen['train'] if image.length}
+    lengths = {image.length for image in seen['train']}
     deadline, compared, pairs = time.monotonic() + SECONDS_READING, 0, []
-    for length, digest, path in val:
+    for path, digest in _val_digests(case, splits, seen['val'], lengths):
         compared += 1
-        if length in lengths and (twin := known.get(digest())):
-            pairs.append(f'{twin} = {path}')
+        if digest in known:
+            pairs.append(f'{known[digest]} = {path}')
         if time.monotonic() > deadline:
             break
     numbers = {'train': len(known), 'val': compared, 'duplicates': len(pairs)}
@@ -246,16 +240,14 @@ def _duplicates(train: Sequence[Seen], val: Iterator[tuple]) -> Finding:
                    name_up_to(pairs, 5), numbers)
 
 
-def _val_images(case: Case, splits: Splits, sampled: Sequence[Seen]) -> Iterator[tuple]:
-    """Yield (length, function that returns the digest, path): of all evaluation images in folders, else the sampled."""
+def _val_digests(case: Case, splits: Splits, sampled: Sequence[Seen],
+                 lengths: set[int]) -> Iterator[tuple[str, bytes | None]]:
+    """Yield path and digest: of the sampled evaluation images; of all if they are files, but only if `lengths` fit."""
     val = splits.val
     if val is None or split_folders(case.args) is None:
-        for image in sampled:
-            yield image.length, (lambda image=image: image.digest), image.path
+        yield from ((image.path, image.digest) for image in sampled)
         return
     for index in range(len(val)):
         path = val.path(index)
-        try:
-            yield os.path.getsize(path), (lambda index=index: _digest(val.read_bytes_or_image(index))), path
-        except (OSError, ImageError):
-            continue  # it is, or will be, named among the bad ones
+        with contextlib.suppress(OSError, ImageError):  # of a bad image, which is named elsewhere
+            yield path, _digest(val.read_bytes_or_image(index)) if os.path.getsize(path) in lengths else None

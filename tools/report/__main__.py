@@ -37,7 +37,7 @@ def main():
     output = Path(given.output or folder / 'report.html')
 
     from tools.report import sections
-    from tools.report.page import page
+    from tools.report.page import note, page
     from utils.disk import check_writable, make_folder
     from utils.runtime import start
 
@@ -58,11 +58,12 @@ def main():
         log.warning('no predictions: %s', error)
 
     # --- The page -----------------------------------------------------------------------------------------------------
-    parts = [sections.summary(run, model), sections.curves(run), sections.epochs(run), sections.used_options(run),
-             sections.environment(run)]
-    for section in (sections.mistakes, sections.samples, sections.attention):
-        log.info('%s …', section.__name__)
-        parts.append(section(evaluated, missing))
+    parts = {'Summary': sections.summary(run, model), 'Curves': sections.curves(run), 'Epochs': sections.epochs(run),
+             'Options': sections.used_options(run), 'Environment': sections.environment(run)}
+    for title, section in (('Mistakes', sections.mistakes), ('Sample predictions', sections.samples),
+                           ('Attention', sections.attention)):
+        log.info('%s …', title)
+        parts[title] = section(evaluated) if evaluated else note(missing)
     make_folder(output.parent, '--output')
     try:
         output.write_text(page(*sections.headline(run), parts), encoding='utf-8', errors='replace')

@@ -3,7 +3,7 @@ import base64
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -13,14 +13,8 @@ _environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoe
                            trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
 _macros: Any = _environment.get_template('page.html').module
 
-# page(title, lead, sections), note(text), facts(pairs of a name and a value)
+# page(title, lead, {heading: body}), note(text), facts(pairs of a name and a value)
 page, note, facts = _macros.page, _macros.note, _macros.facts
-
-
-class Section(NamedTuple):
-    """A part of the page under a heading."""
-    title: str
-    body: Markup
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence], marked: Iterable[int] = ()) -> Markup:

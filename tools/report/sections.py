@@ -28,7 +28,7 @@ from models import open_trained_model
 from options.parser import Options
 from options.recipes import read_recipe
 from options.scripts import SCRIPTS, recorded_parser, validate_parser
-from tools.report.page import Section, facts, image, note, picture, table
+from tools.report.page import facts, image, note, picture, table
 from utils.console import format_seconds
 from utils.distributed import World
 from utils.errors import UserError
@@ -148,7 +148,7 @@ def describe_best(run: Run, best: dict) -> str:
     return f'loss {value:.4f}' if metric == 'loss' else f'{value:.2f} % top-{metric[-1]}'
 
 
-def summary(run: Run, model) -> Section:
+def summary(run: Run, model) -> Markup:
     best, last = best_epoch(run), (run.steps or run.epochs or [{}])[-1]
     size = run.options.get('img_size', 'unknown')
     weights = ' (averaged weights)' if best and any(name.startswith('ema_') for name in best) else ''
@@ -161,42 +161,40 @@ def summary(run: Run, model) -> Section:
              ('Model', run.options.get('model', 'unknown')),
              ('Parameters', f'{sum(p.numel() for p in model.parameters()):,}' if model else 'no checkpoint'),
              ('Image size', '{}x{}'.format(*size) if isinstance(size, tuple) else size)]
-    return Section('Summary', facts(pairs))
+    return facts(pairs)
 
 
-def curves(run: Run) -> Section:
+def curves(run: Run) -> Markup:
     if not run.steps and not run.epochs:
-        return Section('Curves', note('The run has recorded nothing yet.'))
+        return note('The run has recorded nothing yet.')
     buffer = io.BytesIO()
     draw_curves([*run.steps, *run.epochs], buffer)
-    return Section('Curves', image(buffer.getvalue(), 'Curves of loss, top-1 accuracy and learning rate against epochs',
-                                   wide=True))
+    return image(buffer.getvalue(), 'Curves of loss, top-1 accuracy and learning rate against epochs', wide=True)
 
 
-def epochs(run: Run) -> Section:
+def epochs(run: Run) -> Markup:
     if not run.epochs:
-        return Section('Epochs', note('No epoch has ended yet.'))
+        return note('No epoch has ended yet.')
     names = [name for name in COLUMNS if any(name in record for record in run.epochs)]
     best = best_epoch(run)
     rows = [[record['epoch'] + 1, 'best' if record is best else '',
              *(format(record[name], COLUMNS[name][1]) if isinstance(record.get(name), int | float) else '–'
                for name in names)] for record in run.epochs]
     marked = [number for number, record in enumerate(run.epochs) if record is best]
-    return Section('Epochs', table(['epoch', '', *(COLUMNS[name][0] for name in names)], rows, marked))
+    return table(['epoch', '', *(COLUMNS[name][0] for name in names)], rows, marked)
 
 
-def used_options(run: Run) -> Section:
+def used_options(run: Run) -> Markup:
     if not run.options:
-        return Section('Options', note('The run has no args.yaml.'))
+        return note('The run has no args.yaml.')
     script = 'transfer' if 'transfer_ratio' in run.options else 'train'
     defaults = vars(SCRIPTS[script]().parse_args([]))
     changed = [name for name, value in run.options.items() if value != defaults.get(name)]
     ordered = sorted(run.options, key=lambda name: name not in changed)
     rows = [[name, describe_value(run.options[name]), describe_value(defaults.get(name)),
              'changed' if name in changed else ''] for name in ordered]
-    return Section('Options', note(
-        f'{len(changed)} of {len(rows)} options differ from the defaults of {script}.py; they come first, marked.')
-        + table(['option', 'value', 'default', ''], rows, range(len(changed))))
+    return note(f'{len(changed)} of {len(rows)} options differ from the defaults of {script}.py; they come first, '
+                'marked.') + table(['option', 'value', 'default', ''], rows, range(len(changed)))
 
 
 def describe_value(value) -> str:
@@ -210,28 +208,25 @@ def describe_value(value) -> str:
     return '–' if value is None else str(value) or "''"
 
 
-def environment(run: Run) -> Section:
+def environment(run: Run) -> Markup:
     if not run.starts:
-        return Section('Environment', note('The run has not recorded what it was computed on.'))
+        return note('The run has not recorded what it was computed on.')
     names = list(dict.fromkeys(name for start in run.starts for name in start))
     head = ['', *(f'start {number}' for number in range(1, len(run.starts) + 1))]
-    return Section('Environment', table(head, ([name, *(start.get(name, '–') for start in run.starts)]
-                                               for name in names)))
+    return table(head, ([name, *(start.get(name, '–') for start in run.starts)] for name in names))
 
 
-def mistakes(evaluated: Evaluated | None, missing: str) -> Section:
-    if not evaluated:
-        return Section('Mistakes', note(missing))
+def mistakes(evaluated: Evaluated) -> Markup:
     predictions, names = evaluated.predictions, evaluated.names
     targets = evaluated.dataset.targets[predictions.indices]
     matrix = confusion_matrix(targets, predictions.classes[:, 0], len(names))
-    return Section('Mistakes', Markup('\n').join([
+    return Markup('\n').join([
         note(of_how_many(evaluated)),
         picture(confusion_figure(matrix, names), 'Confusion matrix: true classes in rows, predicted ones in columns'),
         picture(accuracy_figure(matrix, names), 'Bars of the accuracy of each class'),
         picture(reliability_figure(predictions, targets), 'Accuracy against confidence, with the number of images'),
         picture(errors_figure(predictions, targets, names, lambda k: pixels(evaluated.dataset, k)),
-                'The wrong predictions that the model is most sure of')]))
+                'The wrong predictions that the model is most sure of')])
 
 
 def of_how_many(evaluated: Evaluated) -> str:
@@ -247,9 +242,7 @@ def pixels(dataset, index: int):
     return np.asarray(dataset.image(index))
 
 
-def samples(evaluated: Evaluated | None, missing: str) -> Section:
-    if not evaluated:
-        return Section('Sample predictions', note(missing))
+def samples(evaluated: Evaluated) -> Markup:
     predictions, names = evaluated.predictions, evaluated.names
     targets = evaluated.dataset.targets[predictions.indices]
     right = predictions.classes[:, 0] == targets
@@ -267,12 +260,10 @@ def samples(evaluated: Evaluated | None, missing: str) -> Section:
                             title=f'{title}: evenly spread over all that are')
         description = '; '.join(f'is {true}, said {guess}' for true, guess, _ in said)
         parts.append(picture(sheet, f'{title} predictions: {description}'))
-    return Section('Sample predictions', Markup('\n').join(parts))
+    return Markup('\n').join(parts)
 
 
-def attention(evaluated: Evaluated | None, missing: str) -> Section:
-    if not evaluated:
-        return Section('Attention', note(missing))
+def attention(evaluated: Evaluated) -> Markup:
     model, args, found = evaluated.model, evaluated.args, evaluated.predictions.indices
     device = next(model.parameters()).device
     decodable = Part(evaluated.dataset, found)
@@ -285,11 +276,10 @@ def attention(evaluated: Evaluated | None, missing: str) -> Section:
         figure = attention_sheet(model, prepare(images, targets)[0], images.permute(0, 2, 3, 1).numpy(),
                                  [evaluated.names[target] for target in targets])
     except NotSeen as error:
-        return Section('Attention', note(f'{error}.'))
-    return Section('Attention', note(
-        'Attention rollout: how much of each part of the image reaches the classifier through all blocks, as a part of '
-        "the image's largest value.")
-        + picture(figure, f'Attention of {len(images)} images: each image above its attention rollout', wide=True))
+        return note(f'{error}.')
+    return note('Attention rollout: how much of each part of the image reaches the classifier through all blocks, as a '
+                "share of the image's largest value.") + picture(
+        figure, f'Attention of {len(images)} images: each image above its attention rollout', wide=True)
 
 
 def attention_sheet(model, images, pictures, names):
