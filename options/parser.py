@@ -11,34 +11,31 @@ import re
 import sys
 from pathlib import Path
 
-from options.recipes import RecipeParser, read_recipe
+from options.recipes import Removed, read_recipe
 from options.types import count
 from utils.errors import UserError, did_you_mean
 from utils.versions import check_timm
 
 
 class Options(argparse.Namespace):
-    """The parsed options: attributes to read; setting one after parsing is a bug and raises."""
+    """The parsed options, as read-only attributes."""
+
+    def __init__(self, **values):
+        vars(self).update(values)
 
     def __setattr__(self, name, value):
-        if self.__dict__.get('_frozen'):
-            raise AttributeError(f'options are read-only after parsing: {name}')
-        super().__setattr__(name, value)
-
-    def freeze(self) -> 'Options':
-        self._frozen = True
-        return self
+        raise AttributeError(f'options are read-only after parsing: {name}')
 
     def replacing(self, **values) -> 'Options':
         """Return a copy with other values of some options, such as those found out after parsing."""
-        return Options(**{k: v for k, v in vars(self).items() if k != '_frozen'} | values).freeze()
+        return Options(**vars(self) | values)
 
     def as_dict(self) -> dict:
         """Return the options as plain values, for checkpoints and for a recipe that repeats the run."""
-        plain = {k: v for k, v in vars(self).items() if not k.startswith('_') and k != 'config'}
+        plain = {name: value for name, value in sorted(vars(self).items()) if name != 'config'}
         if isinstance(plain.get('img_size'), tuple):
             plain['img_size'] = '{}x{}'.format(*plain['img_size'])
-        return dict(sorted(plain.items()))
+        return plain
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -50,19 +47,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-class Parser(RecipeParser):
-    """argparse whose errors are a UserError of one line that names the nearest right option.
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are a UserError of one line that names the nearest right option."""
 
-    Args:
-        gone: for each removed option, the line that says what to do instead.
-    """
-
-    def __init__(self, *, formatter_class=_Help, gone: dict[str, str] | None = None, **kwargs):
+    def __init__(self, *, formatter_class=_Help, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=formatter_class, **kwargs)
-        self.gone = gone or {}
-        for name, instead in self.gone.items():
-            self.add_argument(name, action=_Refuse, nargs='?', const=instead, default=argparse.SUPPRESS,
-                              help=argparse.SUPPRESS)
 
     def error(self, message):
         unknown = re.match(r'unrecognized arguments: (.*)', message)
@@ -70,30 +59,18 @@ class Parser(RecipeParser):
             words = unknown[1].split()
             given = next((w for w in words if w.startswith('-')), words[0]).split('=')[0]
             if given.startswith('-'):
-                known = self._option_string_actions.keys() - self.gone
+                known = [option for option, action in self._option_string_actions.items()
+                         if not isinstance(action, Removed)]
                 message = f'{given}: no such option{did_you_mean(given, known)}'
             else:
                 message = f'{given!r}: no option takes this value; quote a value that holds spaces'
         raise UserError(f'{message} (all options: {self.prog} --help)')
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else list(args)
-        return super().parse_known_args([_hyphens(a) for a in args], namespace)
-
-
-def _hyphens(argument: str) -> str:
-    """--eval_checkpoint=a_b → --eval-checkpoint=a_b."""
-    if not argument.startswith('--'):
-        return argument
-    name, equals, value = argument.partition('=')
-    return name.replace('_', '-') + equals + value
-
-
-class _Refuse(argparse.Action):
-    """An option that was removed: the error says what took its place."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(f'{option_string} is gone: {self.const}')
+        """Read --eval_checkpoint=a_b as --eval-checkpoint=a_b."""
+        words = sys.argv[1:] if args is None else args
+        hyphenated = [re.sub('^--[^=]+', lambda name: name[0].replace('_', '-'), word) for word in words]
+        return super().parse_known_args(hyphenated, namespace)
 
 
 # Options of the published main.py and transfer_learning.py that were removed, and what to do instead.
@@ -117,7 +94,10 @@ def create_parser(description: str, groups, defaults: dict | None = None, gone: 
         defaults: the defaults that this script changes.
         gone: options that this script does not take, beside REFUSED, and what to do instead.
     """
-    parser = Parser(description=description, gone=REFUSED | (gone or {}))
+    parser = Parser(description=description)
+    for name, instead in (REFUSED | (gone or {})).items():
+        parser.add_argument(name, action=Removed, nargs='?', const=instead, default=argparse.SUPPRESS,
+                            help=argparse.SUPPRESS)
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML recipe of defaults: its keys are option names')
     for group in groups:
         group(parser)
@@ -134,10 +114,10 @@ def parse_options(parser: Parser, argv=None) -> Options:
         UserError: a mistake in either, or a timm that is too old for the scripts.
     """
     take_recipe(parser, argv)
-    args = parser.parse_intermixed_args(argv, Options())  # images may follow options
-    vars(args).pop('local_rank', None)
+    values = vars(parser.parse_intermixed_args(argv))  # images may follow options
+    values.pop('local_rank', None)
     check_timm()
-    return args.freeze()
+    return Options(**values)
 
 
 def take_recipe(parser: Parser, argv=None, *, complete: bool = True) -> None:

@@ -16,9 +16,11 @@ from utils.errors import UserError, did_you_mean
 KINDS = {int: 'an integer', float: 'a number', str: 'a string (quote it)', bool: 'true or false'}
 
 
-class RecipeParser(argparse.ArgumentParser):
-    """A parser that recipes are checked against; `gone` says for each removed option what to do instead."""
-    gone: dict[str, str]
+class Removed(argparse.Action):
+    """An option that was removed. `const` says what to do instead."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f'{option_string} is gone: {self.const}')
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -53,7 +55,7 @@ _RecipeLoader.add_implicit_resolver(
     'tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$'), list('-+.0123456789'))
 
 
-def read_recipe(path: Path, parser: RecipeParser, *, complete: bool = True) -> dict:
+def read_recipe(path: Path, parser: argparse.ArgumentParser, *, complete: bool = True) -> dict:
     """Read a YAML recipe, and check every key and value against the parser's options.
 
     Args:
@@ -77,20 +79,20 @@ def read_recipe(path: Path, parser: RecipeParser, *, complete: bool = True) -> d
     return check_values(values, parser, source=path, complete=complete)
 
 
-def check_values(values: dict, parser: RecipeParser, *, source, complete: bool = True) -> dict:
+def check_values(values: dict, parser: argparse.ArgumentParser, *, source, complete: bool = True) -> dict:
     """Return a recipe's values as the parser would have read them; `source` is where they come from, for messages."""
-    actions = {a.dest: a for a in parser._actions
-               if a.help is not argparse.SUPPRESS and a.dest not in ('help', 'config')}
-    gone = {option.removeprefix('--').replace('-', '_'): instead for option, instead in parser.gone.items()}
+    actions = {a.dest: a for a in parser._actions if a.dest not in ('help', 'config', 'local_rank')}
     recipe = {}
     for key, value in values.items():
         name = str(key).replace('-', '_')
-        if name in gone:
-            raise UserError(f'{source}: {key} is gone: {gone[name]}')
-        if name in actions:
-            recipe[name] = _checked(f'{source}: {key}', value, actions[name])
+        action = actions.get(name)
+        if isinstance(action, Removed):
+            raise UserError(f'{source}: {key} is gone: {action.const}')
+        if action:
+            recipe[name] = _checked(f'{source}: {key}', value, action)
         elif complete:
-            raise UserError(f'{source}: {key!r} is no option{did_you_mean(name, actions)}')
+            known = [name for name, action in actions.items() if not isinstance(action, Removed)]
+            raise UserError(f'{source}: {key!r} is no option{did_you_mean(name, known)}')
     return recipe
 
 

@@ -12,7 +12,8 @@ from utils.errors import UserError
 
 OK, LOOK, STOP, FAIL = 'ok', 'look', 'stop', 'fail'
 WIDTH = 100
-INDENT = 27  # where figures begin
+# Where figures begin.
+INDENT = 27
 
 
 class Finding(NamedTuple):

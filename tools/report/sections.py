@@ -80,11 +80,10 @@ def open_run(folder: Path) -> Run:
 
 def evaluation_options(run: Run, given) -> Options:
     """Return the run's options as validate.py would take them, changed by the options `given` to this script."""
-    parser = validate_parser()
-    known = {name: value for name, value in run.options.items() if hasattr(parser.parse_args([]), name)}
-    parser.set_defaults(**known)
+    defaults = vars(validate_parser().parse_args([]))
+    known = {name: value for name, value in run.options.items() if name in defaults}
     checkpoint = next((run.folder / name for name in CHECKPOINTS if (run.folder / name).exists()), None)
-    return parser.parse_args([], Options()).replacing(
+    return Options(**defaults | known).replacing(
         eval_checkpoint=checkpoint and str(checkpoint), pretrained=False, initial_checkpoint='', amp=False,
         data=given.data or known.get('data'), device=given.device, workers=given.workers, batch_size=given.batch_size,
         validation_batch_size_multiplier=1, class_map=None, download=False)
