@@ -1,11 +1,11 @@
-# make demo          a T2T-ViT trained on the embedded digits by two processes, validated, with its curves
-# make tensorboard   the demo's run, and others beside it, in the browser at http://127.0.0.1:6006 (PORT=…)
-# make test          all tests but the slow ones, and make lint; make test-slow, make test-faults: the others
-# make lint          the linter, and the type checker over all code but the tests: half a minute, later seconds
-# make browser       installs Chromium for the tests of pages, which are skipped without it (Debian and Ubuntu)
-# make clean         removes the environment and the demo's output
+# make demo          train a T2T-ViT on the embedded digits with two processes, validate it, and draw its curves
+# make tensorboard   show the demo's run, and others beside it, in the browser at http://127.0.0.1:6006 (PORT=…)
+# make test          run make lint and all tests but the slow ones; make test-slow and make test-faults run the others
+# make lint          run the linter, and the type checker over all code but the tests: half a minute, later seconds
+# make browser       install Chromium for the tests of pages, which are skipped without it (Debian and Ubuntu)
+# make clean         remove the environment and the demo's output
 #
-# VENV=… uses or makes the environment in another place; JOBS=… runs as many tests at a time, each with one thread.
+# VENV=… names another place for the environment; JOBS=… runs that many tests at a time, each with one thread.
 VENV ?= .venv
 JOBS ?= 2
 PYTHON ?= python3
@@ -46,7 +46,7 @@ lint: $(ABSOLUTE_VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-# What is installed is marked with a file, newer than the requirements it came from.
+# A file marks an installation; it is newer than its requirements.
 $(ABSOLUTE_VENV)/.installed: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(ABSOLUTE_VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt

@@ -1,18 +1,19 @@
-"""torchrun's agent, which starts the processes of this machine, and again after a crash; with better manners.
+"""torchrun's agent, which starts the processes of this machine, and restarts them after a crash.
 
-Unlike torch's own it
-- restarts after a crash only, not after an end that was decided on (see utils/errors.py), and says in a line why;
+Unlike torch's own agent, this one
+- restarts only after a crash, not after a deliberate exit (see utils/errors.py), and prints a line that says why;
 - passes on every signal that asks to stop, and gives the processes `grace` seconds to save;
-- leaves processes that are to end time to do so, and nothing of them behind;
-- shows the stacks of those that the others have waited for in vain;
-- has all processes of the job save before it starts them anew with a node that joins;
-- notices within seconds that a node is lost, and ends on all nodes alike (see launch/nodes.py).
+- gives processes time to end, and leaves no child of theirs behind;
+- shows the stacks of processes that the others have waited for in vain;
+- has all processes of the job save before it restarts them with a node that joins;
+- notices within seconds that a node is lost, and ends the same way on all nodes (see launch/nodes.py).
 """
 import contextlib
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
@@ -32,33 +33,33 @@ from utils.errors import DECISIONS, EXIT_BUG, EXIT_CTRL_C, EXIT_HANG, EXIT_INTER
 from utils.exits import leave_at_once, report
 from utils.signals import ECHO_SECONDS, stoppable
 
-# How long a crash's survivors may take to notice it, or to finish a checkpoint that they write, before they are killed.
+# How long the survivors of a crash may take to notice it, or to finish writing a checkpoint, before they are killed.
 SURVIVAL_SECONDS = 4.0
-INTERRUPTED = {EXIT_INTERRUPTED, EXIT_CTRL_C}
-STACK_SECONDS = 0.5  # for one process to print its stacks
-# Processes whose launcher has lost the others hang, most likely; they may save where these still live.
+# How long a process may take to print its stacks.
+STACK_SECONDS = 0.5
+# How long processes may take to save after their launcher has lost the others. Most likely they hang.
 LAST_SECONDS = 30.0
-HEARSAY_SECONDS = 3.0  # in which the launcher of a node that has ended for a reason of its own says so
+# How long the launcher of the node at fault may take to say so.
+HEARSAY_SECONDS = 3.0
+INTERRUPTED = {EXIT_INTERRUPTED, EXIT_CTRL_C}
 
 
 class JobStopped(SignalException):
-    """A signal has stopped the job, and no process of it had more to say than that."""
+    """A signal has stopped the job, and no process reported more than that."""
 
     def __init__(self, number: int, *, killed: bool):
-        name = signal.Signals(number).name
-        if killed:
-            text = f'stopped by {name}; processes that had not ended in the grace time were killed'
-        else:
-            text = f'stopped by {name}, before there was anything to save'
-        super().__init__(f'{text}; --resume auto goes on from the last checkpoint', signal.Signals(number))
+        how = ('; processes that had not ended in the grace time were killed' if killed else
+               ', before there was anything to save')
+        super().__init__(f'stopped by {signal.Signals(number).name}{how}; --resume auto goes on from the last '
+                         'checkpoint', signal.Signals(number))
         self.exit_code = 128 + number if killed else EXIT_CTRL_C if number == signal.SIGINT else EXIT_INTERRUPTED
 
 
 class Agent(LocalElasticAgent):
-    """As LocalElasticAgent, whose private methods of this version range (torch 2.11 to 2.14) it replaces.
+    """LocalElasticAgent with some private methods replaced, which are those of torch 2.11 to 2.14.
 
     Args:
-        grace: seconds from a signal that asks to stop until the processes that are left are killed.
+        grace: seconds from a signal that asks to stop until the remaining processes are killed.
         nodes: the other launchers of the job.
     """
     _rdzv_handler: DynamicRendezvousHandler
@@ -75,7 +76,7 @@ class Agent(LocalElasticAgent):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame) -> None:
-        if not self._watching:  # in a rendezvous, which may take minutes, and no process is there yet
+        if not self._watching:  # in a rendezvous, which may take minutes, before any process exists
             raise JobStopped(number, killed=False)
         self._signal = self._signal or number
         if number == signal.SIGINT:
@@ -87,21 +88,21 @@ class Agent(LocalElasticAgent):
                 report('interrupted twice, ended at once; --resume auto goes on from the last checkpoint', EXIT_CTRL_C)
 
     def _rendezvous(self, worker_group) -> None:
-        """Meets the other launchers; from then on the restarts that are left are those that are left to the job."""
+        """Meet the other launchers, and continue with the job's remaining restarts."""
         limit = worker_group.spec.max_restarts
-        # torch would take the store of the first meeting again, though another node may be the first now.
+        # torch would reuse the store of the first meeting, though another node may be first now.
         self._rdzv_handler._bootstrap_store_info = None
         try:
             restarts = self._nodes.meet(lambda: super(Agent, self)._rendezvous(worker_group))
-        except JobStopped as e:
+        except JobStopped as error:
             if not self._nodes.is_spare():
-                self._nodes.end(e.exit_code, str(e))
+                self._nodes.end(error.exit_code, str(error))
             raise
         except (RendezvousClosedError, RendezvousGracefulExitError):
             self._nodes.look()
             raise Ended(*(self._nodes.ended or (0, 'the job has ended without this machine'))) from None
         except RendezvousTimeoutError:
-            _leave('not enough machines have come in RDZV_TIMEOUT; see to those that are missing, and to all clocks')
+            _leave('too few machines joined within RDZV_TIMEOUT; check the missing ones and clock synchronisation')
         except (RendezvousConnectionError, OutOfReach):
             self._leave_out_of_reach()
         self._remaining_restarts = limit - restarts
@@ -124,7 +125,7 @@ class Agent(LocalElasticAgent):
         self._deadline = None
         self._is_first_to_tell = False
         self._watching = True
-        # torch has every launcher count its own restarts; processes that meet must be of the same one.
+        # Each launcher of torch counts its own restarts, but processes that meet must have the same number.
         left, self._remaining_restarts = self._remaining_restarts, worker_group.spec.max_restarts - self._nodes.round
         try:
             return super()._start_workers(worker_group)
@@ -132,9 +133,9 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts = left
 
     def _monitor_workers(self, worker_group) -> RunResult:
-        """What torch's agent asks ten times a second. After a failure it returns when all processes have ended."""
+        """Return the state of the processes, ten times a second; after a failure, when all of them have ended."""
         self._pass_on()
-        self._heed_the_others()
+        self._follow_notices()
         running = self._poll()
         is_over = bool(self._failures) or self._is_over_elsewhere() or (
             self._deadline is not None and time.monotonic() > self._deadline)
@@ -144,7 +145,7 @@ class Agent(LocalElasticAgent):
             self._tell_of_failures()
         if is_over:
             self._await_the_others()
-            if EXIT_HANG in self._codes():  # which may have come after another process was aborted
+            if EXIT_HANG in self._codes():  # another process may have been aborted before
                 self._nodes.tell('hang')
             self._show_stacks(worker_group)
         self._kill()
@@ -155,13 +156,13 @@ class Agent(LocalElasticAgent):
         return self._judge(worker_group)
 
     def _pass_on(self) -> None:
-        """Sends the signal that this process has got to all processes, once."""
+        """Send the signal that this process received to all processes, once."""
         if self._signal and self._deadline is None:
             self._ask_to_stop(self._signal, self._grace)
             self._nodes.tell('stop')
 
-    def _heed_the_others(self) -> None:
-        """Has the processes save and end where another node asks for it, wants to join, or none can be reached."""
+    def _follow_notices(self) -> None:
+        """Have the processes save and end if another node asks for it or wants to join, or none can be reached."""
         if self._deadline is not None or self._failures:
             return
         if self._nodes.is_out_of_reach():
@@ -185,7 +186,7 @@ class Agent(LocalElasticAgent):
             if EXIT_HANG in self._codes():
                 self._nodes.tell('hang')
             self._nodes.tell('failed')
-        elif not self._nodes.has_told('join'):  # a process has got a signal, and they all save
+        elif not self._nodes.has_told('join'):  # a process received a signal, and all of them save
             self._nodes.tell('stop')
 
     def _is_over_elsewhere(self) -> bool:
@@ -196,7 +197,7 @@ class Agent(LocalElasticAgent):
         return self._pcontext.subprocess_handlers if self._pcontext else {}
 
     def _poll(self) -> list[int]:
-        """The local ranks that are running; of those that have failed, notes how."""
+        """Return the local ranks that are running, and note how others have failed."""
         context, running = self._pcontext, []
         if context is None:
             return []
@@ -207,18 +208,17 @@ class Agent(LocalElasticAgent):
             elif code != 0 and local_rank not in self._failures:
                 self._failures[local_rank] = ProcessFailure(local_rank, handler.proc.pid, code,
                                                             context.error_files[local_rank])
-                # Loader workers outlive it for seconds, and with them its connections, which they have inherited: as
-                # long as these are open the other ranks wait.
+                # Its loader workers live for seconds longer, and hold its connections, for which other ranks wait.
                 _kill_session(handler.proc.pid)
         return running
 
     def _await_the_others(self) -> None:
-        """Waits for the processes that are left, as long as the way in which the first has ended allows."""
+        """Wait for the remaining processes, for as long as the end of the first one allows."""
         failed = time.monotonic()
         while self._poll():
             self._pass_on()
             if self._deadline is None and self._codes() & INTERRUPTED:
-                self._deadline = failed + self._grace  # one process has got a signal, and they all save
+                self._deadline = failed + self._grace  # one process received a signal, and all of them save
             if time.monotonic() > (self._deadline or failed + SURVIVAL_SECONDS):
                 return
             time.sleep(0.05)
@@ -227,20 +227,20 @@ class Agent(LocalElasticAgent):
         return {failure.exitcode for failure in self._failures.values()}
 
     def _show_stacks(self, worker_group) -> None:
-        """Has the processes print their stacks that did not come to the others; NCCL aborts those that have waited."""
+        """Have the processes that did not respond print their stacks. NCCL aborts those that waited for them."""
         if not self._codes() & {EXIT_HANG, -signal.SIGABRT} and not self._nodes.has_told('hang'):
             return
         for local_rank in self._poll():
             process = self._handlers()[local_rank].proc
             rank = worker_group.workers[local_rank].global_rank
-            _say(f'rank {rank} (process {process.pid}) did not come; its stack:')
-            # In this order a stopped process shows where it was stopped.
+            _say(f'rank {rank} (process {process.pid}) did not respond; its stack:')
+            # In this order, a stopped process shows where it was stopped.
             process.send_signal(signal.SIGUSR2)
             process.send_signal(signal.SIGCONT)
             time.sleep(STACK_SECONDS)
 
     def _kill(self) -> None:
-        """Ends whatever is left of the processes, and what they have started."""
+        """Kill the remaining processes and their children."""
         for local_rank, handler in self._handlers().items():
             if handler.proc.poll() is None:
                 self._killed.add(local_rank)
@@ -250,7 +250,7 @@ class Agent(LocalElasticAgent):
         self._poll()
 
     def _judge(self, worker_group) -> RunResult:
-        """The failure that the others followed from, as torch's agent wants it; restarts are over if it was decided."""
+        """Return the failure that caused the others, for torch's agent. Decide whether to restart."""
         local_rank, failure = min(self._failures.items(), key=lambda item: self._blame(*item))
         rank, code = worker_group.workers[local_rank].global_rank, failure.exitcode
         was_stopped = bool(self._signal) and (local_rank in self._killed or code == -self._signal)
@@ -275,13 +275,11 @@ class Agent(LocalElasticAgent):
         return result
 
     def _follows_from_others(self) -> bool:
-        """Whether NCCL aborted this node's process because of a failure on another one, whose launcher tells it now."""
-        nodes, end = self._nodes, time.monotonic() + HEARSAY_SECONDS
-        if len(nodes.members) < 2:
+        """Tell whether NCCL aborted this node's process because of a failure on another one, which is told by now."""
+        if len(self._nodes.members) < 2:
             return False
-        while self._is_first_to_tell and time.monotonic() < end:
-            time.sleep(0.1)
-            self._is_first_to_tell = not nodes.has_told('hang')
+        if self._is_first_to_tell and _wait_until(lambda: self._nodes.has_told('hang'), HEARSAY_SECONDS):
+            self._is_first_to_tell = False
         return not self._is_first_to_tell
 
     def _stopped(self) -> JobStopped:
@@ -290,20 +288,19 @@ class Agent(LocalElasticAgent):
         return stopped
 
     def _end(self, result: RunResult, line: str) -> RunResult:
-        """Ends the job on all nodes."""
+        """End the job on all nodes."""
         self._remaining_restarts = 0
         [failure] = result.failures.values()
         self._nodes.end(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode, line)
         return result
 
     def _follow_the_others(self, result: RunResult, line: str, is_to_join: bool) -> RunResult:
-        """After what other nodes have brought about: the end where they end, else another meeting with them."""
+        """Do as the other nodes, which caused this failure: end if they end, else meet them again."""
         nodes = self._nodes
         is_final = not (is_to_join or self._worker_group.spec.max_restarts)
-        # The launcher that saw the hang reports first; those that saw only what it led to wait twice as long.
-        end = time.monotonic() + HEARSAY_SECONDS * (1 if EXIT_HANG in self._codes() else 2)
-        while is_final and not nodes.ended and time.monotonic() < end:
-            time.sleep(0.1)
+        if is_final:
+            # The launcher that saw the hang reports first. Those that saw only its consequences wait twice as long.
+            _wait_until(lambda: nodes.ended, HEARSAY_SECONDS * (1 if EXIT_HANG in self._codes() else 2))
         if nodes.ended:
             raise Ended(*nodes.ended)
         if is_final:
@@ -315,7 +312,7 @@ class Agent(LocalElasticAgent):
         elif nodes.lost:
             line = f'a machine has been silent for {nodes.timeout:g} s (NODE_TIMEOUT)'
         _say(f'{line}; meeting the others again')
-        self._remaining_restarts = max(self._remaining_restarts, 1)  # what is counted, the meeting says
+        self._remaining_restarts = max(self._remaining_restarts, 1)  # the meeting returns the job's count
         return result
 
     def _exit_barrier(self) -> None:
@@ -325,41 +322,47 @@ class Agent(LocalElasticAgent):
             self._nodes.wait_for(super()._exit_barrier)
 
     def _blame(self, local_rank: int, failure: ProcessFailure) -> tuple:
-        """Least for the failure to be reported: what was decided, then crashes, then what they have led to.
+        """Return a key that is least for the failure to report: deliberate exits, crashes, then their consequences.
 
-        Of those that weigh the same, the one noticed first is reported.
+        Of equal ones, the first is reported.
         """
         code = failure.exitcode
-        if code in DECISIONS:  # a mistake or NaN of one rank weighs more than what the others made of it
+        if code in DECISIONS:  # a mistake or NaN of one rank explains the failures of the others
             return 0, DECISIONS.index(code)
         if local_rank in self._killed:
             return 5, 0
-        # NCCL's watchdog aborts whoever has lost another process, be it by a crash or by a report of a hang.
+        # NCCL's watchdog aborts processes that have lost another one, by a crash or by a report of a hang.
         return {EXIT_HANG: 1, -signal.SIGABRT: 3, EXIT_PEER_LOST: 4}.get(code, 2), 0
 
 
 def _kill_session(leader: int) -> None:
-    """Kills all processes that a process of ours has started, and itself: each has a session of its own."""
-    try:
+    """Kill a worker and its children, which have a session of their own."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # all have ended
         os.killpg(leader, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass  # all had ended
 
 
 def describe(rank: int, failure: ProcessFailure) -> str:
-    """How a process has ended, in one line: in its own words where it had any."""
+    """Return how a process ended, in one line: in its own words if it had any."""
     if failure.exitcode == EXIT_BUG:
         return f'rank {rank} failed; its traceback is above'
     if failure.exitcode < 0:
         number = -failure.exitcode
-        hint = ', as it is when memory runs out' if number == signal.SIGKILL else ''
+        hint = ', as happens when memory runs out' if number == signal.SIGKILL else ''
         return f'rank {rank} was ended by {signal.Signals(number).name} (signal {number}{hint})'
     return failure.message
 
 
 def _leave(line: str) -> NoReturn:
-    """Ends this launcher alone, without another word to the rendezvous, which may be out of reach."""
+    """End this launcher alone, without the rendezvous, which may be out of reach."""
     report(f'{line}; --resume auto goes on from the last checkpoint', EXIT_PEER_LOST)
+
+
+def _wait_until(condition: Callable[[], object], seconds: float) -> bool:
+    """Wait for the condition, and tell whether it holds."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return bool(condition())
 
 
 def _say(line: str) -> None:

@@ -1,6 +1,6 @@
 """The machines (nodes) of a job: how their launchers find one another, and what they tell one another.
 
-They meet at a store that one of them has, by torch's c10d rendezvous; the same store is their notice board.
+They meet by torch's c10d rendezvous at a store, which one of them hosts. The same store is their notice board.
 """
 import contextlib
 import fcntl
@@ -13,6 +13,7 @@ import struct
 import sys
 import threading
 import time
+from concurrent.futures import Future, wait
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -21,35 +22,40 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 
 from utils.errors import UserError
 
-LOOK_SECONDS = 0.5  # between two looks at what the others have told
-# How long nodes that may be fewer wait for more, from when the fewest have come.
+# Between two looks at the notice board.
+LOOK_SECONDS = 0.5
+# How long the fewest nodes wait for more.
 LAST_CALL_SECONDS = 5
-TOLD = ('stop', 'join', 'failed', 'hang')
-LONG_SECONDS = 10.0  # to wait without a word
-HEARTBEATS = 5  # within NODE_TIMEOUT
-HEARING_SECONDS = 5.0  # for the others to hear how the job has ended, before this launcher and its store are gone
-SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of an interface
+NOTICES = ('stop', 'join', 'failed', 'hang')
+# How long to wait without saying so.
+LONG_SECONDS = 10.0
+# Within NODE_TIMEOUT.
+HEARTBEATS = 5
+# How long an ended launcher, and its store, stay for the others to read how the job ended.
+HEARING_SECONDS = 5.0
+# ioctl: the IPv4 address of an interface.
+SIOCGIFADDR = 0x8915
 
 
 def alone(silence: float) -> 'Nodes':
-    """Those of a job of one machine."""
+    """Return the launchers of a job on one machine."""
     return Nodes(dist.HashStore(), timeout=silence)
 
 
 def find(host: str, port: int, *, name: str, patience: int, silence: float) -> tuple[list[str], 'Nodes']:
-    """Where the launchers of a job meet, as options of torchrun, and what they tell one another.
+    """Return torchrun's options for the rendezvous, and the launchers of the job.
 
     Args:
-        host, port: of the store, which the launcher on the machine `host` has.
-        name: of the job.
-        patience: seconds in which enough machines have to come.
-        silence: seconds without a word after which one is lost.
+        host, port: address of the store, which the launcher on the machine `host` has.
+        name: name of the job.
+        patience: seconds in which enough machines have to join.
+        silence: seconds without a heartbeat after which a machine is lost.
     Raises:
         UserError: `host` cannot be reached.
     """
     with _said_if_long(f'waiting for the name {host} (RDZV_ENDPOINT) to be known'):
         address = _own_address(host, port, patience)
-    # gloo would take the interface that belongs to the name of this machine. NCCL chooses well, and may use several.
+    # gloo would take the interface of this machine's name. NCCL chooses well, and may use several.
     if 'GLOO_SOCKET_IFNAME' not in os.environ and (interface := _interface_of(address)):
         os.environ['GLOO_SOCKET_IFNAME'] = interface
     hosted = _host_store(host, port)
@@ -66,7 +72,7 @@ def find(host: str, port: int, *, name: str, patience: int, silence: float) -> t
 
 @contextlib.contextmanager
 def _said_if_long(line: str):
-    """Says what this block waits for, once, if it is long."""
+    """Print what this block waits for, once, if it takes long."""
     timer = threading.Timer(LONG_SECONDS, print, (line,), {'file': sys.stderr, 'flush': True})
     timer.daemon = True
     timer.start()
@@ -76,28 +82,30 @@ def _said_if_long(line: str):
         timer.cancel()
 
 
+# --- Addresses and the store ------------------------------------------------------------------------------------------
+
 def _own_address(host: str, port: int, seconds: float) -> str:
-    """The address of this machine under which those reach it that can be reached by way of `host`.
+    """Return the address of this machine in the network of `host`.
 
     Raises:
-        UserError: the name is unknown for `seconds`, or there is no way.
+        UserError: the name is unknown for `seconds`, or there is no route.
     """
     end = time.monotonic() + seconds
     while True:
         try:
             address = _source_address(host, port)
-        except OSError as e:
-            # In a cluster a name may be known only some time after the machine has started.
-            if isinstance(e, socket.gaierror) and time.monotonic() < end:
+        except OSError as error:
+            # In a cluster, a name may be known only some time after its machine has started.
+            if isinstance(error, socket.gaierror) and time.monotonic() < end:
                 time.sleep(1)
                 continue
-            raise UserError(f'RDZV_ENDPOINT {host}:{port}: {e.strerror or e}; give an address of one of the machines '
-                            'that all of them reach') from None
-        # Some systems give a machine's own name a loopback address, which would lead the others to themselves.
+            raise UserError(f'RDZV_ENDPOINT {host}:{port}: {error.strerror or error}; give an address of one of the '
+                            'machines that all of them reach') from None
+        # Some systems give a machine's own name a loopback address, which leads the others to themselves.
         is_name = host != 'localhost' and not _is_address(host)
         if is_name and ipaddress.ip_address(address).is_loopback:
             with contextlib.suppress(OSError):
-                return _source_address('192.0.2.1', port)  # any that is far away; nothing is sent
+                return _source_address('192.0.2.1', port)  # any remote address; nothing is sent
         return address
 
 
@@ -116,7 +124,7 @@ def _is_address(host: str) -> bool:
 
 
 def _interface_of(address: str) -> str | None:
-    """The name of the network interface with this IPv4 address, or None where it has no name of its own."""
+    """Return the name of the network interface with this IPv4 address; None if it has no name of its own."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):
@@ -127,7 +135,7 @@ def _interface_of(address: str) -> str | None:
 
 
 def _host_store(host: str, port: int) -> dist.Store | None:
-    """The store of the job, where `host` is this machine and no other launcher of it has the port; else None."""
+    """Return the store of the job, if `host` is this machine and no other launcher on it has the port; else None."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -139,43 +147,49 @@ def _host_store(host: str, port: int) -> dist.Store | None:
 
 
 def _connect(host: str, port: int, seconds: float) -> dist.Store:
-    """The store of the job, which the machine `host` has.
-
-    Raises:
-        UserError: it is not there for `seconds`.
-    """
+    """Return the store of the job. Raises UserError if `host` does not serve it within `seconds`."""
     end = time.monotonic() + seconds
     while True:
         try:
             socket.create_connection((host, port), timeout=2).close()
             return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
-        except (OSError, RuntimeError) as e:
+        except (OSError, RuntimeError) as error:
             if time.monotonic() > end:
                 raise UserError(f'waited {seconds:g} s (RDZV_TIMEOUT) in vain for the launcher at {host}:{port} '
-                                f'({str(e).splitlines()[0]}); start it there too, and see to the port') from None
+                                f'({str(error).splitlines()[0]}); start it there too, and check the port') from None
         time.sleep(0.5)
 
 
+# --- The launchers ----------------------------------------------------------------------------------------------------
+
 class OutOfReach(Exception):
-    """The store of the job, and with it the other nodes, cannot be reached."""
+    """The store of the job, and so the other nodes, cannot be reached."""
+
+
+class Ended(Exception):
+    """The job has ended, and this node with it."""
+
+    def __init__(self, exit_code: int, line: str):
+        super().__init__(line)
+        self.exit_code = exit_code
 
 
 class Nodes:
     """The launchers of a job, as one of them sees the others.
 
-    A call to a store may never return where the network is down. So a thread looks at what the others have told, twice
-    a second, and whatever else needs the network is done by a thread too, while the main thread heeds signals.
+    A call to a store may never return if the network is down. So a thread reads the notice board twice a second, and
+    other network calls run in threads too, while the main thread handles signals.
 
     Args:
-        store: that all share.
-        hosted: where this launcher has it, the server behind it, for as long as this object lives.
-        timeout: seconds without a word after which a node is lost.
+        store: the store that all share.
+        hosted: the server of that store, if this launcher has it. It lives as long as this object.
+        timeout: seconds without a heartbeat after which a node is lost.
     Attributes:
-        members: of the group since the last rendezvous, by their names.
-        round: how many groups there have been before it.
+        members: names of the nodes since the last rendezvous.
+        round: number of that rendezvous.
         ended: (exit code, line) with which a launcher has ended the job, or None.
-        waiting: nodes that want to join.
-        lost: a member is silent.
+        waiting: number of nodes that want to join.
+        lost: whether a member is silent.
     """
 
     def __init__(self, store: dist.Store, hosted: dist.Store | None = None, *, timeout: float):
@@ -183,9 +197,9 @@ class Nodes:
         self.members: frozenset[str] = frozenset()
         self.round = 0
         self.ended: tuple[int, str] | None = None
-        self._told: frozenset[str] = frozenset()
         self.waiting = 0
         self.lost = False
+        self._told: frozenset[str] = frozenset()
         self._has_heard = False
         self._lock = threading.Lock()
         self._looks = self._looks_known = 0
@@ -194,18 +208,18 @@ class Nodes:
         threading.Thread(target=self._listen, name='nodes', daemon=True).start()
 
     def agree(self, name: str, value: str) -> str:
-        """What the first of the launchers has said under `name`."""
+        """Return the value that the first launcher gave for `name`."""
         return self.wait_for(lambda: self._store.compare_set(name, '', value).decode())
 
     def watch(self, handler: DynamicRendezvousHandler) -> None:
-        """Takes over from torch's agent to ask its rendezvous who wants to join."""
+        """Ask the rendezvous who wants to join, in place of torch's agent."""
         self._handler, self._count_waiting = handler, handler.num_nodes_waiting
         handler.num_nodes_waiting = lambda: 0  # type: ignore[method-assign]  # torch has no other way to silence it
 
     # --- Rounds, each from one rendezvous to the next -----------------------------------------------------------------
 
     def meet(self, rendezvous) -> int:
-        """Calls `rendezvous()`, which ends when enough nodes have come; returns how many restarts are counted so far.
+        """Call `rendezvous()`, which returns when enough nodes have joined; return the number of restarts so far.
 
         Raises:
             OutOfReach: the network is down.
@@ -215,10 +229,8 @@ class Nodes:
         with _said_if_long('waiting for other machines, or for a place among them'):
             self.wait_for(rendezvous)
         self.wait_for(self._begin_round, frozenset(map(str, self._handler._state_holder.state.participants)))
-        # Where all are here again it was a crash that has ended the round before, and not the loss of a node.
-        is_restart = bool(before) and before <= self.members and not self.wait_for(
-            lambda: self._store.check([f'{number}/join']))
-        if is_restart:
+        # If all are here again, a crash has ended the round before, not the loss of a node.
+        if before and before <= self.members and not self.wait_for(lambda: self._store.check([f'{number}/join'])):
             self.wait_for(self._count_restart, number)
         return self.wait_for(self._store.add, 'restarts', 0)
 
@@ -228,16 +240,16 @@ class Nodes:
             self._told, self.waiting, self.lost = frozenset(), 0, False
 
     def _count_restart(self, number: int) -> None:
-        """Of all nodes one counts."""
+        """Count a restart on one of the nodes."""
         me = f'{socket.gethostname()} {os.getpid()}'
         if self._store.compare_set(f'{number}/counted', '', me) == me.encode():
             self._store.add('restarts', 1)
 
-    # --- What they tell one another -----------------------------------------------------------------------------------
+    # --- The notice board ---------------------------------------------------------------------------------------------
 
     def tell(self, what: str) -> None:
-        """Tells the others of this round: 'stop' or 'join', all processes are to save and end; 'failed', one has;
-        'hang', it has waited for another."""
+        """Post a notice of this round: 'stop' or 'join', all processes are to save and end; 'failed', one has; 'hang',
+        one has waited for another."""
         with contextlib.suppress(OutOfReach, RuntimeError):
             self.wait_for(self._store.set, f'{self.round}/{what}', '1')
 
@@ -245,12 +257,12 @@ class Nodes:
         return what in self._told
 
     def look(self) -> None:
-        """Knows what has been told until now."""
+        """Read the notice board now."""
         with contextlib.suppress(OutOfReach, RuntimeError, RendezvousError):
             self.wait_for(self._look)
 
     def end(self, exit_code: int, line: str) -> None:
-        """Ends the job for all nodes, unless one has done so before, and waits until they have heard of it."""
+        """End the job for all nodes, unless one has done so before, and wait until they know."""
         told = json.dumps([exit_code, line])
         with contextlib.suppress(OutOfReach, RuntimeError, RendezvousError):
             self.wait_for(self._store.compare_set, 'end', '', told)
@@ -261,12 +273,12 @@ class Nodes:
                 time.sleep(0.1)
 
     def is_spare(self) -> bool:
-        """Whether the others are at work without this node, which waits for a place."""
+        """Tell whether the others work without this node, which waits for a place."""
         state = self._handler._state_holder.state
         return state.complete and self._handler._this_node not in state.participants
 
     def is_out_of_reach(self) -> bool:
-        """True where nothing was heard for the timeout, the pauses of this process apart; to be asked often."""
+        """Tell whether the store was silent for the timeout, pauses of this process excluded. Call it often."""
         now = time.monotonic()
         if self._looks != self._looks_known:
             self._looks_known, self._silence = self._looks, 0.0
@@ -275,34 +287,30 @@ class Nodes:
         return self._is_gone or self._silence > self.timeout
 
     def wait_for(self, function, *args):
-        """What `function(*args)` returns or raises, without being deaf to signals.
+        """Return or raise what `function(*args)` does, while signals are still handled.
 
         Raises:
             OutOfReach: the network is down.
         """
-        outcome = {}
+        outcome: Future = Future()
 
         def call():
             try:
-                outcome['value'] = function(*args)
-            except BaseException as e:
-                outcome['error'] = e
+                outcome.set_result(function(*args))
+            except BaseException as error:
+                outcome.set_exception(error)
 
-        thread = threading.Thread(target=call, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.05)
+        threading.Thread(target=call, daemon=True).start()
+        while not wait([outcome], timeout=0.05).done:
             if self.is_out_of_reach():
                 raise OutOfReach
-        if 'error' in outcome:
-            raise outcome['error']
-        return outcome['value']
+        return outcome.result()
 
     def _listen(self) -> None:
         while True:
             try:
                 self._look()
-            except Exception:  # of many kinds, and each means that the store has gone
+            except Exception:  # of many kinds; each means that the store is gone
                 self._is_gone = True
                 return
             self._looks += 1
@@ -313,7 +321,7 @@ class Nodes:
             if not self.ended and self._store.check(['end']):
                 self._hear(self._store.get('end').decode())
             if self.members:
-                told = [what for what in TOLD if self._store.check([f'{self.round}/{what}'])]
+                told = [what for what in NOTICES if self._store.check([f'{self.round}/{what}'])]
                 self.waiting = self._count_waiting()
                 state = self._handler._state_holder.state
                 present = {*state.participants, *state.wait_list, self._handler._this_node}
@@ -326,11 +334,3 @@ class Nodes:
         if not self._has_heard:
             self._has_heard = True
             self._store.add('heard', 1)
-
-
-class Ended(Exception):
-    """The job has ended, and this node with it."""
-
-    def __init__(self, exit_code: int, line: str):
-        super().__init__(line)
-        self.exit_code = exit_code

@@ -184,7 +184,7 @@ def create_from_config(path: str | os.PathLike, **overrides: Any) -> TimmModel:
     overrides = {name: 'x'.join(map(str, value)) if isinstance(value, tuple) else value
                  for name, value in overrides.items()}
     overrides = check_values(overrides, parser, source='create_from_config')
-    args = Options(**{**defaults, **recipe, **overrides}).freeze()
+    args = Options(**{**defaults, **recipe, **overrides})
     return create_model_from_options(args, num_classes=args.num_classes)
 
 

@@ -4,10 +4,10 @@ from utils.errors import UserError
 
 
 def resolve_num_classes(args, classes) -> int:
-    """The size of the classifier: --num-classes, or one for each class of the data set.
+    """Return the size of the classifier: --num-classes, or one output for each class of the data set.
 
     Raises:
-        UserError: the data set has more classes than that.
+        UserError: the data set has more classes than --num-classes.
     """
     if args.num_classes is not None and args.num_classes < len(classes):
         raise UserError(f'--num-classes {args.num_classes}: the data set has {len(classes)} classes; '
@@ -16,22 +16,22 @@ def resolve_num_classes(args, classes) -> int:
 
 
 def share_global_batch(args: Options, processes: int) -> Options:
-    """The options with --batch-size and --accum-steps as --global-batch-size asks for on so many processes, if it does.
+    """Return the options with the --batch-size and --accum-steps that --global-batch-size needs, if it is given.
 
-    Of the ways to make a step of exactly as many images, that of the fewest batches, and of even ones where there are
-    any: Mixup pairs images. Without it, `args`.
+    A step has exactly as many images. It has the fewest batches of an even size, because Mixup pairs images, or of any
+    size if there are none.
 
     Raises:
-        UserError: the processes cannot share it, or --accum-steps is given as well.
+        UserError: the processes cannot share it, or --accum-steps is given too.
     """
     total = args.global_batch_size
     if total is None:
         return args
-    if args.batch_size * args.accum_steps * processes == total:  # as in the args.yaml of a run
+    if args.batch_size * args.accum_steps * processes == total:  # from the args.yaml of a run
         return args
     if args.accum_steps != 1:
-        raise UserError(f'--accum-steps {args.accum_steps} beside --global-batch-size {total}, which finds it by '
-                        'itself; leave one of them out, or say --accum-steps 1')
+        raise UserError(f'--accum-steps {args.accum_steps} beside --global-batch-size {total}, which computes it; '
+                        'leave one of them out, or say --accum-steps 1')
     if total % processes:
         fitting = ', '.join(str(n) for n in range(1, total + 1) if total % n == 0)
         raise UserError(f'--global-batch-size {total}: {processes} processes cannot share it; give '
@@ -43,13 +43,13 @@ def share_global_batch(args: Options, processes: int) -> Options:
 
 
 def multiples_around(number: int, unit: int) -> str:
-    """The multiples of `unit` next to `number`, which is none of them, as '8 or 16'; 0 is not one."""
+    """Return the positive multiples of `unit` next to `number`, which is none, as '8 or 16'."""
     below = number - number % unit
     return ' or '.join(str(multiple) for multiple in (below, below + unit) if multiple)
 
 
 def check_images(args) -> None:
-    """Raises UserError unless the options name either files or a data set."""
+    """Raise UserError unless the options name either files or a data set."""
     has_data_set = bool(args.data) or args.dataset != 'folder'
     if bool(args.images) == has_data_set:
         raise UserError('which images? give files or folders, or a data set (--data DIR, --dataset digits)'
@@ -57,6 +57,6 @@ def check_images(args) -> None:
 
 
 def check_trained_model(args) -> None:
-    """Raises UserError unless the options name exactly one source of weights."""
+    """Raise UserError unless the options name exactly one source of weights."""
     if bool(args.eval_checkpoint) + args.pretrained != 1 or args.initial_checkpoint:
         raise UserError('which weights? give --checkpoint PATH, or --pretrained for the published ones')

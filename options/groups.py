@@ -1,22 +1,8 @@
-"""Titled groups of options, out of which the parsers of scripts.py are made.
-
-Names and defaults are those of the published main.py; options of ours have no published counterpart.
-"""
+"""Titled groups of options for the parsers of scripts.py. Names and defaults are those of the published main.py."""
 import argparse
 
 from options.datasets import DATASETS
-from options.types import (
-    count,
-    fraction,
-    image_size,
-    keyword,
-    positive,
-    positive_int,
-    probability,
-    rate,
-    real,
-    seed,
-)
+from options.types import count, fraction, image_size, keyword, positive, positive_int, probability, rate, real, seed
 
 FLAG = argparse.BooleanOptionalAction
 
@@ -24,66 +10,65 @@ FLAG = argparse.BooleanOptionalAction
 def data_options(parser):
     group = parser.add_argument_group('Data')
     group.add_argument('data', metavar='DIR', nargs='?',
-                       help='data set: a folder with train/ and val/ of class folders or shards, or wds:ADDRESS '
-                            '(https, s3) of such')
+                       help='data set: a folder with class folders or shards in train/ and val/, or wds:ADDRESS of '
+                            'shards (https, s3)')
     _add_dataset_options(group.add_argument)
 
 
 def image_options(parser):
-    """Images as files, or as a data set, for scripts that look at single images."""
+    """Add images as files or as a data set, for scripts that look at single images."""
     group = parser.add_argument_group('Images')
-    group.add_argument('images', metavar='IMAGE', nargs='*', help='image files, and folders of such')
-    group.add_argument('--data', metavar='DIR', help='instead: the evaluation images of this data set')
+    group.add_argument('images', metavar='IMAGE', nargs='*', help='image files and folders of images')
+    group.add_argument('--data', metavar='DIR', help='use the evaluation images of this data set instead')
     _add_dataset_options(group.add_argument)
     group.add_argument('--samples', type=positive_int, metavar='N',
-                       help='take only N images of the data set, evenly spread over it')
+                       help='use only N images of the data set, evenly spaced over it')
 
 
 def _add_dataset_options(add):
     add('--dataset', default='folder', choices=DATASETS,
-        help='what is in DIR; digits (embedded) and synthetic (for measuring) need none')
-    add('--download', action=FLAG, help='fetch CIFAR where it is missing (default: only where no DIR is given)')
+        help='kind of data set; digits (embedded) and synthetic (for measuring) need no DIR')
+    add('--download', action=FLAG, help='download CIFAR if it is missing (default: only if no DIR is given)')
     add('--val-split', metavar='NAME', help='folder of the evaluation images (default: val, validation or test)')
-    add('--only-classes', metavar='CLASSES', help="use a part of the classes: '0-4', or names as 'cat,dog'")
-    add('-j', '--workers', type=count, default=8, metavar='N', help='data loader processes per rank')
-    add('--pin-mem', action=FLAG, default=True, help='page-locked memory, from which a GPU copies while it computes')
-    # Its own option: what is left out of an evaluation changes what its numbers are of, as nothing in training does.
+    add('--only-classes', metavar='CLASSES', help="use only these classes: '0-4', or names such as 'cat,dog'")
+    add('-j', '--workers', type=count, default=8, metavar='N', help='data loader workers per process')
+    add('--pin-mem', action=FLAG, default=True, help='page-locked memory: a GPU copies batches while it computes')
+    # A separate option: skipping evaluation images changes what is measured.
     add('--max-bad-val-images', type=count, default=0, metavar='N',
-        help='leave out up to N evaluation images that cannot be decoded, per process; they are counted')
-    add('--shard-cache', metavar='DIR', help='keep shards from elsewhere here (default: ~/.cache/t2t-vit/shards)')
-    add('--shard-cache-size', type=positive, default=100, metavar='GB', help='room for them, on each machine')
+        help='skip up to N evaluation images per process that cannot be decoded; they are counted')
+    add('--shard-cache', metavar='DIR', help='folder for remote shards (default: ~/.cache/t2t-vit/shards)')
+    add('--shard-cache-size', type=positive, default=100, metavar='GB', help='size of the cache on each machine')
     add('--shard-timeout', type=positive, default=300, metavar='SECONDS',
-        help='stop when the server of the shards has not answered for so long')
+        help='stop when the server of the shards does not answer for this long')
 
 
 def training_data_options(parser):
     add = parser.add_argument_group('Training data').add_argument
-    add('--train-split', default='train', metavar='NAME', help='folder of the training images below DIR')
+    add('--train-split', default='train', metavar='NAME', help='folder of the training images in DIR')
     add('--max-bad-images', type=count, default=0, metavar='N',
-        help='replace up to N training images that cannot be decoded by their neighbours, per process')
+        help='replace up to N training images per process that cannot be decoded by their neighbours')
 
 
 def model_options(parser):
     add = parser.add_argument_group('Model and weights').add_argument
-    add('--model', default='t2t_vit_14', metavar='MODEL', help='a T2T-ViT or any model of timm, by name')
+    add('--model', default='t2t_vit_14', metavar='MODEL', help='name of a T2T-ViT or of any model of timm')
     add('--pretrained', action=FLAG, default=False, help="start from the model's published weights")
-    add('--initial-checkpoint', default='', metavar='PATH', help='start from the weights of this file')
-    add('--use-ema', action=FLAG, default=True, help='of a checkpoint that holds both, take the averaged weights')
+    add('--initial-checkpoint', default='', metavar='PATH', help='start from the weights in this file')
+    add('--use-ema', action=FLAG, default=True, help='use the averaged weights if a checkpoint holds both')
     add('--num-classes', type=positive_int, metavar='N',
         help="size of the classifier (default: the data set's classes, 1000 for ImageNet)")
-    add('--gp', metavar='POOL', help='global pooling (default: that of the model)')
+    add('--gp', metavar='POOL', help="global pooling (default: the model's)")
     add('--img-size', type=image_size, default=224, metavar='N', help='input size in pixels, or HxW')
     add('--model-kwargs', type=keyword, nargs='+', metavar='NAME=VALUE',
-        help="further arguments of the model, such as aux_weight=0.25")
-    add('--channels-last', action=FLAG, default=False, help='channels-last memory layout (for convolutions)')
+        help='further arguments of the model, such as aux_weight=0.25')
+    add('--channels-last', action=FLAG, default=False, help='channels-last memory layout, for convolutions')
 
 
 def trained_model_options(parser):
-    """Which weights, beside `model_options`, for scripts that use a trained model."""
+    """Add the choice of weights, beside `model_options`, for scripts that use a trained model."""
     add = parser.add_argument_group('Trained model').add_argument
-    add('--eval-checkpoint', '--checkpoint', metavar='PATH', help='checkpoint of the model, of any known kind')
-    add('--class-map', metavar='FILE',
-        help='text file with one class folder a line, in the order of the labels')
+    add('--eval-checkpoint', '--checkpoint', metavar='PATH', help='checkpoint of the model, in any known format')
+    add('--class-map', metavar='FILE', help='text file with one class folder per line, in the order of the labels')
     add('-b', '--b', '--batch-size', dest='batch_size', type=positive_int, default=64, metavar='N',
         help='images per batch and process')
 
@@ -92,13 +77,13 @@ def input_options(parser):
     add = parser.add_argument_group('Evaluation input').add_argument
     add('-vb', '--validation-batch-size-multiplier', type=positive_int, default=1, metavar='N',
         help='evaluation batch = N x --batch-size')
-    add('--crop-pct', type=positive, metavar='PCT', help='centre crop as a part of the resized image (model: 0.9)')
-    add('--mean', type=real, nargs='+', metavar='MEAN', help='mean of the pixels (default: the model\'s)')
-    add('--std', type=positive, nargs='+', metavar='STD', help='standard deviation of the pixels')
+    add('--crop-pct', type=positive, metavar='PCT', help="centre crop, share of the image (default: the model's)")
+    add('--mean', type=real, nargs='+', metavar='MEAN', help="mean of the pixels (default: the model's)")
+    add('--std', type=positive, nargs='+', metavar='STD', help="their standard deviation (default: the model's)")
     add('--interpolation', default='', choices=['', 'bilinear', 'bicubic', 'nearest'], metavar='NAME',
-        help='resize of evaluation images: bilinear, bicubic, nearest (default: the model\'s)')
+        help="interpolation for evaluation images: bilinear, bicubic, nearest (default: the model's)")
     add('--fast-eval', action=FLAG, default=False,
-        help='resize evaluation images as tensors, in half the time: 1 in 300 pixels differs by a level of 255')
+        help='resize evaluation images as tensors: twice as fast, 1 in 300 pixels differs by 1 of 255')
 
 
 def optimizer_options(parser):
@@ -107,122 +92,118 @@ def optimizer_options(parser):
         help='images per process and step')
     add('--accum-steps', type=positive_int, default=1, metavar='N', help='batches whose gradients make one step')
     add('--global-batch-size', type=positive_int, metavar='N',
-        help='images of one step over all processes, however many there are: --batch-size becomes the most that one '
-             'process takes at a time, and --accum-steps what is needed')
+        help='total images per step; --batch-size becomes the per-process limit, --accum-steps is computed')
     add('--opt', default='adamw', metavar='NAME', help='adamw, sgd or any optimizer of timm')
     add('--opt-eps', type=positive, metavar='EPS', help="optimizer's epsilon (default: its own)")
     add('--opt-betas', type=fraction, nargs='+', metavar='BETA', help="optimizer's betas (default: its own)")
     add('--momentum', type=rate, default=0.9, metavar='M', help='momentum of SGD')
     add('--weight-decay', '--wd', type=rate, default=0.05, metavar='W',
-        help='decay of weights; biases, 1-D parameters and cls_token have none')
+        help='weight decay; biases, 1-D parameters and cls_token have none')
     add('--clip-grad', type=positive, metavar='NORM', help='clip the gradient to this norm (default: never)')
     add('--max-skipped-steps', type=count, default=20, metavar='N',
-        help='stop after more steps in a row than this whose gradient is not finite, at the next log line; such '
-             'steps are skipped')
+        help='stop after more than N consecutive skipped steps (non-finite gradient), checked at log steps')
 
 
 def schedule_options(parser):
     add = parser.add_argument_group('Learning rate schedule').add_argument
-    add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'poly'],
-        help='shape of the schedule after the warm-up')
-    add('--lr', type=rate, default=5e-4, metavar='LR', help='learning rate at the top of the schedule')
-    add('--lr-noise', type=rate, nargs='+', metavar='PCT', help='noise on the rate between these parts of the epochs')
+    add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'poly'], help='shape after the warm-up')
+    add('--lr', type=rate, default=5e-4, metavar='LR', help='highest learning rate of the schedule')
+    add('--lr-noise', type=rate, nargs='+', metavar='PCT', help='noise on the rate between these shares of the epochs')
     add('--lr-noise-pct', type=rate, default=0.67, metavar='PCT', help='limit of that noise')
     add('--lr-noise-std', type=rate, default=1.0, metavar='STD', help='standard deviation of that noise')
-    add('--lr-cycle-mul', type=positive, default=1.0, metavar='MULT', help='each cycle is longer by this factor')
+    add('--lr-cycle-mul', type=positive, default=1.0, metavar='MULT', help='growth of the cycles, as a factor')
     add('--lr-cycle-limit', type=positive_int, default=1, metavar='N', help='number of cosine cycles')
-    add('--warmup-lr', type=rate, default=1e-6, metavar='LR', help='rate of the first warm-up epoch')
-    add('--min-lr', type=rate, default=1e-5, metavar='LR', help='rate at the end of the schedule')
+    add('--warmup-lr', type=rate, default=1e-6, metavar='LR', help='learning rate of the first warm-up epoch')
+    add('--min-lr', type=rate, default=1e-5, metavar='LR', help='learning rate at the end of the schedule')
     add('--epochs', type=positive_int, default=300, metavar='N', help='epochs of the schedule')
-    add('--start-epoch', type=count, metavar='N', help='count the epochs from here')
+    add('--start-epoch', type=count, metavar='N', help='number of the first epoch')
     add('--decay-epochs', type=positive, default=30, metavar='N', help='epochs between steps (step schedule)')
     add('--warmup-epochs', type=count, default=10, metavar='N', help='epochs of linear warm-up')
     add('--cooldown-epochs', type=count, default=10, metavar='N', help='epochs at --min-lr after the schedule')
-    add('--sched-on-updates', action=FLAG, default=False, help='change the rate every step, not every epoch')
-    add('--decay-rate', '--dr', type=positive, default=0.1, metavar='RATE', help='factor of a step')
+    add('--sched-on-updates', action=FLAG, default=False, help='change the rate after every step, not every epoch')
+    add('--decay-rate', '--dr', type=positive, default=0.1, metavar='RATE', help='factor of each step (step schedule)')
 
 
 def augmentation_options(parser):
     add = parser.add_argument_group('Augmentation and regularization').add_argument
-    add('--aug', action=FLAG, default=True, help='--no-aug: centre crops, unerased; Mixup stays')
+    add('--aug', action=FLAG, default=True, help='--no-aug: centre crops without random erasing; Mixup stays on')
     add('--train-crop-mode', default='rrc', choices=['rrc', 'pad'],
         help='rrc: random resized crop; pad: resize, then random crop of the image padded by 1/8')
     add('--scale', type=positive, nargs=2, default=[0.08, 1.0], metavar=('MIN', 'MAX'),
-        help='area of a random resized crop')
+        help='area of a random resized crop, as a share of the image')
     add('--ratio', type=positive, nargs=2, default=[3 / 4, 4 / 3], metavar=('MIN', 'MAX'), help='its aspect ratio')
     add('--hflip', type=probability, default=0.5, metavar='P', help='probability of a horizontal flip')
     add('--vflip', type=probability, default=0.0, metavar='P', help='probability of a vertical flip')
-    add('--color-jitter', type=rate, default=0.4, metavar='PCT', help='colour jitter; unused beside --aa')
+    add('--color-jitter', type=rate, default=0.4, metavar='PCT', help='colour jitter; ignored if --aa is given')
     add('--aa', default='rand-m9-mstd0.5-inc1', metavar='POLICY', help="AutoAugment or RandAugment policy; '' for none")
     add('--aug-splits', type=count, default=0, metavar='N', help='AugMix splits: 0, or at least 2')
     add('--jsd', action=FLAG, default=False, help='Jensen-Shannon divergence over the splits')
-    add('--resplit', action=FLAG, default=False, help='do not erase in the first, clean split')
+    add('--resplit', action=FLAG, default=False, help='no random erasing in the first, clean split')
     add('--reprob', type=probability, default=0.25, metavar='P', help='probability of random erasing')
-    add('--remode', default='pixel', choices=['pixel', 'rand', 'const'], help='what an erased region is filled with')
+    add('--remode', default='pixel', choices=['pixel', 'rand', 'const'], help='content of an erased region')
     add('--recount', type=positive_int, default=1, metavar='N', help='erased regions per image')
     add('--mixup', type=rate, default=0.8, metavar='ALPHA', help='Mixup alpha; 0 for none')
     add('--cutmix', type=rate, default=1.0, metavar='ALPHA', help='CutMix alpha; 0 for none')
-    add('--cutmix-minmax', type=probability, nargs=2, metavar=('MIN', 'MAX'), help='CutMix region, instead of alpha')
+    add('--cutmix-minmax', type=probability, nargs=2, metavar=('MIN', 'MAX'), help='range of CutMix region sizes')
     add('--mixup-prob', type=probability, default=1.0, metavar='P', help='probability of mixing a batch')
-    add('--mixup-switch-prob', type=probability, default=0.5, metavar='P', help='of those, the part by CutMix')
-    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='one mix per batch, pair or image')
-    add('--mixup-off-epoch', type=count, default=0, metavar='N', help='no mixing from this epoch on; 0: always')
+    add('--mixup-switch-prob', type=probability, default=0.5, metavar='P', help='share of these that use CutMix')
+    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='mix once per batch, pair or image')
+    add('--mixup-off-epoch', type=count, default=0, metavar='N', help='stop mixing at this epoch; 0: never')
     add('--smoothing', type=fraction, default=0.1, metavar='S', help='label smoothing')
     add('--train-interpolation', default='random', choices=['random', 'bilinear', 'bicubic'],
-        help='resize of training images')
+        help='interpolation for training images')
     add('--fast-transform', action=FLAG, default=True,
-        help='augment training images as tensors: the same draws, pixels equal but for a level here and there, sooner')
+        help='faster augmentation on tensors: same random choices, pixels within rounding')
     add('--drop', type=fraction, default=0.0, metavar='P', help='dropout')
-    add('--drop-path', type=fraction, default=0.1, metavar='P', help='stochastic depth of the last block')
-    add('--drop-block', type=fraction, metavar='P', help='DropBlock, for models that have it')
+    add('--drop-path', type=fraction, default=0.1, metavar='P', help='stochastic depth rate of the last block')
+    add('--drop-block', type=fraction, metavar='P', help='DropBlock rate, for models that have it')
 
 
 def batch_norm_options(parser):
     add = parser.add_argument_group('Batch norm (models that have it)').add_argument
     add('--bn-momentum', type=rate, metavar='M', help='momentum of the running statistics')
     add('--bn-eps', type=positive, metavar='EPS', help='epsilon')
-    add('--sync-bn', action=FLAG, default=False, help='statistics over all processes')
-    add('--dist-bn', default='', choices=['', 'reduce', 'broadcast'],
-        help='after an epoch, share the running statistics')
+    add('--sync-bn', action=FLAG, default=False, help='compute the statistics over all processes')
+    add('--dist-bn', default='', choices=['', 'reduce', 'broadcast'], help='share running statistics after each epoch')
 
 
 def ema_options(parser):
     add = parser.add_argument_group('Moving average of the weights').add_argument
-    add('--model-ema', action=FLAG, default=True, help='keep and evaluate averaged weights')
-    add('--model-ema-force-cpu', action=FLAG, default=False, help='keep them in CPU memory; they are not evaluated')
-    add('--model-ema-decay', type=probability, default=0.99996, metavar='D', help='decay of the average per step')
+    add('--model-ema', action=FLAG, default=True, help='keep averaged weights, and evaluate them')
+    add('--model-ema-force-cpu', action=FLAG, default=False, help='keep them in CPU memory, and do not evaluate them')
+    add('--model-ema-decay', type=probability, default=0.99996, metavar='D', help='decay of the average, per step')
 
 
 def device_options(parser):
     add = parser.add_argument_group('Device and precision').add_argument
-    add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
+    add('--device', default='auto', metavar='NAME', help='auto (a GPU if there is one), cuda, cuda:1 or cpu')
     add('--amp', '--native-amp', action=FLAG, default=False, help='mixed precision')
     add('--amp-dtype', default='auto', choices=['auto', 'bfloat16', 'float16'],
-        help='auto: bfloat16 where the device has it, else float16 with loss scaling')
-    add('--deterministic', action=FLAG, default=False, help='only kernels that repeat to the bit (GPU)')
+        help='auto: bfloat16 if the device has it, else float16 with loss scaling')
+    add('--deterministic', action=FLAG, default=False, help='use only kernels that repeat to the bit (GPU)')
     add('--timeout', type=positive, default=1800, metavar='SECONDS',
-        help='stop, and name the process to blame, when the others have waited this long for it')
-    add('--seed', type=seed, default=42, metavar='S', help='seed of everything random')
+        help='stop when a process does not respond for this long, and name it')
+    add('--seed', type=seed, default=42, metavar='S', help='seed of all random numbers')
     add('--log-interval', type=positive_int, default=50, metavar='N', help='steps between log lines')
 
 
 def compile_options(parser):
     add = parser.add_argument_group('Compilation').add_argument
     add('--compile', default='', choices=['', 'blocks', 'model', 'graphs', 'autotune'],
-        help='torch.compile: blocks (one at a time: ready in a minute), model (as a whole: minutes, and faster), '
-             'graphs (and launched as CUDA graphs), autotune (and kernels tried out); results differ by rounding')
+        help='torch.compile: blocks (each by itself: ready in a minute), model (as a whole: takes minutes, runs '
+             'faster), graphs (adds CUDA graphs), autotune (also tries kernels); results differ by rounding')
 
 
 def run_options(parser):
     add = parser.add_argument_group('Run, checkpoints, resume').add_argument
-    add('--output', default='./output', metavar='DIR', help='runs go to DIR/train/EXPERIMENT')
-    add('--experiment', default='', metavar='NAME', help="the run's folder (default: date-model-size)")
-    add('--resume', default='', metavar='PATH', help="continue from this checkpoint; 'auto': the newest of this run")
-    add('--resume-opt', action=FLAG, default=True, help='--no-resume-opt: take the weights, start the optimizer anew')
+    add('--output', default='./output', metavar='DIR', help='write runs to DIR/train/EXPERIMENT')
+    add('--experiment', default='', metavar='NAME', help='name of the run (default: date-model-size)')
+    add('--resume', default='', metavar='PATH', help="continue from this checkpoint; 'auto': this run's newest")
+    add('--resume-opt', action=FLAG, default=True, help='--no-resume-opt: resume weights, reset the optimizer')
     add('--checkpoint-steps', '--recovery-interval', type=count, default=0, metavar='N',
-        help='save every N steps within an epoch as well; 0: only after epochs')
+        help='also save every N steps; 0: only after epochs')
     add('--checkpoint-hist', '--keep', type=positive_int, default=2, metavar='N',
         help='newest checkpoints to keep, beside the best')
-    add('--eval-metric', default='top1', choices=['top1', 'top5', 'loss'], help='what makes a checkpoint the best')
-    add('--save-images', action=FLAG, default=False, help='write the augmented batch as a picture at every log line')
+    add('--eval-metric', default='top1', choices=['top1', 'top5', 'loss'], help='metric of the best checkpoint')
+    add('--save-images', action=FLAG, default=False, help='write the augmented batch as a picture at every log step')
     add('--tensorboard', action=FLAG, default=True, help='write TensorBoard events')

@@ -1,8 +1,8 @@
-"""Recipes: YAML files of options. Whatever is wrong in one is a UserError that names the file, the key and a remedy.
+"""Recipes: YAML files of options. A mistake in one is a UserError that names the file, the key and a remedy.
 
     defaults = read_recipe(Path('configs/t2t_vit_14.yaml'), parser)
 
-This module imports no torch, as options/groups.py, whose parsers say what a recipe may hold.
+This module imports no torch.
 """
 import argparse
 import re
@@ -12,14 +12,19 @@ import yaml
 
 from utils.errors import UserError, did_you_mean
 
+# What the Python types of values are called in messages.
+KINDS = {int: 'an integer', float: 'a number', str: 'a string (quote it)', bool: 'true or false'}
 
-class RecipeParser(argparse.ArgumentParser):
-    """What recipes are checked against; `gone` has a line for each option that is refused: what to do instead."""
-    gone: dict[str, str]
+
+class Removed(argparse.Action):
+    """An option that was removed. `const` says what to do instead."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f'{option_string} is gone: {self.const}')
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML with numbers as people write them (5e-4 is a string to PyYAML) and no key twice."""
+    """YAML with numbers as people write them (PyYAML reads 5e-4 as a string), and without duplicate keys."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -35,7 +40,7 @@ class _RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node):
-        """As Python reads it: 010 is ten, and 1:30 no number (to YAML they are eight, and ninety)."""
+        """Read a number as Python does: 010 is ten, and 1:30 is none (YAML reads eight, and ninety)."""
         for kind in (int, float):
             try:
                 return kind(node.value)
@@ -50,21 +55,22 @@ _RecipeLoader.add_implicit_resolver(
     'tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$'), list('-+.0123456789'))
 
 
-def read_recipe(path: Path, parser: RecipeParser, *, complete: bool = True) -> dict:
-    """Reads a YAML recipe and checks every key and value against the parser's options.
+def read_recipe(path: Path, parser: argparse.ArgumentParser, *, complete: bool = True) -> dict:
+    """Read a YAML recipe, and check every key and value against the parser's options.
 
-    With `complete` a key that no option has is an error; without, such keys are left out, for a reader that wants a
-    part of the recipe. Raises UserError that names the file, the key and the nearest right name, or the value and what
-    was expected.
+    Args:
+        complete: refuse keys that no option has; else leave them out.
+    Raises:
+        UserError: it names the file, the key and the nearest right name, or the value and what was expected.
     """
     try:
         values = yaml.load(path.read_text(encoding='utf-8'), _RecipeLoader)
-    except OSError as e:
-        raise UserError(f'-c {path}: {e.strerror}: give a recipe such as configs/t2t_vit_14.yaml') from None
-    except Exception as e:  # PyYAML raises more than its own errors: ValueError, RecursionError, …
-        mark = getattr(e, 'problem_mark', None)
+    except OSError as error:
+        raise UserError(f'-c {path}: {error.strerror}: give a recipe such as configs/t2t_vit_14.yaml') from None
+    except Exception as error:  # PyYAML raises more than its own errors: ValueError, RecursionError, …
+        mark = getattr(error, 'problem_mark', None)
         where = f', line {mark.line + 1}' if mark else ''
-        problem = getattr(e, 'problem', None) or f'{type(e).__name__}: {e}'.splitlines()[0]
+        problem = getattr(error, 'problem', None) or f'{type(error).__name__}: {error}'.splitlines()[0]
         raise UserError(f'{path}{where}: not a recipe: {problem}') from None
     if values is None:
         return {}
@@ -73,55 +79,51 @@ def read_recipe(path: Path, parser: RecipeParser, *, complete: bool = True) -> d
     return check_values(values, parser, source=path, complete=complete)
 
 
-def check_values(values: dict, parser: RecipeParser, *, source, complete: bool = True) -> dict:
-    """The values of a recipe as the parser would have read them; `source` and `complete` as for `read_recipe`."""
-    actions = {a.dest: a for a in parser._actions
-               if a.help is not argparse.SUPPRESS and a.dest not in ('help', 'config')}
-    gone = {option.removeprefix('--').replace('-', '_'): instead for option, instead in parser.gone.items()}
+def check_values(values: dict, parser: argparse.ArgumentParser, *, source, complete: bool = True) -> dict:
+    """Return a recipe's values as the parser would have read them; `source` is where they come from, for messages."""
+    actions = {a.dest: a for a in parser._actions if a.dest not in ('help', 'config', 'local_rank')}
     recipe = {}
     for key, value in values.items():
         name = str(key).replace('-', '_')
-        if name in gone:
-            raise UserError(f'{source}: {key} is gone: {gone[name]}')
-        if name not in actions and not complete:
-            continue
-        if name not in actions:
-            raise UserError(f'{source}: {key!r} is no option{did_you_mean(name, actions)}')
-        recipe[name] = _checked(source, key, value, actions[name])
+        action = actions.get(name)
+        if isinstance(action, Removed):
+            raise UserError(f'{source}: {key} is gone: {action.const}')
+        if action:
+            recipe[name] = _checked(f'{source}: {key}', value, action)
+        elif complete:
+            known = [name for name, action in actions.items() if not isinstance(action, Removed)]
+            raise UserError(f'{source}: {key!r} is no option{did_you_mean(name, known)}')
     return recipe
 
 
-def _checked(source, key: str, value, action: argparse.Action):
-    """The recipe's value as the option would have parsed it from the command line."""
+def _checked(where: str, value, action: argparse.Action):
+    """Return a value as the option would have read it from the command line."""
     if value is None and action.default is None:
         return None
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
-            raise UserError(f'{source}: {key}: {value!r} is neither true nor false')
+            raise UserError(f'{where}: {value!r} is neither true nor false')
         return value
     if action.nargs in ('+', 2):
         if not isinstance(value, list) or (action.nargs == 2 and len(value) != 2) or not value:
             wanted = 'two numbers' if action.nargs == 2 else 'values, as [a, b]'
-            raise UserError(f'{source}: {key}: {value!r} is no list of {wanted}')
-        return [_scalar(source, key, v, action) for v in value]
-    return _scalar(source, key, value, action)
+            raise UserError(f'{where}: {value!r} is no list of {wanted}')
+        return [_scalar(where, v, action) for v in value]
+    return _scalar(where, value, action)
 
 
-def _scalar(source, key: str, value, action: argparse.Action):
-    kind = getattr(action.type, 'kind', str)
-    kinds = kind if isinstance(kind, tuple) else (int, float) if kind is float else (kind,)
+def _scalar(where: str, value, action: argparse.Action):
+    kinds = getattr(action.type, 'kinds', (str,))
+    fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
     # bool is an int to Python, but `epochs: true` is a mistake.
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        wanted = {int: 'an integer', float: 'a number', str: 'a string (quote it)', bool: 'true or false'}
-        expected = ' or '.join(wanted[k] for k in kinds if (k, kind) != (int, float))
-        raise UserError(f'{source}: {key}: {repr(value)[:80]} is not {expected}')
+    if not fits or (isinstance(value, bool) and bool not in kinds):
+        raise UserError(f'{where}: {repr(value)[:80]} is not {" or ".join(KINDS[kind] for kind in kinds)}')
     if callable(action.type):
         try:
             value = action.type(str(value))
-        except argparse.ArgumentTypeError as e:
-            raise UserError(f'{source}: {key}: {e}') from None
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f'{where}: {error}') from None
     if action.choices is not None and value not in action.choices:
         choices = [str(choice) for choice in action.choices]
-        raise UserError(f'{source}: {key}: {value!r} is not one of {", ".join(choices)}'
-                        f'{did_you_mean(str(value), choices)}')
+        raise UserError(f'{where}: {value!r} is not one of {", ".join(choices)}{did_you_mean(str(value), choices)}')
     return value

@@ -1,4 +1,4 @@
-"""The parser of each script. Tools, benchmarks and tests take parsers from here, so that none imports a script.
+"""The parser of each script. Tools, benchmarks and tests take parsers from here, so none of them imports a script.
 
     args = parse_options(train_parser())
 """
@@ -24,7 +24,7 @@ def train_parser() -> Parser:
 
 # --- transfer.py ------------------------------------------------------------------------------------------------------
 
-# The published transfer recipe: SGD with plain momentum (timm's 'sgd' is Nesterov's), a cosine without warm-up, padded
+# The published recipe: SGD with plain momentum (timm's 'sgd' is Nesterov's), a cosine schedule without warm-up, padded
 # crops and flips, plain cross-entropy.
 TRANSFER_DEFAULTS = dict(
     dataset='cifar10', opt='momentum', lr=0.01, weight_decay=5e-4, batch_size=128,
@@ -40,16 +40,16 @@ def transfer_parser() -> Parser:
 def _transfer_options(parser: Parser) -> None:
     add = parser.add_argument_group('Transfer').add_argument
     add('--transfer-learning', type=boolean, nargs='?', const=True, default=False, metavar='True|False',
-        help='start from --transfer-model, or from --pretrained weights')
-    add('--transfer-model', metavar='PATH', help='checkpoint to start from; its classifier may be of any size')
+        help='start from --transfer-model or --pretrained weights')
+    add('--transfer-model', metavar='PATH', help='checkpoint to start from; its classifier may have any size')
     add('--transfer-ratio', type=rate, default=0.01, metavar='R',
-        help='learning rate of all but the classifier, as a part of --lr')
+        help='learning rate of all but the classifier, as a share of --lr')
     add('--pixel-stats', default='imagenet', choices=['imagenet', 'cifar'],
-        help="normalisation: that of the weights' training (imagenet), or the target's, as published (cifar)")
+        help="normalisation: of the weights' training (imagenet), or of the target, as published (cifar)")
 
 
 def recorded_parser() -> Parser:
-    """Return a parser of all options that the args.yaml of a run may hold, of train.py or of transfer.py."""
+    """Return a parser of all options that the args.yaml of a run may hold."""
     return create_parser('', (*TRAINING, _transfer_options))
 
 
@@ -65,13 +65,13 @@ def validate_parser() -> Parser:
 def _validate_options(parser: Parser) -> None:
     parser.add_argument_group('Evaluation').add_argument(
         '--results-file', metavar='FILE',
-        help='results as FILE.json and FILE.csv (default: output/validate/DATE-MODEL-SIZE)')
+        help='write results to FILE.json and FILE.csv (default: output/validate/DATE-MODEL-SIZE)')
 
 
 # --- predict.py -------------------------------------------------------------------------------------------------------
 
 def predict_parser() -> Parser:
-    # Without --max-bad-val-images, every image that cannot be decoded is left out.
+    # Without --max-bad-val-images, all undecodable images are left out.
     return create_parser(
         'Predict the classes of images.',
         (groups.image_options, *TRAINED_MODEL, groups.device_options, _predict_options),
@@ -80,9 +80,9 @@ def predict_parser() -> Parser:
 
 def _predict_options(parser: Parser) -> None:
     add = parser.add_argument_group('Prediction').add_argument
-    add('-k', '--top-k', type=positive_int, default=5, metavar='K', help='classes for each image')
+    add('-k', '--top-k', type=positive_int, default=5, metavar='K', help='classes to show for each image')
     add('-o', '--results-file', metavar='FILE',
-        help='results as FILE.json and FILE.csv (default: output/predict/DATE-MODEL-SIZE)')
+        help='write results to FILE.json and FILE.csv (default: output/predict/DATE-MODEL-SIZE)')
 
 
 # --- visualize.py -----------------------------------------------------------------------------------------------------
@@ -92,8 +92,8 @@ FIGURES = (*FIGURES_OF_IMAGES, 'mistakes')
 
 
 def visualize_parser() -> Parser:
-    # The batch decides which channels are silent: their maps are in memory together.
-    # Without --max-bad-val-images, files that cannot be decoded are left out, but no image of a data set is.
+    # Silent channels are judged over a batch, whose maps are in memory together.
+    # Without --max-bad-val-images, undecodable files are left out, but no image of a data set is.
     return create_parser(
         'Show what a model sees.',
         (groups.image_options, *TRAINED_MODEL, groups.device_options, _visualize_options),
@@ -103,16 +103,15 @@ def visualize_parser() -> Parser:
 def _visualize_options(parser: Parser) -> None:
     add = parser.add_argument_group('Pictures').add_argument
     add('--figures', nargs='+', choices=FIGURES, default=FIGURES_OF_IMAGES, metavar='FIGURE',
-        help='which pictures: attention, tokens, features of each image (default: these three), mistakes of a data set')
+        help='attention, tokens, features of each image (default: these three), or mistakes on a data set')
     add('--blocks', type=positive_int, nargs='+', metavar='N',
-        help='attention: blocks whose heads to show, counted from 1 (default: 4 5, as published)')
+        help='attention: show the heads of these blocks, counted from 1 (default: 4 5, as published)')
     add('--token', type=count, nargs=2, metavar=('ROW', 'COL'),
-        help='attention, tokens: a token of the last grid, counted from 0 (default: the middle)')
-    add('--layers', nargs='+', metavar='NAME',
-        help='features: layers of the model (default: an early, a middle and a late one)')
+        help='attention, tokens: show this token of the last grid, counted from 0 (default: the middle)')
+    add('--layers', nargs='+', metavar='NAME', help='features: layers (default: an early, a middle and a late one)')
     add('--beside', nargs='+', default=[], metavar='MODEL[=CHECKPOINT|=pretrained]',
-        help='features: models to show beside it; without a checkpoint their weights are random')
-    add('-o', '--output-dir', default='output/visualize', metavar='DIR', help='where the pictures go')
+        help='features: show these models too; without a checkpoint their weights are random')
+    add('-o', '--output-dir', default='output/visualize', metavar='DIR', help='folder for the pictures')
 
 
 # --- export.py --------------------------------------------------------------------------------------------------------
@@ -121,7 +120,7 @@ FORMATS = ('safetensors', 'onnx', 'torch-export', 'aotinductor', 'int8')
 
 
 def export_parser() -> Parser:
-    # Files are for other machines, so they are compared in float32 on the CPU, whatever this machine has.
+    # The files are for other machines: compare them in float32 on the CPU.
     return create_parser(
         'Export a trained model.', (groups.image_options, *TRAINED_MODEL, _export_options),
         {**FROM_CHECKPOINT, 'batch_size': 16, 'samples': 1000, 'workers': 2, 'device': 'cpu', 'amp': False,
@@ -131,8 +130,8 @@ def export_parser() -> Parser:
 def _export_options(parser: Parser) -> None:
     add = parser.add_argument_group('Export').add_argument
     add('--format', dest='formats', nargs='+', choices=FORMATS, metavar='FORMAT',
-        help=f'{", ".join(FORMATS)} (default: all that this machine can make)')
-    add('-o', '--output-dir', metavar='DIR', help='where the files go (default: output/export/MODEL-SIZE)')
+        help=f'{", ".join(FORMATS)} (default: all that this machine supports)')
+    add('-o', '--output-dir', metavar='DIR', help='folder for the files (default: output/export/MODEL-SIZE)')
 
 
 # --- tools/doctor -----------------------------------------------------------------------------------------------------
@@ -141,17 +140,17 @@ SAMPLES, QUICK_SAMPLES = 1000, 200
 
 
 def doctor_parser() -> Parser:
-    return create_parser('Look a long run over before it is started.', (*TRAINING, _doctor_options))
+    return create_parser('Check a long run before it starts.', (*TRAINING, _doctor_options))
 
 
 def _doctor_options(parser: Parser) -> None:
     add = parser.add_argument_group('Doctor').add_argument
     add('--processes', type=positive_int, metavar='N',
-        help='processes of the run on this machine (default: its GPUs, or 1 and, to exchange a gradient, 2 on a CPU)')
-    add('--price', type=positive, metavar='MONEY', help='of one GPU for an hour')
-    add('--quick', action='store_true', help=f'decode {QUICK_SAMPLES} images instead of {SAMPLES:,}, and measure the '
-                                             'loader for a shorter time')
-    add('--results-file', metavar='FILE', help='what was found as FILE.json and FILE.csv too')
+        help='processes of the run on this machine (default: its GPUs; on a CPU 1, but 2 to exchange a gradient)')
+    add('--price', type=positive, metavar='MONEY', help='price of one GPU for an hour')
+    add('--quick', action='store_true', help=f'decode {QUICK_SAMPLES} images instead of {SAMPLES:,}, and measure '
+                                             'the loader for a shorter time')
+    add('--results-file', metavar='FILE', help='also write the findings to FILE.json and FILE.csv')
 
 
 SCRIPTS = {'train': train_parser, 'transfer': transfer_parser, 'validate': validate_parser, 'predict': predict_parser,

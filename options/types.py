@@ -1,31 +1,35 @@
-"""Types of option values. Each carries `kind`, the Python type that a recipe may give for it."""
+"""Types of option values. Each knows which Python types a recipe may give for it."""
 import argparse
 import ast
 import math
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
 
-MAX_IMAGE_SIZE = 8192  # beyond it no memory holds the tokens
+# Memory holds no tokens of larger images.
+MAX_IMAGE_SIZE = 8192
 
 
 class Converter:
-    """A function that reads the text of an option, with the Python type or types that a recipe may give for it."""
+    """A function that reads the text of an option, with the Python types that a recipe may give for it."""
 
-    def __init__(self, convert: Callable[[Any], Any], kind: type | tuple[type, ...]):
-        self._convert, self.kind = convert, kind
+    def __init__(self, convert: Callable[[Any], Any], kinds: tuple[type, ...]):
+        self._convert, self.kinds = convert, kinds
 
     def __call__(self, text):
         return self._convert(text)
 
 
 def recipe_kind(*kinds: type) -> Callable[[Callable[[Any], Any]], Converter]:
-    """Decorates a function that reads the text of an option."""
-    return lambda convert: Converter(convert, kinds if len(kinds) > 1 else kinds[0])
+    """Decorate a function that reads the text of an option."""
+    return lambda convert: Converter(convert, kinds)
 
 
 def number(kind: type[int] | type[float], low=None, high=None, above=None, below=None) -> Converter:
-    """A converter to int or float that holds bounds: low and high inclusive, `above` and `below` exclusive."""
+    """Return a converter to int or float with bounds: low and high are inclusive, `above` and `below` exclusive."""
+    bounds = ((low, operator.ge, 'too small: at least'), (above, operator.gt, 'too small: it must be more than'),
+              (high, operator.le, 'too large: at most'), (below, operator.lt, 'too large: it must be less than'))
 
     @recipe_kind(kind)
     def convert(text):
@@ -33,15 +37,9 @@ def number(kind: type[int] | type[float], low=None, high=None, above=None, below
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f'{text!r} is not {"an integer" if kind is int else "a number"}') from None
-        # Written so that NaN fails every bound.
-        if low is not None and not value >= low:
-            raise argparse.ArgumentTypeError(f'{text} is too small: at least {low}')
-        if above is not None and not value > above:
-            raise argparse.ArgumentTypeError(f'{text} is too small: it must be more than {above}')
-        if high is not None and not value <= high:
-            raise argparse.ArgumentTypeError(f'{text} is too large: at most {high}')
-        if below is not None and not value < below:
-            raise argparse.ArgumentTypeError(f'{text} is too large: it must be less than {below}')
+        for bound, holds, problem in bounds:
+            if bound is not None and not holds(value, bound):  # NaN fails every bound
+                raise argparse.ArgumentTypeError(f'{text} is {problem} {bound}')
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f'{text} is not a finite number')
         if kind is int and abs(value) >= 2**63:
@@ -75,7 +73,7 @@ def image_size(text):
 
 @recipe_kind(bool)
 def boolean(text):
-    """'True', 'yes', '1', … → True; 'False', 'no', '0', … → False (the published script read 'False' as true)."""
+    """'True', 'yes', '1', … → True; 'False', 'no', '0', … → False. (The published script read 'False' as true.)"""
     if str(text).lower() in ('true', 'yes', 'on', '1'):
         return True
     if str(text).lower() in ('false', 'no', 'off', '0'):
@@ -84,7 +82,7 @@ def boolean(text):
 
 
 def keyword(text):
-    """'name=value', left as it is: `keywords` reads the values."""
+    """Check 'name=value' and return it unchanged: `keywords` reads the value."""
     name, equals, _ = text.partition('=')
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f'{text!r} is no argument: give NAME=VALUE, such as aux_weight=0.25')
@@ -92,7 +90,7 @@ def keyword(text):
 
 
 def keywords(arguments) -> dict:
-    """['aux_weight=0.25', 'norm=None'] → {'aux_weight': 0.25, 'norm': None}; what is no Python literal is a string."""
+    """['aux_weight=0.25', 'norm=None'] → {'aux_weight': 0.25, 'norm': None}; other than Python literals are strings."""
     values = {}
     for argument in arguments or ():
         name, _, value = argument.partition('=')

@@ -1,5 +1,5 @@
 """tools/doctor: planted faults are named with a remedy, a sound data set has none, and the data stays as it is."""
-import copy
+import dataclasses
 import json
 import logging
 import math
@@ -25,14 +25,16 @@ from tools.doctor import (
     data as doctor_data,
     disk as doctor_disk,
     findings as doctor_findings,
+    images as doctor_images,
     memory as doctor_memory,
     processes as doctor_processes,
     recipe as doctor_recipe,
     schedule as doctor_schedule,
     speed as doctor_speed,
 )
-from tools.doctor.case import Case
-from tools.doctor.findings import FAIL, LOOK, OK, STOP, Finding
+from tools.doctor.case import Case, Loading, Rates, Schedule, Splits, Steps
+from tools.doctor.findings import FAIL, LOOK, OK, STOP, Finding, Section
+from utils.console import ROOMS
 from utils.distributed import World
 from utils.errors import UserError
 from utils.runtime import Precision
@@ -45,13 +47,21 @@ def case_of(*words, processes=1, samples=1000, device='cpu') -> Case:
     parser = doctor_parser()
     args = parse_options(parser, [*map(str, words), *SMALL])
     cpu = torch.device('cpu')
-    return Case(args, World(0, 0, 1, torch.device(device)), Precision(cpu, enabled=False), processes, 2, samples,
-                       0.2)
+    return Case(args, World(0, 0, 1, torch.device(device)), Precision(cpu, enabled=False), processes, 2, samples, 0.2)
 
 
 def look_at_data(case: Case) -> list[Finding]:
-    doctor_data.open_splits(case)
-    return list(doctor_data.look_at_data(case))
+    return list(doctor_data.look_at_data(case, doctor_data.open_splits(case)))
+
+
+def look_at_images(case: Case) -> list[Finding]:
+    return list(doctor_images.look_at_images(case, doctor_data.open_splits(case)))
+
+
+def examine(section: Section, *known) -> list[Finding]:
+    """The findings of a section that knows of these, where 'Images per second' measures the rest."""
+    rates = Section('Images per second', doctor_speed.look_at_rates)
+    return doctor_findings.examine(section, {type(value): value for value in known}, [rates, section])
 
 
 def plant_faults(root) -> None:
@@ -134,7 +144,7 @@ def test_all_that_a_run_needs_is_measured(ill):
 
 def test_sound_data_set_has_neither_stop_nor_look(image_folder):
     case = case_of(image_folder)
-    findings = [*look_at_data(case), *doctor_data.look_at_images(case)]
+    findings = [*look_at_data(case), *look_at_images(case)]
     assert {finding.mark for finding in findings} == {OK}
     found = {finding.title: finding for finding in findings}
     assert found['Images'].numbers == {'train': 36, 'val': 15, 'classes': 3}
@@ -147,7 +157,7 @@ def test_shards(image_folder, tmp_path):
     succeeded(run_script('tools/pack.py', image_folder, tmp_path / 'shards', cwd=tmp_path))
     for address in (tmp_path / 'shards', f'wds:{tmp_path}/shards'):
         case = case_of(address)
-        findings = [*look_at_data(case), *doctor_data.look_at_images(case)]
+        findings = [*look_at_data(case), *look_at_images(case)]
         assert {finding.mark for finding in findings} == {OK}
         assert findings[0].numbers == {'train': 36, 'val': 15, 'classes': 3}
 
@@ -165,7 +175,7 @@ def test_other_layouts_of_val(tmp_path):
     case = case_of(root)
     found, = (finding for finding in look_at_data(case) if finding.mark == STOP)
     assert '6 images and no class folders' in found.figure and 'CLASS' in found.remedy
-    assert len(case.val) == 6  # and they are decoded all the same
+    assert len(doctor_data.open_splits(case).val) == 6  # and they are decoded all the same
     with pytest.raises(UserError, match='does not exist'):
         look_at_data(case_of(tmp_path / 'nowhere'))
 
@@ -177,7 +187,7 @@ def test_other_layouts_of_val(tmp_path):
     (['tiger', 'tiger shark', 'tiger_cat', 'boeing 737', 'boeing 747', 'crane', 'crane2', 'old'], []),
 ])
 def test_names_that_are_nearly_equal(names, pairs):
-    found = list(doctor_data._near_names([], names))
+    found = list(doctor_data.near_names([], names))
     assert [finding.numbers['pairs'] for finding in found] == ([pairs] if pairs else [])
 
 
@@ -186,9 +196,8 @@ def test_imagenet_is_counted(monkeypatch):
     synsets = ImageNetInfo().label_names()
 
     def look(train, val, classes):
-        case = case_of()
-        case.train, case.val = range(train), range(val)
-        return [(finding.mark, finding.figure) for finding in doctor_data._known_numbers(case, classes)]
+        splits = Splits(range(train), range(val))
+        return [(finding.mark, finding.figure) for finding in doctor_data.known_numbers(splits, classes)]
 
     assert look(1_281_167, 50_000, synsets)[0][0] == OK
     (mark, figure), = look(1_281_160, 50_000, synsets[:-1])
@@ -197,21 +206,21 @@ def test_imagenet_is_counted(monkeypatch):
 
 
 def test_bound_of_bad_images():
-    assert doctor_data.upper_bound(0, 1000) == pytest.approx(1 - 0.05 ** (1 / 1000))
+    assert doctor_images.upper_bound(0, 1000) == pytest.approx(1 - 0.05 ** (1 / 1000))
     for bad, seen in ((1, 20), (7, 300)):
-        share = doctor_data.upper_bound(bad, seen)
+        share = doctor_images.upper_bound(bad, seen)
         rare = sum(math.comb(seen, k) * share**k * (1 - share)**(seen - k) for k in range(bad + 1))
         assert rare == pytest.approx(0.05, rel=1e-6)
-    assert doctor_data.upper_bound(3, 3) == 1
+    assert doctor_images.upper_bound(3, 3) == 1
 
 
 def test_what_is_tolerated_is_no_stop():
-    seen = [doctor_data.Seen(f'{k}.jpg', 1, b'', 'JPEG', 'RGB', (9, 9), (), 'cut' * (k == 3)) for k in range(10)]
-    marks = {tolerated: doctor_data._bad_images('train', seen, 10, tolerated).mark for tolerated in (0, 1)}
+    seen = [doctor_images.Seen(f'{k}.jpg', 1, b'', 'JPEG', 'RGB', (9, 9), (), 'cut' * (k == 3)) for k in range(10)]
+    marks = {tolerated: doctor_images.bad_images('train', seen, 10, tolerated).mark for tolerated in (0, 1)}
     assert marks == {0: STOP, 1: LOOK}
-    sampled = doctor_data._bad_images('val', seen, 1000, 1)
+    sampled = doctor_images.bad_images('val', seen, 1000, 1)
     assert sampled.mark == LOOK and sampled.details == ['3.jpg: cut']
-    assert doctor_data._bad_images('val', seen, 12, 1).numbers['bad_at_most'] == 3  # no more than are left
+    assert doctor_images.bad_images('val', seen, 12, 1).numbers['bad_at_most'] == 3  # no more than are left
     # 39 % of 1000: what 10 images, of which one is bad, do not rule out.
     assert sampled.numbers['bad_at_most'] == 395 and '--max-bad-val-images 395' in sampled.remedy
 
@@ -237,43 +246,42 @@ def test_a_data_set_is_not_sent_to_those_who_read_it(image_folder, monkeypatch):
     def refuse(self):
         raise AssertionError('this takes seconds')
 
-    case = case_of(image_folder)
-    doctor_data.open_splits(case)
+    splits = doctor_data.open_splits(case_of(image_folder))
     monkeypatch.setattr(ImageDataset, '__reduce__', refuse)
     counted = types.SimpleNamespace(update=lambda: None)
-    paths = [{seen.path for seen in doctor_data.read_sample(case.train, 20, workers, counted)} for workers in (0, 2)]
+    paths = [{seen.path for seen in doctor_images.read_sample(splits.train, 20, workers, counted)}
+             for workers in (0, 2)]
     assert paths[0] == paths[1] and len(paths[0]) == 20
 
 
 def test_few_shards_are_fetched_for_a_sample():
-    sample = doctor_data.sample_of(Fetched(), 20)
+    sample = doctor_images.sample_of(Fetched(), 20)
     assert len(sample) == 20
-    assert len({int(sample.path(k)) // 10 for k in range(20)}) == doctor_data.SHARDS_FETCHED
+    assert len({int(sample.path(k)) // 10 for k in range(20)}) == doctor_images.SHARDS_FETCHED
 
 
 def test_exif_and_frames_are_noticed(tmp_path):
     exif = Image.Exif()
-    exif[doctor_data.ORIENTATION] = 6
+    exif[doctor_images.ORIENTATION] = 6
     Image.new('RGB', (8, 8)).save(tmp_path / 'a.jpg', exif=exif)
     Image.new('L', (8, 8)).save(tmp_path / 'a.gif', save_all=True, append_images=[Image.new('L', (8, 8), 255)])
     Image.new('RGBA', (8, 8)).save(tmp_path / 'a.png')
-    notes = {name: doctor_data.look_closely((tmp_path / name).read_bytes(), name).notes
+    notes = {name: doctor_images.look_closely((tmp_path / name).read_bytes(), name).notes
              for name in ('a.jpg', 'a.gif', 'a.png')}
-    assert notes == {'a.jpg': (doctor_data.TURNED,), 'a.gif': (doctor_data.ANIMATED,),
-                     'a.png': (doctor_data.TRANSPARENT,)}
+    assert notes == {'a.jpg': (doctor_images.TURNED,), 'a.gif': (doctor_images.ANIMATED,),
+                     'a.png': (doctor_images.TRANSPARENT,)}
 
 
 @pytest.fixture(scope='module')
 def prepared(image_folder):
-    """A run with its model and batches, whose optimizer has taken a step."""
+    """A run with its model and batches, whose optimizer has taken steps."""
     case = case_of(image_folder)
-    case.train, case.val = open_training_data(case.args, case.world)
-    doctor_speed._prepare(case)
-    batches = iter(case.input.train_loader)
-    case.batch = next(batches)
-    doctor_speed._training_step(case)(iter([case.batch]))
-    case.input.train_loader.close()
-    return case
+    splits = Splits(*open_training_data(case.args, case.world))
+    setup = doctor_speed.prepare(case, splits)
+    loading = Loading(next(iter(setup.input.train_loader)), 1.0, 1.0, 1.0)
+    steps = doctor_speed.measure_steps(case, setup, loading)
+    setup.input.train_loader.close()
+    return types.SimpleNamespace(case=case, splits=splits, setup=setup, loading=loading, steps=steps)
 
 
 @pytest.fixture
@@ -292,10 +300,7 @@ def gpu(monkeypatch):
 
 
 def on_gpus(case: Case, *, processes: int = 1, **changes) -> Case:
-    changed = copy.copy(case)
-    for name, value in {'world': World(0, 0, 1, torch.device('cuda')), 'processes': processes, **changes}.items():
-        setattr(changed, name, value)
-    return changed
+    return dataclasses.replace(case, world=World(0, 0, 1, torch.device('cuda')), processes=processes, **changes)
 
 
 def test_processes_of_the_run_are_the_gpus(gpu, image_folder, monkeypatch, tmp_path):
@@ -305,7 +310,7 @@ def test_processes_of_the_run_are_the_gpus(gpu, image_folder, monkeypatch, tmp_p
     def note(case):
         raise Opened(case.world.device.type, case.processes, case.together)
 
-    levels = {room: logging.getLogger(room).level for room in ('data', 'models', 'engine', 'utils', 'py.warnings')}
+    levels = {room: logging.getLogger(room).level for room in (*ROOMS, 'py.warnings')}
     gpu.device_count.return_value = 4
     monkeypatch.setattr(doctor_data, 'open_splits', note)
     monkeypatch.setattr('utils.runtime.setup_logging', lambda **_: None)
@@ -325,20 +330,22 @@ def test_steps_on_a_gpu_are_halved_until_they_fit(gpu, prepared):
         if len(inputs[0]) > 4:
             raise torch.OutOfMemoryError
 
-    case = on_gpus(prepared, steps={}, too_large=None)
+    case, setup, loading = on_gpus(prepared.case), prepared.setup, prepared.loading
     gpu.max_memory_allocated.side_effect = [6 << 30, 4 << 30]  # in steps of 4 and 2 images
-    handle = case.state.model.register_forward_pre_hook(fill)
+    handle = setup.state.model.register_forward_pre_hook(fill)
     try:
-        finding, = doctor_speed._measure_steps(case)
+        steps = doctor_speed.measure_steps(case, setup, loading)
     finally:
         handle.remove()
-    assert case.too_large == 8 and {size: peak for size, (_, peak) in case.steps.items()} == {4: 6 << 30, 2: 4 << 30}
+    peaks = {size: peak for size, (_, peak) in steps.measured.items()}
+    assert steps.too_large == 8 and peaks == {4: 6 << 30, 2: 4 << 30}
+    finding = doctor_speed.step_finding(case, steps)
     assert finding.mark == OK and 'on NVIDIA H200' in finding.figure and 'from steps of 4' in finding.figure
-    assert case.step_rate == pytest.approx(8 / case.step_seconds) and case.forward_rate > 0
+    assert steps.rate == pytest.approx(8 / steps.seconds) and steps.forward_rate > 0
     gpu.empty_cache.assert_called_once_with()
     assert gpu.reset_peak_memory_stats.call_count == 3  # of 8, 4 and 2 images
     gpu.max_memory_allocated.assert_called_with(torch.device('cuda'))
-    memory, _ = doctor_memory.look_at_memory(case)
+    memory, _ = doctor_memory.look_at_memory(case, setup, loading, steps)
     assert (memory.mark, memory.title) == (STOP, 'Memory of the GPU') and '10.0 GiB of 80.0 GiB' in memory.figure
     assert memory.numbers['largest_batch'] == 70  # 2 GiB, and 1 GiB for each image, of nine tenths of 80 GiB
 
@@ -347,28 +354,32 @@ def test_no_step_fits_on_a_gpu(gpu, prepared):
     def fill(model, inputs):
         raise torch.OutOfMemoryError
 
-    case = on_gpus(prepared, steps={}, too_large=None)
-    handle = case.state.model.register_forward_pre_hook(fill)
+    handle = prepared.setup.state.model.register_forward_pre_hook(fill)
     try:
         with pytest.raises(UserError, match='not even 2 images fit into the memory of cuda'):
-            list(doctor_speed._measure_steps(case))
+            doctor_speed.measure_steps(on_gpus(prepared.case), prepared.setup, prepared.loading)
     finally:
         handle.remove()
 
 
 def test_schedule_counts_gpu_hours(prepared, tmp_path):
-    args = prepared.args.replacing(output=str(tmp_path), batch_size=1, price=2.5, model_ema=True)
-    case = on_gpus(prepared, processes=4, args=args, saved=None, total_rate=0.01, forward_rate=1.0, loader_rate=1.0,
-                   eval_loader_rate=1.0, supply=9.0)
-    whole, reckoned = doctor_schedule.look_at_schedule(case)
+    args = prepared.case.args.replacing(output=str(tmp_path), batch_size=1, price=2.5, model_ema=True)
+    measured = (prepared.splits, prepared.setup,
+                dataclasses.replace(prepared.loading, rate=1.0, eval_rate=1.0, supply=9.0),
+                dataclasses.replace(prepared.steps, forward_rate=1.0), Rates(0.01, ''))
+
+    def look(args):
+        found = doctor_schedule.look_at_schedule(on_gpus(prepared.case, processes=4, args=args), *measured)
+        return [item for item in found if isinstance(item, Finding)]
+
+    whole, estimated = look(args)
     # 36 images at 0.01 a second; then 15 to evaluate with, twice for the averaged weights, by four GPUs.
     seconds = whole.numbers['epochs'] * (36 / 0.01 + 2 * 15 / 4)
     assert whole.numbers['seconds'] == pytest.approx(seconds)
     assert whole.numbers['money'] == pytest.approx(2.5 * 4 * seconds / 3600)
     assert f'{4 * seconds / 3600:.1f} GPU-hours; at --price 2.5' in whole.figure
-    assert 'as many times as fast' in reckoned.figure
-    case.args = args.replacing(price=None)
-    assert 'GPU-hours; --price says what they cost' in next(doctor_schedule.look_at_schedule(case)).figure
+    assert 'as many times as fast' in estimated.figure
+    assert 'GPU-hours; --price says what they cost' in look(args.replacing(price=None))[0].figure
 
 
 def test_gpu_memory_is_given_back_before_other_processes_start(gpu, prepared, monkeypatch):
@@ -378,19 +389,20 @@ def test_gpu_memory_is_given_back_before_other_processes_start(gpu, prepared, mo
 
     add_up = create_autospec(doctor_processes.add_up, side_effect=started)
     monkeypatch.setattr(doctor_processes, 'add_up', add_up)
-    finding, = doctor_processes.look_at_processes(on_gpus(prepared, step_seconds=0.1))
+    steps = dataclasses.replace(prepared.steps, seconds=0.1)
+    finding, = doctor_processes.look_at_processes(on_gpus(prepared.case), prepared.setup, steps)
     assert finding.mark == OK and '10 % of a step, most of it while the gradient is computed' in finding.figure
-    assert add_up.call_args.args == (2, prepared.gradient_bytes / 1e6, 'cuda')
+    assert add_up.call_args.args == (2, prepared.setup.gradient_bytes / 1e6, 'cuda')
 
 
 def test_too_small_a_disk(prepared, tmp_path, monkeypatch):
-    prepared.args = prepared.args.replacing(output=str(tmp_path / 'out'))
-    prepared.saved = None
+    case = dataclasses.replace(prepared.case, args=prepared.case.args.replacing(output=str(tmp_path / 'out')))
     checks = {}
-    size = doctor_disk.checkpoint_of(prepared)['bytes']
+    saved = doctor_disk.save_once(case, prepared.setup)
+    size = saved.bytes
     for free in (3 * size, 7 * size, 9 * size):
         monkeypatch.setattr(doctor_disk.shutil, 'disk_usage', lambda path, free=free: types.SimpleNamespace(free=free))
-        checks[free] = next(doctor_disk.look_at_disk(prepared))
+        checks[free] = next(doctor_disk.look_at_disk(case, prepared.setup, saved))
     assert [finding.mark for finding in checks.values()] == [STOP, LOOK, OK]
     stop = checks[3 * size]
     assert str(tmp_path) in stop.figure and '--output' in stop.remedy and 'Make room for' in stop.remedy
@@ -403,46 +415,44 @@ def test_disk_that_takes_no_checkpoint(prepared, tmp_path, monkeypatch):
         assert folder.parent == tmp_path  # on the disk that the run is to write to
         raise OSError(28, 'No space left on device')
 
-    prepared.args = prepared.args.replacing(output=str(tmp_path))
-    prepared.saved = None
+    case = dataclasses.replace(prepared.case, args=prepared.case.args.replacing(output=str(tmp_path)))
     monkeypatch.setattr(doctor_disk, 'save_checkpoint', full)
-    finding, = doctor_disk.look_at_disk(prepared)
+    finding, = doctor_disk.look_at_disk(case, prepared.setup, None)
     assert finding.mark == STOP and f'{tmp_path} (No space left on device)' in finding.figure
     assert list(tmp_path.iterdir()) == []
-    prepared.saved = None
 
 
 def test_who_starves(monkeypatch):
     monkeypatch.setattr(doctor_speed.os, 'sched_getaffinity', lambda pid: range(16))
-    case = case_of(device='cuda', processes=8)
-    case.train = range(1_280_000)
-    case.step_rate, case.rate_per_core, case.supply = 1000.0, 200.0, 3200.0
-    finding = doctor_speed._who_starves(case)
-    assert finding.mark == LOOK and case.starving.startswith('The model') and case.total_rate == 3200
+    case, splits = case_of(device='cuda', processes=8), Splits(range(1_280_000))
+    steps = Steps({}, None, seconds=1.0, rate=1000.0, forward_rate=1.0)
+    rates, finding = doctor_speed.find_who_waits(case, splits, Loading(None, 1.0, 200.0, 3200.0), steps)
+    assert finding.mark == LOOK and rates.starving.startswith('The model') and rates.total == 3200
     assert finding.numbers['epoch_seconds'] == 400
     assert '44 cores, with -j 6 for each process' in finding.remedy  # 8 × 1000 × 1.1 / 200
-    case.supply, case.rate_per_core = 9000.0, 562.5
-    assert doctor_speed._who_starves(case).mark == OK
-    assert case.starving.startswith('Nothing') and case.total_rate == 8000
+    rates, finding = doctor_speed.find_who_waits(case, splits, Loading(None, 1.0, 562.5, 9000.0), steps)
+    assert finding.mark == OK
+    assert rates.starving.startswith('Nothing') and rates.total == 8000
 
 
 def test_lines_through_two_batches():
-    assert doctor_speed._at(64, {16: 2.0, 32: 3.0}) == 5.0
-    assert doctor_speed._at(32, {16: 2.0, 32: 3.0}) == 3.0
-    assert doctor_memory._largest_batch({32: 4 << 30, 64: 6 << 30}, 80 << 30) == 1120  # 2 GiB, and 1/16 of one each
-    assert doctor_memory._largest_batch({64: 6 << 30}, 80 << 30) is None
+    assert doctor_speed.interpolate(64, {16: 2.0, 32: 3.0}) == 5.0
+    assert doctor_speed.interpolate(32, {16: 2.0, 32: 3.0}) == 3.0
+    assert doctor_memory.largest_batch({32: 4 << 30, 64: 6 << 30}, 80 << 30) == 1120  # 2 GiB, and 1/16 of one each
+    assert doctor_memory.largest_batch({64: 6 << 30}, 80 << 30) is None
 
 
 def test_memory_that_does_not_suffice(prepared, monkeypatch):
-    monkeypatch.setattr(prepared, 'steps', {4: (0.1, 6 << 30), 2: (0.1, 4 << 30)})
-    monkeypatch.setattr(doctor_memory, '_device_memory', lambda device: 9 << 30)
-    memory, batches = doctor_memory.look_at_memory(prepared)
+    steps = dataclasses.replace(prepared.steps, measured={4: (0.1, 6 << 30), 2: (0.1, 4 << 30)})
+    case, setup, loading = prepared.case, prepared.setup, prepared.loading
+    monkeypatch.setattr(doctor_memory, 'total_memory', lambda device: 9 << 30)
+    memory, batches = doctor_memory.look_at_memory(case, setup, loading, steps)
     assert memory.mark == STOP and memory.numbers['largest_batch'] == 6  # 8 would take 10 GiB, and 6 take 8
     assert '-b 6 --global-batch-size 8:' in memory.remedy
     # One worker: two batches that wait, one on its way and one in use, of uint8 pixels.
-    assert batches.mark == OK and batches.numbers['bytes'] == 4 * prepared.batch[0].nbytes == 4 * 8 * 3 * 32 * 32
+    assert batches.mark == OK and batches.numbers['bytes'] == 4 * loading.batch[0].nbytes == 4 * 8 * 3 * 32 * 32
     monkeypatch.setattr(doctor_memory.shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=100))
-    assert doctor_memory._shared_memory(prepared).mark == STOP
+    assert doctor_memory.shared_memory(case, setup, loading).mark == STOP
 
 
 def test_processes_that_do_not_come_are_ended(monkeypatch, tmp_path):
@@ -451,8 +461,7 @@ def test_processes_that_do_not_come_are_ended(monkeypatch, tmp_path):
     sleeper.chmod(0o755)
     monkeypatch.setattr(doctor_processes.sys, 'executable', str(sleeper))
     monkeypatch.setattr(doctor_processes, 'ROUND_TRIP_SECONDS', 1)
-    case = case_of()
-    finding, = doctor_processes.look_at_processes(case)
+    finding, = doctor_processes.look_at_processes(case_of(), None, None)
     assert finding.mark == STOP and 'not done after 1 s' in finding.figure and finding.remedy
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / 'python.pid').read_text()), 0)
@@ -467,10 +476,11 @@ def test_round_trip(tmp_path):
 def test_recipe(gpu):
     def look(*words, device='cpu', steps=0, images=1_281_167):
         case = case_of(*words, device=device, processes=8)
-        case.train, case.total_steps = range(images), steps
         if case.args.amp:
-            case.precision = types.SimpleNamespace(dtype=getattr(torch, case.args.amp_dtype))
-        return {finding.title: finding.remedy for finding in doctor_recipe.look_at_recipe(case)}
+            precision = types.SimpleNamespace(dtype=getattr(torch, case.args.amp_dtype))
+            case = dataclasses.replace(case, precision=precision)
+        found = doctor_recipe.look_at_recipe(case, Splits(range(images)), Schedule(steps))
+        return {finding.title: finding.remedy for finding in found}
 
     assert list(look('--lr', '6.25e-5')) == ['Recipe']  # 5e-4 for 512 images: 8 × 8 of them
     assert list(look('--lr', '1.25e-4')) == ['Recipe']  # twice that, as the smallest models had it
@@ -492,23 +502,22 @@ def test_recipe(gpu):
 
 
 def test_check_that_fails_is_a_finding():
-    def mistaken(case):
+    def mistaken():
         raise UserError('--what is wrong; say what is right')
 
-    assert doctor_findings.examine('Time', mistaken, None) == [
-        Finding(STOP, 'Time', '--what is wrong', 'Say what is right.')]
+    assert examine(Section('Time', mistaken)) == [Finding(STOP, 'Time', '--what is wrong', 'Say what is right.')]
     for look in (doctor_memory.look_at_memory, doctor_schedule.look_at_schedule, doctor_disk.look_at_disk):
-        found, = doctor_findings.examine('Memory', look, case_of())
+        found, = examine(Section('Memory', look), case_of(), Splits(()))
         assert found.mark == LOOK and found.figure.endswith('see "Images per second"')
 
 
 def test_crash_of_a_check_is_a_mark_of_its_own():
-    def crashing(case):
+    def crashing():
         yield Finding(OK, 'First', 'is sound')
         json.loads('')  # the exception comes from outside of the project
 
     line = crashing.__code__.co_firstlineno + 2
-    first, crash = doctor_findings.examine('Time', crashing, None)
+    first, crash = examine(Section('Time', crashing))
     assert first.title == 'First' and (crash.mark, crash.title) == (FAIL, 'Time')
     assert f'tests/test_doctor.py:{line} (JSONDecodeError: Expecting value' in crash.figure and 'bug' in crash.remedy
     assert crash.numbers['traceback'].startswith('Traceback') and '/json/' in crash.numbers['traceback']
@@ -521,10 +530,10 @@ def test_crash_of_a_check_is_a_mark_of_its_own():
 
 
 def test_crash_of_what_the_run_would_do_is_a_stop():
-    def checking(case):
-        yield from param_groups(case, 0.1)
+    def checking():
+        yield from param_groups(None, 0.1)
 
-    crash, = doctor_findings.examine('Step', checking, None)
+    crash, = examine(Section('Step', checking))
     assert crash.mark == STOP and 'train.py would end there too' in crash.remedy
     assert 'crashes at engine/optimizer.py:' in crash.figure and 'AttributeError' in crash.figure
     assert crash.numbers['traceback'].startswith('Traceback')
@@ -532,17 +541,16 @@ def test_crash_of_what_the_run_would_do_is_a_stop():
 
 def test_blocks_that_a_model_lacks_cannot_be_compiled(image_folder):
     case = case_of(image_folder)
-    doctor_data.open_splits(case)
-    case.args = case.args.replacing(model='resnet18', model_kwargs=None, compile='blocks')
-    stop, = doctor_findings.examine('Images per second', doctor_speed.look_at_rates, case)
+    splits = doctor_data.open_splits(case)
+    case = dataclasses.replace(case, args=case.args.replacing(model='resnet18', model_kwargs=None, compile='blocks'))
+    stop, = examine(Section('Images per second', doctor_speed.look_at_rates), case, splits)
     assert (stop.mark, stop.remedy) == (STOP, 'Say --compile model.') and 'ResNet has no blocks' in stop.figure
 
 
 def test_crash_in_one_part_of_the_recipe_keeps_the_others(gpu):
     gpu.get_device_name.side_effect = RuntimeError('the driver is gone')
     case = case_of('--lr', '5e-4', '--no-amp', device='cuda', processes=8)
-    case.train = range(1_281_167)
-    rate, crash = doctor_findings.examine('Recipe', doctor_recipe.look_at_recipe, case)
+    rate, crash = examine(Section('Recipe', doctor_recipe.look_at_recipe), case, Splits(range(1_281_167)))
     assert (rate.mark, rate.title) == (LOOK, 'Learning rate')
     assert crash.mark == FAIL and 'tools/doctor/speed.py:' in crash.figure and 'the driver is gone' in crash.figure
 
@@ -565,7 +573,7 @@ run_script(main)
     assert ended.returncode == 1
     words = ' '.join(ended.stdout.split())
     assert 'fail Images per second The check itself crashed at tools/doctor/speed.py:' in words
-    assert 'Not looked at: no training step could be measured, see "Images per second"' in words
+    assert 'Not measured: no training step was measured, see "Images per second"' in words
     assert 'Will it run? Not known: images per second; 1 check crashed;' in words
     assert 'Images per second: Traceback' in ended.stderr and ended.stderr.endswith('OSError: planted\n')
     record = json.loads((tmp_path / 'r.json').read_text())

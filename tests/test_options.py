@@ -1,5 +1,4 @@
-"""Options: published names and defaults, recipes under the command line, and what a mistake is answered with."""
-
+"""Options: published names and defaults, recipes under the command line, and the answers to mistakes."""
 from pathlib import Path
 
 import pytest
@@ -12,81 +11,20 @@ from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Names and defaults of the authors' main.py, of the options that still mean something. num_classes had 1000, which
-# now follows from the data set; the learning rate schedule 'plateau' is gone.
+# Names and defaults of the authors' main.py, without removed options. num_classes was 1000, but now follows from the
+# data set; the learning rate schedule 'plateau' was removed.
 PUBLISHED = dict(
-    pretrained=False,
-    initial_checkpoint='',
-    resume='',
-    gp=None,
-    img_size=224,
-    crop_pct=None,
-    mean=None,
-    std=None,
-    interpolation='',
-    batch_size=64,
-    validation_batch_size_multiplier=1,
-    opt='adamw',
-    opt_eps=None,
-    opt_betas=None,
-    momentum=0.9,
-    weight_decay=0.05,
-    clip_grad=None,
-    sched='cosine',
-    lr=5e-4,
-    lr_noise=None,
-    lr_noise_pct=0.67,
-    lr_noise_std=1.0,
-    lr_cycle_mul=1.0,
-    lr_cycle_limit=1,
-    warmup_lr=1e-6,
-    min_lr=1e-5,
-    epochs=300,
-    start_epoch=None,
-    decay_epochs=30,
-    warmup_epochs=10,
-    cooldown_epochs=10,
-    decay_rate=0.1,
-    scale=[0.08, 1.0],
-    ratio=[3 / 4, 4 / 3],
-    hflip=0.5,
-    vflip=0.0,
-    color_jitter=0.4,
-    aa='rand-m9-mstd0.5-inc1',
-    aug_splits=0,
-    jsd=False,
-    reprob=0.25,
-    remode='pixel',
-    recount=1,
-    resplit=False,
-    mixup=0.8,
-    cutmix=1.0,
-    cutmix_minmax=None,
-    mixup_prob=1.0,
-    mixup_switch_prob=0.5,
-    mixup_mode='batch',
-    mixup_off_epoch=0,
-    smoothing=0.1,
-    train_interpolation='random',
-    drop=0.0,
-    drop_path=0.1,
-    drop_block=None,
-    bn_momentum=None,
-    bn_eps=None,
-    sync_bn=False,
-    dist_bn='',
-    model_ema=True,
-    model_ema_force_cpu=False,
-    model_ema_decay=0.99996,
-    seed=42,
-    log_interval=50,
-    workers=8,
-    save_images=False,
-    amp=False,
-    channels_last=False,
-    eval_metric='top1',
-    model='t2t_vit_14',
-)
+    pretrained=False, initial_checkpoint='', resume='', gp=None, img_size=224, crop_pct=None, mean=None, std=None,
+    interpolation='', batch_size=64, validation_batch_size_multiplier=1, opt='adamw', opt_eps=None, opt_betas=None,
+    momentum=0.9, weight_decay=0.05, clip_grad=None, sched='cosine', lr=5e-4, lr_noise=None, lr_noise_pct=0.67,
+    lr_noise_std=1.0, lr_cycle_mul=1.0, lr_cycle_limit=1, warmup_lr=1e-6, min_lr=1e-5, epochs=300, start_epoch=None,
+    decay_epochs=30, warmup_epochs=10, cooldown_epochs=10, decay_rate=0.1, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3],
+    hflip=0.5, vflip=0.0, color_jitter=0.4, aa='rand-m9-mstd0.5-inc1', aug_splits=0, jsd=False, reprob=0.25,
+    remode='pixel', recount=1, resplit=False, mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0,
+    mixup_switch_prob=0.5, mixup_mode='batch', mixup_off_epoch=0, smoothing=0.1, train_interpolation='random', drop=0.0,
+    drop_path=0.1, drop_block=None, bn_momentum=None, bn_eps=None, sync_bn=False, dist_bn='', model_ema=True,
+    model_ema_force_cpu=False, model_ema_decay=0.99996, seed=42, log_interval=50, workers=8, save_images=False,
+    amp=False, channels_last=False, eval_metric='top1', model='t2t_vit_14')
 
 
 def parse(*argv, script='train') -> Options:
@@ -100,33 +38,21 @@ def test_published_defaults():
     assert args.pin_mem, 'without it the host waits for every batch that a GPU gets'
 
 
-@pytest.mark.parametrize(
-    'argv',
-    [
-        '/data --model t2t_vit_14 -b 64 --lr 5e-4 --weight-decay .05 --amp --img-size 224',
-        '/data --model T2t_vit_14 -b 100 -vb 2 -j 4 --no-aug --no-resume-opt --recovery-interval 100 --dr 0.2',
-        '/data --local_rank=3 --opt_betas 0.9 0.99 --warmup_lr=1e-5',
-    ],
-)
+@pytest.mark.parametrize('argv', [
+    '/data --model t2t_vit_14 -b 64 --lr 5e-4 --weight-decay .05 --amp --img-size 224',
+    '/data --model T2t_vit_14 -b 100 -vb 2 -j 4 --no-aug --no-resume-opt --recovery-interval 100 --dr 0.2',
+    '/data --local_rank=3 --opt_betas 0.9 0.99 --warmup_lr=1e-5',
+])
 def test_published_command_lines(argv):
     assert parse(*argv.split()).data == '/data'
 
 
 def test_transfer_and_validate_command_lines_as_published():
-    args = parse(
-        *(
-            '--dataset cifar10 --model t2t_vit_19 --lr 0.05 --b 64 --num-classes 10 --img-size 224 '
-            '--transfer-learning True --transfer-model path/to/checkpoint'
-        ).split(),
-        script='transfer',
-    )
+    command = ('--dataset cifar10 --model t2t_vit_19 --lr 0.05 --b 64 --num-classes 10 --img-size 224 '
+               '--transfer-learning True --transfer-model path/to/checkpoint')
+    args = parse(*command.split(), script='transfer')
     assert (args.batch_size, args.lr, args.transfer_learning, args.weight_decay, args.epochs) == (
-        64,
-        0.05,
-        True,
-        5e-4,
-        60,
-    )
+        64, 0.05, True, 5e-4, 60)
     assert not parse('--transfer-learning', 'False', script='transfer').transfer_learning
     assert parse('--transfer-learning', script='transfer').transfer_learning
     for spelling in ('--eval_checkpoint', '--eval-checkpoint'):
@@ -160,12 +86,7 @@ def test_recipe_under_command_line(tmp_path):
     recipe.write_text('lr: 5e-4\nweight-decay: 1\nscale: [0.2, 1]\namp: true\nimg_size: 192x256\nclip_grad: null\n')
     args = parse('-c', str(recipe), '--lr', '1e-3', '/data')
     assert (args.lr, args.weight_decay, args.scale, args.amp, args.img_size) == (
-        1e-3,
-        1.0,
-        [0.2, 1.0],
-        True,
-        (192, 256),
-    )
+        1e-3, 1.0, [0.2, 1.0], True, (192, 256))
     assert parse('-c', str(recipe), '--no-amp').amp is False
 
 
@@ -174,45 +95,41 @@ def test_every_recipe_is_read_and_opens_with_its_command(path):
     lines = path.read_text().splitlines()
     head = '\n'.join(line for line in lines if line.startswith('#'))
     command = next(line for line in lines if f'configs/{path.name}' in line)
-    assert (
-        ('distributed_train.sh' in command or 'transfer.py' in command) and 'Hardware:' in head and 'Expected:' in head
-    )
+    assert 'distributed_train.sh' in command or 'transfer.py' in command
+    assert 'Hardware:' in head and 'Expected:' in head
     script = 'transfer' if 'transfer.py' in command else 'train'
     args = parse('-c', str(path), script=script)
     assert args.model.startswith('t2t_vit')
 
 
-@pytest.mark.parametrize(
-    ('text', 'said'),
-    [
-        ('learning_rate: 1', r"'learning_rate' is no option"),
-        ('weigth_decay: 1', r'did you mean weight_decay\?'),
-        ('lr: fast', r"lr: 'fast' is not a number"),
-        ('epochs: 1.5', r'epochs: 1.5 is not an integer'),
-        ('epochs: true', r'epochs: True is not an integer'),
-        ('epochs: 0', r'epochs: 0 is too small: at least 1'),
-        ('lr: .nan', r'lr: nan is too small'),
-        ('amp: 1', r'amp: 1 is neither true nor false'),
-        ('model: 14', r'model: 14 is not a string'),
-        ('model: [a]', r"model: \['a'\] is not a string"),
-        ('sched: cosin', r"'cosin' is not one of .*did you mean cosine\?"),
-        ('scale: 0.5', r'scale: 0.5 is no list of two'),
-        ('scale: [0.1, 0.5, 1]', r'no list of two'),
-        ('scale: [a, b]', r"scale: 'a' is not a number"),
-        ('img_size: 224x', r'is not an image size'),
-        ('lr: 1\nlr: 2', r'line 2: .*twice'),
-        ('lr: !!python/object:os.system x', r'not a recipe'),
-        ('{', r'not a recipe'),
-        ('- lr', r'a recipe is lines of'),
-        ('apex_amp: true', r'apex_amp is gone: mixed precision is --amp'),
-        ('tta: 3', r'tta is gone'),
-        ('eval-checkpoint: x', r'eval-checkpoint is gone: .*validate.py'),
-        ('help: true', r"'help' is no option"),
-        ('config: other.yaml', r"'config' is no option"),
-        ('lr: null', r'lr: None is not a number'),
-        ('\x00', r'not a recipe'),
-    ],
-)
+@pytest.mark.parametrize(('text', 'said'), [
+    ('learning_rate: 1', r"'learning_rate' is no option"),
+    ('weigth_decay: 1', r'did you mean weight_decay\?'),
+    ('lr: fast', r"lr: 'fast' is not a number"),
+    ('epochs: 1.5', r'epochs: 1.5 is not an integer'),
+    ('epochs: true', r'epochs: True is not an integer'),
+    ('epochs: 0', r'epochs: 0 is too small: at least 1'),
+    ('lr: .nan', r'lr: nan is too small'),
+    ('amp: 1', r'amp: 1 is neither true nor false'),
+    ('model: 14', r'model: 14 is not a string'),
+    ('model: [a]', r"model: \['a'\] is not a string"),
+    ('sched: cosin', r"'cosin' is not one of .*did you mean cosine\?"),
+    ('scale: 0.5', r'scale: 0.5 is no list of two'),
+    ('scale: [0.1, 0.5, 1]', r'no list of two'),
+    ('scale: [a, b]', r"scale: 'a' is not a number"),
+    ('img_size: 224x', r'is not an image size'),
+    ('lr: 1\nlr: 2', r'line 2: .*twice'),
+    ('lr: !!python/object:os.system x', r'not a recipe'),
+    ('{', r'not a recipe'),
+    ('- lr', r'a recipe is lines of'),
+    ('apex_amp: true', r'apex_amp is gone: mixed precision is --amp'),
+    ('tta: 3', r'tta is gone'),
+    ('eval-checkpoint: x', r'eval-checkpoint is gone: .*validate.py'),
+    ('help: true', r"'help' is no option"),
+    ('config: other.yaml', r"'config' is no option"),
+    ('lr: null', r'lr: None is not a number'),
+    ('\x00', r'not a recipe'),
+])
 def test_bad_recipes(tmp_path, text, said):
     recipe = tmp_path / 'bad.yaml'
     recipe.write_text(text)
@@ -221,24 +138,21 @@ def test_bad_recipes(tmp_path, text, said):
     assert str(recipe) in str(error.value) and '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ('argv', 'said'),
-    [
-        ('/data --modle x', r'--modle: no such option; did you mean --model\?'),
-        ('/data --lr', r'--lr: expected one argument'),
-        ('/data --lr fast', r"--lr: 'fast' is not a number"),
-        ('/data --epochs 0', r'0 is too small: at least 1'),
-        ('/data --drop-path 2', r'2 is too large: it must be less than 1'),
-        ('/data --img-size big', r'is not an image size'),
-        ('/data extra', r"'extra': no option takes this value"),
-        ('/data --sched cosin', r"invalid choice: 'cosin'"),
-        ('/data --apex-amp', r'--apex-amp is gone: mixed precision is --amp'),
-        ('/data --num-gpu 4', r'--num-gpu is gone: .*distributed_train.sh'),
-        ('/data --split-bn', r'--split-bn is gone'),
-        ('/data --eval_checkpoint x', r'--eval-checkpoint is gone: .*validate.py'),
-        ('-c nowhere.yaml', r'-c nowhere.yaml: No such file'),
-    ],
-)
+@pytest.mark.parametrize(('argv', 'said'), [
+    ('/data --modle x', r'--modle: no such option; did you mean --model\?'),
+    ('/data --lr', r'--lr: expected one argument'),
+    ('/data --lr fast', r"--lr: 'fast' is not a number"),
+    ('/data --epochs 0', r'0 is too small: at least 1'),
+    ('/data --drop-path 2', r'2 is too large: it must be less than 1'),
+    ('/data --img-size big', r'is not an image size'),
+    ('/data extra', r"'extra': no option takes this value"),
+    ('/data --sched cosin', r"invalid choice: 'cosin'"),
+    ('/data --apex-amp', r'--apex-amp is gone: mixed precision is --amp'),
+    ('/data --num-gpu 4', r'--num-gpu is gone: .*distributed_train.sh'),
+    ('/data --split-bn', r'--split-bn is gone'),
+    ('/data --eval_checkpoint x', r'--eval-checkpoint is gone: .*validate.py'),
+    ('-c nowhere.yaml', r'-c nowhere.yaml: No such file'),
+])
 def test_bad_command_lines(argv, said):
     with pytest.raises(UserError, match=said) as error:
         parse(*argv.split())

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from markupsafe import Markup
 
 from engine.log.run_log import RunLog
 from engine.predict import Predictions
@@ -13,7 +14,7 @@ from options.parser import Options
 from tests.conftest import run_script, succeeded, write_checkpoint, write_images
 from tests.test_options import parse
 from tools.report import __main__ as report, sections as report_sections
-from tools.report.page import Html, table
+from tools.report.page import table
 
 HEADINGS = ['Summary', 'Curves', 'Epochs', 'Options', 'Environment', 'Mistakes', 'Sample predictions', 'Attention']
 CLASSES = ('<img src=x onerror=alert(1)>', 'bee & "wasp"', 'cat')
@@ -160,6 +161,6 @@ def test_options_are_written_as_they_are():
 
 
 def test_tables_hold_text_not_markup():
-    html = table(['a', 'b'], [['1,234', '<x>'], ['–', Html('<i>y</i>')]], marked=[1])
+    html = table(['a', 'b'], [['1,234', '<x>'], ['–', Markup('<i>y</i>')]], marked=[1])
     assert '<td class=number>1,234</td><td>&lt;x&gt;</td>' in html
     assert '<tr class=marked><td class=number>–</td><td><i>y</i></td></tr>' in html

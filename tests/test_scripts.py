@@ -178,7 +178,7 @@ def test_augmix_splits_train(image_folder, tmp_path):
     assert 'Epoch 0: Acc@1' in out
 
 
-# --- Mistakes --------------------------------------------------------------------------------------------------------
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
 
 
 def mistakes(tmp: Path, images: Path, checkpoint: Path) -> dict:

@@ -23,23 +23,23 @@ PROPER_IGNORE = re.compile(r'# type: ignore\[[a-z-]+\]  # \w')
 FAULTS = '''
 import torch
 
-from tools.doctor.case import Case
+from tools.doctor.case import Setup, Splits
 
 
 def unknown_function(device):
     return torch.cuda.getdevice_name(device)
 
 
-def unknown_attribute(case: Case):
-    return case.state.optimiser
+def unknown_attribute(setup: Setup):
+    return setup.state.optimiser
 
 
 def unknown_argument(values: torch.Tensor):
     return torch.softmax(values, dimension=1)
 
 
-def use_of_none(case: Case):
-    return case.problem.label
+def use_of_none(splits: Splits):
+    return splits.problem.label
 '''
 
 
@@ -79,6 +79,6 @@ def test_faults_are_found(tmp_path):
     found = re.findall(r'^faults\.py:(\d+): error: .* \[([a-z-]+)\]$', checked.stdout, re.M)
     lines = FAULTS.splitlines()
     assert [(lines[int(number) - 1].split('return ')[1], rule) for number, rule in found] == [
-        ('torch.cuda.getdevice_name(device)', 'attr-defined'), ('case.state.optimiser', 'attr-defined'),
-        ('torch.softmax(values, dimension=1)', 'call-arg'), ('case.problem.label', 'union-attr')
+        ('torch.cuda.getdevice_name(device)', 'attr-defined'), ('setup.state.optimiser', 'attr-defined'),
+        ('torch.softmax(values, dimension=1)', 'call-arg'), ('splits.problem.label', 'union-attr')
     ], checked.stdout + checked.stderr

@@ -259,7 +259,7 @@ def test_the_rank_that_did_not_come_is_named_where_nothing_raises(tmp_path):
     last = result.stderr.splitlines()[-1]
     assert last.startswith('stuck.py: error: waited 9 s (--timeout) in vain for rank 1, at step 2 since '), last
     assert '(oversleep)' in last and 'rank 0' not in last and 'rank 2' not in last
-    assert 'rank 1 (process ' in result.stderr and result.stderr.count('did not come; its stack:') == 1
+    assert 'rank 1 (process ' in result.stderr and result.stderr.count('did not respond; its stack:') == 1
 
 
 def test_the_crash_is_named_and_not_what_was_aborted_for_it(tmp_path):

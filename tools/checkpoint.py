@@ -1,4 +1,4 @@
-"""Inspects, converts, averages and strips checkpoints, of every kind that models/weights/formats.py knows.
+"""Inspect, convert, average and strip checkpoints, of every format that models/weights/formats.py knows.
 
     python tools/checkpoint.py inspect 81.5_T2T_ViT_14.pth.tar
     python tools/checkpoint.py inspect last.pth.tar --keys --json
@@ -7,11 +7,11 @@
     python tools/checkpoint.py average checkpoint-*.pth.tar -o average.pth
     python tools/checkpoint.py strip model_best.pth.tar t2t_vit_14.pth --hash
 
-A folder as OUT (it ends in / or exists) gets timm's form, config.json and model.safetensors: after `import models`,
-timm.create_model('local-dir:hub/t2t_vit_14', pretrained=True) gives the model. Names of classes and the image size
-travel along, and the logits of the model from FILE are compared with those of the model from OUT. Nothing is
-overwritten without --force, and a file appears under its name only when it is whole. (With --force the two files of a
-folder are replaced one after the other: who is interrupted between them has new weights beside an old config.json.)
+If OUT is a folder (it ends in / or exists), it gets timm's form, config.json and model.safetensors. After `import
+models`, timm.create_model('local-dir:hub/t2t_vit_14', pretrained=True) returns the model. Class names and image size
+are copied too, and the logits of the models from FILE and OUT are compared. Nothing is overwritten without --force, and
+a file gets its name only when it is complete. (--force replaces the two files of a folder one after the other: an
+interruption between them leaves new weights beside an old config.json.)
 """
 import argparse
 import contextlib
@@ -27,15 +27,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from options.groups import FLAG
 from options.parser import Parser
 from options.types import image_size
 from utils.errors import UserError
 from utils.script import run_script
 
-WEIGHTS = 'model.safetensors'  # in a folder of timm's form
+# The files of a folder in timm's form.
+WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 SUFFIXES = ('.safetensors', '.pth.tar', '.pth')
+ENDINGS = f'file that ends in {" or ".join(SUFFIXES)}'
 DTYPES = ('float32', 'float16', 'bfloat16')
-# Options of a training that say most about it.
+# The options that describe a training best.
 NOTED = ('model', 'data', 'dataset', 'epochs', 'batch_size', 'opt', 'lr', 'weight_decay', 'sched', 'drop_path', 'mixup',
          'cutmix', 'smoothing', 'aa', 'reprob', 'model_ema_decay', 'amp', 'seed')
 
@@ -44,61 +47,123 @@ def create_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
-    inspect = commands.add_parser('inspect', help='say what a checkpoint holds')
-    inspect.set_defaults(run=inspect_checkpoint)
-    inspect.add_argument('file', metavar='FILE', help='checkpoint of any known kind')
-    inspect.add_argument('--keys', action='store_true', help='list all keys with their shapes')
-    inspect.add_argument('--json', action='store_true', help='print JSON')
+    def add_command(name: str, run, help: str):
+        command = commands.add_parser(name, help=help)
+        command.set_defaults(run=run)
+        command.add_argument('--use-ema', action=FLAG, default=True, help='use the averaged weights, if there are any')
+        if run is not inspect_checkpoint:
+            command.add_argument('--force', action='store_true', help='overwrite existing files')
+        if run is not average_checkpoints:
+            command.add_argument('file', metavar='FILE', help='checkpoint in any known format')
+        return command.add_argument
 
-    convert = commands.add_parser('convert', help='write the weights in another form')
-    convert.set_defaults(run=convert_checkpoint)
-    convert.add_argument('file', metavar='FILE', help='checkpoint of any known kind')
-    convert.add_argument('out', metavar='OUT', help=f'file that ends in {" or ".join(SUFFIXES)}, or a folder')
-    convert.add_argument('--model', metavar='NAME', help='model the weights are of, where their shapes do not tell')
-    convert.add_argument('--img-size', type=image_size, metavar='N',
-                         help='pixels, or HxW, that the weights were trained at, where FILE does not say and images '
-                              'were not square')
-    convert.add_argument('--dtype', choices=DTYPES, help='of the numbers written (default: as they are)')
+    add = add_command('inspect', inspect_checkpoint, 'show what a checkpoint holds')
+    add('--keys', action='store_true', help='list all keys with their shapes')
+    add('--json', action='store_true', help='print JSON')
 
-    average = commands.add_parser('average', help='average the weights of several checkpoints')
-    average.set_defaults(run=average_checkpoints)
-    average.add_argument('files', metavar='FILE', nargs='+', help='checkpoints of one architecture')
-    average.add_argument('-o', '--out', metavar='OUT', required=True, help=f'file that ends in {" or ".join(SUFFIXES)}')
+    add = add_command('convert', convert_checkpoint, 'write the weights in another format')
+    add('out', metavar='OUT', help=f'{ENDINGS}, or a folder')
+    add('--model', metavar='NAME', help='model of the weights, if their shapes do not tell')
+    add('--img-size', type=image_size, metavar='N', help='pixels, or HxW, of the training images, if FILE does not say '
+                                                         'and they were not square')
+    add('--dtype', choices=DTYPES, help='type of the numbers in OUT (default: unchanged)')
 
-    strip = commands.add_parser('strip', help='keep the weights and nothing else, and print their hash')
-    strip.set_defaults(run=strip_checkpoint)
-    strip.add_argument('file', metavar='FILE', help='checkpoint of any known kind')
-    strip.add_argument('out', metavar='OUT', help=f'file that ends in {" or ".join(SUFFIXES)}')
-    strip.add_argument('--hash', action='store_true', help='add the first 8 digits of its SHA-256 to the name of OUT')
+    add = add_command('average', average_checkpoints, 'average the weights of several checkpoints')
+    add('files', metavar='FILE', nargs='+', help='checkpoints of one architecture')
+    add('-o', '--out', metavar='OUT', required=True, help=ENDINGS)
 
-    for command in (inspect, convert, average, strip):
-        command.add_argument('--use-ema', action=argparse.BooleanOptionalAction, default=True,
-                             help='take the averaged weights, where there are any')
-        if command is not inspect:
-            command.add_argument('--force', action='store_true', help='overwrite what exists')
+    add = add_command('strip', strip_checkpoint, 'keep only the weights, and print their hash')
+    add('out', metavar='OUT', help=ENDINGS)
+    add('--hash', action='store_true', help='add the first 8 digits of its SHA-256 to the name of OUT')
     return parser
 
 
-# --------------------------------------------------------------------------------------------------
-# inspect
+# --- A checkpoint -----------------------------------------------------------------------------------------------------
+
+class Checkpoint:
+    """A checkpoint, its weights, and what these are of."""
+
+    def __init__(self, path: str, use_ema: bool, img_size: int | tuple[int, int] | None = None):
+        from models.weights.formats import extract, recorded_classes, recorded_img_size
+        from models.weights.identity import identify
+        from utils.checkpoint_reader import read_checkpoint
+        self.path, self.use_ema, self.content = path, use_ema, read_checkpoint(path)
+        try:
+            self.weights = extract(self.content, use_ema)
+        except UserError as error:
+            raise UserError(f'{path}: {error}') from error
+        if isinstance(img_size, int):
+            img_size = (img_size, img_size)
+        self.identity = identify(self.weights.state, img_size or recorded_img_size(self.content))
+        if img_size and self.identity.img_size != img_size:
+            raise UserError(f'{path}: images of {img_size[0]} × {img_size[1]} pixels (--img-size) do not give the '
+                            'positions in the weights; give the size of the training images')
+        self.classes = recorded_classes(self.content)
+
+    def find_name(self, asked: str | None = None) -> str | None:
+        """Return the model: as asked, as the shapes tell, or as recorded; None if that is open."""
+        from models import resolve_name
+        from models.weights.formats import recorded_arch
+        from models.weights.identity import our_models
+        names = self.identity.names
+        if asked:
+            return resolve_name(asked)
+        if len(names) == 1:
+            return names[0]
+        try:
+            recorded = resolve_name(recorded_arch(self.content) or '')
+        except UserError:
+            return None
+        is_possible = recorded in names if names else recorded not in our_models()
+        return recorded if is_possible else None
+
+    def extras(self, name: str | None) -> dict:
+        """Return what is written beside the weights: the model's name, the class names, the image size."""
+        entries = {'arch': name, 'classes': self.classes, 'img_size': self.identity.img_size}
+        return {entry: list(value) if isinstance(value, tuple) else value for entry, value in entries.items() if value}
+
+    def in_chans(self, name: str) -> int | None:
+        """Return the channels of the images; None for the model's own."""
+        from models.weights.loading import count_channels
+        return self.identity.in_chans or count_channels(name, self.weights.state)
+
+    def build(self, name: str, written: Path | None = None):
+        """Return a model with these weights, or with those in a file made from them, in evaluation mode."""
+        from models import count_classes, create_model, load_weights
+        from utils.checkpoint_reader import read_checkpoint
+        content, use_ema, source = self.content, self.use_ema, self.path
+        if written:
+            content, use_ema, source = read_checkpoint(written), True, str(written)
+        size = self.identity.img_size
+        model = create_model(name, num_classes=count_classes(name, content, use_ema, source) or 0, img_size=size,
+                             in_chans=self.in_chans(name))
+        load_weights(model, content, use_ema=use_ema, img_size=size, source=source)
+        return model.eval()
+
+    def input_size(self, name: str, model) -> tuple[int, int, int]:
+        channels, *size = model.pretrained_cfg.get('input_size', (3, 224, 224))
+        return (self.in_chans(name) or channels, *(self.identity.img_size or size))
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
 
 def inspect_checkpoint(args) -> None:
-    """Prints what the checkpoint says and what its shapes tell, as a table or as JSON."""
-    facts = collect_facts(args.file, args.use_ema)
+    """Print what the checkpoint says and what its shapes tell, as a table or as JSON."""
+    facts = collect_facts(Checkpoint(args.file, args.use_ema))
     keys = facts.pop('keys')
     if args.json:
         if args.keys:
             facts['keys'] = keys
         print(json.dumps(_plain(facts), indent=2, default=str, allow_nan=False))
         return
-    print('\n'.join(f'{name:<15}{value}' for name, value in _rows(facts) if value not in (None, '')))
+    print('\n'.join(f'{name:<15}{value}' for name, value in _rows(facts).items() if value not in (None, '')))
     if args.keys:
         width = max(map(len, keys))
         print('\n'.join(['', *(f'{key:<{width}}  {shape}' for key, shape in keys.items())]))
 
 
 def _plain(value: object) -> object:
-    """What JSON can hold: keys as strings, and numbers that are not finite too, which it has no form for."""
+    """Return what JSON can hold: keys are strings, and so are numbers that are not finite."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -106,201 +171,140 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def collect_facts(path: str, use_ema: bool) -> dict:
-    """Everything that `inspect` can say; None for what the checkpoint does not tell."""
+def collect_facts(source: Checkpoint) -> dict:
+    """Return all facts for `inspect`; None for what the checkpoint does not tell."""
     from models import count_classes
-    from models.weights.formats import has_ema, has_plain, recorded_arch, recorded_classes, recorded_options
-    from models.weights.loading import count_channels
-    checkpoint, weights, identity = _read(path, use_ema)
-    name = _resolve_model(None, checkpoint, identity)
-    options = recorded_options(checkpoint)
-    tensors = weights.state.values()
-    metric = next((checkpoint[name] for name in ('metric', 'acc') if checkpoint.get(name) is not None), None)
+    from models.weights.formats import has_ema, has_plain, recorded_arch, recorded_options
+    content, weights, identity, name = source.content, source.weights, source.identity, source.find_name()
+    options, tensors = recorded_options(content), weights.state.values()
+    metric = next((content[name] for name in ('metric', 'acc') if content.get(name) is not None), None)
     return {
-        'file': str(path),
-        'bytes': os.path.getsize(path),
+        'file': str(source.path),
+        'bytes': os.path.getsize(source.path),
         'format': weights.format,
         'entry': weights.entry,
         'models': list(identity.names),
         'description': identity.description,
-        'recorded_model': recorded_arch(checkpoint),
+        'recorded_model': recorded_arch(content),
         'img_size': identity.img_size,
         'grid': identity.grid,
-        'in_chans': identity.in_chans or (count_channels(name, weights.state) if name else None),
-        'num_classes': count_classes(name, checkpoint, use_ema) if name else identity.num_classes,
-        'classes': recorded_classes(checkpoint),
+        'in_chans': source.in_chans(name) if name else identity.in_chans,
+        'num_classes': count_classes(name, content, source.use_ema) if name else identity.num_classes,
+        'classes': source.classes,
         'parameters': sum(tensor.numel() for tensor in tensors if tensor.is_floating_point()),
         'tensors': len(weights.state),
         'dtypes': sorted({str(tensor.dtype).removeprefix('torch.') for tensor in tensors}),
-        'ema': has_ema(checkpoint),
-        'ema_only': has_ema(checkpoint) and not has_plain(checkpoint),
-        'epoch': checkpoint.get('epoch') if weights.entry else None,
+        'ema': has_ema(content),
+        'ema_only': has_ema(content) and not has_plain(content),
+        'epoch': content.get('epoch') if weights.entry else None,
         'metric': metric if weights.entry else None,
         'options': {name: options[name] for name in NOTED if options.get(name) not in (None, '')},
         'keys': {key: list(tensor.shape) for key, tensor in weights.state.items()},
     }
 
 
-def _rows(facts: dict) -> list[tuple[str, object]]:
-    """The facts in words."""
-    def by(sides):
-        return ' × '.join(map(str, sides)) if sides else None
-
-    size, grid, classes = by(facts['img_size']), by(facts['grid']), facts['classes']
-    names = '' if not classes else ': ' + ', '.join(classes[:8]) + (', …' if len(classes) > 8 else '')
-    recorded = facts['recorded_model'] if [facts['recorded_model']] != facts['models'] else None
-    return [
-        ('file', f'{facts["file"]} ({facts["bytes"] / 1e6:,.1f} MB)'),
-        ('format', facts['format'] + (f', weights in {facts["entry"]}' if facts['entry'] else '')),
-        ('model', facts['description']),
-        ('recorded model', recorded),
-        ('image size', f'{size or "unknown"}' + (f' (grid {grid})' if grid else '')),
-        ('channels', facts['in_chans']),
-        ('classes', f'{facts["num_classes"] or "no classifier known"}{names}'),
-        ('parameters', f'{facts["parameters"]:,} in {facts["tensors"]} tensors'),
-        ('dtype', ', '.join(facts['dtypes'])),
-        ('average (EMA)', 'only' if facts['ema_only'] else 'yes' if facts['ema'] else 'no'),
-        ('epoch', facts['epoch']),
-        ('metric', facts['metric']),
-        ('options', ', '.join(f'{name} {value}' for name, value in facts['options'].items())),
-    ]
+def _rows(facts: dict) -> dict[str, object]:
+    """Return the facts in words."""
+    size, grid = (' × '.join(map(str, facts[name] or ())) for name in ('img_size', 'grid'))
+    classes = facts['classes'] or ()
+    names = ': ' * bool(classes) + ', '.join(classes[:8]) + ', …' * (len(classes) > 8)
+    return {
+        'file': f'{facts["file"]} ({facts["bytes"] / 1e6:,.1f} MB)',
+        'format': facts['format'] + (f', weights in {facts["entry"]}' if facts['entry'] else ''),
+        'model': facts['description'],
+        'recorded model': facts['recorded_model'] if [facts['recorded_model']] != facts['models'] else None,
+        'image size': (size or 'unknown') + (f' (grid {grid})' if grid else ''),
+        'channels': facts['in_chans'],
+        'classes': f'{facts["num_classes"] or "no classifier known"}{names}',
+        'parameters': f'{facts["parameters"]:,} in {facts["tensors"]} tensors',
+        'dtype': ', '.join(facts['dtypes']),
+        'average (EMA)': 'only' if facts['ema_only'] else 'yes' if facts['ema'] else 'no',
+        'epoch': facts['epoch'],
+        'metric': facts['metric'],
+        'options': ', '.join(f'{name} {value}' for name, value in facts['options'].items()),
+    }
 
 
-# --------------------------------------------------------------------------------------------------
-# convert
+# --- convert ----------------------------------------------------------------------------------------------------------
 
 def convert_checkpoint(args) -> None:
-    """Writes the weights to OUT, once the model of FILE and that of OUT are seen to give the same logits."""
-    out, is_folder = Path(args.out), args.out.endswith(('/', os.sep)) or os.path.isdir(args.out)
-    _check_out(out, args.force, is_folder)
-    checkpoint, weights, identity = _read(args.file, args.use_ema, args.img_size)
-    builder = _Builder(args.file, checkpoint, args.use_ema, identity)
-    name, unchecked = _resolve_model(args.model, checkpoint, identity), None
-    if name is None and identity.names:
-        builder.name = identity.names[0]  # equal shapes: any of them can tell whether the weights are the same
-    elif name is None:
-        unchecked = f'{identity.description} is not a registered model (--model NAME says which)'
-    else:
-        builder.name = name
+    """Write the weights to OUT, if the models of FILE and OUT give the same logits."""
+    out = Output(args.out, args.force, is_folder=args.out.endswith(('/', os.sep)) or os.path.isdir(args.out))
+    source = Checkpoint(args.file, args.use_ema, args.img_size)
+    identity, unchecked = source.identity, ''
+    name = source.find_name(args.model)
+    if name:
         try:
-            builder.build()
+            source.build(name)
         except UserError as error:
             if args.model or name in identity.names:
                 raise
-            name, unchecked = None, str(error)  # the file's own account of what it is of
-    if is_folder and name is None:
+            name, unchecked = None, str(error)  # the file's own record is wrong
+    elif not identity.names:
+        unchecked = f'{identity.description} is not a registered model (--model NAME says which)'
+    if out.is_folder and name is None:
         raise UserError(f'{args.file}: the weights are of {identity.description}; a folder in the form of timm needs '
                         f'a registered model: --model {" or --model ".join(identity.names or ("NAME",))}')
-    with _temporary(out) as temporary:
-        if is_folder:
+    with out.temporary() as temporary:
+        if out.is_folder:
             temporary.mkdir()
-            builder.save_config(temporary / 'config.json')
-        _write(temporary / WEIGHTS if is_folder else temporary, out, weights.state,
-               _beside(checkpoint, identity, name), args.dtype)
+            save_config(source, name, temporary / CONFIG)
+        out.write(source.weights.state, source.extras(name), args.dtype)
         if not unchecked:
-            difference = builder.compare(temporary, is_folder)
-            # Equal weights give equal logits, up to what a library does with another address in memory.
+            model = name or identity.names[0]  # names that share all shapes give the same logits
+            difference = compare(source, model, temporary, out.is_folder)
+            # Equal weights give equal logits, up to what a library does at another address in memory.
             if not args.dtype and not difference <= 1e-4:
-                raise UserError(f'{out} was not written: its logits and those of {args.file} differ by {difference}; '
-                                'check the weights for values that are not finite')
-        _publish(temporary, out, args.force, is_folder)
-    print(f'{out}: {len(weights.state)} tensors, {name or identity.description}')
-    if unchecked:
-        print(f'parity was not checked: {unchecked}')
-    else:
-        print(f'parity: logits of the two differ by at most {difference:.3g} (as {builder.name})')
+                raise UserError(f'{out.path} was not written: its logits and those of {args.file} differ by '
+                                f'{difference}; check the weights for values that are not finite')
+        out.publish()
+    print(f'{out.path}: {len(source.weights.state)} tensors, {name or identity.description}')
+    print(f'parity was not checked: {unchecked}' if unchecked else
+          f'parity: logits of the two differ by at most {difference:.3g} (as {model})')
 
 
-def _resolve_model(asked: str | None, checkpoint, identity) -> str | None:
-    """The model the weights are of: as asked, as their shapes tell, or as they record; None where that is open."""
-    from models import resolve_name
-    from models.weights.formats import recorded_arch
-    from models.weights.identity import our_models
-    if asked:
-        return resolve_name(asked)
-    if len(identity.names) == 1:
-        return identity.names[0]
-    try:
-        recorded = resolve_name(recorded_arch(checkpoint) or '')
-    except UserError:
-        return None
-    is_possible = recorded in identity.names if identity.names else recorded not in our_models()
-    return recorded if is_possible else None
+def save_config(source: Checkpoint, name, path: Path) -> None:
+    """Write what timm needs to know beside the weights."""
+    from models.runtimes import describe
+    model = source.build(name)
+    description = describe(model, classes=source.classes, input_size=source.input_size(name, model))
+    with open(path, 'w') as file:
+        json.dump(description, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-class _Builder:
-    """Builds models with the weights of a checkpoint: FILE's, or those of a file made from it."""
-
-    def __init__(self, source: str, checkpoint, use_ema: bool, identity):
-        self.source, self.checkpoint, self.use_ema, self.identity = source, checkpoint, use_ema, identity
-        self.name = ''  # of a registered model
-
-    def _in_chans(self) -> int | None:
-        """The channels of the images; None for the model's own."""
-        from models.weights.formats import extract
-        from models.weights.loading import count_channels
-        return self.identity.in_chans or count_channels(self.name, extract(self.checkpoint, self.use_ema).state)
-
-    def build(self, written: Path | None = None):
-        """The model with the weights of FILE, or of what was written, in evaluation mode."""
-        from models import count_classes, create_model, load_weights
-        from utils.checkpoint_reader import read_checkpoint
-        checkpoint, use_ema, source = self.checkpoint, self.use_ema, self.source
-        if written:
-            checkpoint, use_ema, source = read_checkpoint(written), True, str(written)
-        model = create_model(
-            self.name, num_classes=count_classes(self.name, checkpoint, use_ema, source) or 0,
-            img_size=self.identity.img_size, in_chans=self._in_chans())
-        load_weights(model, checkpoint, use_ema=use_ema, img_size=self.identity.img_size, source=source)
-        return model.eval()
-
-    def save_config(self, path: Path) -> None:
-        """Writes what timm needs to know beside the weights."""
-        from models.runtimes import describe
-        from models.weights.formats import recorded_classes
-        model = self.build()
-        config = describe(model, classes=recorded_classes(self.checkpoint), input_size=self._input_size(model))
-        with open(path, 'w') as file:
-            json.dump(config, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def compare(self, written: Path, is_folder: bool) -> float:
-        """The largest difference between the logits that FILE and the written file give for two images."""
-        import timm
-        import torch
-        ours = self.build()
-        theirs = timm.create_model(f'local-dir:{written}', pretrained=True).eval() if is_folder else self.build(written)
-        images = torch.randn(2, *self._input_size(ours), generator=torch.Generator().manual_seed(0))
-        with torch.inference_mode():
-            return (ours(images) - theirs(images)).abs().max().item()
-
-    def _input_size(self, model) -> tuple[int, int, int]:
-        channels, *size = model.pretrained_cfg.get('input_size', (3, 224, 224))
-        return (self._in_chans() or channels, *(self.identity.img_size or size))
+def compare(source: Checkpoint, name: str, written: Path, is_folder: bool) -> float:
+    """Return the largest difference between the logits that FILE and the written file give for two images."""
+    import timm
+    import torch
+    ours = source.build(name)
+    theirs = timm.create_model(f'local-dir:{written}', pretrained=True).eval() if is_folder else (
+        source.build(name, written))
+    images = torch.randn(2, *source.input_size(name, ours), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return (ours(images) - theirs(images)).abs().max().item()
 
 
-# --------------------------------------------------------------------------------------------------
-# average, strip
+# --- average, strip ---------------------------------------------------------------------------------------------------
 
 def average_checkpoints(args) -> None:
-    """Writes the mean of the weights, computed in float64 and rounded once; integers are those of the last file."""
-    out = Path(args.out)
-    _check_out(out, args.force)
+    """Write the mean of the weights, computed in float64 and rounded once. Integers are those of the last file."""
+    out = Output(args.out, args.force)
     if len(args.files) < 2:
         raise UserError('one file is its own average; give two checkpoints or more')
     import torch
 
     first: dict = {}
     sums: dict = {}
-    beside: dict = {}
+    extras: dict = {}
     same: set = set()
     for path in args.files:
-        checkpoint, weights, identity = _read(path, args.use_ema)
-        state, said = weights.state, _beside(checkpoint, identity, _resolve_model(None, checkpoint, identity))
+        source = Checkpoint(path, args.use_ema)
+        state, own = source.weights.state, source.extras(source.find_name())
         first = first or state
-        _check_same(path, args.files[0], (state, said), (first, beside))
-        beside = {**said, **beside}
+        _check_same(path, args.files[0], (state, own), (first, extras))
+        extras = {**own, **extras}
         same = {key for key in (same if sums else state) if torch.equal(state[key], first[key])}
         sums = {key: sums.get(key, 0) + tensor.double() if tensor.is_floating_point() else tensor
                 for key, tensor in state.items()}
@@ -309,145 +313,118 @@ def average_checkpoints(args) -> None:
             sums[key] = tensor
         elif tensor.is_floating_point():
             sums[key] = (sums[key] / len(args.files)).to(tensor.dtype)
-    with _temporary(out) as temporary:
-        _write(temporary, out, sums, beside)
-        _publish(temporary, out, args.force)
-    print(f'{out}: average of {len(args.files)} checkpoints, {len(sums) - len(same)} of {len(sums)} tensors differed')
+    with out.temporary():
+        out.write(sums, extras)
+        out.publish()
+    print(f'{out.path}: average of {len(args.files)} checkpoints, {len(sums) - len(same)} of {len(sums)} tensors '
+          'differed')
 
 
 def _check_same(path: str, first_path: str, given: tuple[dict, dict], first: tuple[dict, dict]) -> None:
-    """Raises UserError at the first key in which two checkpoints differ."""
-    (state, beside), (first_state, first_beside) = given, first
+    """Raise UserError at the first key in which two checkpoints differ."""
+    (state, extras), (first_state, first_extras) = given, first
 
     def described(state: dict, key: str) -> str:
         return f'{state[key].dtype} {list(state[key].shape)}'.removeprefix('torch.') if key in state else 'no such key'
 
-    for key in [*first_state, *state]:
-        if described(state, key) != described(first_state, key):
-            raise UserError(f'{path} and {first_path} differ in {key}: {described(state, key)} and '
-                            f'{described(first_state, key)}; average checkpoints of one model')
-    for entry in beside.keys() & first_beside.keys():
-        if beside[entry] != first_beside[entry]:
-            raise UserError(f'{path} and {first_path} differ in {entry}; average checkpoints of one model')
+    differences = [f'{key}: {described(state, key)} and {described(first_state, key)}'
+                   for key in [*first_state, *state] if described(state, key) != described(first_state, key)]
+    differences += [entry for entry in extras.keys() & first_extras.keys() if extras[entry] != first_extras[entry]]
+    if differences:
+        raise UserError(f'{path} and {first_path} differ in {differences[0]}; average checkpoints of one model')
 
 
 def strip_checkpoint(args) -> None:
-    """Writes the weights alone, and prints the hash by which timm's downloads are checked."""
-    out = Path(args.out)
-    _check_out(out, args.force or args.hash)
-    checkpoint, weights, identity = _read(args.file, args.use_ema)
-    with _temporary(out) as temporary:
-        _write(temporary, out, weights.state,
-               _beside(checkpoint, identity, _resolve_model(None, checkpoint, identity)))
+    """Write only the weights, and print the hash by which timm checks downloads."""
+    out = Output(args.out, args.force or args.hash)
+    source = Checkpoint(args.file, args.use_ema)
+    with out.temporary() as temporary:
+        out.write(source.weights.state, source.extras(source.find_name()))
         with open(temporary, 'rb') as file:
             digest = hashlib.file_digest(file, 'sha256').hexdigest()
         if args.hash:
-            suffix = _suffix(out) or ''
-            out = out.with_name(f'{out.name.removesuffix(suffix)}-{digest[:8]}{suffix}')
-        _publish(temporary, out, args.force)
-    print(f'{out}: {len(weights.state)} tensors from {weights.entry or "the state dict"}, '
-          f'{out.stat().st_size / 1e6:,.1f} MB\nsha256 {digest}\nhash   {digest[:8]}')
+            out.path = out.path.with_name(f'{out.path.name.removesuffix(out.suffix)}-{digest[:8]}{out.suffix}')
+        out.force = args.force
+        out.publish()
+    print(f'{out.path}: {len(source.weights.state)} tensors from {source.weights.entry or "the state dict"}, '
+          f'{out.path.stat().st_size / 1e6:,.1f} MB\nsha256 {digest}\nhash   {digest[:8]}')
 
 
-# --------------------------------------------------------------------------------------------------
-# Files
+# --- Files ------------------------------------------------------------------------------------------------------------
 
-def _read(path: str, use_ema: bool, img_size: int | tuple[int, int] | None = None):
-    """A checkpoint, the weights in it and what they are of."""
-    from models.weights.formats import extract, recorded_img_size
-    from models.weights.identity import identify
-    from utils.checkpoint_reader import read_checkpoint
-    checkpoint = read_checkpoint(path)
-    try:
-        weights = extract(checkpoint, use_ema)
-    except UserError as error:
-        raise UserError(f'{path}: {error}') from error
-    if isinstance(img_size, int):
-        img_size = (img_size, img_size)
-    identity = identify(weights.state, img_size or recorded_img_size(checkpoint))
-    if img_size and identity.img_size != img_size:
-        raise UserError(f'{path}: images of {img_size[0]} × {img_size[1]} pixels (--img-size) do not give the '
-                        'positions in the weights; give the size that they were trained at')
-    return checkpoint, weights, identity
+class Output:
+    """OUT, a file or folder that gets its name only when it is complete.
 
+    Raises:
+        UserError: before any work, if it cannot or must not be written.
+    """
 
-def _beside(checkpoint, identity, name: str | None) -> dict:
-    """What travels with the weights: the name of the model, those of the classes, the image size."""
-    from models.weights.formats import recorded_classes
-    entries = {'arch': name, 'classes': recorded_classes(checkpoint), 'img_size': identity.img_size}
-    return {entry: list(value) if isinstance(value, tuple) else value for entry, value in entries.items() if value}
+    def __init__(self, path: str, force: bool, is_folder: bool = False):
+        self.path, self.force, self.is_folder = Path(path), force, is_folder
+        self.suffix = next((end for end in SUFFIXES if self.path.name.endswith(end) and self.path.name != end), '')
+        self.check()
 
+    def check(self) -> None:
+        if not self.path.absolute().name:
+            raise UserError(f'OUT is {str(self.path)!r}, the root of the disk; give a file or folder in it')
+        if not self.is_folder and (not self.suffix or self.path.is_dir()):
+            raise UserError(f'OUT is {str(self.path)!r}; give a {ENDINGS}')
+        for path in self.targets():
+            if path.exists() and not self.force:
+                raise UserError(f'{path} exists; give another name, or --force to overwrite it')
 
-def _suffix(out: Path) -> str | None:
-    return next((suffix for suffix in SUFFIXES if out.name.endswith(suffix) and out.name != suffix), None)
+    def targets(self) -> list[Path]:
+        return [self.path / WEIGHTS, self.path / CONFIG] if self.is_folder else [self.path]
 
+    @contextlib.contextmanager
+    def temporary(self) -> Iterator[Path]:
+        """Yield a path beside OUT, on the same disk, for a file or folder that is removed in the end."""
+        self._temporary = path = self.path.absolute().with_name(f'.{self.path.name}.{os.getpid()}.tmp')
+        try:
+            with self._explained():
+                path.parent.mkdir(parents=True, exist_ok=True)
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                path.unlink()
 
-def _check_out(out: Path, force: bool, is_folder: bool = False) -> None:
-    """Raises UserError, before any work, where OUT cannot or must not be written."""
-    if not out.absolute().name:
-        raise UserError(f'OUT is {str(out)!r}, the root of the disk; give a file or folder in it')
-    if not is_folder and (_suffix(out) is None or out.is_dir()):
-        raise UserError(f'OUT is {str(out)!r}; give a file that ends in {" or ".join(SUFFIXES)}')
-    for path in _targets(out, is_folder):
-        if path.exists() and not force:
-            raise UserError(f'{path} exists; give another name, or --force to overwrite it')
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what writers raise if a disk is full or a folder is read-only into a UserError."""
+        import safetensors
+        try:
+            yield
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            reason = f'{type(error).__name__}: {error}'.splitlines()[0][:160]
+            raise UserError(f'{self.path} cannot be written ({reason}); check the space and the permissions') from error
 
+    def write(self, state: dict, extras: dict, dtype: str | None = None) -> None:
+        """Write weights and extras to the temporary path, in the format of OUT's name."""
+        import torch
 
-def _targets(out: Path, is_folder: bool) -> list[Path]:
-    return [out / WEIGHTS, out / 'config.json'] if is_folder else [out]
+        from models.runtimes import pack_safetensors
+        state = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
+        if dtype:
+            state = {key: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+                     for key, tensor in state.items()}
+        path = self._temporary / WEIGHTS if self.is_folder else self._temporary
+        with self._explained(), open(path, 'wb') as file:
+            if self.is_folder or self.suffix == '.safetensors':
+                file.write(pack_safetensors(state, extras))
+            else:
+                torch.save({'state_dict': state, **extras}, file)
+            file.flush()
+            os.fsync(file.fileno())
 
-
-@contextlib.contextmanager
-def _temporary(out: Path) -> Iterator[Path]:
-    """A path beside OUT, on the same disk, for a file or folder that is gone in the end."""
-    path = out.absolute().with_name(f'.{out.name}.{os.getpid()}.tmp')
-    try:
-        with _explained(out):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            path.unlink()
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turns what the writers raise where a disk is full or a folder is read-only into a UserError."""
-    import safetensors
-    try:
-        yield
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = f'{type(error).__name__}: {error}'.splitlines()[0][:160]
-        raise UserError(f'{path} cannot be written ({reason}); check the space and the permissions') from error
-
-
-def _write(path: Path, out: Path, state: dict, beside: dict, dtype: str | None = None) -> None:
-    """Writes weights and what travels with them to `path`, in the form that the name of `out` asks for."""
-    import torch
-
-    from models.runtimes import pack_safetensors
-    state = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
-    if dtype:
-        state = {key: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
-                 for key, tensor in state.items()}
-    with _explained(out), open(path, 'wb') as file:
-        if _suffix(out) in ('.safetensors', None):  # None for a folder
-            file.write(pack_safetensors(state, beside))
-        else:
-            torch.save({'state_dict': state, **beside}, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _publish(temporary: Path, out: Path, force: bool, is_folder: bool = False) -> None:
-    """Gives what was written its name."""
-    _check_out(out, force, is_folder)
-    with _explained(out):
-        if is_folder:
-            out.mkdir(exist_ok=True)
-        for target in _targets(out, is_folder):
-            os.replace(temporary / target.name if is_folder else temporary, target)
+    def publish(self) -> None:
+        """Give what was written its name."""
+        self.check()
+        with self._explained():
+            if self.is_folder:
+                self.path.mkdir(exist_ok=True)
+            for target in self.targets():
+                os.replace(self._temporary / target.name if self.is_folder else self._temporary, target)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,16 +1,16 @@
-"""Prints a table of models in Markdown: parameters, multiply-accumulates, activations, published accuracy.
+"""Print a table of models in Markdown: parameters, multiply-accumulates, activations, published accuracy.
 
     python tools/model_table.py
     python tools/model_table.py --img-size 384 --output zoo.md
     python tools/model_table.py t2t_vit_14 'deit_small*' resnet50
 
-Names are those of timm.list_models, patterns too; without any, all models of this project. Nothing is computed but
-shapes, so that no memory is needed.
+Names and patterns are those of timm.list_models; the default is all models of this project. Only shapes are computed,
+which takes no memory.
 
-Both conventions of counting are given, as the literature mixes them. Parameters: all that a checkpoint holds, and
-those that are trained (in T2T-ViT `pos_embed` and the Performer's `w` are not). MACs, multiply-accumulates of one
-image: of all matrix products, and of the layers alone (linear and convolution), without the products inside attention.
-Activations are the numbers that these layers put out.
+The table has both conventions of counting, because papers mix them. Parameters: all in a checkpoint, and those that
+are trained (in T2T-ViT, `pos_embed` and the Performer's `w` are not). MACs, multiply-accumulates of one image: of all
+matrix products, and of linear and convolution layers alone, without the products in attention. Activations are the
+outputs of these layers.
 """
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ from utils.disk import ROOT
 from utils.errors import UserError
 from utils.script import run_script
 
-# Published for the weights of a name, at the size they were trained at: top-1 and top-5 on ImageNet's validation set.
+# Top-1 and top-5 on ImageNet's validation set, published for the weights of a name at their training size.
 PUBLISHED = {
     't2t_vit_7': (71.7, 90.9), 't2t_vit_10': (75.2, 92.8), 't2t_vit_12': (76.5, 93.5),
     't2t_vit_14': (81.5, 95.67), 't2t_vit_19': (81.9, 95.74), 't2t_vit_24': (82.3, 95.89),
@@ -34,23 +34,23 @@ PUBLISHED = {
     't2t_vit_dense': (80.6, None), 't2t_vit_16_ghost': (79.5, None), 't2t_vit_c_14': (80.8, None),
     'vit_s_16': (78.1, None), 'vit_se': (78.4, None), 'vit_dn': (79.0, None),
 }
-RECIPES = {'t2t_vit_14.in1k_384': 't2t_vit_14_384'}  # where the recipe is not called as the model
-
+# Recipes with other names than their models.
+RECIPES = {'t2t_vit_14.in1k_384': 't2t_vit_14_384'}
 HEADER = ('| model | size | parameters | trained | MACs, G | of layers, G | activations, M | top-1 | top-5 |\n'
           '|---|---|---|---|---|---|---|---|---|')
 
 
 class Counts(NamedTuple):
-    """What one model costs for one image."""
-    parameters: int  # all that its state dict holds
-    trained: int  # of those, what training changes
-    macs: float  # of all matrix products
-    layer_macs: float  # of linear and convolution layers
-    activations: int  # elements that those layers put out
+    """The costs of one model for one image, as the module's docstring defines them."""
+    parameters: int
+    trained: int
+    macs: float
+    layer_macs: float
+    activations: int
 
 
 def count(name: str, img_size: tuple[int, int] | None) -> tuple[Counts, tuple[int, int]]:
-    """The counts of a registered model (None: at the size of its weights), and the image size they hold for."""
+    """Return the counts of a registered model, and the image size they hold for (None: that of its weights)."""
     import torch
     from torch import nn
     from torch.utils.flop_counter import FlopCounterMode
@@ -61,17 +61,11 @@ def count(name: str, img_size: tuple[int, int] | None) -> tuple[Counts, tuple[in
         model = models.create_model(name, img_size=img_size).eval()
     channels, height, width = model.pretrained_cfg['input_size']
     size = img_size or (height, width)
-    layers = [module for module in model.modules()
-              if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
-    totals = {'macs': 0, 'activations': 0}
-
-    def add(layer, inputs, output):
-        per_output = layer.weight[0].numel()  # inputs of one number of the output
-        totals['macs'] += output.numel() * per_output
-        totals['activations'] += output.numel()
-
-    for layer in layers:
-        layer.register_forward_hook(add)
+    outputs: list[tuple[int, int]] = []  # of each layer: numbers that it puts out, and inputs of one of them
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            module.register_forward_hook(
+                lambda layer, _, output: outputs.append((output.numel(), layer.weight[0].numel())))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         try:
             model(torch.empty(1, channels, *size, device='meta'))
@@ -79,16 +73,16 @@ def count(name: str, img_size: tuple[int, int] | None) -> tuple[Counts, tuple[in
             raise UserError(f'{name} does not take images of {size[0]} × {size[1]} ({error}); '
                             'give another --img-size') from error
     trained = sum(parameter.numel() for parameter in model.parameters())
-    # Statistics of batch norm are in the state dict too, but nobody calls them parameters.
+    # Running statistics of batch norm are in the state dict too, but are not called parameters.
     saved = model.state_dict().keys()
     fixed = sum(buffer.numel() for key, buffer in model.named_buffers() if key in saved
                 and not key.endswith(('running_mean', 'running_var', 'num_batches_tracked')))
-    return Counts(trained + fixed, trained, counter.get_total_flops() / 2, totals['macs'],
-                  totals['activations']), size
+    layer_macs, activations = sum(count * inputs for count, inputs in outputs), sum(count for count, _ in outputs)
+    return Counts(trained + fixed, trained, counter.get_total_flops() / 2, layer_macs, activations), size
 
 
 def row(name: str, img_size: tuple[int, int] | None) -> str:
-    """One line of the table. Accuracy is shown at the size of the published weights alone."""
+    """Return one line of the table, with the accuracy only at the size of the published weights."""
     from models.weights.loading import published_config
 
     counts, size = count(name, img_size)
@@ -104,11 +98,7 @@ def row(name: str, img_size: tuple[int, int] | None) -> str:
 
 
 def table(patterns: list[str], img_size: tuple[int, int] | None = None) -> str:
-    """The table in Markdown, one row for each model that a pattern names.
-
-    Raises:
-        UserError: a pattern that names no model, or a model that does not take `img_size`.
-    """
+    """Return the table in Markdown. Raises UserError for a name without a model, or a model that refuses `img_size`."""
     import timm
 
     import models
@@ -118,7 +108,7 @@ def table(patterns: list[str], img_size: tuple[int, int] | None = None) -> str:
     else:
         names = [*PUBLISHED, *models.our_models()]
     if img_size:
-        names = [name for name in names if '.' not in name or name in patterns]  # one size, one row of a model
+        names = [name for name in names if '.' not in name or name in patterns]  # one row per model
     return '\n'.join([HEADER, *(row(name, img_size) for name in dict.fromkeys(names))]) + '\n'
 
 
@@ -126,8 +116,8 @@ def main():
     parser = Parser(description='Print a table of models.')
     parser.add_argument('models', nargs='*', metavar='MODEL', help='name or pattern (default: all of this project)')
     parser.add_argument('--img-size', type=image_size, metavar='N',
-                        help="pixels, or HxW (default: that of each model's weights)")
-    parser.add_argument('-o', '--output', metavar='FILE', help='write the table to this file too')
+                        help="pixels, or HxW (default: the size of each model's weights)")
+    parser.add_argument('-o', '--output', metavar='FILE', help='also write the table to this file')
     args = parser.parse_args()
     size = (args.img_size, args.img_size) if isinstance(args.img_size, int) else args.img_size
     text = table(args.models, size)

@@ -1,4 +1,4 @@
-"""Write docs/options.md, the table of all options, from the parsers themselves.
+"""Write the table of all options in docs/options.md, from the parsers themselves.
 
     python tools/options_table.py
 """
@@ -9,29 +9,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options.scripts import SCRIPTS, TRANSFER_DEFAULTS
+from utils.disk import ROOT
 
-PAGE = Path(__file__).resolve().parents[1] / 'docs/options.md'
-INTRODUCTION = """# Options
-
-```sh
-python train.py --help
-python tools/options_table.py       # writes this page
-```
-
-Names and defaults are those of the published `main.py`, with two exceptions: `--num-classes` follows the data, and
-`--pin-mem` is on. Removed options fail with a message naming the replacement.
-
-- Hyphens and underscores are the same: `--eval_checkpoint` is `--eval-checkpoint`.
-- An option that is `on` or `off` has a negative form: `--no-aug`.
-- A recipe (`-c FILE.yaml`) gives defaults; its keys are option names. The command line overrides it.
-
-Most groups belong to `train.py` and to other scripts. A group with scripts in parentheses belongs only to these.
-
-"""
+PAGE = ROOT / 'docs/options.md'
+HEADER = '| option | default | meaning |\n|---|---|---|'
 
 
 def table() -> str:
-    """Markdown: one row for each option of train.py, and below those that only other scripts have."""
+    """Return Markdown with a row for each option of train.py, and below those that only other scripts have."""
     parsers = {f'{script}.py': parser() for script, parser in SCRIPTS.items()}
     having: dict[str | None, list[str]] = {}  # a group's title → the scripts that have it
     for script, parser in parsers.items():
@@ -48,12 +33,11 @@ def table() -> str:
             lines += [f'| **{group.title}**{where} | | |'] + [_row(action) for action in actions]
             seen |= {(action.dest, action.help) for action in actions}
     changed = ', '.join(f'`{_written(name, value)}`' for name, value in TRANSFER_DEFAULTS.items())
-    return '\n'.join(['| option | default | meaning |', '|---|---|---|', *lines, '',
-                      f'transfer.py starts from other defaults: {changed}.']) + '\n'
+    return '\n'.join([HEADER, *lines, '', f'transfer.py starts from other defaults: {changed}.']) + '\n'
 
 
 def _written(name: str, value) -> str:
-    """A default as it would be typed."""
+    """Return a default as a user would type it."""
     option = name.replace('_', '-')
     if isinstance(value, bool):
         return f'--{option}' if value else f'--no-{option}'
@@ -77,8 +61,9 @@ def _row(action: argparse.Action) -> str:
 
 
 def page() -> str:
-    """Return the content of docs/options.md."""
-    return INTRODUCTION + table()
+    """Return docs/options.md with a new table. What is above the table stays."""
+    introduction, _, _ = PAGE.read_text(encoding='utf-8').partition(HEADER)
+    return introduction + table()
 
 
 if __name__ == '__main__':

@@ -7,6 +7,9 @@ from tqdm import tqdm
 
 from utils import job
 
+# The folders whose modules a script runs. Each is the name of a logger. launch/ runs in a process of its own.
+ROOMS = ('data', 'engine', 'figures', 'models', 'options', 'utils')
+
 
 class _ConsoleHandler(logging.Handler):
     """Writes lines to standard output, above any progress bar."""
@@ -28,7 +31,7 @@ def setup_logging(*, is_main: bool) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    for room in ('models', 'data', 'engine', 'options', 'utils', '__main__'):
+    for room in (*ROOMS, '__main__'):
         logging.getLogger(room).setLevel(logging.INFO if is_main else logging.WARNING)
     logging.captureWarnings(True)
     # The published default of 8 workers exceeds the cores of a small machine; --workers changes it.

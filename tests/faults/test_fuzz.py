@@ -32,8 +32,7 @@ from utils.errors import UserError
 SEED = 20211012
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Command lines
+# --- Command lines ----------------------------------------------------------------------------------------------------
 
 SMALL = ('--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu', '-j', '0')
 TRAIN = (*SMALL, '-b', '6', '--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '0', '--no-tensorboard')
@@ -197,8 +196,7 @@ def test_a_mistake_that_the_data_tells_is_one_line(name, place, monkeypatch, tmp
     assert said in str(error)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Recipes
+# --- Recipes ----------------------------------------------------------------------------------------------------------
 
 BAD_RECIPES = {
     'unknown key': 'learning_rate: 1',
@@ -313,9 +311,7 @@ def test_damaged_recipes_are_read_or_refused(count, tmp_path, record_property):
     record_property('damaged recipes', count)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Pickles
-
+# --- Pickles ----------------------------------------------------------------------------------------------------------
 
 def hostile_pickles(canary: Path) -> dict[str, bytes]:
     """Those of tests/test_files.py, and the same calls at other places of a checkpoint."""

@@ -222,7 +222,7 @@ def test_a_process_that_hangs_on_another_node_is_named_there_and_shown_here(netw
         ends = [a.ended(), b.ended()]
     assert [code for code, _ in ends] == [0, 0], ends
     assert 'waited 10 s (--timeout) in vain for rank 1, at step ' in ends[0][1]
-    assert 'did not come; its stack:' in ends[1][1] and 'a process on another machine has failed' in ends[1][1]
+    assert 'did not respond; its stack:' in ends[1][1] and 'a process on another machine has failed' in ends[1][1]
 
 
 def test_a_crash_on_one_node_restarts_both(network, tmp_path):
@@ -257,4 +257,4 @@ def test_nobody_waits_for_ever(network, tmp_path):
     assert f'waited 2 s (RDZV_TIMEOUT) in vain for the launcher at {network.address("a")}:{PORT}' in said
     with network.node('a', tmp_path, RDZV_TIMEOUT='3') as a:
         code, said = a.ended()
-    assert code == 5 and len(said.splitlines()) == 1 and 'not enough machines have come in RDZV_TIMEOUT' in said, said
+    assert code == 5 and len(said.splitlines()) == 1 and 'too few machines joined within RDZV_TIMEOUT' in said, said

@@ -268,7 +268,7 @@ def test_a_process_that_hangs_is_named_with_its_stack(tmp_path):
     assert int(step[1]) < STEP
     assert 'silent since' in line and 'rank 0' not in line
     stack = said[said.index('rank 1 (process '):]
-    assert 'did not come; its stack:' in stack and re.search(r'engine/step.py", line \d+ in __call__', stack)
+    assert 'did not respond; its stack:' in stack and re.search(r'engine/step.py", line \d+ in __call__', stack)
     assert 'Traceback' not in said
 
 

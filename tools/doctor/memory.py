@@ -1,61 +1,62 @@
 """Memory: of the step, of the device, and the largest batch that fits."""
 import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from tools.doctor.findings import LOOK, OK, STOP, Finding, NotMeasured, gib, plural
-from tools.doctor.speed import RATES, _at, _proc
+from tools.doctor.case import Case, Loading, Setup, Steps
+from tools.doctor.findings import LOOK, OK, STOP, Finding, gib, plural
+from tools.doctor.speed import interpolate, read_proc
 
-if TYPE_CHECKING:
-    from tools.doctor.case import Case
-
-
-MOST_MEMORY = 0.9  # of a device: the rest is for fragments, and for what others have there
+# Of a device. The rest is for fragments and other programs.
+MOST_MEMORY = 0.9
 
 
-def look_at_memory(case: 'Case'):
-    """Memory of the device at this batch, and of the loader's batches on the host."""
-    if not case.steps:
-        raise NotMeasured(f'no training step could be measured, see "{RATES}"')
+def look_at_memory(case: Case, setup: Setup, loading: Loading, steps: Steps) -> Iterator[Finding]:
+    """Compare the memory of a step with the device's, and that of waiting batches with /dev/shm."""
+    yield device_memory(case, steps)
+    yield shared_memory(case, setup, loading)
+
+
+def device_memory(case: Case, steps: Steps) -> Finding:
+    """Tell whether the batch fits, and how many images would."""
     wanted, device = case.args.batch_size, case.world.device
-    peaks = {size: peak for size, (_, peak) in case.steps.items()}
-    total = _device_memory(device)
-    need = _at(wanted, peaks)
+    peaks = {size: peak for size, (_, peak) in steps.measured.items()}
+    total = total_memory(device)
+    need = interpolate(wanted, peaks)
     here = f'{gib(need)} of {gib(total)}' if total else gib(need)
+    sharing = 1
     if device.type == 'cpu':
-        need *= case.processes
-        here += f' for each of {plural(case.processes, "process", "processes")}' * (case.processes > 1)
-    largest = _largest_batch(peaks, total / (case.processes if device.type == 'cpu' else 1))
+        sharing = case.processes
+        need *= sharing
+        here += f' for each of {plural(sharing, "process", "processes")}' * (sharing > 1)
+    largest = largest_batch(peaks, total / sharing)
     figure = f'{wanted} images take {here}' + (f'; about {largest:,} would fit' if largest else '')
-    numbers = {'bytes': need, 'total': total, 'largest_batch': largest}
-    where = 'Memory of the GPU' if device.type == 'cuda' else 'Memory'
-    if case.too_large and case.too_large <= wanted or (total and need > total):
+    mark, remedy = OK, ''
+    if steps.too_large and steps.too_large <= wanted or (total and need > total):
         images, part = wanted * case.args.accum_steps * case.processes, largest or max(2, wanted // 2)
+        mark, figure = STOP, f'{wanted} images do not fit: they take {here}'
         remedy = f'Say -b {part} --global-batch-size {images}: as many images a step, in parts.'
-        yield Finding(STOP, where, f'{wanted} images do not fit: they take {here}', remedy, numbers=numbers)
     elif total and need > MOST_MEMORY * total:
-        yield Finding(LOOK, where, figure, 'That is close; a smaller -b is safe, with --global-batch-size as now.',
-                      numbers=numbers)
-    else:
-        yield Finding(OK, where, figure, numbers=numbers)
-    yield _shared_memory(case)
+        mark, remedy = LOOK, 'That is close; a smaller -b with the present --global-batch-size is safe.'
+    return Finding(mark, 'Memory of the GPU' if device.type == 'cuda' else 'Memory', figure, remedy,
+                   numbers={'bytes': need, 'total': total, 'largest_batch': largest})
 
 
-def _device_memory(device: torch.device) -> int:
-    """Bytes in all; of main memory, what this process has or can still get."""
+def total_memory(device: torch.device) -> int:
+    """Return a GPU's bytes; of main memory, what this process has or can still get."""
     if device.type == 'cuda':
         return torch.cuda.get_device_properties(device).total_memory
-    free = 1024 * (_proc('/proc/meminfo').get('MemAvailable', 0) + _proc('/proc/self/status').get('VmRSS', 0))
+    free = 1024 * (read_proc('meminfo').get('MemAvailable', 0) + read_proc('self/status').get('VmRSS', 0))
     with contextlib.suppress(OSError, ValueError):  # a container may have less than its machine
         free = min(free, int(Path('/sys/fs/cgroup/memory.max').read_text()))
     return free
 
 
-def _largest_batch(peaks: dict[int, int], total: float) -> int | None:
-    """The largest even batch that fits, on the line through two that were measured; None where none says."""
+def largest_batch(peaks: dict[int, int], total: float) -> int | None:
+    """Return the largest even batch that fits, on the line through two measured ones; None if there is no such line."""
     (low, at_low), (high, at_high) = min(peaks.items()), max(peaks.items())
     if low == high or at_high <= at_low or not total:
         return None
@@ -64,9 +65,9 @@ def _largest_batch(peaks: dict[int, int], total: float) -> int | None:
     return 2 * int(fits / 2) if fits >= 2 else None
 
 
-def _shared_memory(case: 'Case') -> Finding:
-    """Whether /dev/shm has room for the batches that both loaders' workers make ahead."""
-    loaders = ((case.input.train_loader, case.batch), (case.input.val_loader, case.eval_batch))
+def shared_memory(case: Case, setup: Setup, loading: Loading) -> Finding:
+    """Tell whether /dev/shm has room for the batches that the workers of both loaders prepare ahead."""
+    loaders = ((setup.input.train_loader, loading.batch), (setup.input.val_loader, loading.eval_batch))
     sizes = [batch[0].nbytes for loader, batch in loaders if batch for _ in range(case.processes * loader.blocks)]
     need, figure = sum(sizes), f'Up to {plural(len(sizes), "batch", "batches")} wait in shared memory'
     if not need:
@@ -76,8 +77,8 @@ def _shared_memory(case: 'Case') -> Finding:
     except OSError:
         return Finding(OK, 'Waiting batches', f'{figure}: {gib(need)}', numbers={'bytes': need})
     figure += f', for training and evaluation: {gib(need)} of /dev/shm, which has {gib(free)} free'
-    numbers = {'bytes': need, 'free': free}
+    mark, remedy = OK, ''
     if need > free:
+        mark = STOP
         remedy = 'Give /dev/shm more room (docker run --shm-size=16g, or --ipc=host), or use fewer --workers.'
-        return Finding(STOP, 'Waiting batches', figure, remedy, numbers=numbers)
-    return Finding(OK, 'Waiting batches', figure, numbers=numbers)
+    return Finding(mark, 'Waiting batches', figure, remedy, numbers={'bytes': need, 'free': free})

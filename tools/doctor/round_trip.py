@@ -1,8 +1,8 @@
-"""Adds up a gradient's bytes over all processes, and says whether the sum is right and how long it takes.
+"""Add up a gradient over all processes, check the sum, and measure the time.
 
     SCRIPT=tools/doctor/round_trip.py ./distributed_train.sh 8 --megabytes 86
 
-Over several machines as distributed_train.sh says; tools/doctor/__main__.py does it on one.
+distributed_train.sh says how to start it on several machines. tools/doctor runs it on one.
 """
 import json
 import statistics
@@ -25,9 +25,9 @@ def main():
     parser = Parser(description='Add up a gradient over all processes.')
     add = parser.add_argument
     add('--megabytes', type=positive, default=86.0, metavar='MB', help='of float32 numbers; T2T-ViT-14 has 86')
-    add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda or cpu')
-    add('--timeout', type=positive, default=60, metavar='SECONDS', help='for one of the processes to come')
-    add('--json', metavar='FILE', help='what was found, for programs')
+    add('--device', default='auto', metavar='NAME', help='auto (a GPU if there is one), cuda or cpu')
+    add('--timeout', type=positive, default=60, metavar='SECONDS', help='stop if a process does not respond')
+    add('--json', metavar='FILE', help='write the result for programs')
     args = parser.parse_args()
 
     import torch
@@ -39,18 +39,18 @@ def main():
     setup_logging(is_main=world.is_main)
     values = torch.empty(max(1, round(args.megabytes * 1e6 / 4)), device=world.device)
     expected, seconds = world.size * (world.size + 1) / 2, []
-    for _ in range(1 + REPEATS):  # the first meets connections that are yet to be made
+    for _ in range(1 + REPEATS):  # the first makes the connections
         values.fill_(world.rank + 1)
-        sum_over_ranks(torch.zeros(1, device=world.device)).item()  # all are here
+        sum_over_ranks(torch.zeros(1, device=world.device)).item()  # waits for all processes
         started = time.perf_counter()
         sum_over_ranks(values)
-        right = bool((values == expected).all())  # waits for the device
+        is_right = bool((values == expected).all())  # waits for the device
         seconds.append(time.perf_counter() - started)
-        if not right:
-            raise UserError(f'rank {world.rank} got sums from {values.min().item():g} to {values.max().item():g} where '
-                            f'{expected:g} is right; see to the network, or the links between the GPUs')
+        if not is_right:
+            raise UserError(f'rank {world.rank} got sums from {values.min().item():g} to {values.max().item():g}, not '
+                            f'{expected:g}; check the network, or the links between the GPUs')
     median = statistics.median(seconds[1:])
-    # What each process sends in a ring: all but its own part, twice.
+    # In a ring, each process sends all but its own part, twice.
     rate = 2 * (world.size - 1) / world.size * values.nbytes / median
     if world.is_main:
         found = {'processes': world.size, 'bytes': values.nbytes, 'seconds': median, 'bytes_per_second': rate}

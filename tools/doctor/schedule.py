@@ -1,75 +1,54 @@
-"""What tools/doctor reckons of a run from what doctor_speed measured, and tries: time, disk, processes, recipe.
-
-What is written goes to temporary folders below --output, or the nearest folder above it that is there.
-"""
-from typing import TYPE_CHECKING
+"""Time and cost of all epochs, from the measured rates."""
+from collections.abc import Iterator
 
 from engine.optimizer import create_schedule
-from tools.doctor.disk import checkpoint_of
-from tools.doctor.findings import LOOK, OK, Finding, NotMeasured, duration, plural
-from tools.doctor.speed import RATES
+from tools.doctor.case import Case, Loading, Rates, Saved, Schedule, Setup, Splits, Steps
+from tools.doctor.disk import save_once
+from tools.doctor.findings import LOOK, OK, Finding, duration, plural
 from utils.errors import UserError
 
-if TYPE_CHECKING:
-    from tools.doctor.case import Case
-
-LONG = 14 * 86400  # seconds of training, beyond which one would rather know
+# Seconds of training that a user should know of.
+LONG = 14 * 86400
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Time and cost
-
-
-def look_at_schedule(case: 'Case'):
-    """Hours and money of all epochs, with evaluation and saving."""
-    args = case.args
-    if not case.total_rate:
-        raise NotMeasured(f'no training step could be measured, see "{RATES}"')
+def look_at_schedule(case: Case, splits: Splits, setup: Setup, loading: Loading, steps: Steps,
+                     rates: Rates) -> Iterator[Finding | Schedule | Saved]:
+    """Compute hours and money of all epochs, with evaluation and saving."""
+    args, is_gpu = case.args, case.world.device.type == 'cuda'
     per_step = args.batch_size * args.accum_steps * case.processes
-    steps = len(case.train) // per_step
-    if not steps:
-        raise UserError(f'{len(case.train):,} training images do not make one step of {per_step:,}; use a smaller -b')
-    _, epochs = create_schedule(case.state.optimizer, args, steps)
-    case.total_steps = steps * epochs
-    training = steps * per_step / case.total_rate
+    per_epoch = len(splits.train) // per_step
+    if not per_epoch:
+        raise UserError(f'{len(splits.train):,} training images are fewer than one step of {per_step:,}; use a '
+                        'smaller -b')
+    _, epochs = create_schedule(setup.state.optimizer, args, per_epoch)
+    yield Schedule(per_epoch * epochs)
+    training = per_epoch * per_step / rates.total
     evaluating = 0.0
-    if case.eval_loader_rate:
-        devices = case.processes if case.world.device.type == 'cuda' else 1
-        rate = min(case.forward_rate * devices, case.supply * case.eval_loader_rate / case.loader_rate)
-        evaluating = len(case.val or ()) / rate * (2 if args.model_ema and not args.model_ema_force_cpu else 1)
-    saving = checkpoint_of(case)['seconds']
-    # It is written while training goes on: only what lasts longer than an epoch holds it up.
-    seconds = epochs * (training + evaluating + max(0.0, saving - training))
-    hours = seconds / 3600
-    figure = f'{plural(epochs, "epoch")} of {plural(steps, "step")}'
+    if loading.eval_rate:
+        rate = min(steps.forward_rate * (case.processes if is_gpu else 1),
+                   loading.supply * loading.eval_rate / loading.rate)
+        evaluating = len(splits.val or ()) / rate * (2 if args.model_ema and not args.model_ema_force_cpu else 1)
+    saved = save_once(case, setup)
+    yield saved
+    # A checkpoint is written while training continues: only what lasts longer than an epoch holds it up.
+    seconds = epochs * (training + evaluating + max(0.0, saved.seconds - training))
+    hours = seconds / 3600 * case.processes
+    figure = f'{plural(epochs, "epoch")} of {plural(per_epoch, "step")}'
     if args.cooldown_epochs and epochs > args.epochs:
         figure += f' ({epochs - args.cooldown_epochs:,} of --epochs, then {args.cooldown_epochs:,} to cool down)'
     figure += f': {duration(seconds)}'
-    money = args.price and hours * case.processes * args.price
-    if case.world.device.type == 'cuda':
-        figure += f', {hours * case.processes:,.1f} GPU-hours' + '; --price says what they cost' * (not money)
+    money = args.price and hours * args.price
+    if is_gpu:
+        figure += f', {hours:,.1f} GPU-hours' + '; --price says what they cost' * (not money)
     if money:
         figure += f'; at --price {args.price:g} that costs {money:,.2f}'
     parts = (f'an epoch is {duration(training)} of training and {duration(evaluating)} of evaluation; a checkpoint is '
-             f'written in {saving:.1f} s, while training goes on')
-    numbers = {'epochs': epochs, 'steps_per_epoch': steps, 'seconds': seconds, 'hours': hours * case.processes,
-               'money': money}
+             f'written in {saved.seconds:.1f} s, while training goes on')
     mark, remedy = OK, ''
     if seconds > LONG:
         mark, remedy = LOOK, 'More or faster devices, fewer --epochs, a smaller model or --img-size shorten it.'
-    yield Finding(mark, 'Whole schedule', figure, remedy, [parts], numbers)
+    yield Finding(mark, 'Whole schedule', figure, remedy, [parts], {
+        'epochs': epochs, 'steps_per_epoch': per_epoch, 'seconds': seconds, 'hours': hours, 'money': money})
     if case.processes > 1:
-        means = 'as many times as fast' if case.world.device.type == 'cuda' else 'as fast, for they share the cores'
-        yield Finding(OK, 'Reckoned', f'One process was measured; {case.processes} are taken to be {means}')
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Disk
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Processes together
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. The recipe
+        means = 'as many times as fast' if is_gpu else 'as fast, because they share the cores'
+        yield Finding(OK, 'Estimated', f'One process was measured; {case.processes} are assumed to be {means}')

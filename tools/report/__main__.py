@@ -1,10 +1,10 @@
-"""Writes a run as one page of HTML: result, curves, options, environment, mistakes, sample predictions, attention.
+"""Write a run as one page of HTML: result, curves, options, environment, mistakes, sample predictions, attention.
 
     python tools/report output/train/demo
     python tools/report output/train/demo -o demo.html --data /data/moved --samples 5000
 
-The page is one file that needs no network. Of a run in progress, or without its data or checkpoints, it has what there
-is and says what is missing.
+The page is one file that needs no network. It says what is missing, if the run is in progress or lost its data or
+checkpoints.
 """
 import logging
 import sys
@@ -25,20 +25,20 @@ def main():
     parser = Parser(description='Write a run as one page of HTML.')
     add = parser.add_argument
     add('run', metavar='RUN', help="the run's folder")
-    add('-o', '--output', metavar='FILE', help='the page (default: RUN/report.html)')
-    add('--data', metavar='DIR', help='where the data is (default: where the run had it)')
+    add('-o', '--output', metavar='FILE', help='file to write (default: RUN/report.html)')
+    add('--data', metavar='DIR', help='folder of the data (default: the one that the run used)')
     add('--samples', type=positive_int, default=2000, metavar='N',
-        help='evaluation images to look at, evenly spread over all')
+        help='evaluation images to use, evenly spaced over all')
     add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per batch')
     add('-j', '--workers', type=count, default=2, metavar='N', help='data loader processes')
-    add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
+    add('--device', default='auto', metavar='NAME', help='auto (a GPU if there is one), cuda, cuda:1 or cpu')
     given = parser.parse_args()
     folder = Path(given.run)
     output = Path(given.output or folder / 'report.html')
 
     from tools.report import sections
-    from tools.report.page import page
-    from utils.disk import check_writable
+    from tools.report.page import note, page
+    from utils.disk import check_writable, make_folder
     from utils.runtime import start
 
     # --- The run ------------------------------------------------------------------------------------------------------
@@ -58,22 +58,18 @@ def main():
         log.warning('no predictions: %s', error)
 
     # --- The page -----------------------------------------------------------------------------------------------------
-    parts = [sections.summary(run, model), sections.curves(run), sections.epochs(run), sections.used_options(run),
-             sections.environment(run)]
-    for write in (sections.mistakes, sections.samples, sections.attention):
-        log.info('%s …', write.__name__)
-        parts.append(write(evaluated, missing))
-    write_page(output, page(*sections.headline(run), parts))
-    log.info('report: %s (%.1f MB)', output, output.stat().st_size / 1e6)
-
-
-def write_page(output: Path, text: str) -> None:
-    from utils.disk import make_folder
+    parts = {'Summary': sections.summary(run, model), 'Curves': sections.curves(run), 'Epochs': sections.epochs(run),
+             'Options': sections.used_options(run), 'Environment': sections.environment(run)}
+    for title, section in (('Mistakes', sections.mistakes), ('Sample predictions', sections.samples),
+                           ('Attention', sections.attention)):
+        log.info('%s …', title)
+        parts[title] = section(evaluated) if evaluated else note(missing)
     make_folder(output.parent, '--output')
     try:
-        output.write_text(text, encoding='utf-8', errors='replace')
+        output.write_text(page(*sections.headline(run), parts), encoding='utf-8', errors='replace')
     except OSError as error:
         raise UserError(f'--output {output} cannot be written ({error.strerror}); name another file') from None
+    log.info('report: %s (%.1f MB)', output, output.stat().st_size / 1e6)
 
 
 if __name__ == '__main__':

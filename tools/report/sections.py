@@ -1,7 +1,4 @@
-"""What tools/report says of a run: gathers what its folder, its checkpoint and its data hold, and writes sections.
-
-A section is written from what there is; where something is missing it says so.
-"""
+"""The sections of tools/report, from a run's folder, its checkpoint and its data. They say what is missing."""
 import io
 import math
 from datetime import datetime
@@ -9,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from data import ImageDataset, Numbered, evenly_spaced
 from data.base import Part
@@ -30,23 +28,25 @@ from models import open_trained_model
 from options.parser import Options
 from options.recipes import read_recipe
 from options.scripts import SCRIPTS, recorded_parser, validate_parser
-from tools.report.page import Html, Section, facts, image, note, picture, table
+from tools.report.page import facts, image, note, picture, table
 from utils.console import format_seconds
 from utils.distributed import World
 from utils.errors import UserError
 from utils.pictures import image_sheet, new_figure
 
 CHECKPOINTS = ('model_best.pth.tar', 'last.pth.tar')
-SHOWN = 8  # images that are right, and as many that are wrong
+# Sample predictions: right ones, and as many wrong ones.
+SHOWN = 8
 ATTENTION = 6
-COLUMNS = {  # of the table of epochs: what a record calls it, what the table does, and how it is written
+# The table of epochs: name in a record, heading, format.
+COLUMNS = {
     'train_loss': ('training loss', '.4f'), 'loss': ('loss', '.4f'), 'top1': ('top-1, %', '.2f'),
     'top5': ('top-5, %', '.2f'), 'ema_loss': ('loss (EMA)', '.4f'), 'ema_top1': ('top-1 (EMA), %', '.2f'),
     'ema_top5': ('top-5 (EMA), %', '.2f'), 'lr': ('learning rate', '.2e'), 'epoch_seconds': ('seconds', ',.1f')}
 
 
 class Run(NamedTuple):
-    """What the folder of a run says: its options, the records of its epochs and log lines, each start's environment."""
+    """A run's options, the records of its epochs and log lines, and the environment of each start."""
     folder: Path
     options: dict[str, Any]
     epochs: list[dict]
@@ -55,7 +55,7 @@ class Run(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """A model, its evaluation images and what it says of them."""
+    """A model, its evaluation images and its predictions for them."""
     model: Any
     args: Options
     dataset: ImageDataset
@@ -64,16 +64,14 @@ class Evaluated(NamedTuple):
     total: int
 
 
-# ----------------------------------------------------------------------------------------------------------
-# What there is
-
+# --- Reading a run ----------------------------------------------------------------------------------------------------
 
 def open_run(folder: Path) -> Run:
-    """Reads the folder of a run. Raises UserError if there is none."""
+    """Read the folder of a run. Raises UserError if there is none."""
     if not folder.is_dir():
         raise UserError(f'{folder} is no folder; give that of a run, such as output/train/demo')
     if not any((folder / name).exists() for name in (ARGS, METRICS, *CHECKPOINTS)):
-        raise UserError(f'{folder} is not the folder of a run: none of {ARGS}, {METRICS} or {CHECKPOINTS[0]} is in it')
+        raise UserError(f'{folder} is not the folder of a run: it has no {ARGS}, {METRICS} or {CHECKPOINTS[0]}')
     records = read_metrics(folder)
     settings = read_recipe(folder / ARGS, recorded_parser(), complete=False) if (folder / ARGS).exists() else {}
     return Run(folder, settings, [record for record in records if record['kind'] == 'epoch'],
@@ -81,26 +79,25 @@ def open_run(folder: Path) -> Run:
 
 
 def evaluation_options(run: Run, given) -> Options:
-    """The run's options as validate.py would take them, with what this script was given."""
-    parser = validate_parser()
-    known = {name: value for name, value in run.options.items() if hasattr(parser.parse_args([]), name)}
-    parser.set_defaults(**known)
+    """Return the run's options as validate.py would take them, changed by the options `given` to this script."""
+    defaults = vars(validate_parser().parse_args([]))
+    known = {name: value for name, value in run.options.items() if name in defaults}
     checkpoint = next((run.folder / name for name in CHECKPOINTS if (run.folder / name).exists()), None)
-    return parser.parse_args([], Options()).replacing(
+    return Options(**defaults | known).replacing(
         eval_checkpoint=checkpoint and str(checkpoint), pretrained=False, initial_checkpoint='', amp=False,
         data=given.data or known.get('data'), device=given.device, workers=given.workers, batch_size=given.batch_size,
         validation_batch_size_multiplier=1, class_map=None, download=False)
 
 
 def open_model(args):
-    """The run's model. Raises UserError if the run has no checkpoint yet, or it cannot be opened."""
+    """Return the run's model. Raises UserError if the run has no checkpoint yet, or it cannot be opened."""
     if not args.eval_checkpoint:
         raise UserError('the run has no checkpoint yet')
     return open_trained_model(args)
 
 
 def evaluate(model, args, classes, num_samples: int, world, precision) -> Evaluated:
-    """The model's predictions on up to `num_samples` of its evaluation images. Raises UserError without these."""
+    """Return the predictions for up to `num_samples` evaluation images. Raises UserError if there are none."""
     try:
         whole = open_evaluation_data(args, classes, model.num_classes, world)
     except UserError as error:
@@ -118,12 +115,10 @@ def evaluate(model, args, classes, num_samples: int, world, precision) -> Evalua
     return Evaluated(model, args, dataset, names, predictions, len(whole))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Sections
-
+# --- Sections ---------------------------------------------------------------------------------------------------------
 
 def headline(run: Run) -> tuple[str, str]:
-    """The title of the page, and the line below it."""
+    """Return the title of the page, and the line below it."""
     data = run.options.get('data')
     data = Path(data).name if data else run.options.get('dataset', 'unknown data')
     best = best_epoch(run)
@@ -133,20 +128,16 @@ def headline(run: Run) -> tuple[str, str]:
 
 
 def best_epoch(run: Run) -> dict | None:
-    """The record of the epoch that the run's best checkpoint is of."""
+    """Return the record of the epoch that the run's best checkpoint is of."""
     metric = run.options.get('eval_metric', 'top1')
     sign = -1 if metric == 'loss' else 1
-    have = [record for record in run.epochs if is_finite(deciding_value(record, metric))]
-    return max(have, key=lambda record: sign * deciding_value(record, metric), default=None)
-
-
-def is_finite(value) -> bool:
-    """Whether a value is a number; training takes no other for the best either."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    values = [(deciding_value(record, metric), record) for record in run.epochs]
+    finite = [(value, record) for value, record in values if isinstance(value, int | float) and math.isfinite(value)]
+    return max(finite, key=lambda pair: sign * pair[0], default=(None, None))[1]
 
 
 def deciding_value(record: dict, metric: str):
-    """A metric of the averaged weights where these were evaluated, as the training decides what is best."""
+    """Return the metric by which training decides what is best: of the averaged weights if these were evaluated."""
     return record.get(f'ema_{metric}', record.get(metric))
 
 
@@ -156,93 +147,85 @@ def describe_best(run: Run, best: dict) -> str:
     return f'loss {value:.4f}' if metric == 'loss' else f'{value:.2f} % top-{metric[-1]}'
 
 
-def summary(run: Run, model):
-    best, planned = best_epoch(run), run.options.get('epochs')
-    last = (run.steps or run.epochs or [{}])[-1]
+def summary(run: Run, model) -> Markup:
+    best, last = best_epoch(run), (run.steps or run.epochs or [{}])[-1]
     size = run.options.get('img_size', 'unknown')
-    size = '{}x{}'.format(*size) if isinstance(size, tuple) else size
     weights = ' (averaged weights)' if best and any(name.startswith('ema_') for name in best) else ''
     pairs = [('Best', f'{describe_best(run, best)} after epoch {best["epoch"] + 1}{weights}' if best
               else 'no epoch has ended'),
-             ('Epochs', f'{len(run.epochs)} of {planned or "unknown"}'),
+             ('Epochs', f'{len(run.epochs)} of {run.options.get("epochs") or "unknown"}'),
              ('Images seen', f'{last["images_seen"]:,}' if 'images_seen' in last else 'not recorded'),
              ('Steps', f'{last["global_step"]:,}' if 'global_step' in last else 'none'),
              ('Time of the epochs', format_seconds(sum(record.get('epoch_seconds', 0) for record in run.epochs))),
              ('Model', run.options.get('model', 'unknown')),
              ('Parameters', f'{sum(p.numel() for p in model.parameters()):,}' if model else 'no checkpoint'),
-             ('Image size', size)]
-    return Section('Summary', facts(pairs))
+             ('Image size', '{}x{}'.format(*size) if isinstance(size, tuple) else size)]
+    return facts(pairs)
 
 
-def curves(run: Run):
+def curves(run: Run) -> Markup:
     if not run.steps and not run.epochs:
-        return Section('Curves', note('The run has recorded nothing yet.'))
+        return note('The run has recorded nothing yet.')
     buffer = io.BytesIO()
     draw_curves([*run.steps, *run.epochs], buffer)
-    return Section('Curves', image(buffer.getvalue(), 'Curves of loss, top-1 accuracy and learning rate against epochs',
-                                   wide=True))
+    return image(buffer.getvalue(), 'Curves of loss, top-1 accuracy and learning rate against epochs', wide=True)
 
 
-def epochs(run: Run):
+def epochs(run: Run) -> Markup:
     if not run.epochs:
-        return Section('Epochs', note('No epoch has ended yet.'))
+        return note('No epoch has ended yet.')
     names = [name for name in COLUMNS if any(name in record for record in run.epochs)]
     best = best_epoch(run)
     rows = [[record['epoch'] + 1, 'best' if record is best else '',
              *(format(record[name], COLUMNS[name][1]) if isinstance(record.get(name), int | float) else '–'
                for name in names)] for record in run.epochs]
     marked = [number for number, record in enumerate(run.epochs) if record is best]
-    return Section('Epochs', table(['epoch', '', *(COLUMNS[name][0] for name in names)], rows, marked))
+    return table(['epoch', '', *(COLUMNS[name][0] for name in names)], rows, marked)
 
 
-def used_options(run: Run):
+def used_options(run: Run) -> Markup:
     if not run.options:
-        return Section('Options', note('The run has no args.yaml.'))
+        return note('The run has no args.yaml.')
     script = 'transfer' if 'transfer_ratio' in run.options else 'train'
     defaults = vars(SCRIPTS[script]().parse_args([]))
     changed = [name for name, value in run.options.items() if value != defaults.get(name)]
-    same = [name for name in run.options if name not in changed]
-    head = ['option', 'value', 'default', '']
+    ordered = sorted(run.options, key=lambda name: name not in changed)
     rows = [[name, describe_value(run.options[name]), describe_value(defaults.get(name)),
-             'changed' if name in changed else ''] for name in (*changed, *same)]
-    return Section('Options', Html(
-        note(f'{len(changed)} of {len(rows)} options differ from the defaults of {script}.py; they come first, marked.')
-        + table(head, rows, range(len(changed)))))
+             'changed' if name in changed else ''] for name in ordered]
+    return note(f'{len(changed)} of {len(rows)} options differ from the defaults of {script}.py; they come first, '
+                'marked.') + table(['option', 'value', 'default', ''], rows, range(len(changed)))
 
 
 def describe_value(value) -> str:
-    """The value of an option as people read it."""
+    """Return the value of an option as people read it."""
     if isinstance(value, bool):
         return 'on' if value else 'off'
     if isinstance(value, list | tuple):
         return ' '.join(describe_value(item) for item in value)
-    return f'{value:.6g}' if isinstance(value, float) else '–' if value is None else repr(value) if value == '' \
-        else str(value)
+    if isinstance(value, float):
+        return f'{value:.6g}'
+    return '–' if value is None else str(value) or "''"
 
 
-def environment(run: Run):
+def environment(run: Run) -> Markup:
     if not run.starts:
-        return Section('Environment', note('The run has not recorded what it was computed on.'))
+        return note('The run has not recorded what it was computed on.')
     names = list(dict.fromkeys(name for start in run.starts for name in start))
     head = ['', *(f'start {number}' for number in range(1, len(run.starts) + 1))]
-    return Section('Environment', table(head, ([name, *(start.get(name, '–') for start in run.starts)]
-                                               for name in names)))
+    return table(head, ([name, *(start.get(name, '–') for start in run.starts)] for name in names))
 
 
-def mistakes(evaluated: Evaluated | None, missing: str):
-    if not evaluated:
-        return Section('Mistakes', note(missing))
+def mistakes(evaluated: Evaluated) -> Markup:
     predictions, names = evaluated.predictions, evaluated.names
     targets = evaluated.dataset.targets[predictions.indices]
     matrix = confusion_matrix(targets, predictions.classes[:, 0], len(names))
-    parts = [
+    return Markup('\n').join([
         note(of_how_many(evaluated)),
         picture(confusion_figure(matrix, names), 'Confusion matrix: true classes in rows, predicted ones in columns'),
         picture(accuracy_figure(matrix, names), 'Bars of the accuracy of each class'),
         picture(reliability_figure(predictions, targets), 'Accuracy against confidence, with the number of images'),
         picture(errors_figure(predictions, targets, names, lambda k: pixels(evaluated.dataset, k)),
-                'The wrong predictions that the model is most sure of')]
-    return Section('Mistakes', Html('\n'.join(parts)))
+                'The wrong predictions that the model is most sure of')])
 
 
 def of_how_many(evaluated: Evaluated) -> str:
@@ -258,9 +241,7 @@ def pixels(dataset, index: int):
     return np.asarray(dataset.image(index))
 
 
-def samples(evaluated: Evaluated | None, missing: str):
-    if not evaluated:
-        return Section('Sample predictions', note(missing))
+def samples(evaluated: Evaluated) -> Markup:
     predictions, names = evaluated.predictions, evaluated.names
     targets = evaluated.dataset.targets[predictions.indices]
     right = predictions.classes[:, 0] == targets
@@ -278,12 +259,10 @@ def samples(evaluated: Evaluated | None, missing: str):
                             title=f'{title}: evenly spread over all that are')
         description = '; '.join(f'is {true}, said {guess}' for true, guess, _ in said)
         parts.append(picture(sheet, f'{title} predictions: {description}'))
-    return Section('Sample predictions', Html('\n'.join(parts)))
+    return Markup('\n').join(parts)
 
 
-def attention(evaluated: Evaluated | None, missing: str):
-    if not evaluated:
-        return Section('Attention', note(missing))
+def attention(evaluated: Evaluated) -> Markup:
     model, args, found = evaluated.model, evaluated.args, evaluated.predictions.indices
     device = next(model.parameters()).device
     decodable = Part(evaluated.dataset, found)
@@ -296,15 +275,14 @@ def attention(evaluated: Evaluated | None, missing: str):
         figure = attention_sheet(model, prepare(images, targets)[0], images.permute(0, 2, 3, 1).numpy(),
                                  [evaluated.names[target] for target in targets])
     except NotSeen as error:
-        return Section('Attention', note(f'{error}.'))
-    return Section('Attention', Html(
-        note("Attention rollout: how much of each part of the image reaches the classifier through all blocks; of each "
-             'image as a part of its largest value.')
-        + picture(figure, f'Attention of {len(images)} images: each image above its attention rollout', wide=True)))
+        return note(f'{error}.')
+    return note('Attention rollout: how much of each part of the image reaches the classifier through all blocks, as a '
+                "share of the image's largest value.") + picture(
+        figure, f'Attention of {len(images)} images: each image above its attention rollout', wide=True)
 
 
 def attention_sheet(model, images, pictures, names):
-    """Pictures [B, H, W, 3] in a row, and below each the rollout of its image in `images` [B, C, H, W]."""
+    """Draw pictures [B, H, W, 3] in a row, and below each the rollout of its image in `images` [B, C, H, W]."""
     height = 1.7 * pictures.shape[1] / pictures.shape[2]
     figure = new_figure(11, 2 * height + 0.5)
     axes = figure.subplots(2, len(pictures), squeeze=False)
