@@ -13,8 +13,9 @@ import torch.distributed as dist
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.cost import fit_exponents, group_of_one, median_with_interval, start_ddp
+from benchmarks.cost import fit_exponents, median_with_interval
 from benchmarks.shared.measure import Contender
+from benchmarks.shared.ranks import group_of_one, start_ddp
 from benchmarks.targets import (
     Records,
     absolute,

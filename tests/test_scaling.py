@@ -25,8 +25,8 @@ from benchmarks.scaling.cluster import (
     limiter,
     plan,
     reduce_seconds,
+    saving_seconds,
     simulate,
-    simulate_failures,
     step_parts,
     step_seconds,
     training_parts,
@@ -171,6 +171,21 @@ def test_simulation_and_closed_form_agree(gpus, change):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Failures, buckets, evaluation
+
+def simulate_failures(cluster: Cluster, gpus: int, interval: float, *, segments: int = 10_000, seed: int = 0) -> float:
+    """Return the part of the time that is training by drawing failures."""
+    random = np.random.default_rng(seed)
+    between = cluster.failure_gpu_seconds / gpus
+    whole = interval + saving_seconds(cluster, interval)
+    time, failure = 0., random.exponential(between)
+    for _ in range(segments):
+        needed = whole
+        while time + needed > failure:
+            time, failure = failure, failure + random.exponential(between)
+            needed = cluster.restart_seconds + whole
+        time += needed
+    return segments * interval / time
+
 
 def test_goodput_is_that_of_drawn_failures():
     cluster = Cluster(1., save_seconds=5, restart_seconds=60, failure_gpu_seconds=8 * 2000)
