@@ -21,9 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.ticker import LogLocator
-from torch import nn
 
-from benchmarks.shared import published
 from benchmarks.shared.command import common_options, parse_command, shared_training_options, start_alone
 from benchmarks.shared.measure import (
     Contender,
@@ -34,10 +32,11 @@ from benchmarks.shared.measure import (
     start_training,
     synchronize,
 )
+from benchmarks.shared.published import TOKEN_LAYERS as PUBLISHED_LAYERS
 from benchmarks.shared.ranks import finish_rank, group_of_one, launch_ranks, start_ddp
 from benchmarks.shared.records import markdown_table, new_record, origin, precision_of, save
 from models import resolve_name
-from models.tokens_to_token import SOFT_SPLITS, TokenPerformer, TokenTransformer, token_grid
+from models.tokens_to_token import SOFT_SPLITS, TOKEN_LAYERS, token_grid
 from options.types import image_size, number, positive_int, rate
 from utils import job
 from utils.console import progress_bar
@@ -49,8 +48,6 @@ from utils.script import run_script
 
 PARTS = ('size', 'batch', 'tokens', 'overhead', 'ranks')
 TOKEN_DIM = 64
-TOKEN_LAYERS = {'performer': (TokenPerformer, published.Performer),
-                'transformer': (TokenTransformer, published.Transformer)}
 TARGET = 3  # per cent that DistributedDataParallel may add to a step
 MEASURES = {'ms per image': lambda row: 1000 / row['images_per_second'],
             'peak MiB': lambda row: row['peak_bytes'] / 2**20}
@@ -106,26 +103,12 @@ def measure_models(args, training_args, world: World, part: str, done: dict) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 # Token layers
 
-class Unfolded(nn.Module):
-    """A published token layer behind its soft split: images [B, C, H, W] to tokens [B, N, D]."""
-
-    def __init__(self, layer: nn.Module, split: tuple[int, int, int]):
-        super().__init__()
-        kernel, stride, padding = split
-        self.split, self.layer = nn.Unfold(kernel, stride=stride, padding=padding), layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(self.split(x).transpose(1, 2))
-
-
 def start_token_layer(contender: Contender, args, training_args, precision: Precision, world: World) -> Running:
     """Return a contender whose step is the first token layer, forward and backward."""
-    ours, yardstick = TOKEN_LAYERS[contender.model]
+    ours = TOKEN_LAYERS[contender.model]
     layer = ours(SOFT_SPLITS[0], 3, TOKEN_DIM, of_pixels=True)
     if contender.is_published:
-        weights, layer = layer.state_dict(), yardstick(3 * SOFT_SPLITS[0][0] ** 2, TOKEN_DIM)
-        layer.load_state_dict(weights)
-        layer = Unfolded(layer, SOFT_SPLITS[0])
+        layer.__class__ = PUBLISHED_LAYERS[ours]
     layer.to(world.device)
     images, _ = make_batch(contender, args, world.device)
 

@@ -3,30 +3,24 @@
     python -m benchmarks.traffic
     python -m benchmarks.traffic --models t2t_vit_7 t2t_vit_t_14 --batch-size 64 --precision fp32
 
-Every operator that computes reads its arguments and writes its results; in a compiled step, every kernel does. They are
-counted on a CPU for two batch sizes, with a GPU's attention, and extrapolated linearly to --batch-size. `floor` is the
-time that the bytes alone take at --bandwidth.
+Every operator that computes reads its arguments and writes its results. They are counted on a CPU for two batch sizes,
+with a GPU's attention, and extrapolated linearly to --batch-size. `floor` is the time of the bytes at --bandwidth.
 
-Not seen are caches, different fusion on a GPU, and the inside of a fused attention. A CPU's autocast leaves softmax,
-exp and layer_norm in bfloat16; a GPU's does not. Each gradient of a fused optimizer counts once too often.
+Not seen are caches and the inside of a fused attention. A CPU's autocast leaves softmax, exp and layer_norm in
+bfloat16; a GPU's does not. Each gradient of a fused optimizer counts once too often.
 """
 import itertools
-import logging
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.shared.command import common_options, parse_command, start_alone
-from benchmarks.shared.measure import NOT_COMPUTING, Contender, make_batch, start_training
+from benchmarks.shared.measure import NOT_COMPUTING, Contender, start_training
 from benchmarks.shared.records import markdown_table, new_record, precision_of, save
-from engine.compile import compile_model
 from models import layers, resolve_name
-from options.groups import FLAG
 from options.types import positive
 from utils.console import progress_bar
 from utils.distributed import World
@@ -39,7 +33,6 @@ def traffic_options(parser) -> None:
     add = parser.add_argument_group('What is counted').add_argument
     add('--models', nargs='+', default=['t2t_vit_14', 't2t_vit_7', 't2t_vit_t_14'], metavar='MODEL',
         help='T2T-ViTs, by name')
-    add('--compiled', action=FLAG, default=True, help='also count the compiled step: minutes for each model')
     add('--bandwidth', type=positive, default=4.3, metavar='TB/S', help='of the memory (H200: 4.3)')
     common_options(add, batch_size=256, img_size=224, precision='bf16', seed=42)
 
@@ -94,41 +87,11 @@ def count(work: Callable[[], object]) -> np.ndarray:
 
 
 def count_step(contender: Contender, batch_size: int, args, training_args, world: World) -> np.ndarray:
-    """Return the operators or kernels of a step of `batch_size` images, and their bytes."""
-    args = args.replacing(batch_size=batch_size)
-    precision = precision_of(args.precision, world.device)
-    running = start_training(replace(contender, is_compiled=False), args, training_args, precision, world)
+    """Return the operators of a step of `batch_size` images, and their bytes."""
+    running = start_training(contender, args.replacing(batch_size=batch_size), training_args,
+                             precision_of(args.precision, world.device), world)
     running.step()  # the first step makes the optimizer's state
-    whole = count(running.step)
-    if not contender.is_compiled:
-        return whole
-    images, _ = make_batch(contender, args, world.device)
-    running.model.train()
-
-    def forward_and_backward() -> None:
-        with precision.autocast():
-            logits = running.model(images)
-        logits.backward(torch.ones_like(logits))
-
-    # Only the model is compiled; loss, optimizer and average stay as they are.
-    rest = whole - count(forward_and_backward)
-    return rest + _count_compiled(running.model, forward_and_backward)
-
-
-def _count_compiled(model: nn.Module, work: Callable[[], object]) -> np.ndarray:
-    """Return the kernels of the compiled `work`, including calls of libraries, and their bytes."""
-    from torch._inductor import config, metrics
-    torch.compiler.reset()
-    metrics.reset()
-    # Inductor counts bytes only if this log is enabled.
-    log = logging.getLogger('torch._inductor.compile_fx.__inductor_metrics')
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    compile_model(model, 'model')
-    with config.patch(force_disable_caches=True):  # graphs from the cache are not counted
-        work()
-    kernels = sum(type(node).__name__ != 'NopKernelSchedulerNode' for node, _ in metrics.nodes_num_elem)
-    return np.array([kernels, metrics.num_bytes_accessed])
+    return count(running.step)
 
 
 def as_text(record: dict) -> str:
@@ -140,7 +103,7 @@ def as_text(record: dict) -> str:
         rows += [[f"{model}, {row['contender']}", f"{row['operators']:,}", f"{row['bytes'] / 1e9:.1f}",
                   f"{row['bytes'] / mine[0]['bytes']:.2f}", f"{row['floor_milliseconds']:.1f}",
                   f"{row['floor_images_per_second']:,.0f}"] for row in mine]
-    header = ['model', 'operators or kernels', 'GB', '× published',
+    header = ['model', 'operators', 'GB', '× published',
               f"floor at {asked['bandwidth']:g} TB/s, ms", 'img/s']
     return '\n'.join([
         f"# Memory traffic of a training step: batch {asked['batch_size']}, {asked['img_size']} pixels, "
@@ -156,23 +119,17 @@ def main() -> None:
         resolve_name(model)
     training_args, world = start_alone(args)
     layers.HAS_MATRIX_UNITS = True  # attention as on a GPU
-    names = ['published', 'default'] + ['compiled'] * args.compiled
-    bar = progress_bar(total=len(args.models) * len(names) * len(BATCHES), desc='traffic')
     rows = []
-    for model, name in itertools.product(args.models, names):
-        contender = Contender(name, model, args.img_size, is_published=name == 'published',
-                              is_compiled=name == 'compiled')
-        counts = []
-        for batch_size in BATCHES:
-            counts.append(count_step(contender, batch_size, args, training_args, world))
-            bar.update()
+    for model, name in progress_bar(iterable=list(itertools.product(args.models, ('published', 'default'))),
+                                    desc='traffic'):
+        contender = Contender(name, model, args.img_size, is_published=name == 'published')
+        counts = [count_step(contender, batch_size, args, training_args, world) for batch_size in BATCHES]
         slope = (counts[1] - counts[0]) / (BATCHES[1] - BATCHES[0])
         operators, traffic = (counts[0] + slope * (args.batch_size - BATCHES[0])).tolist()
         seconds = traffic / (args.bandwidth * 1e12)
         rows.append({'model': model, 'contender': name, 'operators': round(operators), 'bytes': traffic,
                      'floor_milliseconds': 1000 * seconds, 'floor_images_per_second': args.batch_size / seconds,
                      'counted': {str(size): count.tolist() for size, count in zip(BATCHES, counts, strict=True)}})
-    bar.close()
     record = {**new_record('traffic', args, world.device), 'rows': rows}
     text = as_text(record)
     print(text, *save(args, record, text), sep='\n')

@@ -14,13 +14,13 @@ import zlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import nn
 
 from engine.ema import ModelEma
 from engine.optimizer import param_groups
 from engine.state import TrainState
 from models import T2TViT, ablations, create_model, layers
+from models.tokens_to_token import SplitLinear, TokenPerformer, TokenTransformer
 from utils.errors import UserError
 from utils.runtime import Precision
 from utils.timm_model import TimmModel
@@ -30,99 +30,58 @@ PUBLISHED = (
     't2t_vit_7', 't2t_vit_10', 't2t_vit_12', 't2t_vit_14', 't2t_vit_19', 't2t_vit_24',
     't2t_vit_t_14', 't2t_vit_t_19', 't2t_vit_t_24',
     't2t_vit_14_resnext', 't2t_vit_14_wide', 't2t_vit_14_se', 't2t_vit_dense', 't2t_vit_16_ghost')
-SOFT_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride, padding
-DROPOUT = 0.1  # in the Performer, twice
 EPSILON = 1e-8  # in the Performer's denominator
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens-to-token module
 
-class Performer(nn.Module):
-    """Token layer of linear cost: tokens [B, N, dim] to tokens [B, N, D]."""
-    w: torch.Tensor
+def unfold(x: torch.Tensor, layer: SplitLinear) -> torch.Tensor:
+    """Map [B, C, H, W] to the patches that `layer` takes, [B, N, C · kernel²]."""
+    return F.unfold(x, layer.kernel, stride=layer.stride, padding=layer.padding).transpose(1, 2)
 
-    def __init__(self, dim: int, token_dim: int):
-        super().__init__()
-        self.token_dim, self.num_features = token_dim, token_dim // 2
-        self.kqv = nn.Linear(dim, 3 * token_dim)
-        self.proj = nn.Linear(token_dim, token_dim)
-        self.dropout = nn.Dropout(DROPOUT)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(token_dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(token_dim, token_dim), nn.GELU(), nn.Linear(token_dim, token_dim), nn.Dropout(DROPOUT))
-        self.register_buffer('w', torch.empty(self.num_features, token_dim))
+
+class Performer(TokenPerformer):
+    """Token layer of linear cost: map [B, C, H, W] to tokens [B, N, D]."""
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """Map keys or queries [B, N, D] to random features exp(w·x − |x|²/2) / √m, [B, N, m]."""
-        squares = (x * x).sum(dim=-1, keepdim=True).repeat(1, 1, self.num_features) / 2  # [B, N, m]
+        squares = (x * x).sum(dim=-1, keepdim=True).repeat(1, 1, len(self.w)) / 2  # [B, N, m]
         projected = torch.einsum('bnd,md->bnm', x.to(self.w.dtype), self.w)
-        return torch.exp(projected - squares) / math.sqrt(self.num_features)
+        return torch.exp(projected - squares) / math.sqrt(len(self.w))
 
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
-        """Map normalised tokens [B, N, dim] to values plus what they attend to, [B, N, D]."""
-        k, q, v = torch.split(self.kqv(x), self.token_dim, dim=-1)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm1(unfold(x, self.kqv))
+        k, q, v = torch.split(F.linear(x, self.kqv.weight, self.kqv.bias), self.token_dim, dim=-1)
         k_features, q_features = self.features(k), self.features(q)
         total = torch.einsum('bnm,bm->bn', q_features, k_features.sum(dim=1)).unsqueeze(2)  # [B, N, 1]
         values = torch.einsum('bnd,bnm->bdm', v.to(self.w.dtype), k_features)
         y = torch.einsum('bnm,bdm->bnd', q_features, values) / (total.repeat(1, 1, self.token_dim) + EPSILON)
-        return v + self.dropout(self.proj(y))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.attend(self.norm1(x))
+        x = v + self.dropout(self.proj(y))
         return x + self.mlp(self.norm2(x))
 
 
-class TokenAttention(nn.Module):
-    """One-head attention with all N × N weights in memory: tokens [B, N, dim] to tokens [B, N, D]."""
-
-    def __init__(self, dim: int, token_dim: int):
-        super().__init__()
-        self.token_dim, self.scale = token_dim, dim ** -0.5
-        self.qkv = nn.Linear(dim, 3 * token_dim, bias=False)
-        self.proj = nn.Linear(token_dim, token_dim)
+class Transformer(TokenTransformer):
+    """Token layer of quadratic cost with all N × N weights in memory: map [B, C, H, W] to tokens [B, N, D]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm1(unfold(x, self.attn.qkv))
         B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, 1, self.token_dim).permute(2, 0, 3, 1, 4)  # each [B, 1, N, D]
-        weights = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)  # [B, 1, N, N]
-        x = (weights @ v).transpose(1, 2).reshape(B, N, self.token_dim)
-        return v.squeeze(1) + self.proj(x)
-
-
-class Transformer(nn.Module):
-    """Token layer of quadratic cost: tokens [B, N, dim] to tokens [B, N, D]."""
-
-    def __init__(self, dim: int, token_dim: int):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = TokenAttention(dim, token_dim)
-        self.norm2 = nn.LayerNorm(token_dim)
-        self.mlp = Mlp(token_dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.attn(self.norm1(x))
+        q, k, v = F.linear(x, self.attn.qkv.weight).reshape(B, N, 3, 1, -1).permute(2, 0, 3, 1, 4)  # each [B, 1, N, D]
+        weights = ((q * self.attn.scale) @ k.transpose(-2, -1)).softmax(dim=-1)  # [B, 1, N, N]
+        x = v.squeeze(1) + self.attn.proj((weights @ v).transpose(1, 2).reshape(B, N, -1))
         return x + self.mlp(self.norm2(x))
 
 
-class TokensToToken(nn.Module):
-    """Unfold, token layer, back to a map, twice; unfold, projection: images [B, C, H, W] to tokens [B, N, C]."""
+class Projection(SplitLinear):
+    """The last soft split and the projection: map [B, D, H, W] to tokens [B, N, C]."""
 
-    def __init__(self, token_layer: type[nn.Module], in_chans: int, embed_dim: int, token_dim: int):
-        super().__init__()
-        self.attention1 = token_layer(in_chans * 7 ** 2, token_dim)
-        self.attention2 = token_layer(token_dim * 3 ** 2, token_dim)
-        self.project = nn.Linear(token_dim * 3 ** 2, embed_dim)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # there is no LayerNorm
+        return F.linear(unfold(x, self), self.weight, self.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for (kernel, stride, padding), layer in zip(
-                SOFT_SPLITS, (self.attention1, self.attention2, self.project), strict=True):
-            H, W = ((side + 2 * padding - kernel) // stride + 1 for side in x.shape[-2:])
-            x = layer(F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2))  # [B, H · W, D]
-            if layer is not self.project:
-                x = x.transpose(1, 2).reshape(len(x), -1, H, W)
-        return x
+
+# The published layer for each of ours; both have the same parameters.
+TOKEN_LAYERS: dict[type, type] = {TokenPerformer: Performer, TokenTransformer: Transformer}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,15 +155,13 @@ def published_model(name: str, **kwargs) -> TimmModel:
         raise UserError(f'model {name!r} has no published formulation; use one of {", ".join(PUBLISHED)}')
     model = create_model(name, **kwargs)
     assert isinstance(model, T2TViT), 'all published models are'
-    ours = model.tokens_to_token.state_dict()
-    token_layer = Performer if 'attention1.w' in ours else Transformer
-    embed_dim, token_dim = ours['project.weight'].shape[0], ours['attention1.norm2.weight'].shape[0]
-    published = TokensToToken(token_layer, model.in_chans, embed_dim, token_dim).to(model.cls_token)
-    published.load_state_dict(ours)
-    model.tokens_to_token = published
+    # Published layers have the parameters of ours and differ in what they compute.
+    tokens = model.tokens_to_token
+    for layer in (tokens.attention1, tokens.attention2):
+        layer.__class__ = TOKEN_LAYERS[type(layer)]
+    tokens.project.__class__ = Projection
     for block in model.blocks:
         if isinstance(block, layers.Block):  # a transition of the dense model is not
-            # The layers stay; only what is computed with them changes.
             block.attn.__class__ = Attention if isinstance(block.attn, layers.Attention) else GhostAttention
             block.add_module('drop_path', DropPath(getattr(block.drop_path, 'drop_prob', 0.)))
             block.__class__ = Block
