@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from benchmarks.shared.command import common_options, parse_command, start_alone
-from benchmarks.shared.published import PUBLISHED, PublishedStep, published_model, published_optimizer
+from benchmarks.shared.measure import create_step
+from benchmarks.shared.published import PUBLISHED, published_model
 from benchmarks.shared.records import markdown_table, new_record, origin, precision_of, save
 from data.batch import BatchPreparer
 from data.folders import ImageFolder
@@ -25,8 +26,6 @@ from data.samplers import TrainSampler
 from data.seeding import derive_seed, seed_generators
 from data.transforms import create_train_transform
 from engine.loss import create_loss
-from engine.optimizer import create_optimizer, param_groups
-from engine.run import create_state
 from engine.step import TrainingStep
 from models import create_model
 from options.types import count, number, positive
@@ -52,8 +51,7 @@ def convergence_options(parser) -> None:
     common_options(add, batch_size=64, img_size=64, precision='fp32', device='auto', seed=42)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 class Run:
     """One path from the common initialisation: call `step` for each batch, then `losses`."""
@@ -63,10 +61,6 @@ class Run:
         is_published = path == 'published'
         create = published_model if is_published else create_model
         model = create(args.model, img_size=args.img_size, num_classes=num_classes, drop_path_rate=0.)
-        optimizer = published_optimizer(model, step_args) if is_published else create_optimizer(
-            param_groups(model, step_args.weight_decay), step_args)
-        precision = precision_of(args.precision, world.device)
-        self._state = create_state(step_args, model, optimizer, precision, [], world)
         loss = create_loss(step_args, soft_targets=False)
         self._losses: list[torch.Tensor] = []
 
@@ -75,9 +69,8 @@ class Run:
             self._losses.append(loss(logits.detach().float(), targets))
             return loss(logits, targets)
 
-        self._step: PublishedStep | TrainingStep = (PublishedStep if is_published else TrainingStep)(
-            self._state, model, prepare=lambda *batch: batch, loss=noted_loss, precision=precision, args=step_args)
-        model.train()
+        self._state, self._step = create_step(step_args, model, precision_of(args.precision, world.device), world,
+                                              loss=noted_loss, is_published=is_published)
 
     def step(self, images: torch.Tensor, targets: torch.Tensor, rate: float) -> None:
         for group in self._state.optimizer.param_groups:
@@ -134,8 +127,7 @@ def _seed_generators(device: torch.device, *numbers: int) -> None:
         torch.cuda.manual_seed(derive_seed(*numbers) >> 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparison
+# --- Comparison -------------------------------------------------------------------------------------------------------
 
 def smooth(losses: list[list[float]]) -> np.ndarray:
     """Return means over SMOOTHED steps (or all, if there are fewer), [seeds, steps less SMOOTHED - 1]."""

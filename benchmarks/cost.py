@@ -36,7 +36,7 @@ from benchmarks.shared.published import TOKEN_LAYERS as PUBLISHED_LAYERS
 from benchmarks.shared.ranks import finish_rank, group_of_one, launch_ranks, start_ddp
 from benchmarks.shared.records import markdown_table, new_record, origin, precision_of, save
 from models import resolve_name
-from models.tokens_to_token import SOFT_SPLITS, TOKEN_LAYERS, token_grid
+from models.tokens_to_token import SOFT_SPLITS, TOKEN_LAYERS, SoftSplit, token_grid
 from options.types import image_size, number, positive_int, rate
 from utils import job
 from utils.console import progress_bar
@@ -79,8 +79,7 @@ def scale_options(parser) -> None:
     add('--warmup', type=positive_int, default=1, metavar='N', help='steps before anything is measured')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images and batches
+# --- Images and batches -----------------------------------------------------------------------------------------------
 
 def measure_models(args, training_args, world: World, part: str, done: dict) -> list[dict]:
     """Measure the part size or batch, rows at each point; `done` keeps the points that both parts have."""
@@ -100,8 +99,7 @@ def measure_models(args, training_args, world: World, part: str, done: dict) -> 
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Token layers
+# --- Token layers -----------------------------------------------------------------------------------------------------
 
 def start_token_layer(contender: Contender, args, training_args, precision: Precision, world: World) -> Running:
     """Return a contender whose step is the first token layer, forward and backward."""
@@ -125,23 +123,17 @@ def start_token_layer(contender: Contender, args, training_args, precision: Prec
 
 def measure_tokens(args, training_args, world: World) -> list[dict]:
     """Measure the part tokens, rows for each number of tokens."""
-    found = []
+    split, found = SoftSplit(*SOFT_SPLITS[0]), []
     for size in args.token_sizes:
         here = args.replacing(batch_size=1, img_size=size)
         contenders = [Contender(f'{whose} {kind}', kind, size, is_published=whose == 'published')
                       for kind in TOKEN_LAYERS for whose in STYLES]
         measure(contenders, start_token_layer, here, training_args, args.precision, world,
                 f'token layers, {size} pixels')
-        found.append({'task': 'train', 'img_size': size, 'tokens': count_tokens(size),
+        grid = split.grid_size(*((size, size) if isinstance(size, int) else size))
+        found.append({'task': 'train', 'img_size': size, 'tokens': math.prod(grid),
                       'rows': [contender.row(1) for contender in contenders]})
     return found
-
-
-def count_tokens(size: int | tuple[int, int]) -> int:
-    """Return the number of tokens in the first token layer."""
-    kernel, stride, padding = SOFT_SPLITS[0]
-    sides = (size, size) if isinstance(size, int) else size
-    return math.prod((side + 2 * padding - kernel) // stride + 1 for side in sides)
 
 
 def fit_exponents(points: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
@@ -159,8 +151,7 @@ def fit_exponents(points: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
     return {'train': fitted} if fitted else {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranks
+# --- Ranks ------------------------------------------------------------------------------------------------------------
 
 def measure_overhead(args, training_args, world: World) -> dict:
     """Measure the part overhead: per cent that DDP adds to a step, its interval, and the rows of both."""
@@ -235,8 +226,7 @@ def act_as_rank(args, training_args) -> None:
         'faster': faster, 'interval': [low, high], 'windows_milliseconds': windows})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables and picture
+# --- Tables and picture -----------------------------------------------------------------------------------------------
 
 def model_tables(points: list[dict], part: str) -> list[str]:
     """Return a table for each model: time and memory of both formulations, and the quotients of ours."""

@@ -15,7 +15,7 @@ import itertools
 import random
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.shared.command import parse_command, start_alone, training_options
+from benchmarks.shared.measure import create_step
 from benchmarks.shared.ranks import group_of_one
 from benchmarks.shared.records import markdown_table, new_record, save
 from benchmarks.traffic import what_is_computed
@@ -35,9 +36,6 @@ from data.batch import BatchPreparer, TrainBatchPreparer
 from engine.evaluate import evaluate
 from engine.log.run_log import RunLog
 from engine.loop import Trainer, wrap_model
-from engine.optimizer import create_optimizer, param_groups
-from engine.run import create_state
-from engine.step import TrainingStep
 from models import create_model_from_options, layers
 from utils.console import progress_bar
 from utils.distributed import AsyncMax, World
@@ -66,19 +64,20 @@ STEPS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Counting
+# --- Counting ---------------------------------------------------------------------------------------------------------
 
+@dataclass
 class Counts:
     """Counts of operators that compute, of reads and of collectives, by name."""
-
-    def __init__(self):
-        self.kernels: Counter[str] = Counter()
-        self.reads: Counter[str] = Counter()
-        self.collectives: Counter[str] = Counter()
+    kernels: Counter[str] = field(default_factory=Counter)
+    reads: Counter[str] = field(default_factory=Counter)
+    collectives: Counter[str] = field(default_factory=Counter)
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         return {kind: dict(sorted(counter.items())) for kind, counter in vars(self).items()}
+
+    def __sub__(self, other: 'Counts') -> 'Counts':
+        return Counts(*(mine - theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 @contextlib.contextmanager
@@ -102,7 +101,9 @@ class _Asked(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name, kwargs = getattr(function, '__name__', ''), kwargs or {}
         # Torch's own code moves tensors to where others are, which on a GPU is not the CPU.
-        copies = name == 'to' and _is_of_cpu((*args[1:], *kwargs.values())) and not kwargs.get('non_blocking') and (
+        is_to_cpu = any(str(value) == 'cpu' for value in (*args[1:], *kwargs.values())
+                        if isinstance(value, str | torch.device))
+        copies = name == 'to' and is_to_cpu and not kwargs.get('non_blocking') and (
             not sys._getframe(1).f_code.co_filename.startswith(TORCH))
         if self.is_reading or not (copies or name in self.NAMES):
             return function(*args, **kwargs)
@@ -112,10 +113,6 @@ class _Asked(TorchFunctionMode):
             return function(*args, **kwargs)
         finally:
             self.is_reading = False
-
-
-def _is_of_cpu(values: tuple) -> bool:
-    return any(str(value) == 'cpu' for value in values if isinstance(value, str | torch.device))
 
 
 class _Started(TorchDispatchMode):
@@ -148,13 +145,7 @@ def _is_mask(value) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype in (torch.bool, torch.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is counted
-
-def count_steps() -> dict[str, Counts]:
-    return {name: count_step(words, is_scaled=name == 'loss scaling', has_ddp=name.startswith('DDP'))
-            for name, words in STEPS.items()}
-
+# --- What is counted --------------------------------------------------------------------------------------------------
 
 def count_step(words: str, *, is_scaled: bool = False, has_ddp: bool = False) -> Counts:
     """Count the third step of train.py with these options."""
@@ -185,13 +176,9 @@ def make_step(words: str, *, is_scaled: bool = False, has_ddp: bool = False):
     precision = Precision(DEVICE, enabled=args.amp)
     if is_scaled:
         precision.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=SCALE)
-    optimizer = create_optimizer(param_groups(model, args.weight_decay), args)
-    state = create_state(args, model, optimizer, precision, [], ONE)
     # wrap_model does not wrap for a single rank, so it is told of a second one.
-    called = wrap_model(state.model, replace(ONE, size=2)) if has_ddp else state.model
-    state.model.train()
-    return state, TrainingStep(state, called, prepare=lambda *batch: batch, loss=SoftTargetCrossEntropy(),
-                               precision=precision, args=args)
+    return create_step(args, model, precision, ONE, loss=SoftTargetCrossEntropy(),
+                       wrap=lambda model: wrap_model(model, replace(ONE, size=2)) if has_ddp else model)
 
 
 def make_batches():
@@ -203,10 +190,10 @@ def make_batches():
 
 def count_preparing() -> dict[str, Counts]:
     """Count the preparation of batches on a device other than the CPU."""
+    training = TrainBatchPreparer('meta', batch_size=LOADED, num_classes=CLASSES, mixup_alpha=0.8, cutmix_alpha=1.0,
+                                  erase_prob=0.25)
     found = {}
-    for name, prepare in (('training batch', TrainBatchPreparer(
-            'meta', batch_size=LOADED, num_classes=CLASSES, mixup_alpha=0.8, cutmix_alpha=1.0, erase_prob=0.25)),
-                          ('evaluation batch', BatchPreparer('meta'))):
+    for name, prepare in (('training batch', training), ('evaluation batch', BatchPreparer('meta'))):
         random.seed(SEED)
         np.random.seed(SEED)
         batch = torch.zeros(LOADED, 3, SIZE, SIZE, dtype=torch.uint8), torch.zeros(LOADED, dtype=torch.long)
@@ -247,13 +234,9 @@ def count_evaluation() -> dict[str, Counts]:
             evaluate(state.model, Loaded([batch] * number), _Prepared(), log_interval=100, eager=True,
                      precision=Precision(DEVICE, enabled=False))
         counted.append(counts)
-    per_batch, rest = Counts(), Counts()
-    for kind in vars(per_batch):
-        two, three = (getattr(counts, kind) for counts in counted)
-        getattr(per_batch, kind).update({name: three[name] - two[name] for name in three if three[name] > two[name]})
-        getattr(rest, kind).update({name: count for name in two
-                                    if (count := two[name] - 2 * getattr(per_batch, kind)[name])})
-    return {'evaluation, a batch': per_batch, 'evaluation, lines and results': rest}
+    two, three = counted
+    per_batch = three - two
+    return {'evaluation, a batch': per_batch, 'evaluation, lines and results': two - per_batch - per_batch}
 
 
 class _Prepared:
@@ -267,13 +250,13 @@ class _Prepared:
 def count_all() -> dict[str, Counts]:
     """Return all counts by name, in the order of the table."""
     with patch.object(layers, 'HAS_MATRIX_UNITS', True):  # attention as on a GPU
-        steps = {f'step: {name}': counts for name, counts in count_steps().items()}
+        steps = {f'step: {name}': count_step(words, is_scaled=name == 'loss scaling', has_ddp=name.startswith('DDP'))
+                 for name, words in STEPS.items()}
         return {**steps, 'signals between steps': count_signals(), **count_preparing(), 'log line': count_log_line(),
                 **count_evaluation()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The record
+# --- The record -------------------------------------------------------------------------------------------------------
 
 def differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
     """Return a line for each count that differs from the record."""

@@ -51,8 +51,7 @@ def fidelity_options(parser) -> None:
     common_options(add, img_size=224, precision=['fp32', 'bf16'], device='auto', seed=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights and images
+# --- Weights and images -----------------------------------------------------------------------------------------------
 
 def make_images(args) -> dict[str, torch.Tensor]:
     """Return batches of normalised images [--images, 3, H, W] by their kind.
@@ -108,8 +107,7 @@ def make_models(name: str, weights: str, args, device: torch.device, **kwargs) -
     return models
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors
+# --- Errors -----------------------------------------------------------------------------------------------------------
 
 def compute(model: TimmModel, images: torch.Tensor, precision: Precision, *,
             stages: Sequence[str] = STAGES) -> dict[str, torch.Tensor]:
@@ -162,8 +160,7 @@ def measure(models: dict[str, TimmModel], images: torch.Tensor, precisions: dict
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
+# --- Tables -----------------------------------------------------------------------------------------------------------
 
 def add_ratios(rows: list[dict]) -> None:
     """Add to each row of our paths the `ratios` of its errors to those of the published path."""

@@ -11,11 +11,11 @@ import math
 import time
 
 from benchmarks.shared.command import common_options, parse_command, shared_training_options
+from benchmarks.shared.measure import create_step
 from benchmarks.shared.records import markdown_table, new_record, origin, save
 from data.pipeline import create_training_input, open_training_data
 from engine.loss import create_loss
-from engine.optimizer import create_optimizer, create_schedule, param_groups
-from engine.run import create_state
+from engine.optimizer import create_schedule
 from engine.step import TrainingStep
 from models import create_model_from_options, resolve_name
 from options.types import count, positive, positive_int
@@ -39,21 +39,17 @@ def float16_options(parser) -> None:
     add('--log-interval', type=positive_int, default=10, metavar='N', help='steps per line')
 
 
-def create_step(args, training_args):
+def prepare_training(args, training_args):
     """Return the step, its state, the schedule of its rate, the loader and the precision, as train.py makes them."""
     world, precision = start(training_args, alone=True)
     train_set, val_set = open_training_data(training_args, world)
     model = create_model_from_options(training_args, num_classes=len(train_set.classes))
     batches = create_training_input(training_args, train_set, val_set, model.pretrained_cfg, model.num_classes, world)
-    optimizer = create_optimizer(param_groups(model, training_args.weight_decay), training_args)
-    state = create_state(training_args, model, optimizer, precision, train_set.classes, world)
     steps_per_epoch = len(batches.train_loader)
     training_args = training_args.replacing(epochs=max(math.ceil(args.steps / steps_per_epoch), WARMUP_EPOCHS + 1))
-    schedule, _ = create_schedule(optimizer, training_args, steps_per_epoch)
-    step = TrainingStep(state, state.model, prepare=batches.prepare_train,
-                        loss=create_loss(training_args, soft_targets=batches.prepare_train.mixing),
-                        precision=precision, args=training_args)
-    state.model.train()
+    state, step = create_step(training_args, model, precision, world, prepare=batches.prepare_train,
+                              loss=create_loss(training_args, soft_targets=batches.prepare_train.mixing))
+    schedule, _ = create_schedule(state.optimizer, training_args, steps_per_epoch)
     return step, state, schedule, batches.train_loader, precision
 
 
@@ -96,7 +92,7 @@ def main() -> None:
     training_args = shared_training_options(args).replacing(
         dataset='digits', amp=True, amp_dtype='auto' if args.device == 'cpu' else 'float16',  # a CPU takes bfloat16
         warmup_epochs=WARMUP_EPOCHS, cooldown_epochs=0)
-    step, state, schedule, loader, precision = create_step(args, training_args)
+    step, state, schedule, loader, precision = prepare_training(args, training_args)
     lines: list[dict] = []
     record = {**new_record('float16', args, state.world.device), 'precision': str(precision), 'finished': False,
               'lines': lines}

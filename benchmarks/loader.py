@@ -74,8 +74,7 @@ def loader_options(parser) -> None:
     common_options(add, batch_size=64, seed=42)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
+# --- Images -----------------------------------------------------------------------------------------------------------
 
 def copy_images(source: Path, split: str, count: int, folder: Path) -> None:
     """Copy up to `count` evenly spaced images of `source`, a folder or a tar, to folder/CLASS/NAME."""
@@ -126,8 +125,7 @@ def stored_bytes(dataset: ImageDataset) -> int:
     return sum(len(content) for content in stored if isinstance(content, bytes))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Contenders
+# --- Contenders -------------------------------------------------------------------------------------------------------
 
 class Timm:
     """timm's loader of the images in `folder`; `epoch` iterates over batches for a model."""
@@ -251,8 +249,7 @@ def list_contenders(task: str, datasets: dict[str, ImageDataset], folder: Path, 
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
+# --- Measuring --------------------------------------------------------------------------------------------------------
 
 def seconds_on_cores(processes: Iterable[int]) -> float:
     """Return the seconds that all threads of `processes` have run, from the kernel."""
@@ -314,8 +311,7 @@ def measure(contenders: list[Contender], args, title: str) -> None:
                 bar.update()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
+# --- Tables -----------------------------------------------------------------------------------------------------------
 
 def as_table(table: dict) -> str:
     """Return a table of the record in Markdown, with its heading."""

@@ -236,19 +236,15 @@ def judge(records: Records) -> list[Figure]:
               for task in ('train', 'inference')), *scaling(records), *fidelity(records)]
 
 
-def parts_table(lines: list[list[str]]) -> str:
-    """Return a table of the last line of each part of gpu_suite.sh."""
-    rows = list({line[0]: line for line in lines}.values())
-    return '\n\n## Parts\n\n' + markdown_table(['part', 'seconds', 'ended'], rows) if rows else ''
-
-
 def write_targets(folder: Path, output: Path, name: str) -> str:
     """Write NAME.json and NAME.md for the records in `folder`; return the first tables and the paths."""
     records = Records(folder)
     table = markdown_table(['target', 'found', 'verdict'], [figure.line() for figure in judge(records)])
     is_suite = folder.resolve() != output.resolve()
     texts = records.texts if is_suite else {}
-    table += parts_table(records.part_lines)
+    if records.part_lines:
+        ends = {line[0]: line for line in records.part_lines}  # of each part its last line
+        table += '\n\n## Parts\n\n' + markdown_table(['part', 'seconds', 'ended'], list(ends.values()))
     text = '\n\n'.join([f'# Targets\n\n{table}', *texts.values()])
     content = {'records': records.by_name, **({'texts': texts, 'parts': records.part_lines} if is_suite else {})}
     return '\n'.join([table, *map(str, write_record(output, name, content, text + '\n'))])

@@ -149,8 +149,7 @@ def test_a_mistake_is_one_line(tmp_path, options, message):
     assert not (tmp_path / 'results').exists()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Targets
+# --- Targets ----------------------------------------------------------------------------------------------------------
 
 def write_step(folder, name, model, speeds: dict, task='train', device='NVIDIA H200', **table):
     rows = [{'contender': contender, 'images_per_second': speed, 'peak_bytes': 1e6 / speed}

@@ -49,8 +49,7 @@ def check_options(parser) -> None:
     common_options(add, img_size=64, seed=42)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
+# --- Measuring --------------------------------------------------------------------------------------------------------
 
 def act_as_rank(args, training_args) -> None:
     """Measure with the other process; rank 0 writes the milliseconds of all steps and messages."""
@@ -102,8 +101,7 @@ def time_message(size: int, repeats: int) -> list[float]:
     return times
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Predicting
+# --- Predicting -------------------------------------------------------------------------------------------------------
 
 def fit_line(x, y) -> tuple[float, float]:
     """Fit y by a + b x with least squares of relative errors, neither a nor b below zero; return (a, b)."""

@@ -20,72 +20,49 @@ LEAST_GAIN = 1e-6
 
 @dataclass(frozen=True)
 class Link:
-    """A connection between GPUs: seconds of latency, and bytes per second of each end."""
+    """A connection between GPUs."""
     latency: float
-    bandwidth: float
+    bandwidth: float  # of each end
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Machines of one kind, and how fast one model trains on one of their GPUs.
-
-    Attributes:
-        image_seconds, fixed_seconds: a GPU takes B * image_seconds + fixed_seconds for a step of B images,
-        host_seconds: but at least the time of its launches.
-        forward_share: part of B * image_seconds; the rest is the backward pass.
-        node, network: between the GPUs of a node, and between nodes; `network` is shared by a whole node.
-        hidden: part of a reduction's time in which the GPU can compute; 0 if both need the same cores.
-        jitter: standard deviation of the logarithm of a GPU's time for a step.
-        loader_rate, evaluation_rate: images per second of one core, in training and evaluation.
-        inference_rate: images per second of one GPU in evaluation.
-        disk, memory: bytes per second of a node's disk, and bytes that its memory can hold.
-        store_node, store: bytes per second from an object store to one node, and to all.
-        save_seconds, write_seconds: a checkpoint stops training, then is written in the background; the next waits.
-        restart_seconds: from a failure to the next step.
-        failure_gpu_seconds: seconds of a GPU between two failures.
-    """
-    image_seconds: float
+    """Machines of one kind, and how fast one model trains on one of their GPUs."""
+    image_seconds: float  # a step of B images takes a GPU B * image_seconds + fixed_seconds,
     fixed_seconds: float = 0.
-    host_seconds: float = 0.
-    forward_share: float = 1 / 3
+    host_seconds: float = 0.  # but at least the time of its launches
+    forward_share: float = 1 / 3  # of B * image_seconds; the rest is the backward pass
     gpus_per_node: int = 8
-    node: Link = Link(0., math.inf)
-    network: Link = Link(0., math.inf)
-    hidden: float = 1.
-    jitter: float = 0.
+    node: Link = Link(0., math.inf)  # between the GPUs of a node
+    network: Link = Link(0., math.inf)  # between nodes; all GPUs of a node share it
+    hidden: float = 1.  # part of a reduction in which the GPU can compute; 0 if both need the same cores
+    jitter: float = 0.  # standard deviation of the logarithm of a GPU's time for a step
     cores_per_gpu: float = math.inf
-    loader_rate: float = math.inf
-    evaluation_rate: float = math.inf
-    inference_rate: float = math.inf
-    disk: float = math.inf
-    memory: float = 0.
-    store_node: float = math.inf
-    store: float = math.inf
-    save_seconds: float = 0.
-    write_seconds: float = 0.
-    restart_seconds: float = 0.
-    failure_gpu_seconds: float = math.inf
+    loader_rate: float = math.inf  # images of one core, in training
+    evaluation_rate: float = math.inf  # images of one core, in evaluation
+    inference_rate: float = math.inf  # images of one GPU in evaluation
+    disk: float = math.inf  # rate of a node's disk
+    memory: float = 0.  # bytes that a node's memory can hold
+    store_node: float = math.inf  # rate from an object store to one node
+    store: float = math.inf  # and to all nodes
+    save_seconds: float = 0.  # a checkpoint stops training for this time,
+    write_seconds: float = 0.  # and is then written in the background; the next one waits for that
+    restart_seconds: float = 0.  # from a failure to the next step
+    failure_gpu_seconds: float = math.inf  # of a GPU between two failures
 
 
 @dataclass(frozen=True)
 class Work:
-    """A training on `samples` images in all, from a data set of `images`.
-
-    Attributes:
-        image_bytes: mean size of a stored image.
-        local_batch: images per step and GPU, unless all GPUs together would exceed largest_batch.
-        gradients: (part of the backward pass after which it exists, bytes) of each parameter, in order.
-        evaluated: images that are evaluated after each epoch.
-        in_store: whether the data is in an object store instead of on the disk of each node.
-    """
+    """A training on a data set."""
     images: float
-    samples: float
+    samples: float  # images that are trained on in all
     image_bytes: float = 0.
-    local_batch: int = 256
+    local_batch: int = 256  # images per step and GPU, unless all GPUs would exceed largest_batch
     largest_batch: float = math.inf
+    # For each parameter in order, the part of the backward pass after which its gradient exists, and its bytes.
     gradients: tuple[tuple[float, float], ...] = ()
-    evaluated: int = 0
-    in_store: bool = False
+    evaluated: int = 0  # images after each epoch
+    in_store: bool = False  # whether the data is in an object store instead of on the disk of each node
 
     @functools.cached_property
     def buckets(self) -> list[tuple[float, float]]:
@@ -99,8 +76,7 @@ class Work:
         return batch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts of a step
+# --- Parts of a step --------------------------------------------------------------------------------------------------
 
 def fill_buckets(gradients) -> list[tuple[float, float]]:
     """Return (part of the backward pass after which it is full, bytes) of each bucket."""
@@ -208,8 +184,7 @@ def limiter(cluster: Cluster, work: Work, gpus: int) -> str:
     return min(rates, key=rates.__getitem__)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Chance
+# --- Chance -----------------------------------------------------------------------------------------------------------
 
 def simulate(cluster: Cluster, work: Work, gpus: int, *, steps: int = 200, seed: int = 0, prefetch: int = 2) -> float:
     """Return the mean seconds of `steps` simulated steps, after as many that fill the queues.
@@ -269,8 +244,7 @@ def best_interval(cluster: Cluster, gpus: int) -> float:
     return max(cluster.write_seconds, math.sqrt(2 * cluster.save_seconds * cluster.failure_gpu_seconds / gpus))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A training
+# --- A training -------------------------------------------------------------------------------------------------------
 
 def evaluation_seconds(cluster: Cluster, work: Work, gpus: int) -> float:
     """Return the seconds of the evaluation after an epoch."""

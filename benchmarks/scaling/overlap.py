@@ -56,8 +56,7 @@ def overlap_options(parser) -> None:
     common_options(add, batch_size=2, img_size=224, seed=42)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The link
+# --- The link ---------------------------------------------------------------------------------------------------------
 
 class Link:
     """A communication hook of DDP that averages one bucket at a time and notes when each was handed over.
@@ -129,8 +128,7 @@ def count_hand_overs(name: str, world: World) -> dict:
     return list_hand_overs(model, Link(model), lambda: model(images).square().sum())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
+# --- Measuring --------------------------------------------------------------------------------------------------------
 
 def wrap_in_registration_order(model: nn.Module) -> DistributedDataParallel:
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -179,11 +177,13 @@ def act_as_rank(args, training_args) -> None:
     finish_rank(args, world, {'threads': torch.get_num_threads(), 'rows': rows, 'hand_overs': counted})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
+# --- Tables -----------------------------------------------------------------------------------------------------------
 
 def as_text(record: dict) -> str:
     """Return the whole record in Markdown."""
+    hand_overs = [[name, found['gradients'],
+                   ', '.join(f'{after} ({size / 2**20:.1f})' for after, size in found['buckets']),
+                   f'{early_percent(found):.1f} %'] for name, found in record['hand_overs'].items()]
     options = record['options']
     lines = [f'# Gradients summed behind the backward pass\n\n{origin(record)}\n',
              f'{options["model"]} at {options["img_size"]} pixels, batch {options["batch_size"]} a process, '
@@ -192,7 +192,8 @@ def as_text(record: dict) -> str:
              'buckets hides. The last column shows what the delays add to a step.\n',
              _steps_table(record['rows']), f'\n{verdict(record)}', '\n## Hand-overs\n',
              'Each bucket of ours is handed over after this many gradients in every step; its MiB in parentheses.\n',
-             _hand_overs_table(record['hand_overs'])]
+             markdown_table(['model', 'gradients', 'handed over after (MiB)', 'bytes before the last gradient'],
+                            hand_overs)]
     return '\n'.join(lines) + '\n'
 
 
@@ -230,13 +231,6 @@ def exposed_ratio(rows: list[dict], delay: int) -> float:
     ours, before = (statistics.median(row['exposed_milliseconds']) for label in ('ours', 'registration')
                     for row in rows if (row['delay'], row['contender']) == (delay, label))
     return ours / before
-
-
-def _hand_overs_table(counted: dict[str, dict]) -> str:
-    lines = [[name, found['gradients'],
-              ', '.join(f'{after} ({size / 2**20:.1f})' for after, size in found['buckets']),
-              f'{early_percent(found):.1f} %'] for name, found in counted.items()]
-    return markdown_table(['model', 'gradients', 'handed over after (MiB)', 'bytes before the last gradient'], lines)
 
 
 def main() -> None:

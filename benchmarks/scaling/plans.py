@@ -95,14 +95,7 @@ def plan_options(parser) -> None:
     add('--page', metavar='FILE', help='Markdown page in which tables with the same header are renewed')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Inputs
-
-def read_records(folder: Path) -> dict[str, dict]:
-    """Return by name the records in a folder that a command has written."""
-    found = {path.stem: read_record(path) for path in sorted(folder.glob('*.json'))}
-    return {name: record for name, record in found.items() if isinstance(record, dict)}
-
+# --- Inputs -----------------------------------------------------------------------------------------------------------
 
 def find_figures(args, records: dict[str, dict]) -> dict[str, Figure]:
     """Return FIGURES by name, with the values of options, or else of records, or else their own."""
@@ -218,8 +211,7 @@ def list_gradients(model: str, classes: int, token_share: float, **kwargs) -> tu
     return tuple(gradients)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plans
+# --- Plans ------------------------------------------------------------------------------------------------------------
 
 def make_plans(args, figures: dict[str, Figure]) -> list[dict]:
     found = []
@@ -261,8 +253,7 @@ def storage(figures: dict[str, Figure]) -> list[dict]:
             for name, images in sets]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables and picture
+# --- Tables and picture -----------------------------------------------------------------------------------------------
 
 def figures_table(figures: dict[str, Figure]) -> str:
     return markdown_table(['option', 'value', 'unit', 'kind', 'what it is'], [
@@ -393,7 +384,8 @@ def main() -> None:
     page = Path(args.page) if args.page else None
     if page and not page.is_file():
         raise UserError(f'--page {page}: no such file; name docs/scaling.md')
-    known = read_records(records)
+    known = {path.stem: record for path in sorted(records.glob('*.json'))
+             if isinstance(record := read_record(path), dict)}
     figures = find_figures(args, known)
     record = {**new_record('scaling.plans', args, torch.device('cpu')),
               'figures': [asdict(figure) for figure in figures.values()],

@@ -31,6 +31,7 @@ from engine.compile import compile_model
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
+from engine.state import TrainState
 from engine.step import TrainingStep
 from models import create_model_from_options
 from options.types import image_size
@@ -117,8 +118,7 @@ def list_contenders(model: str, args) -> list[Contender]:
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Steps
+# --- Steps ------------------------------------------------------------------------------------------------------------
 
 def make_batch(contender: Contender, args, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return images [B, 3, H, W] of normalised random pixels and soft targets [B, NUM_CLASSES] as Mixup makes them."""
@@ -132,18 +132,30 @@ def make_batch(contender: Contender, args, device: torch.device) -> tuple[torch.
             mixup_target(labels, NUM_CLASSES, lam=0.7, smoothing=0.1).to(device))
 
 
-def start_training(contender: Contender, args, training_args, precision: Precision, world: World, *,
-                   wrap: Callable[[nn.Module], nn.Module] = lambda model: model) -> Running:
-    """Return a contender whose step trains from fresh weights; `wrap` wraps the model that is called."""
-    model = _create_model(contender, training_args)
-    optimizer = published_optimizer(model, training_args) if contender.is_published else create_optimizer(
+def create_step(training_args, model: TimmModel, precision: Precision, world: World, *, loss: Callable,
+                is_published: bool = False, wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+                prepare: Callable = lambda *batch: batch) -> tuple[TrainState, PublishedStep | TrainingStep]:
+    """Return a new training state and its step; `wrap` returns the model that the step calls."""
+    optimizer = published_optimizer(model, training_args) if is_published else create_optimizer(
         param_groups(model, training_args.weight_decay), training_args)
     state = create_state(training_args, model, optimizer, precision, [], world)
-    compile_model(state.model, args.compile if contender.is_compiled else '')
-    step: PublishedStep | TrainingStep = (PublishedStep if contender.is_published else TrainingStep)(
-        state, wrap(state.model), prepare=lambda *batch: batch,
-        loss=create_loss(training_args, soft_targets=True), precision=precision, args=training_args)
+    step: PublishedStep | TrainingStep = (PublishedStep if is_published else TrainingStep)(
+        state, wrap(state.model), prepare=prepare, loss=loss, precision=precision, args=training_args)
     state.model.train()
+    return state, step
+
+
+def start_training(contender: Contender, args, training_args, precision: Precision, world: World, *,
+                   wrap: Callable[[nn.Module], nn.Module] = lambda model: model) -> Running:
+    """Return a contender whose step trains from fresh weights; `wrap` returns the model that the step calls."""
+
+    def compile_and_wrap(model: nn.Module) -> nn.Module:
+        compile_model(model, args.compile if contender.is_compiled else '')
+        return wrap(model)
+
+    state, step = create_step(
+        training_args, _create_model(contender, training_args), precision, world, wrap=compile_and_wrap,
+        loss=create_loss(training_args, soft_targets=True), is_published=contender.is_published)
     batches, count = itertools.repeat(make_batch(contender, args, world.device)), itertools.count(1)
 
     def take_step() -> None:
@@ -190,8 +202,7 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
+# --- Measuring --------------------------------------------------------------------------------------------------------
 
 def synchronize(device: torch.device) -> None:
     if device.type == 'cuda':

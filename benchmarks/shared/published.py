@@ -33,8 +33,7 @@ PUBLISHED = (
 EPSILON = 1e-8  # in the Performer's denominator
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens-to-token module
+# --- Tokens-to-token module -------------------------------------------------------------------------------------------
 
 def unfold(x: torch.Tensor, layer: SplitLinear) -> torch.Tensor:
     """Map [B, C, H, W] to the patches that `layer` takes, [B, N, C · kernel²]."""
@@ -84,8 +83,7 @@ class Projection(SplitLinear):
 TOKEN_LAYERS: dict[type, type] = {TokenPerformer: Performer, TokenTransformer: Transformer}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Backbone
+# --- Backbone ---------------------------------------------------------------------------------------------------------
 
 def attend(module: layers.Attention | ablations.GhostAttention, q: torch.Tensor, k: torch.Tensor,
            v: torch.Tensor) -> torch.Tensor:
@@ -184,8 +182,7 @@ def golden_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training step
+# --- Training step ----------------------------------------------------------------------------------------------------
 
 def published_optimizer(model: TimmModel, args) -> torch.optim.AdamW:
     """Return an AdamW with the --lr and --weight-decay of `args` that updates one tensor after the other."""
