@@ -422,7 +422,7 @@ RUN_BY = {
     'tools/doctor/memory.py::look_at_memory': [DOCTOR + 'test_steps_on_a_gpu_are_halved_until_they_fit'],
     'utils/distributed.py::_connect': [ranks_meet_over_nccl_each_on_its_gpu],
     'utils/distributed.py::_device': [devices_by_name],
-    'utils/distributed.py::join': [ranks_meet_over_nccl_each_on_its_gpu],
+    'utils/distributed.py::init_process_group': [ranks_meet_over_nccl_each_on_its_gpu],
     'launch/launcher.py::launch': [more_processes_than_gpus],
     'utils/runtime.py::Precision.__init__': [precision_is_what_the_gpu_has],
     'utils/runtime.py::describe_environment': [records_of_a_gpu_say_so],

@@ -63,17 +63,12 @@ MAY_BE_ZERO = ('fixed_ms', 'launches', 'launch_us', 'jitter', 'node_us', 'networ
 BOUNDS = {name: rate for name in MAY_BE_ZERO} | {'token_share': fraction, 'gpus_per_node': positive_int}
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(Work):
     """A training on a data set: one table."""
     name: str
-    images: int
-    samples: int
     classes: int = 1000
     is_resized: bool = True
-    largest_batch: float = math.inf
-    evaluated: int = 0
-    in_store: bool = False
 
 
 PLANS = {name: Plan(**settings) for name, settings in INPUTS['plans'].items()}
@@ -185,10 +180,11 @@ def build_cluster(figures: dict[str, Figure], args, *, is_resized: bool) -> Clus
         failure_gpu_seconds=value['failure_gpu_hours'] * 3600)
 
 
-def build_work(goal: Plan, figures: dict[str, Figure], args) -> Work:
+def build_work(goal: Plan, figures: dict[str, Figure], args) -> Plan:
+    """Return the plan with the sizes of its images, batches and gradients."""
     kilobytes = figures['shard_image_kb' if goal.is_resized else 'image_kb'].value
-    return Work(goal.images, goal.samples, 1000 * kilobytes, args.local_batch, goal.largest_batch,
-                list_gradients(args.model, goal.classes, figures['token_share'].value), goal.evaluated, goal.in_store)
+    return replace(goal, image_bytes=1000 * kilobytes, local_batch=args.local_batch,
+                   gradients=list_gradients(args.model, goal.classes, figures['token_share'].value))
 
 
 def list_gradients(model: str, classes: int, token_share: float, **kwargs) -> tuple[tuple[float, float], ...]:
