@@ -1,26 +1,21 @@
-"""Counts what the host does in a training step: kernels it starts, values it reads, collectives it takes part in.
+"""Count what the host does in a training step: kernels it starts, values it reads, collectives it takes part in.
 
     python -m benchmarks.counts
 
-Counted on a CPU, and the same on every machine with the same torch: tests/test_counts.py holds the code against the
-record, so that a change which adds one is seen, and this command renews the record.
+The counts are made on a CPU and hold for every machine with the same torch. tests/test_counts.py compares the code with
+the record, and this command renews it. A kernel is an operator that writes a tensor. A read is a value or a copy that
+the host gets from the device and waits for. All counts are of the third step, on small images; they depend on neither
+their size nor the batch's.
 
-A kernel is an operator that writes a tensor: views, and memory that nothing is written to, are none. A read is a value
-or a copy that the host gets from the device, and waits for. Collectives are those of torch.distributed in a group of
-this process alone. All are of the third step, on small images: no count depends on their size, or on the batch's.
-
-The ranks' signals go over the CPU, and their read is no wait for a GPU: they have a line of their own. Batches have one
-too, on torch's `meta` device, for a CPU prepares them otherwise than a GPU; erasing starts kernels for each image.
-
-NAME.json, the record, and NAME.md, the table, go to --output.
+The signals between ranks go over the CPU, so they have their own line. So have batches, which `meta` stands in for a
+GPU to prepare; erasing starts kernels for each image.
 """
 import contextlib
 import itertools
-import logging
 import random
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -32,30 +27,27 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.cost import group_of_one
-from benchmarks.shared.measure import training_options
-from benchmarks.shared.records import check_record_options, markdown_table, new_record, record_options, write_record
+from benchmarks.shared.command import parse_command, start_alone, training_options
+from benchmarks.shared.measure import create_step
+from benchmarks.shared.ranks import group_of_one
+from benchmarks.shared.records import markdown_table, new_record, save
 from benchmarks.traffic import what_is_computed
 from data.batch import BatchPreparer, TrainBatchPreparer
 from engine.evaluate import evaluate
 from engine.log.run_log import RunLog
 from engine.loop import Trainer, wrap_model
-from engine.optimizer import create_optimizer, param_groups
-from engine.run import create_state
-from engine.step import TrainingStep
 from models import create_model_from_options, layers
-from options.parser import create_parser, parse_options
 from utils.console import progress_bar
 from utils.distributed import AsyncMax, World
-from utils.runtime import Precision, seed_everything, start
+from utils.runtime import Precision, seed_everything
 from utils.script import run_script
 
 SEED, SIZE, CLASSES, BATCH, LOADED = 0, 32, 10, 4, 64
 DEVICE = torch.device('cpu')
 ONE = World(rank=0, local_rank=0, size=1, device=DEVICE)
 TORCH = str(Path(torch.__file__).parent)
-SCALE = 1024.  # of float16's losses, at first
-# Steps by what they are called: the options of train.py, and what else there is about them.
+SCALE = 1024.  # initial scale of float16's losses
+# Steps by name, with the options of train.py.
 STEPS = {
     'recipe of T2T-ViT-14': '--model t2t_vit_14 --amp',
     'of two batches': '--model t2t_vit_14 --amp --accum-steps 2',
@@ -72,24 +64,25 @@ STEPS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Counting
+# --- Counting ---------------------------------------------------------------------------------------------------------
 
+@dataclass
 class Counts:
-    """How often each operator that computes, each read and each collective has come, by name."""
-
-    def __init__(self):
-        self.kernels: Counter[str] = Counter()
-        self.reads: Counter[str] = Counter()
-        self.collectives: Counter[str] = Counter()
+    """Counts of operators that compute, of reads and of collectives, by name."""
+    kernels: Counter[str] = field(default_factory=Counter)
+    reads: Counter[str] = field(default_factory=Counter)
+    collectives: Counter[str] = field(default_factory=Counter)
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         return {kind: dict(sorted(counter.items())) for kind, counter in vars(self).items()}
 
+    def __sub__(self, other: 'Counts') -> 'Counts':
+        return Counts(*(mine - theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+
 
 @contextlib.contextmanager
 def counting():
-    """What is computed in this block, by this thread and by the backward passes that it starts."""
+    """Count what this thread and its backward passes do in the block."""
     counts = Counts()
     asked = _Asked(counts)
     with asked, _Started(counts, asked):
@@ -97,7 +90,7 @@ def counting():
 
 
 class _Asked(TorchFunctionMode):
-    """Counts reads as Python code calls them: on a CPU some of them never become an operator."""
+    """Count reads as Python code calls them: on a CPU some of them never become an operator."""
 
     NAMES = ('tolist', 'item', 'numpy', 'cpu', '__bool__', '__int__', '__float__', '__index__', '__array__')
 
@@ -107,25 +100,23 @@ class _Asked(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name, kwargs = getattr(function, '__name__', ''), kwargs or {}
-        # Torch's own code has tensors follow others: where they are on a GPU, it is not to the CPU.
-        copies = name == 'to' and _is_of_cpu((*args[1:], *kwargs.values())) and not kwargs.get('non_blocking') and (
+        # Torch's own code moves tensors to where others are, which on a GPU is not the CPU.
+        is_to_cpu = any(str(value) == 'cpu' for value in (*args[1:], *kwargs.values())
+                        if isinstance(value, str | torch.device))
+        copies = name == 'to' and is_to_cpu and not kwargs.get('non_blocking') and (
             not sys._getframe(1).f_code.co_filename.startswith(TORCH))
         if self.is_reading or not (copies or name in self.NAMES):
             return function(*args, **kwargs)
         self._counts.reads['to cpu' if copies else name] += 1
-        self.is_reading = True  # the operators that it becomes are no further reads
+        self.is_reading = True  # the operators inside are no further reads
         try:
             return function(*args, **kwargs)
         finally:
             self.is_reading = False
 
 
-def _is_of_cpu(values: tuple) -> bool:
-    return any(str(value) == 'cpu' for value in values if isinstance(value, str | torch.device))
-
-
 class _Started(TorchDispatchMode):
-    """Counts operators that compute, those that hand over a value unasked, and collectives."""
+    """Count operators that compute, operators that read, and collectives."""
 
     READS = ('_local_scalar_dense', 'is_nonzero', 'nonzero', 'equal', 'masked_select', '_unique2', 'unique_dim',
              'unique_consecutive')
@@ -143,7 +134,7 @@ class _Started(TorchDispatchMode):
         if name in self.READS and not self._asked.is_reading:
             self._counts.reads[name] += 1
         if name.startswith('index') and any(_is_mask(value) for value in tree_leaves(args[1:2])):
-            self._counts.reads[f'{name} by a mask'] += 1  # how many there are is not known before
+            self._counts.reads[f'{name} by a mask'] += 1  # the host waits for their number
         result = function(*args, **kwargs)
         if what_is_computed(function, args, kwargs, result):
             self._counts.kernels[name] += 1
@@ -154,16 +145,10 @@ def _is_mask(value) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype in (torch.bool, torch.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is counted
-
-def count_steps() -> dict[str, Counts]:
-    return {name: count_step(words, is_scaled=name == 'loss scaling', has_ddp=name.startswith('DDP'))
-            for name, words in STEPS.items()}
-
+# --- What is counted --------------------------------------------------------------------------------------------------
 
 def count_step(words: str, *, is_scaled: bool = False, has_ddp: bool = False) -> Counts:
-    """The third step of train.py with these options."""
+    """Count the third step of train.py with these options."""
     with group_of_one(DEVICE) if has_ddp else contextlib.nullcontext():
         _, step = make_step(words, is_scaled=is_scaled, has_ddp=has_ddp)
         batches = make_batches()
@@ -175,7 +160,7 @@ def count_step(words: str, *, is_scaled: bool = False, has_ddp: bool = False) ->
 
 
 def count_signals() -> Counts:
-    """What the ranks say to one another between two steps."""
+    """Count the signals between ranks between two steps."""
     with group_of_one(DEVICE), contextlib.closing(AsyncMax()) as signals:
         signals.exchange(0)
         with counting() as counts:
@@ -184,35 +169,31 @@ def count_signals() -> Counts:
 
 
 def make_step(words: str, *, is_scaled: bool = False, has_ddp: bool = False):
-    """A new run's state and its step, as train.py makes them with these options."""
+    """Return a new run's state and step as train.py makes them with these options."""
     seed_everything(SEED, rank=0)
     args = training_options(*words.split(), '--img-size', str(SIZE), '--batch-size', str(BATCH))
     model = create_model_from_options(args, num_classes=CLASSES)
     precision = Precision(DEVICE, enabled=args.amp)
     if is_scaled:
         precision.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=SCALE)
-    optimizer = create_optimizer(param_groups(model, args.weight_decay), args)
-    state = create_state(args, model, optimizer, precision, [], ONE)
-    # Told of a second rank, for it leaves alone what is one rank.
-    called = wrap_model(state.model, replace(ONE, size=2)) if has_ddp else state.model
-    state.model.train()
-    return state, TrainingStep(state, called, prepare=lambda *batch: batch, loss=SoftTargetCrossEntropy(),
-                               precision=precision, args=args)
+    # wrap_model does not wrap for a single rank, so it is told of a second one.
+    return create_step(args, model, precision, ONE, loss=SoftTargetCrossEntropy(),
+                       wrap=lambda model: wrap_model(model, replace(ONE, size=2)) if has_ddp else model)
 
 
 def make_batches():
-    """Always the same batch, of normalised images and soft targets."""
+    """Repeat one batch of normalised images and soft targets."""
     generator = torch.Generator().manual_seed(SEED)
     return itertools.repeat((torch.randn(BATCH, 3, SIZE, SIZE, generator=generator),
                              torch.full((BATCH, CLASSES), 1 / CLASSES)))
 
 
 def count_preparing() -> dict[str, Counts]:
-    """A batch of images on its way to the model, on a device that is no CPU."""
+    """Count the preparation of batches on a device other than the CPU."""
+    training = TrainBatchPreparer('meta', batch_size=LOADED, num_classes=CLASSES, mixup_alpha=0.8, cutmix_alpha=1.0,
+                                  erase_prob=0.25)
     found = {}
-    for name, prepare in (('training batch', TrainBatchPreparer(
-            'meta', batch_size=LOADED, num_classes=CLASSES, mixup_alpha=0.8, cutmix_alpha=1.0, erase_prob=0.25)),
-                          ('evaluation batch', BatchPreparer('meta'))):
+    for name, prepare in (('training batch', training), ('evaluation batch', BatchPreparer('meta'))):
         random.seed(SEED)
         np.random.seed(SEED)
         batch = torch.zeros(LOADED, 3, SIZE, SIZE, dtype=torch.uint8), torch.zeros(LOADED, dtype=torch.long)
@@ -222,7 +203,7 @@ def count_preparing() -> dict[str, Counts]:
 
 
 def count_log_line() -> Counts:
-    """What a line of the log costs behind a step."""
+    """Count a line of the log after a step."""
     state, step = make_step('--model t2t_vit_7')
     loaders = SimpleNamespace(train_loader=range(9), val_loader=(), prepare_train=None, prepare_val=None,
                               class_names=[])
@@ -237,14 +218,14 @@ def count_log_line() -> Counts:
 
 
 class Loaded(list):
-    """Batches as a loader has them."""
+    """A list of batches with the interface of a loader."""
 
     def take_bad_count(self) -> int:
         return 0
 
 
 def count_evaluation() -> dict[str, Counts]:
-    """Of a batch of an evaluation, and of its lines and results; each line has two reads, and there is one at least."""
+    """Count a batch of an evaluation, and apart from it lines and results; each line has two reads."""
     state, _ = make_step('--model t2t_vit_7')
     batch = torch.zeros(BATCH, 3, SIZE, SIZE, dtype=torch.uint8), torch.zeros(BATCH, dtype=torch.long)
     counted = []
@@ -253,17 +234,13 @@ def count_evaluation() -> dict[str, Counts]:
             evaluate(state.model, Loaded([batch] * number), _Prepared(), log_interval=100, eager=True,
                      precision=Precision(DEVICE, enabled=False))
         counted.append(counts)
-    per_batch, rest = Counts(), Counts()
-    for kind in vars(per_batch):
-        two, three = (getattr(counts, kind) for counts in counted)
-        getattr(per_batch, kind).update({name: three[name] - two[name] for name in three if three[name] > two[name]})
-        getattr(rest, kind).update({name: count for name in two
-                                    if (count := two[name] - 2 * getattr(per_batch, kind)[name])})
-    return {'evaluation, a batch': per_batch, 'evaluation, lines and results': rest}
+    two, three = counted
+    per_batch = three - two
+    return {'evaluation, a batch': per_batch, 'evaluation, lines and results': two - per_batch - per_batch}
 
 
 class _Prepared:
-    """Brings a batch to the model with nothing that is to be counted."""
+    """Prepare a batch without any counted operator."""
     device = DEVICE
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor):
@@ -271,18 +248,18 @@ class _Prepared:
 
 
 def count_all() -> dict[str, Counts]:
-    """By name, in the order of the table."""
-    with patch.object(layers, 'HAS_MATRIX_UNITS', True):  # attention as a GPU has it
-        steps = {f'step: {name}': counts for name, counts in count_steps().items()}
+    """Return all counts by name, in the order of the table."""
+    with patch.object(layers, 'HAS_MATRIX_UNITS', True):  # attention as on a GPU
+        steps = {f'step: {name}': count_step(words, is_scaled=name == 'loss scaling', has_ddp=name.startswith('DDP'))
+                 for name, words in STEPS.items()}
         return {**steps, 'signals between steps': count_signals(), **count_preparing(), 'log line': count_log_line(),
                 **count_evaluation()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The record
+# --- The record -------------------------------------------------------------------------------------------------------
 
 def differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
-    """What has another count than in the record, a line for each."""
+    """Return a line for each count that differs from the record."""
     return [f'{name}: {kind} {what}: {old.get(what, 0)} → {new.get(what, 0)}'
             for name in sorted(before.keys() | now.keys())
             for kind in ('kernels', 'reads', 'collectives')
@@ -291,32 +268,24 @@ def differences(before: dict[str, dict], now: dict[str, dict]) -> list[str]:
 
 
 def as_text(record: dict) -> str:
-    """The record as Markdown."""
-    rows = [[name, str(sum(row['kernels'].values())), _list(row['reads']), _list(row['collectives'])]
-            for name, row in record['counts'].items()]
+    """Return the record in Markdown."""
+    rows = [[name, sum(row['kernels'].values()), *(
+        ', '.join(f'{count} {what}' for what, count in row[kind].items()) or 0 for kind in ('reads', 'collectives'))]
+        for name, row in record['counts'].items()]
     return '\n'.join([
         '# What the host does in a step', '', f'    {record["command"]}', '',
-        'Counted with torch {torch} and timm {timm}. A kernel is an operator that writes a tensor; a read is what the '
-        'host waits for.'.format(**record['machine']), '',
+        'Counted with torch {torch} and timm {timm}. A kernel is an operator that writes a tensor; the host waits for '
+        'each read.'.format(**record['machine']), '',
         markdown_table(['', 'kernels', 'reads', 'collectives'], rows), ''])
 
 
-def _list(counter: dict[str, int]) -> str:
-    return ', '.join(f'{count} {name}' for name, count in counter.items()) or '0'
-
-
 def main() -> None:
-    parser = create_parser('Count what the host does in a training step.',
-                                   (lambda parser: record_options(parser, 'counts'),))
-    args = parse_options(parser)
-    folder = check_record_options(args)
-    logging.disable(logging.INFO)  # the table is enough
-    start(training_options('--device', 'cpu'), alone=True)
+    args = parse_command('Count what the host does in a training step.', 'counts', device='cpu')
+    start_alone(args)
     record = {**new_record('counts', args, DEVICE),
               'counts': {name: counts.as_dict() for name, counts in count_all().items()}}
     text = as_text(record)
-    print(text)
-    write_record(folder, args.name, record, text)
+    print(text, *save(args, record, text), sep='\n')
 
 
 if __name__ == '__main__':

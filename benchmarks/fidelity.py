@@ -1,30 +1,15 @@
-"""Measures how far every path is from float64: the published formulation, ours, and on request ours compiled.
+"""Measure how far every path is from float64: the published formulation, ours, and on request ours compiled.
 
     python -m benchmarks.fidelity --data ../shared/data/imagenet_sample                 # 10 minutes on two cores
     python -m benchmarks.fidelity --models t2t_vit_7 --weights golden --img-size 64     # seconds, random images alone
     python -m benchmarks.fidelity --precision fp32 bf16 fp16 --compile model --images 16 --data …  # GPU
 
-What is right is the published formulation in float64, with the same weights, on the same images. The error of a path
-is the relative L2 distance from that: of the logits of all images and of the image where it is worst; of what comes
-out of the tokens-to-token module's two layers and its projection, where the paths differ; and of the gradient of
-cross-entropy, over all parameters and over those of a part. Models are in evaluation mode: dropout is no error.
-
-Weights are the golden ones (see golden_state) and initial ones. Images are
-
-    random                standard normal numbers
-    smooth                4 × 4 of these, enlarged, all channels alike
-    photographs           those of --data, evenly spread
-    white margin          these (without --data: the random ones) with a left half that is white
-    single-value margin   or that has one value in all channels, as white has where --mean and --std are one number
-    single value          of one value; in every other image a few pixels are one level of 256 brighter
-
-for a LayerNorm over patches of little contrast shows what was lost before it.
-
-NAME.json, the record with every error, and NAME.md, the tables, go to --output, after each model and its weights.
+The reference is the published formulation in float64 with the same weights and images. An error is a relative L2
+distance from it: of the logits, of the stages of the tokens-to-token module, and of the gradient of cross-entropy.
+Models are in evaluation mode. Images with little contrast show what a LayerNorm over patches loses.
 """
 import copy
 import itertools
-import logging
 import math
 from collections.abc import Callable, Sequence
 
@@ -33,19 +18,9 @@ import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from benchmarks.shared.measure import training_options
+from benchmarks.shared.command import common_options, parse_command, start_alone
 from benchmarks.shared.published import PUBLISHED, golden_state, published_model
-from benchmarks.shared.records import (
-    PRECISIONS,
-    check_precisions,
-    check_record_options,
-    markdown_table,
-    new_record,
-    origin,
-    precision_of,
-    record_options,
-    write_record,
-)
+from benchmarks.shared.records import markdown_table, new_record, origin, precision_of, save
 from data.base import evenly_spaced
 from data.batch import BatchPreparer
 from data.folders import ImageFiles
@@ -53,10 +28,9 @@ from data.transforms import create_eval_transform
 from engine.compile import compile_model
 from models import create_model
 from options.groups import compile_options
-from options.parser import create_parser, parse_options
-from options.types import image_size, number, seed
+from options.types import number
 from utils.console import progress_bar
-from utils.runtime import Precision, seed_everything, start
+from utils.runtime import Precision, seed_everything
 from utils.script import run_script
 from utils.timm_model import TimmModel
 
@@ -64,31 +38,26 @@ WEIGHTS = ('golden', 'initial')
 STAGES = ('attention1', 'attention2', 'project')  # in the order of the forward pass
 PARTS = ('tokens_to_token', 'blocks', 'head')
 MEASURES = ('logits', 'worst image', *STAGES, 'gradient', *(f'gradient of {part}' for part in PARTS))
-LOSS_SCALE = 2 ** 10  # of float16's gradients, most of which would be zero without one
+LOSS_SCALE = 2 ** 10  # for float16, in which most gradients would be zero without it
 
 
 def fidelity_options(parser) -> None:
     add = parser.add_argument_group('What is measured').add_argument
     add('--models', nargs='+', default=['t2t_vit_7', 't2t_vit_14', 't2t_vit_t_14'], choices=PUBLISHED, metavar='MODEL',
         help='published T2T-ViTs, by name')
-    add('--precision', nargs='+', default=['fp32', 'bf16'], choices=list(PRECISIONS), help='a table for each')
-    add('--weights', nargs='+', default=list(WEIGHTS), choices=WEIGHTS, help='where they come from')
+    add('--weights', nargs='+', default=list(WEIGHTS), choices=WEIGHTS, help='source of the weights')
     add('--data', metavar='DIR', help='folder with photographs, at any depth (default: random images alone)')
-    add('--images', type=number(int, low=2), default=4, metavar='N', help='images of a kind, in one batch')
-    add('--img-size', type=image_size, default=224, metavar='N', help='input size in pixels, or HxW')
-    add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
-    add('--seed', type=seed, default=0, metavar='S', help='of initial weights and images')
-    record_options(parser, 'fidelity')
+    add('--images', type=number(int, low=2), default=4, metavar='N', help='images of each kind, in one batch')
+    common_options(add, img_size=224, precision=['fp32', 'bf16'], device='auto', seed=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights and images
+# --- Weights and images -----------------------------------------------------------------------------------------------
 
 def make_images(args) -> dict[str, torch.Tensor]:
-    """Batches of normalised images [--images, 3, H, W] by their kind.
+    """Return batches of normalised images [--images, 3, H, W] by their kind.
 
-    Raises:
-        UserError: --data is no folder with images.
+    'smooth' are random 4 × 4 values, enlarged. A margin makes the left half white, or one value in all channels. Images
+    of a single value have a few pixels that are one level of 256 brighter, in every other image.
     """
     size = (args.img_size,) * 2 if isinstance(args.img_size, int) else args.img_size
     generator = np.random.RandomState(args.seed)
@@ -119,17 +88,15 @@ def _read_photographs(folder: str, count: int, size: tuple[int, int]) -> torch.T
 
 
 def make_models(name: str, weights: str, args, device: torch.device, **kwargs) -> dict[str, TimmModel]:
-    """The model in float64, and by path: one after the other the same weights, in evaluation mode on the device.
+    """Return models by path with equal weights, one of WEIGHTS: float64, published, default and maybe compiled.
 
-    Args:
-        weights: one of WEIGHTS.
-        kwargs: further arguments of `models.create_model`.
+    `kwargs` are further arguments of `models.create_model`.
     """
     paths: dict[str, Callable[..., TimmModel]] = {
         'float64': published_model, 'published': published_model, 'default': create_model}
     models: dict[str, TimmModel] = {}
     for path, create in paths.items():
-        seed_everything(args.seed, 0)  # for there to be the same initial weights
+        seed_everything(args.seed, 0)  # for equal initial weights
         model = create(name, img_size=args.img_size, **kwargs).eval()
         if weights == 'golden':
             model.load_state_dict(golden_state(model))
@@ -140,21 +107,19 @@ def make_models(name: str, weights: str, args, device: torch.device, **kwargs) -
     return models
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors
+# --- Errors -----------------------------------------------------------------------------------------------------------
 
 def compute(model: TimmModel, images: torch.Tensor, precision: Precision, *,
             stages: Sequence[str] = STAGES) -> dict[str, torch.Tensor]:
-    """All that is compared, in float64: logits [B, classes], and as vectors stages and gradients, by MEASURES.
+    """Return what is compared, by MEASURES and in float64: logits [B, classes], stages and gradients as vectors.
 
-    Args:
-        stages: those to look at; in a compiled model that would change what is compiled.
+    A compiled model needs `stages=()`, since hooks would change what is compiled.
     """
     seen = {}
     hooks = [model.get_submodule(f'tokens_to_token.{stage}').register_forward_hook(
         lambda _, __, output, stage=stage: seen.update({stage: output.detach().double().flatten()}))
         for stage in stages]
-    labels = (3 + 4 * torch.arange(len(images), device=images.device)) % model.num_classes  # those of the golden data
+    labels = (3 + 4 * torch.arange(len(images), device=images.device)) % model.num_classes  # as in the golden data
     scale = LOSS_SCALE if precision.dtype is torch.float16 else 1
     model.zero_grad(set_to_none=True)
     with precision.autocast():
@@ -173,7 +138,7 @@ def compute(model: TimmModel, images: torch.Tensor, precision: Precision, *,
 
 
 def errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Relative L2 distances by MEASURES, of what `compute` returns; NaN where something is not finite."""
+    """Return relative L2 distances of `compute`'s results, by MEASURES; NaN if something is not finite."""
     distances = {measure: _distance(values.flatten(), expected[measure].flatten()).item()
                  for measure, values in actual.items()}
     distances['worst image'] = _distance(actual['logits'], expected['logits']).max().item()
@@ -185,7 +150,7 @@ def _distance(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 
 def measure(models: dict[str, TimmModel], images: torch.Tensor, precisions: dict[str, Precision]) -> list[dict]:
-    """A row for each precision and path: {'precision', 'path', 'errors'}."""
+    """Return a row for each precision and path: {'precision', 'path', 'errors'}."""
     expected = compute(models['float64'], images.double(), Precision(images.device, enabled=False))
     rows = []
     for (name, precision), (path, model) in itertools.product(precisions.items(), models.items()):
@@ -195,11 +160,10 @@ def measure(models: dict[str, TimmModel], images: torch.Tensor, precisions: dict
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
+# --- Tables -----------------------------------------------------------------------------------------------------------
 
 def add_ratios(rows: list[dict]) -> None:
-    """Gives every row of a path of ours the `ratios` of its errors to those of the published path, where there are."""
+    """Add to each row of our paths the `ratios` of its errors to those of the published path."""
     def case(row: dict) -> tuple:
         return tuple(row[key] for key in ('model', 'precision', 'weights', 'images'))
 
@@ -211,7 +175,7 @@ def add_ratios(rows: list[dict]) -> None:
 
 
 def as_summary(rows: list[dict]) -> str:
-    """Of each model, precision and path: the largest ratios, and where the largest of all is."""
+    """Return a table of the largest ratios of each model, precision and path, and the case of the largest."""
     groups = {'logits': MEASURES[:2], 'stages': STAGES, 'gradients': MEASURES[-1 - len(PARTS):]}
     lines = []
     for key, group in itertools.groupby(rows, key=lambda row: (row['model'], row['precision'])):
@@ -225,12 +189,12 @@ def as_summary(rows: list[dict]) -> str:
                      for group in groups.values()]
             ratio, name, row = max(ratios, key=lambda found: found[0], default=(0, '', None))
             where = f'{name}, {row["weights"]} weights, {row["images"]}' if row else '–'
-            lines.append([*key, path, *cells, where, str(lost)])
+            lines.append([*key, path, *cells, where, lost])
     return markdown_table(['model', 'precision', 'path', *groups, 'the largest', 'not finite'], lines)
 
 
 def as_table(rows: list[dict]) -> str:
-    """One model and precision: the published path's errors, and below them what others have for each of its one."""
+    """Return a table for one model and precision: errors of the published path, and ours as multiples of them."""
     lines = []
     for row in rows:
         cells = []
@@ -244,23 +208,19 @@ def as_table(rows: list[dict]) -> str:
 
 
 def as_text(record: dict) -> str:
-    """The whole record in Markdown."""
+    """Return the whole record in Markdown."""
     photographs = '' if record['options']['data'] else ' There are no photographs: no --data was given.'
     head = (f'# Errors against float64\n\n{origin(record)}\n\n'
-            'Relative L2 distances of outputs and gradients from those of the published formulation in float64. Of '
-            "`published` the error itself, of our paths how many times the published one's it is." + photographs
+            'Relative L2 distances of outputs and gradients from those of the published formulation in float64. Errors '
+            'of our paths are multiples of those of `published`.' + photographs
             + f'\n\n## The largest ratios\n\n{as_summary(record["rows"])}\n')
     tables = itertools.groupby(record['rows'], key=lambda row: (row['model'], row['precision']))
     return '\n'.join([head, *(as_table(list(rows)) for _, rows in tables)])
 
 
 def main() -> None:
-    parser = create_parser('Measure the errors of all paths.', (fidelity_options, compile_options))
-    args = parse_options(parser)
-    folder = check_record_options(args)
-    logging.disable(logging.INFO)  # the bar and the tables are enough
-    world, _ = start(training_options('--device', args.device, '--seed', str(args.seed)), alone=True)
-    check_precisions(args.precision, world.device)
+    args = parse_command('Measure the errors of all paths.', 'fidelity', fidelity_options, compile_options)
+    _, world = start_alone(args)
     precisions = {name: precision_of(name, world.device) for name in args.precision}
     images = {kind: batch.to(world.device) for kind, batch in make_images(args).items()}
     rows: list[dict] = []
@@ -275,10 +235,10 @@ def main() -> None:
                 rows += [{'model': model, 'weights': weights, 'images': kind, **row}
                          for row in measure(models, batch, precisions)]
                 bar.update()
-            # Stable, so that within a table the order stays.
+            # The sort is stable, so the order within a table stays.
             rows.sort(key=lambda row: (args.models.index(row['model']), args.precision.index(row['precision'])))
             add_ratios(rows)
-            paths = write_record(folder, args.name, record, as_text(record))
+            paths = save(args, record, as_text(record))
     print(as_summary(rows), *paths, sep='\n')
 
 

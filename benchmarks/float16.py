@@ -1,35 +1,24 @@
-"""Trains for a number of steps in float16 and records loss, gradient and skipped steps: whether they stay finite.
+"""Train for a number of steps in float16 and record loss, gradient and skipped steps: whether they stay finite.
 
     python -m benchmarks.float16                                                             # on a GPU
     python -m benchmarks.float16 --model t2t_vit_7 --img-size 32 -b 8 --steps 4 --device cpu # a CPU takes bfloat16
 
-What trains is what train.py trains, on the embedded digits with their augmentation. Nothing is evaluated and no
-checkpoint is saved, so the speed of the disk does not count. It ends after --steps or --seconds, whichever comes first.
-
-NAME.json, the record with a line for every --log-interval steps, and NAME.md, its table, go to --output at each line.
+It trains as train.py does on the embedded digits, without evaluations and checkpoints, until --steps or --seconds.
+The record and its table are written every --log-interval steps.
 """
 import itertools
-import logging
 import math
 import time
 
-from benchmarks.shared.measure import training_options
-from benchmarks.shared.records import (
-    check_record_options,
-    markdown_table,
-    new_record,
-    origin,
-    record_options,
-    write_record,
-)
+from benchmarks.shared.command import common_options, parse_command, shared_training_options
+from benchmarks.shared.measure import create_step
+from benchmarks.shared.records import markdown_table, new_record, origin, save
 from data.pipeline import create_training_input, open_training_data
 from engine.loss import create_loss
-from engine.optimizer import create_optimizer, create_schedule, param_groups
-from engine.run import create_state
+from engine.optimizer import create_schedule
 from engine.step import TrainingStep
 from models import create_model_from_options, resolve_name
-from options.parser import create_parser, parse_options
-from options.types import count, image_size, positive, positive_int
+from options.types import count, positive, positive_int
 from utils.console import progress_bar
 from utils.errors import NotFiniteError
 from utils.runtime import start
@@ -41,38 +30,31 @@ WARMUP_EPOCHS = 2
 def float16_options(parser) -> None:
     add = parser.add_argument_group('What is trained').add_argument
     add('--model', default='t2t_vit_14', metavar='MODEL', help='by name')
-    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per step')
-    add('--img-size', type=image_size, default=224, metavar='N', help='input size in pixels, or HxW')
-    add('--lr', type=positive, default=5e-4, metavar='RATE', help='after the warm-up')
+    common_options(add, batch_size=64, img_size=224, device='auto')
+    add('--lr', type=positive, default=5e-4, metavar='RATE', help='learning rate after the warm-up')
     add('-j', '--workers', type=count, default=4, metavar='N', help='processes that prepare images')
-    add('--device', default='auto', metavar='NAME', help='auto (a GPU where there is one), cuda, cuda:1 or cpu')
     add = parser.add_argument_group('How long').add_argument
-    add('--steps', type=positive_int, default=506, metavar='N', help='steps at most')
-    add('--seconds', type=positive, default=60, metavar='S', help='begin no step after so long')
-    add('--log-interval', type=positive_int, default=10, metavar='N', help='steps of a line')
-    record_options(parser, 'float16')
+    add('--steps', type=positive_int, default=506, metavar='N', help='maximum of steps')
+    add('--seconds', type=positive, default=60, metavar='S', help='begin no step after this time')
+    add('--log-interval', type=positive_int, default=10, metavar='N', help='steps per line')
 
 
-def create_step(args, training_args):
-    """The step, its state, the schedule of its rate, the loader and the precision, as train.py has them."""
+def prepare_training(args, training_args):
+    """Return the step, its state, the schedule of its rate, the loader and the precision, as train.py makes them."""
     world, precision = start(training_args, alone=True)
     train_set, val_set = open_training_data(training_args, world)
     model = create_model_from_options(training_args, num_classes=len(train_set.classes))
     batches = create_training_input(training_args, train_set, val_set, model.pretrained_cfg, model.num_classes, world)
-    optimizer = create_optimizer(param_groups(model, training_args.weight_decay), training_args)
-    state = create_state(training_args, model, optimizer, precision, train_set.classes, world)
     steps_per_epoch = len(batches.train_loader)
     training_args = training_args.replacing(epochs=max(math.ceil(args.steps / steps_per_epoch), WARMUP_EPOCHS + 1))
-    schedule, _ = create_schedule(optimizer, training_args, steps_per_epoch)
-    step = TrainingStep(state, state.model, prepare=batches.prepare_train,
-                        loss=create_loss(training_args, soft_targets=batches.prepare_train.mixing),
-                        precision=precision, args=training_args)
-    state.model.train()
+    state, step = create_step(training_args, model, precision, world, prepare=batches.prepare_train,
+                              loss=create_loss(training_args, soft_targets=batches.prepare_train.mixing))
+    schedule, _ = create_schedule(state.optimizer, training_args, steps_per_epoch)
     return step, state, schedule, batches.train_loader, precision
 
 
 def epochs_of(loader, state, schedule):
-    """Batches without an end, epoch after epoch, with the rate that the schedule gives each."""
+    """Yield batches without end, epoch after epoch, at the rate of the schedule."""
     for epoch in itertools.count():
         schedule.step(epoch)
         loader.set_position(epoch)
@@ -82,7 +64,7 @@ def epochs_of(loader, state, schedule):
 
 
 def log_line(step: TrainingStep, state) -> dict:
-    """How training goes since the last line; a loss of None where every step since was skipped."""
+    """Return loss and gradient since the last line; the loss is None if every step was skipped."""
     step.sync_skipped_steps()
     loss, count = (state.loss_sums - state.window_sums).tolist()
     state.window_sums.copy_(state.loss_sums)
@@ -91,32 +73,26 @@ def log_line(step: TrainingStep, state) -> dict:
 
 
 def as_text(record: dict) -> str:
-    """The record in Markdown; of many lines some."""
+    """Return the record in Markdown, with about 20 of its lines and the last one."""
     lines = record['lines']
     shown = lines[::math.ceil(len(lines) / 20)] if lines else []
-    rows = [[str(line['step']), str(line['skipped']), *('not finite' if value is None or not math.isfinite(value)
-                                                        else f'{value:.3g}' for value in
-                                                        (line['loss'], line['gradient_norm']))]
-            for line in [*shown, *([] if not lines or shown[-1] is lines[-1] else [lines[-1]])]]
+    shown += [line for line in lines[-1:] if line is not shown[-1]]
+    rows = [[line['step'], line['skipped'], *(
+        'not finite' if value is None or not math.isfinite(value) else f'{value:.3g}'
+        for value in (line['loss'], line['gradient_norm']))] for line in shown]
     remark = '' if record['finished'] else ' It is not finished.'
     return (f'# Training in {record["precision"]}\n\n{origin(record)} '
-            'Loss is the mean since the line before, of the steps that were not skipped; the gradient is that of the '
-            f'last step.{remark}\n\n{markdown_table(["step", "skipped", "loss", "norm of the gradient"], rows)}\n')
+            'Loss is the mean since the line before, without skipped steps; the gradient is that of the last step.'
+            f'{remark}\n\n{markdown_table(["step", "skipped", "loss", "norm of the gradient"], rows)}\n')
 
 
 def main() -> None:
-    parser = create_parser('Train for some steps in float16.', (float16_options,))
-    args = parse_options(parser)
-    folder = check_record_options(args)
+    args = parse_command('Train for some steps in float16.', 'float16', float16_options)
     resolve_name(args.model)
-    # A CPU trains in bfloat16.
-    dtype = 'auto' if args.device == 'cpu' else 'float16'
-    training_args = training_options(
-        '--dataset', 'digits', '--model', args.model, '--batch-size', str(args.batch_size), '--lr', str(args.lr),
-        '--workers', str(args.workers), '--device', args.device, '--amp', '--amp-dtype', dtype,
-        '--warmup-epochs', str(WARMUP_EPOCHS), '--cooldown-epochs', '0').replacing(img_size=args.img_size)
-    logging.disable(logging.INFO)
-    step, state, schedule, loader, precision = create_step(args, training_args)
+    training_args = shared_training_options(args).replacing(
+        dataset='digits', amp=True, amp_dtype='auto' if args.device == 'cpu' else 'float16',  # a CPU takes bfloat16
+        warmup_epochs=WARMUP_EPOCHS, cooldown_epochs=0)
+    step, state, schedule, loader, precision = prepare_training(args, training_args)
     lines: list[dict] = []
     record = {**new_record('float16', args, state.world.device), 'precision': str(precision), 'finished': False,
               'lines': lines}
@@ -124,14 +100,14 @@ def main() -> None:
     batches = epochs_of(loader, state, schedule)
     bar = progress_bar(total=args.steps, desc=f'{args.model}, {precision}')
     try:
-        # One step at least, so that there is a line.
+        # It takes a step at least, so that there is a line.
         while not state.global_step or (
                 state.global_step < args.steps and time.perf_counter() - started < args.seconds):
             step(batches)
             bar.update()
             if state.global_step == 1 or state.global_step % args.log_interval == 0:
                 lines.append(log_line(step, state))
-                write_record(folder, args.name, record, as_text(record))
+                save(args, record, as_text(record))
         if lines[-1]['step'] != state.global_step:
             lines.append(log_line(step, state))
         record['finished'] = True
@@ -141,7 +117,7 @@ def main() -> None:
     finally:
         bar.close()
         loader.close()
-        paths = write_record(folder, args.name, record, as_text(record))
+        paths = save(args, record, as_text(record))
     print(as_text(record), *paths, sep='\n')
 
 

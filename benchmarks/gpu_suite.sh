@@ -1,27 +1,25 @@
 #!/usr/bin/env bash
-# All that needs a GPU, part by part: steps of all sizes side by side with their memory and profiles, steps in float16,
-# the GPU tests, errors against float64, what DDP adds, and a table of targets and figures.
+# Run everything that needs a GPU in parts: steps of all sizes with memory and profiles, steps in float16, the GPU tests,
+# errors against float64, the overhead of DDP, and a table of targets and figures.
 #
-#     bash benchmarks/gpu_suite.sh                                  # from anywhere; needs no network
-#     COMMIT=$(git rev-parse --short HEAD) bash benchmarks/gpu_suite.sh        # where the code goes without its .git
+#     bash benchmarks/gpu_suite.sh                                  # from any folder; needs no network
+#     COMMIT=$(git rev-parse --short HEAD) bash benchmarks/gpu_suite.sh        # if .git does not exist there
 #     PARTS='t14 t14_train' bash benchmarks/gpu_suite.sh
-#     bash benchmarks/gpu_suite.sh --dry-run                        # all parts, tiny and not compiled, on a CPU
+#     bash benchmarks/gpu_suite.sh --dry-run                        # all parts, small and not compiled, on a CPU
 #
-# Four files come of it in OUT: NAME.md (targets, parts, all tables), NAME.json (all records), NAME.log (all output) and
-# NAME-scale.png. They are what is committed: `git add benchmarks/results/DATE-DEVICE*`. The first two are written again
-# within a second of each new row, so that nothing is lost that was measured, whatever is killed.
+# The suite writes four files to OUT: NAME.md (targets, parts, all tables), NAME.json (all records), NAME.log (all output)
+# and NAME-scale.png. Commit them: `git add benchmarks/results/DATE-DEVICE*`. The first two are renewed within a second of
+# each new row, so a killed suite loses nothing that it measured.
 #
-# The parts are in order of importance, each with its own limit; one that fails or is slow costs only itself, and none
-# begins when LIMIT is over. Speed and memory of t2t_vit_14 beside the published formulation come first, without a
-# compiler. Run again with the same NAME, and of the same commit, for the parts that have not ended well; with another
-# NAME everything is measured anew. The exit code is 0 if and only if all that were asked for have ended well, and 2 of a
-# mistake.
+# Parts run in order of importance, each with its own limit. A part that fails or is slow does not affect the others, and
+# none begins after LIMIT. Run the suite again with the same NAME and commit to run the parts that did not end well. With
+# another NAME, everything is measured again. The exit code is 0 if all parts ended well, and 2 for a mistake.
 #
-# OUT      folder of the files (benchmarks/results; of a dry run output/gpu_suite)
-# NAME     of the files, without a folder (DATE-DEVICE, as 2026-12-24-h200)
-# PARTS    which parts (all)
-# LIMIT    seconds for all parts (510; of a dry run 2000)
-# COMMIT   what the records have as the commit (that of git)
+# OUT      folder of the files (benchmarks/results; for a dry run output/gpu_suite)
+# NAME     name of the files, without a folder (DATE-DEVICE, such as 2026-12-24-h200)
+# PARTS    parts to run (all)
+# LIMIT    seconds for all parts (510; for a dry run 2000)
+# COMMIT   commit in the records (that of git)
 # PYTHON   the interpreter (python3)
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -40,7 +38,7 @@ case $limit in '' | *[!0-9]*)
     exit 2 ;;
 esac
 command -v "$python" > /dev/null || { echo "PYTHON=$python: no such command; name an interpreter" >&2; exit 2; }
-set -f  # a * in PARTS is no pattern
+set -f  # a * in PARTS is not a pattern
 all='t14 t14_train t14_inference peer t_14 float16 tests fidelity scale sizes batch_64 pixels_384 peers compiled_errors'
 parts=${PARTS:-$all}
 for part in $parts; do
@@ -57,7 +55,7 @@ case $name in */* | . | ..)
     echo "NAME=$name: give a name without a folder; the folder is OUT" >&2
     exit 2 ;;
 esac
-# Relative, for commands stand in the records; of this run alone, for parts of one that was killed may still write.
+# Relative, since records contain commands; for this run only, since parts of a killed one may still write.
 work=output/gpu_suite/$name.$$
 for old in "${work%.*}".*; do
     kill -0 "${old##*.}" 2> /dev/null || rm -rf "$old"
@@ -67,12 +65,12 @@ log=$OUT/$name.log
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 targets=(-m benchmarks.targets --records "$work" --output "$OUT" --name "$name")
 touch "$work/parts.tsv" "$log"
-[ -z "$dry" ] || [ -n "${NAME:-}" ] || rm -f "$OUT/$name".*  # what was tried before proves nothing of the code now
+[ -z "$dry" ] || [ -n "${NAME:-}" ] || rm -f "$OUT/$name".*  # results of an earlier dry run prove nothing
 if [ -e "$OUT/$name.json" ]; then
     "$python" "${targets[@]}" --unpack || { code=$?; rm -rf "$work"; exit $code; }
 fi
 
-# What is measured.
+# Commands of the parts.
 step=(benchmarks.step --output "$work" --warmup 5)
 scale=(benchmarks.cost --output "$work" --name scale)
 fidelity=(benchmarks.fidelity --output "$work" --weights golden)
@@ -100,7 +98,7 @@ else
     compiled=(--compile model) blocks=(--compile blocks) graphs=(--compile graphs) errors=(--compile blocks)
 fi
 
-run() {  # run PART SECONDS COMMAND…: if it was asked for; how it begins and ends goes to parts.tsv
+run() {  # run PART SECONDS COMMAND…: run it if PARTS has it; write its beginning and end to parts.tsv
     local part=$1 seconds=$2 left=$((limit - SECONDS)) began=$SECONDS code=0 outcome
     shift 2
     case " $parts " in *" $part "*) ;; *) return 0 ;; esac
@@ -113,7 +111,7 @@ run() {  # run PART SECONDS COMMAND…: if it was asked for; how it begins and e
         failed=1
         return 0
     fi
-    [ -z "$dry" ] || seconds=$((5 * seconds))  # a CPU may have other work
+    [ -z "$dry" ] || seconds=$((5 * seconds))  # a CPU may be busy
     [ "$seconds" -le "$left" ] || seconds=$left
     printf '\n=== %s, at %d s\n' "$part" "$SECONDS" | tee -a "$log"
     printf '%s\t0\tbegun, and not ended\n' "$part" >> "$work/parts.tsv"

@@ -1,29 +1,18 @@
-"""Measures the input pipeline: timm's `create_loader` and ours, side by side, in training and in evaluation.
+"""Measure the input pipeline: timm's `create_loader` and ours, side by side, in training and in evaluation.
 
     python -m benchmarks.loader /data/imagenet/val                     # 1, 2 and as many workers as there are cores
     python -m benchmarks.loader imagenet_sample.tar --workers 2 --rounds 20
 
 DIR is a folder of class folders, a data set that has such a folder of --split, or a tar of either. --images of it are
-copied to a temporary folder, spread over its classes, and packed by tools/pack.py: as they are, and resized once.
+copied to a temporary folder and packed by tools/pack.py: unchanged, and resized once.
 
-Training is the recipe of ImageNet: decoding, RandomResizedCrop (bilinear or bicubic at random), flip,
-rand-m9-mstd0.5-inc1, Mixup 0.8 and CutMix 1.0, normalisation, RandomErasing 0.25 by pixels. Out of either loader comes
-a batch as the model takes it: float32, with soft targets. timm mixes in its workers and normalises and erases on the
-device; ours does all three there. The device is the CPU here, so that what a GPU would do counts too; it is the time of
-the main process. `decode alone` gives one pixel of each image: no pipeline that decodes here can be faster.
+Training is the recipe of ImageNet. Both loaders deliver float32 batches with soft targets. timm mixes in its workers
+and normalises and erases on the device; ours does all three there. The device is the CPU of the main process.
+`decode alone` takes one pixel of each image and is a bound for every pipeline.
 
-Contenders take turns, in another order in each round, and each turn is a whole epoch of --batches per worker: nothing
-is prepared before it starts, and nothing is left to prepare when it ends. Time on the cores is what the kernel accounts
-to the workers and the main process; images per second and core is the number of images by that time, which depends on
-other work on the machine less than the clock does. Memory is the proportional set size of all processes at its peak,
-of a contender that has a process of its own, as each has. All images are in the page cache.
-
-NAME.json, the record with every turn, and NAME.md, the tables, go to --output. The last line that is printed is
-
-    training, ours / timm: folders 2.10, shards 3.20
-
-the ratios of images per second and core with the most workers that do not exceed the cores, from folders, and from
-shards of images resized once against timm's folders.
+Contenders take turns in random order, each with a process of its own. A turn is a whole epoch of --batches per worker.
+Time on cores comes from the kernel and includes workers and the main process. Memory is the peak of the proportional
+set size of all processes.
 """
 import contextlib
 import functools
@@ -47,14 +36,8 @@ import numpy as np
 import torch
 from timm.data import FastCollateMixup, ImageDataset as TimmImageDataset, create_loader as create_timm_loader
 
-from benchmarks.shared.records import (
-    ROOT,
-    check_record_options,
-    markdown_table,
-    new_record,
-    record_options,
-    write_record,
-)
+from benchmarks.shared.command import common_options, parse_command
+from benchmarks.shared.records import markdown_table, new_record, save
 from data.augment import allow_zero_bits
 from data.base import ImageDataset, Part, evenly_spaced
 from data.batch import BatchPreparer, TrainBatchPreparer
@@ -63,9 +46,9 @@ from data.decode import EXTENSIONS, EncodedImage
 from data.loader import create_loader
 from data.samplers import EvalSampler, TrainSampler
 from data.transforms import create_eval_transform, create_train_transform
-from options.parser import create_parser, parse_options
-from options.types import positive_int, seed
+from options.types import positive_int
 from utils.console import progress_bar
+from utils.disk import ROOT
 from utils.errors import UserError
 from utils.runtime import keep_freed_memory
 from utils.script import run_script
@@ -79,25 +62,22 @@ FOLDERS, SHARDS, DECODE = 'folders', 'shards', 'decode alone'
 def loader_options(parser) -> None:
     add = parser.add_argument_group('What is measured').add_argument
     add('data', metavar='DIR', help='folder of class folders, or of splits of them, or a tar of either')
-    add('--split', default='train', metavar='NAME', help='folder below DIR, where there is one of this name')
-    add('--images', type=positive_int, default=1000, metavar='N', help='of DIR; fewer are repeated')
+    add('--split', default='train', metavar='NAME', help='folder in DIR, if it has one of this name')
+    add('--images', type=positive_int, default=1000, metavar='N', help='images from DIR; fewer are repeated')
     add('--workers', nargs='+', type=positive_int, metavar='N',
         help='worker processes, a table for each (default: 1, 2 and as many as there are cores)')
-    add('-b', '--batch-size', type=positive_int, default=64, metavar='N', help='images per batch')
     add('--img-size', type=positive_int, default=224, metavar='N', help='input size in pixels')
-    add('--short-side', type=positive_int, default=256, metavar='N', help='of the images resized once')
+    add('--short-side', type=positive_int, default=256, metavar='N', help='short side of images resized once')
     add = parser.add_argument_group('How').add_argument
     add('--rounds', type=positive_int, default=9, metavar='N', help='turns of each contender')
-    add('--batches', type=positive_int, default=4, metavar='N', help='of each worker in a turn')
-    add('--seed', type=seed, default=42, metavar='S', help='of augmentation and of the order of a round')
-    record_options(parser, 'loader')
+    add('--batches', type=positive_int, default=4, metavar='N', help='batches of each worker in a turn')
+    common_options(add, batch_size=64, seed=42)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
+# --- Images -----------------------------------------------------------------------------------------------------------
 
 def copy_images(source: Path, split: str, count: int, folder: Path) -> None:
-    """Copies up to `count` images of `source`, a folder or a tar, evenly spread over it, as folder/CLASS/NAME."""
+    """Copy up to `count` evenly spaced images of `source`, a folder or a tar, to folder/CLASS/NAME."""
     with contextlib.ExitStack() as stack:
         if source.is_dir():
             below = source / split if (source / split).is_dir() else source
@@ -108,7 +88,7 @@ def copy_images(source: Path, split: str, count: int, folder: Path) -> None:
                 tar = stack.enter_context(tarfile.open(source))
             except (OSError, tarfile.TarError) as error:
                 raise UserError(f'{source}: neither a folder nor a tar of images ({error})') from None
-            # The last two parts of a name alone say where a file goes.
+            # Only the last two parts of a name determine where a file goes.
             files = {Path(*Path(member.name).parts[-2:]): functools.partial(_read_member, tar, member)
                      for member in tar if member.isreg()}
         names = sorted(name for name in files if name.suffix.lower() in EXTENSIONS and '..' not in name.parts)
@@ -127,14 +107,14 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def pack(folder: Path, out: Path, *more: str) -> None:
-    """Shards of `folder` in `out`; raises UserError as tools/pack.py does."""
+    """Pack `folder` into shards in `out`; raise UserError if tools/pack.py fails."""
     done = subprocess.run([sys.executable, ROOT / 'tools/pack.py', folder, out, *more], capture_output=True, text=True)
     if done.returncode:
         raise UserError(done.stderr.strip().splitlines()[-1])
 
 
 def repeat(dataset: ImageDataset, count: int) -> ImageDataset:
-    """`count` images, evenly spread over those of `dataset`, or all of them as often as it takes."""
+    """Return `count` evenly spaced images of `dataset`, or all of them repeated."""
     if count <= len(dataset):
         return evenly_spaced(dataset, count)
     return Part(dataset, np.arange(count) % len(dataset))
@@ -145,11 +125,10 @@ def stored_bytes(dataset: ImageDataset) -> int:
     return sum(len(content) for content in stored if isinstance(content, bytes))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Contenders
+# --- Contenders -------------------------------------------------------------------------------------------------------
 
 class Timm:
-    """timm's loader of the images in `folder`; `epoch()` iterates over batches as a model takes them."""
+    """timm's loader of the images in `folder`; `epoch` iterates over batches for a model."""
 
     def __init__(self, folder: Path, *, training: bool, count: int, workers: int, args):
         dataset = TimmImageDataset(str(folder))
@@ -175,10 +154,10 @@ class Timm:
 
 
 class Ours:
-    """Our loader of `dataset` with the preparer of its batches; `epoch()` as that of Timm."""
+    """Our loader of `dataset` with the preparer of its batches; `epoch` works as Timm's."""
 
     def __init__(self, dataset: ImageDataset, *, training: bool, count: int, workers: int, args, transform=None):
-        keep_freed_memory()  # as every script of ours does where it starts
+        keep_freed_memory()  # as all our scripts do
         dataset = repeat(dataset, count)
         sampler: TrainSampler | EvalSampler
         self._prepare: BatchPreparer
@@ -203,7 +182,7 @@ class Ours:
 
 
 class OnePixel:
-    """A transform that is none: an image → one pixel of it, uint8 [3, 1, 1]."""
+    """A transform from an image to one of its pixels, uint8 [3, 1, 1]."""
     takes_encoded = True
 
     def __call__(self, image: EncodedImage) -> torch.Tensor:
@@ -212,9 +191,10 @@ class OnePixel:
 
 @dataclass
 class Contender:
-    """One row of a table; `start()` makes what it measures, in a process of its own, with that program's memory.
+    """One row of a table, measured in its own process; `start` makes its loader.
 
-    turns: (seconds, seconds on cores of the workers, of the main process) of each.
+    Attributes:
+        turns: seconds, seconds on cores of the workers, and of the main process, for each turn.
     """
     label: str
     start: Callable[[], Timm | Ours]
@@ -225,18 +205,18 @@ class Contender:
 
     def open(self) -> None:
         self.connection, theirs = multiprocessing.Pipe()
-        # Forked, for closures cannot be sent; nothing else runs in this process.
+        # It is forked, since closures cannot be sent; this process runs nothing else.
         self.process = multiprocessing.get_context('fork').Process(target=serve, args=(self.start, theirs))
         self.process.start()
         theirs.close()
 
     def ask(self, task: Callable):
-        """What `task`, a function of this module, returns in the contender's process."""
+        """Run `task`, a function of this module, in the contender's process and return its result."""
         try:
             self.connection.send(task.__name__)
             return self.connection.recv()
         except (EOFError, OSError):
-            raise UserError(f'{self.label}: its process has ended; what it said is above') from None
+            raise UserError(f'{self.label}: its process has ended; see its output above') from None
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has failed
@@ -253,7 +233,7 @@ class Contender:
 
 
 def list_contenders(task: str, datasets: dict[str, ImageDataset], folder: Path, **settings) -> list[Contender]:
-    """The rows of the table of `task`, 'training' or 'evaluation'."""
+    """Return the rows of the table of `task`, 'training' or 'evaluation'."""
     training = task == 'training'
 
     def ours(source: str, **more) -> Callable:
@@ -269,11 +249,10 @@ def list_contenders(task: str, datasets: dict[str, ImageDataset], folder: Path, 
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
+# --- Measuring --------------------------------------------------------------------------------------------------------
 
 def seconds_on_cores(processes: Iterable[int]) -> float:
-    """What the kernel has accounted to `processes`, all their threads, in seconds."""
+    """Return the seconds that all threads of `processes` have run, from the kernel."""
     total = 0.0
     for process in processes:
         for task in Path(f'/proc/{process}/task').iterdir():
@@ -283,7 +262,7 @@ def seconds_on_cores(processes: Iterable[int]) -> float:
 
 
 def proportional_bytes(processes: Iterable[int]) -> int:
-    """The proportional set size of `processes` together."""
+    """Return the proportional set size of `processes` together."""
     total = 0
     for process in processes:
         for line in Path(f'/proc/{process}/smaps_rollup').read_text().splitlines():
@@ -307,9 +286,9 @@ def peak_memory(running: Timm | Ours, workers: list[int]) -> int:
 
 
 def serve(start: Callable[[], Timm | Ours], connection: Connection) -> None:
-    """In a contender's process: does what it is asked for."""
+    """Run the requested tasks in a contender's process."""
     running = start()
-    for _ in running.epoch():  # workers start with the first
+    for _ in running.epoch():  # the first epoch starts the workers
         pass
     workers = [child.pid for child in multiprocessing.active_children() if child.pid]
     while task := connection.recv():
@@ -332,11 +311,10 @@ def measure(contenders: list[Contender], args, title: str) -> None:
                 bar.update()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
+# --- Tables -----------------------------------------------------------------------------------------------------------
 
 def as_table(table: dict) -> str:
-    """A table of the record in Markdown, with its heading."""
+    """Return a table of the record in Markdown, with its heading."""
     rows = table['rows']
     lines = [[row['contender'], f'{row["images_per_second"]:.0f}', f'{row["images_per_second_and_core"]:.0f}',
               f'{row["milliseconds_of_workers"]:.2f}', f'{row["milliseconds_of_main"]:.2f}',
@@ -358,7 +336,7 @@ def as_text(record: dict) -> str:
 
 
 def conclusion(record: dict) -> str:
-    """The line at the end, of the most workers that do not exceed the cores."""
+    """Return the last line, for the most workers that do not exceed the cores."""
     tables = [table for table in record['tables'] if table['task'] == 'training']
     fitting = [table for table in tables if table['workers'] <= record['cores']] or tables[:1]
     ratios = {row['contender']: row['ratio'] for row in max(fitting, key=lambda table: table['workers'])['rows']}
@@ -367,9 +345,8 @@ def conclusion(record: dict) -> str:
 
 
 def main() -> None:
-    parser = create_parser(__doc__.split('\n\n')[0], (loader_options,))
-    args = parse_options(parser)
-    folder = check_record_options(args)
+    args = parse_command('Measure the input pipeline: timm and ours, in training and in evaluation.', 'loader',
+                         loader_options)
     source, cores = Path(args.data).expanduser(), len(os.sched_getaffinity(0))
     if not source.exists():
         raise UserError(f'{source}: no such folder or tar; give images in class folders')
@@ -395,9 +372,8 @@ def main() -> None:
                 row['ratio'] = row['images_per_second_and_core'] / rows[0]['images_per_second_and_core']
             record['tables'].append({'task': task, 'workers': workers, 'images_per_turn': count, 'rows': rows})
             print(as_table(record['tables'][-1]), flush=True)
-        paths = write_record(folder, args.name, record, as_text(record))
-    print(*paths, sep='\n')
-    print(conclusion(record))
+        paths = save(args, record, as_text(record))
+    print(*paths, conclusion(record), sep='\n')
 
 
 if __name__ == '__main__':

@@ -1,66 +1,56 @@
-"""Holds the figures that were measured against the targets, and makes one record of many.
+"""Compare measured figures with the targets, and combine many records into one.
 
     python -m benchmarks.targets                                             # those in benchmarks/results
     python -m benchmarks.targets --records DIR --output DIR --name gpu --follow   # as benchmarks/gpu_suite.sh does
 
---records is searched, at any depth, for the records of benchmarks/step.py, scale.py, fidelity.py and float16.py, and
-for parts.tsv of gpu_suite.sh. NAME.md has a line for each target, then the tables of all records; NAME.json has the
-records by name with their tables, and the parts. --follow writes both files again whenever a record changes, until the
-process that started it has ended. --unpack makes a folder of records out of NAME.json, for a suite that goes on: what
-parts that did not end well have measured goes to before/ there, and counts until they do.
+--records is searched at any depth for records and for parts.tsv of gpu_suite.sh. NAME.md has a line for each target,
+then the tables of all records; NAME.json has the records by name with their tables, and the parts.
 
-Where there are records of a GPU, those of a CPU are not judged. A target for another machine, as those for a GPU are on
-a CPU, has no line; of one that was not measured the line says so. Where a table has what is compiled, tables without it
-do not count.
+If there are records of a GPU, those of a CPU are not judged. Targets for other machines have no line. If any table has
+`compiled`, tables without it do not count.
 """
-import logging
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.shared.records import (
-    ROOT,
-    check_record_options,
-    markdown_table,
-    read_record,
-    record_options,
-    write_record,
-)
+from benchmarks.shared.command import parse_command
+from benchmarks.shared.records import markdown_table, read_record, write_record
 from options.groups import FLAG
-from options.parser import create_parser, parse_options
-from utils.disk import make_folder, write_whole
+from utils.disk import ROOT, make_folder, write_whole
 from utils.errors import UserError
 from utils.runtime import find_commit
 from utils.script import run_script
 
 PEER = 'vit_little_patch16_reg4_gap_256'
+# Images/s of one H200 in bf16: model, pixels, task, target and stretch.
 ABSOLUTE = (('t2t_vit_14', 224, 'train', 9000, 10800), ('t2t_vit_14', 224, 'inference', 26000, 31000),
             ('t2t_vit_7', 224, 'train', None, 39500), ('t2t_vit_19', 224, 'train', None, 6400),
             ('t2t_vit_24', 224, 'train', None, 4100), ('t2t_vit_t_14', 224, 'train', None, 9000),
-            ('t2t_vit_14', 384, 'train', None, 3300))  # images/s of one H200 in bf16: target and stretch
+            ('t2t_vit_14', 384, 'train', None, 3300))
 FP16_STEPS = 500
 ABSOLUTE_DEVICE = 'H200'
-MANY_TOKENS, MANY_ON_GPU = 12_544, 200_000  # of images of 448 and 1792 pixels; launches take the time of fewer
-LAUNCH_BOUND = 0.7  # an exponent below this is that of launches
+# Tokens of images of 448 and 1792 pixels. A GPU needs the larger ones, since launches take the time of fewer tokens.
+MANY_TOKENS, MANY_ON_GPU = 12_544, 200_000
+LAUNCH_BOUND = 0.7  # a smaller exponent shows the time of launches
 PARTS = 'parts.tsv'
-WELL = 'well'  # how a part ended that is not run again
-BEFORE = 'before/'
+WELL = 'well'  # the end of a part that is not run again
+BEFORE = 'before/'  # for results of parts that did not end well; they count until these do
 LOOK_SECONDS = 0.5
 
 
 def targets_options(parser) -> None:
     add = parser.add_argument_group('Records').add_argument
     add('--records', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder with the records')
-    add('--follow', action=FLAG, default=False, help='write whenever they change, until the caller has ended')
-    add('--unpack', action=FLAG, default=False, help='write the folder --records out of NAME.json instead')
-    record_options(parser, 'targets')
+    add('--follow', action=FLAG, default=False, help='write whenever they change, until the calling process has ended')
+    add('--unpack', action=FLAG, default=False, help='write the folder --records from NAME.json, to continue a suite')
 
 
 @dataclass
 class Figure:
-    """What a target asks for, what was found, None where nothing was measured, and whether that meets it."""
+    """A target, what was found (None if nothing was measured), and whether that meets it."""
     target: str
     found: str | None = None
     is_met: bool | None = None
@@ -70,8 +60,13 @@ class Figure:
         return [self.target, self.found or '–', verdict]
 
 
+def judged(target: str, value: float | None, text: str, is_met: Callable[[float], bool]) -> Figure:
+    """Return the figure of a value, formatted by `text`; None stands for a value that was not measured."""
+    return Figure(target) if value is None else Figure(target, text.format(value), is_met(value))
+
+
 class Records:
-    """The records below a folder, by their names there; their tables; what became of the parts of gpu_suite.sh."""
+    """The records below a folder by name, their tables, and how the parts of gpu_suite.sh ended."""
 
     def __init__(self, folder: Path):
         self.by_name = {}
@@ -80,7 +75,7 @@ class Records:
         for path in sorted(folder.rglob('*.json'), key=lambda path: path.stat().st_mtime):
             record = read_record(path)
             name = path.relative_to(folder).with_suffix('').as_posix()
-            # Those of faults and of saving are not of a device's speed.
+            # The records of faults and of saving are not about a device's speed.
             if (isinstance(record, dict) and isinstance(record.get('machine'), dict)
                     and not (name.startswith(BEFORE) and name.removeprefix(BEFORE) in ended_well(self.part_lines))):
                 self.by_name[name] = record
@@ -90,29 +85,29 @@ class Records:
         self.judged = [record for record in self.by_name.values() if ('cuda' in record['machine']) == self.is_gpu]
 
     def tables(self, model: str, task: str, device: str = '', **wanted) -> list[dict[str, dict]]:
-        """The tables of benchmarks/step.py for a model: its rows by contender, without those that failed."""
+        """Return the tables of benchmarks/step.py for a model: rows by contender, without failures."""
         return [{row['contender']: row for row in table['rows'] if 'error' not in row}
                 for record in self.judged if device in record['machine']['device'] for table in record.get('tables', ())
                 if (table.get('model'), table.get('task')) == (model, task)
                 and all(table[key] == value for key, value in wanted.items())]
 
     def parts(self, name: str) -> list[dict]:
-        """The parts of benchmarks/cost.py of that name."""
+        """Return what the records of benchmarks/cost.py have of a part."""
         return [record[name] for record in self.judged if name in record]
 
 
 def ended_well(part_lines: list[list[str]]) -> set[str]:
-    """The parts of gpu_suite.sh that are done."""
+    """Return the parts of gpu_suite.sh that are done."""
     return {part for part, _, ended in part_lines if ended == WELL}
 
 
 def compiled_if_any(tables: list[dict[str, dict]]) -> list[dict[str, dict]]:
-    """The tables that have what is compiled, else all."""
+    """Return the tables that have `compiled`, or else all."""
     return [table for table in tables if 'compiled' in table] or tables
 
 
 def fastest(table: dict[str, dict]) -> float | None:
-    """Images/s of the faster of our paths in a table."""
+    """Return images/s of the faster of our paths in a table."""
     return max((table[name]['images_per_second'] for name in ('default', 'compiled') if name in table), default=None)
 
 
@@ -135,50 +130,44 @@ def absolute(records: Records) -> list[Figure]:
 
 def against_yardstick(records: Records, model: str, task: str, factor: float, paths=('default', 'compiled'),
                       **wanted) -> Figure:
-    """At least so many times as fast as the published code; of several tables, the worst counts."""
-    figure = Figure(f'{model}, {task}: {" or ".join(paths)} at least {factor} × published')
+    """Judge whether we are `factor` times as fast as the published code in every table."""
     tables = [table for table in records.tables(model, task, **wanted)
               if 'published' in table and table.keys() & set(paths)]
     found = [max(table[path]['images_per_second'] for path in paths if path in table)
              / table['published']['images_per_second']
              for table in (compiled_if_any(tables) if 'compiled' in paths else tables)]
-    if found:
-        figure.found, figure.is_met = f'{min(found):.2f} ×', min(found) >= factor
-    return figure
+    return judged(f'{model}, {task}: {" or ".join(paths)} at least {factor} × published', min(found, default=None),
+                  '{:.2f} ×', lambda quotient: quotient >= factor)
 
 
 def against_peer(records: Records, task: str) -> list[Figure]:
     figures = []
     for ours, theirs in (('default', PEER), ('compiled', f'{PEER}, compiled')):
-        figure = Figure(f't2t_vit_14, {task}, {ours}: ahead of {theirs}')
         tables = [table for table in records.tables('t2t_vit_14', task, img_size=224)
                   if table.keys() >= {ours, theirs}]
         quotients = [table[ours]['images_per_second'] / table[theirs]['images_per_second']
                      for table in compiled_if_any(tables)]
-        if quotients:
-            figure.found, figure.is_met = f'{min(quotients):.2f} ×', min(quotients) > 1
-        figures.append(figure)
+        figures.append(judged(f't2t_vit_14, {task}, {ours}: ahead of {theirs}', min(quotients, default=None),
+                              '{:.2f} ×', lambda quotient: quotient > 1))
     return figures
 
 
 def memory(records: Records) -> Figure:
-    figure = Figure('t2t_vit_14, train: peak memory at most half of published')
     tables = [table for table in records.tables('t2t_vit_14', 'train', batch_size=256, img_size=224)
               if 'published' in table and fastest(table)]
     shares = [min(table[name]['peak_bytes'] for name in ('default', 'compiled') if name in table)
               / table['published']['peak_bytes'] for table in compiled_if_any(tables)]
-    if shares:
-        figure.found, figure.is_met = f'{max(shares):.2f} of it', max(shares) <= 0.5
-    return figure
+    return judged('t2t_vit_14, train: peak memory at most half of published', max(shares, default=None),
+                  '{:.2f} of it', lambda share: share <= 0.5)
 
 
 def float16(records: Records) -> Figure:
     figure = Figure(f'float16: no NaN in {FP16_STEPS} steps')
-    # Of several, that which went furthest.
+    # The record with the most steps counts.
     record = max((record for record in records.judged if record.get('lines')),
                  key=lambda record: record['lines'][-1]['step'], default=None)
     if record:
-        # The scale of the loss is too large at first, and is halved in a step that is skipped: so may be all of a line.
+        # A line may have only skipped steps, since each of them halves a loss scale that is too large at first.
         losses, last = [line['loss'] for line in record['lines'] if line['loss'] is not None], record['lines'][-1]
         is_finite = last['loss'] is not None
         figure.found = f'{last["step"]} steps, {last["skipped"]} skipped, loss ' + (
@@ -214,7 +203,7 @@ def scaling(records: Records) -> list[Figure]:
 
 
 def fidelity(records: Records) -> list[Figure]:
-    """The largest quotient of our error and the published code's, for each precision; ours has to be finite."""
+    """Judge for each precision our largest error as a multiple of the published code's; ours has to be finite."""
     found: dict[str, list[float]] = {}
     lost: Counter[str] = Counter()
     for row in (row for record in records.judged for row in record.get('rows', ()) if 'ratios' in row):
@@ -233,7 +222,7 @@ def fidelity(records: Records) -> list[Figure]:
 
 
 def judge(records: Records) -> list[Figure]:
-    """A figure for each target that holds for the machine of the records."""
+    """Return a figure for each target that applies to the machine of the records."""
     if records.is_gpu:
         return [*absolute(records),
                 against_yardstick(records, 't2t_vit_14', 'train', 2.25, batch_size=256, img_size=224),
@@ -247,29 +236,25 @@ def judge(records: Records) -> list[Figure]:
               for task in ('train', 'inference')), *scaling(records), *fidelity(records)]
 
 
-def parts_table(lines: list[list[str]]) -> str:
-    """What became of the parts of gpu_suite.sh: of each its last line."""
-    rows = list({line[0]: line for line in lines}.values())
-    return '\n\n## Parts\n\n' + markdown_table(['part', 'seconds', 'ended'], rows) if rows else ''
-
-
 def write_targets(folder: Path, output: Path, name: str) -> str:
-    """Writes NAME.json and NAME.md of what is in `folder`; returns its first tables and the files' paths."""
+    """Write NAME.json and NAME.md for the records in `folder`; return the first tables and the paths."""
     records = Records(folder)
     table = markdown_table(['target', 'found', 'verdict'], [figure.line() for figure in judge(records)])
     is_suite = folder.resolve() != output.resolve()
     texts = records.texts if is_suite else {}
-    table += parts_table(records.part_lines)
+    if records.part_lines:
+        ends = {line[0]: line for line in records.part_lines}  # of each part its last line
+        table += '\n\n## Parts\n\n' + markdown_table(['part', 'seconds', 'ended'], list(ends.values()))
     text = '\n\n'.join([f'# Targets\n\n{table}', *texts.values()])
     content = {'records': records.by_name, **({'texts': texts, 'parts': records.part_lines} if is_suite else {})}
     return '\n'.join([table, *map(str, write_record(output, name, content, text + '\n'))])
 
 
 def follow(folder: Path, output: Path, name: str) -> None:
-    """Writes the targets whenever something in `folder` has changed, until the process that started this has ended."""
+    """Write the targets whenever `folder` has changed, until the calling process has ended."""
     parent, before, has_ended = os.getppid(), None, False
     while not has_ended:
-        has_ended = os.getppid() != parent  # then once more, for what changed last
+        has_ended = os.getppid() != parent  # then writes once more, for the last change
         now = {path: path.stat().st_mtime_ns for kind in ('*.json', '*.md', PARTS) for path in folder.rglob(kind)}
         if now != before:
             write_targets(folder, output, name)
@@ -278,7 +263,7 @@ def follow(folder: Path, output: Path, name: str) -> None:
 
 
 def unpack(packed: Path, folder: Path) -> None:
-    """Makes the folder of records that NAME.json was written from."""
+    """Restore the folder of records that NAME.json was written from."""
     content = read_record(packed)
     if not isinstance(content, dict) or not content.keys() >= {'records', 'texts', 'parts'}:
         raise UserError(f'--name: {packed} is not of gpu_suite.sh; give another name')
@@ -287,7 +272,7 @@ def unpack(packed: Path, folder: Path) -> None:
         if (commit := record['machine']['commit']) != now:
             raise UserError(f'--name: {packed} has figures of commit {commit}, and this is {now}; give another name')
     done = ended_well(content['parts'])
-    # What is in before/ comes first, so that what the same part has measured since then replaces it.
+    # Records in before/ come first, so that newer ones of the same part replace them.
     names = sorted(content['records'], key=lambda name: not name.startswith(BEFORE))
     for number, name in enumerate(names):
         path = folder / (name if name in done else BEFORE + name.removeprefix(BEFORE))
@@ -298,11 +283,8 @@ def unpack(packed: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = create_parser('Hold what was measured against the targets.', (targets_options,))
-    args = parse_options(parser)
-    folder = Path(args.records).expanduser()
-    output = check_record_options(args)
-    logging.disable(logging.INFO)
+    args = parse_command('Compare measured figures with the targets.', 'targets', targets_options)
+    folder, output = Path(args.records).expanduser(), Path(args.output).expanduser()
     if args.unpack:
         unpack(output / f'{args.name}.json', folder)
         return

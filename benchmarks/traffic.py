@@ -1,48 +1,29 @@
-"""Counts what a training step asks of a machine's memory, and of its host, without the machine that it is about.
+"""Count what a training step reads and writes in a GPU's memory, and its operators, without a GPU.
 
     python -m benchmarks.traffic
     python -m benchmarks.traffic --models t2t_vit_7 t2t_vit_t_14 --batch-size 64 --precision fp32
 
-A GPU's step of this size is bound by the bytes that its kernels read and write, and by the number of kernels where the
-batch is small. Both are known from the operators alone: every operator that computes reads its arguments and writes its
-results; of a compiled step, every kernel that torch.compile has made of several operators reads and writes what goes in
-and out of it. They are counted here on a CPU for two batch sizes, with a GPU's way of attention, and carried on to
---batch-size, of which they are a linear function. `floor` is the time that the bytes alone take at --bandwidth.
+Every operator that computes reads its arguments and writes its results. They are counted on a CPU for two batch sizes,
+with a GPU's attention, and extrapolated linearly to --batch-size. `floor` is the time of the bytes at --bandwidth.
 
-What is not seen: caches; kernels that fuse differently on a GPU; the inside of a fused attention, which counts as its
-arguments and results. Autocast is that of a CPU, which leaves softmax, exp and layer_norm in bfloat16 where a GPU takes
-float32: the published formulation, which has most of them, moves more there than is counted. Of the optimizer and the
-average every tensor counts as often as it is read and written; to a fused optimizer's gradients, which its schema marks
-as written, that adds one time too many.
+Not seen are caches and the inside of a fused attention. A CPU's autocast leaves softmax, exp and layer_norm in
+bfloat16; a GPU's does not. Each gradient of a fused optimizer counts once too often.
 """
 import itertools
-import logging
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.shared.measure import NOT_COMPUTING, Contender, make_batch, start_training, training_options
-from benchmarks.shared.records import (
-    check_record_options,
-    markdown_table,
-    new_record,
-    precision_of,
-    record_options,
-    write_record,
-)
-from engine.compile import compile_model
+from benchmarks.shared.command import common_options, parse_command, start_alone
+from benchmarks.shared.measure import NOT_COMPUTING, Contender, start_training
+from benchmarks.shared.records import markdown_table, new_record, precision_of, save
 from models import layers, resolve_name
-from options.groups import FLAG
-from options.parser import create_parser, parse_options
-from options.types import image_size, positive, positive_int, seed
+from options.types import positive
 from utils.console import progress_bar
 from utils.distributed import World
-from utils.runtime import start
 from utils.script import run_script
 
 BATCHES = (2, 4)
@@ -50,18 +31,14 @@ BATCHES = (2, 4)
 
 def traffic_options(parser) -> None:
     add = parser.add_argument_group('What is counted').add_argument
-    add('--models', nargs='+', default=['t2t_vit_14', 't2t_vit_7', 't2t_vit_t_14'], metavar='MODEL')
-    add('--compiled', action=FLAG, default=True, help='also of the compiled step: minutes for each model')
-    add('--precision', default='bf16', choices=['fp32', 'bf16'])
-    add('-b', '--batch-size', type=positive_int, default=256, metavar='N', help='images per step')
-    add('--img-size', type=image_size, default=224, metavar='N', help='input size in pixels, or HxW')
+    add('--models', nargs='+', default=['t2t_vit_14', 't2t_vit_7', 't2t_vit_t_14'], metavar='MODEL',
+        help='T2T-ViTs, by name')
     add('--bandwidth', type=positive, default=4.3, metavar='TB/S', help='of the memory (H200: 4.3)')
-    add('--seed', type=seed, default=42, metavar='S')
-    record_options(parser, 'traffic')
+    common_options(add, batch_size=256, img_size=224, precision='bf16', seed=42)
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the operators that compute, and the bytes that they read and write."""
+    """Count the operators that compute, and the bytes that they read and write."""
 
     def __init__(self):
         super().__init__()
@@ -73,13 +50,13 @@ class Traffic(TorchDispatchMode):
         result = func(*args, **kwargs)
         if written := what_is_computed(func, args, kwargs, result):
             self.operators += 1
-            # What is changed in place is an argument, and a result as well or marked in the schema: read and written.
+            # A tensor changed in place is an argument and a result (or marked in the schema): read and written.
             self.bytes += sum(map(_size, read)) + sum(map(_size, written))
         return result
 
 
 def what_is_computed(func, args: tuple, kwargs: dict, result) -> list[torch.Tensor]:
-    """The tensors that an operator writes; none of a view, and of what merely makes memory or reads a value."""
+    """Return the tensors that an operator writes; none if it makes a view, makes memory or reads a value."""
     if func._schema.name.partition('::')[2] in NOT_COMPUTING or func.is_view:
         return []
     return _tensors(result) or _written(func, args, kwargs)
@@ -90,7 +67,7 @@ def _tensors(tree) -> list[torch.Tensor]:
 
 
 def _written(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    """The arguments that an operator writes to, as its schema says."""
+    """Return the arguments that an operator writes to by its schema."""
     arguments = func._schema.arguments
     by_name = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
     return _tensors([by_name.get(argument.name) for argument in arguments
@@ -98,59 +75,27 @@ def _written(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
 
 
 def _size(tensor: torch.Tensor) -> int:
-    """The bytes of its elements; those of an expanded tensor are there once."""
+    """Return the bytes of a tensor's elements; an expanded tensor has them once."""
     return tensor.element_size() * min(tensor.numel(), tensor.untyped_storage().nbytes() // tensor.element_size())
 
 
 def count(work: Callable[[], object]) -> np.ndarray:
-    """Operators, and bytes, of `work`."""
+    """Return the operators and bytes of `work`."""
     with Traffic() as traffic:
         work()
     return np.array([traffic.operators, traffic.bytes])
 
 
 def count_step(contender: Contender, batch_size: int, args, training_args, world: World) -> np.ndarray:
-    """Operators, or kernels, of a step of so many images, and the bytes that they read and write."""
-    args = args.replacing(batch_size=batch_size, compile='model', channels_last=False)
-    precision = precision_of(args.precision, world.device)
-    running = start_training(replace(contender, is_compiled=False), args, training_args, precision, world)
-    running.step()  # the first one makes the optimizer's state
-    whole = count(running.step)
-    if not contender.is_compiled:
-        return whole
-    images, _ = make_batch(contender, args, world.device)
-    running.model.train()
+    """Return the operators of a step of `batch_size` images, and their bytes."""
+    running = start_training(contender, args.replacing(batch_size=batch_size), training_args,
+                             precision_of(args.precision, world.device), world)
+    running.step()  # the first step makes the optimizer's state
+    return count(running.step)
 
-    def forward_and_backward() -> None:
-        with precision.autocast():
-            logits = running.model(images)
-        logits.backward(torch.ones_like(logits))
-
-    # Of the step it is the model that gets compiled; loss, optimizer and average stay as they are.
-    rest = whole - count(forward_and_backward)
-    return rest + _count_compiled(running.model, forward_and_backward)
-
-
-def _count_compiled(model: nn.Module, work: Callable[[], object]) -> np.ndarray:
-    """Kernels that torch.compile makes of `work`, with the library's that it calls, and their bytes."""
-    from torch._inductor import config, metrics
-    torch.compiler.reset()
-    metrics.reset()
-    # Bytes are counted for whoever listens to this log.
-    log = logging.getLogger('torch._inductor.compile_fx.__inductor_metrics')
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    compile_model(model, 'model')
-    with config.patch(force_disable_caches=True):  # a graph from the cache is not counted
-        work()
-    kernels = sum(type(node).__name__ != 'NopKernelSchedulerNode' for node, _ in metrics.nodes_num_elem)
-    return np.array([kernels, metrics.num_bytes_accessed])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 def as_text(record: dict) -> str:
-    """The record as Markdown."""
+    """Return the record in Markdown."""
     asked = record['options']
     rows = []
     for model in asked['models']:
@@ -158,7 +103,7 @@ def as_text(record: dict) -> str:
         rows += [[f"{model}, {row['contender']}", f"{row['operators']:,}", f"{row['bytes'] / 1e9:.1f}",
                   f"{row['bytes'] / mine[0]['bytes']:.2f}", f"{row['floor_milliseconds']:.1f}",
                   f"{row['floor_images_per_second']:,.0f}"] for row in mine]
-    header = ['model', 'operators or kernels', 'GB', '× published',
+    header = ['model', 'operators', 'GB', '× published',
               f"floor at {asked['bandwidth']:g} TB/s, ms", 'img/s']
     return '\n'.join([
         f"# Memory traffic of a training step: batch {asked['batch_size']}, {asked['img_size']} pixels, "
@@ -167,36 +112,27 @@ def as_text(record: dict) -> str:
         markdown_table(header, rows), ''])
 
 
-def main():
-    parser = create_parser('Count what a training step reads and writes.', (traffic_options,))
-    args = parse_options(parser)
+def main() -> None:
+    args = parse_command('Count what a training step reads and writes.', 'traffic', traffic_options,
+                         device='cpu', channels_last=False)
     for model in args.models:
         resolve_name(model)
-    folder = check_record_options(args)
-    training_args = training_options('--device', 'cpu').replacing(seed=args.seed, img_size=args.img_size)
-    world, _ = start(training_args, alone=True)
-    layers.HAS_MATRIX_UNITS = True  # attention as a GPU has it
-    names = ['published', 'default'] + ['compiled'] * args.compiled
-    bar = progress_bar(total=len(args.models) * len(names) * len(BATCHES), desc='traffic')
+    training_args, world = start_alone(args)
+    layers.HAS_MATRIX_UNITS = True  # attention as on a GPU
     rows = []
-    for model, name in itertools.product(args.models, names):
-        contender = Contender(name, model, args.img_size, is_published=name == 'published',
-                              is_compiled=name == 'compiled')
-        counts = []
-        for batch_size in BATCHES:
-            counts.append(count_step(contender, batch_size, args, training_args, world))
-            bar.update()
+    for model, name in progress_bar(iterable=list(itertools.product(args.models, ('published', 'default'))),
+                                    desc='traffic'):
+        contender = Contender(name, model, args.img_size, is_published=name == 'published')
+        counts = [count_step(contender, batch_size, args, training_args, world) for batch_size in BATCHES]
         slope = (counts[1] - counts[0]) / (BATCHES[1] - BATCHES[0])
         operators, traffic = (counts[0] + slope * (args.batch_size - BATCHES[0])).tolist()
         seconds = traffic / (args.bandwidth * 1e12)
         rows.append({'model': model, 'contender': name, 'operators': round(operators), 'bytes': traffic,
                      'floor_milliseconds': 1000 * seconds, 'floor_images_per_second': args.batch_size / seconds,
                      'counted': {str(size): count.tolist() for size, count in zip(BATCHES, counts, strict=True)}})
-    bar.close()
     record = {**new_record('traffic', args, world.device), 'rows': rows}
     text = as_text(record)
-    print(text)
-    write_record(folder, args.name, record, text)
+    print(text, *save(args, record, text), sep='\n')
 
 
 if __name__ == '__main__':

@@ -28,9 +28,9 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.utils.data._utils import pin_memory as pinning
 
-from benchmarks import convergence, cost as scale, step as step_benchmark, targets
+from benchmarks import convergence, step as step_benchmark, targets
 from benchmarks.scaling import plans as scaling
-from benchmarks.shared import measure, published, records
+from benchmarks.shared import measure, published, ranks, records
 from data import pipeline
 from data.batch import BatchPreparer, TrainBatchPreparer
 from data.folders import ImageFolder
@@ -345,7 +345,7 @@ def the_published_step_waits_before_it_averages(gpu: Gpu):
 
 def a_group_of_one_is_of_nccl(gpu: Gpu):
     gpu.answer(dist, init_process_group=None, destroy_process_group=None)
-    with scale.group_of_one(GPU):
+    with ranks.group_of_one(GPU):
         assert gpu.notes[0][:2] == ('init_process_group', 'nccl') and ('device_id', GPU) in gpu.notes[0]
     assert gpu.asked() == ['init_process_group', 'destroy_process_group']
 
@@ -388,7 +388,7 @@ RUN_BY = {
     'benchmarks/shared/published.py::PublishedStep.__call__': [the_published_step_waits_before_it_averages],
     'benchmarks/shared/records.py::check_precisions': [precision_is_what_the_gpu_has],
     'benchmarks/shared/records.py::describe_machine': [records_of_a_gpu_say_so],
-    'benchmarks/cost.py::group_of_one': [a_group_of_one_is_of_nccl],
+    'benchmarks/shared/ranks.py::group_of_one': [a_group_of_one_is_of_nccl],
     'benchmarks/scaling/plans.py::measured_steps': [records_of_a_gpu_say_so],
     'benchmarks/step.py::as_table': [records_of_a_gpu_say_so],
     'benchmarks/step.py::as_text': [records_of_a_gpu_say_so],

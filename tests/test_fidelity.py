@@ -22,8 +22,7 @@ KINDS = ('random', 'smooth', 'white margin', 'single-value margin', 'single valu
 ROUNDING = {'fp32': 2e-6, 'bf16': 1e-4}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Fidelity
+# --- Fidelity ---------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module', params=['t2t_vit_7', 't2t_vit_t_14'])
 def rows(request):
@@ -107,8 +106,7 @@ def test_fidelity_reads_photographs_and_writes_its_record(image_folder, tmp_path
     assert summary in out and summary in text and as_table(record['rows']) in text
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Convergence
+# --- Convergence ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def trained(image_folder, tmp_path_factory):

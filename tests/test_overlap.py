@@ -90,8 +90,7 @@ def images_of(rank: int) -> torch.Tensor:
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(rank))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Buckets
+# --- Buckets ----------------------------------------------------------------------------------------------------------
 
 def hand_overs_of_two_steps(world: World, name: str) -> list[dict]:
     model = wrap_model(make(name, img_size=32), world)
@@ -145,8 +144,7 @@ def test_sizes_of_buckets():
     assert bucket_sizes(85 * 2**20) == bucket_sizes(10**10) == (2**20, 25 * 2**20)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Gradients, buffers and collectives
+# --- Gradients, buffers and collectives -------------------------------------------------------------------------------
 
 def gradients_of_two_steps(world: World) -> list[list[torch.Tensor]]:
     """Both of the first step and the second, whose buckets DDP would make anew."""
@@ -225,8 +223,7 @@ def test_collectives_of_a_step_are_the_sums_of_its_buckets(name, two):
     assert two(collectives_of_three_steps, name) == [[first, ([], buckets), ([], buckets)]] * 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# --compile
+# --- --compile --------------------------------------------------------------------------------------------------------
 
 def losses_and_graphs(world: World, how: str) -> tuple[list[float], int]:
     """Of steps of training with dropped paths, compiled by a backend that needs no C++ compiler."""

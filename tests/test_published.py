@@ -75,8 +75,7 @@ def test_dropout_and_stochastic_depth_are_active_in_training_alone():
     assert torch.equal(tokens(images), tokens(images)) and torch.equal(block.drop_path(x), x)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training step
+# --- Training step ----------------------------------------------------------------------------------------------------
 
 DECAY = 0.9
 

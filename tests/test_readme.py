@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 from tests.test_options import parse
@@ -156,11 +157,11 @@ def test_files_of_the_tree_exist(page, least):
 def known_options() -> set[str]:
     """Return every option that tools and benchmarks have, alone or from the shared groups.
 
-    Every Figure of benchmarks.scaling.plans is an option, too.
+    Every figure of benchmarks/scaling/inputs.yaml is an option, too.
     """
     sources = '\n'.join(path.read_text() for folder in ('options', 'tools', 'benchmarks', 'utils')
                         for path in (ROOT / folder).rglob('*.py'))
-    figures = re.findall(r"\bFigure\('(\w+)'", sources)
+    figures = yaml.safe_load((ROOT / 'benchmarks/scaling/inputs.yaml').read_text())['figures']
     return {*re.findall(r"'(--[a-z][\w-]*)'", sources), *('--' + name.replace('_', '-') for name in figures)}
 
 

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.cost import fit_exponents, group_of_one, median_with_interval, start_ddp
+from benchmarks.cost import fit_exponents, median_with_interval
 from benchmarks.shared.measure import Contender
+from benchmarks.shared.ranks import group_of_one, start_ddp
 from benchmarks.targets import (
     Records,
     absolute,
@@ -148,8 +149,7 @@ def test_a_mistake_is_one_line(tmp_path, options, message):
     assert not (tmp_path / 'results').exists()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Targets
+# --- Targets ----------------------------------------------------------------------------------------------------------
 
 def write_step(folder, name, model, speeds: dict, task='train', device='NVIDIA H200', **table):
     rows = [{'contender': contender, 'images_per_second': speed, 'peak_bytes': 1e6 / speed}

@@ -25,8 +25,8 @@ from benchmarks.scaling.cluster import (
     limiter,
     plan,
     reduce_seconds,
+    saving_seconds,
     simulate,
-    simulate_failures,
     step_parts,
     step_seconds,
     training_parts,
@@ -45,8 +45,7 @@ def seconds(cluster: Cluster, work: Work = WORK, gpus: int = 16) -> float:
     return step_seconds(cluster, work, gpus)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Closed forms
+# --- Closed forms -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('gpus', [1, 8, 64, 1024])
 def test_what_waits_for_nothing_is_ideal(gpus):
@@ -169,8 +168,22 @@ def test_simulation_and_closed_form_agree(gpus, change):
     assert simulate(cluster, WORK, gpus, steps=400) == pytest.approx(seconds(cluster, gpus=gpus), rel=0.01)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Failures, buckets, evaluation
+# --- Failures, buckets, evaluation ------------------------------------------------------------------------------------
+
+def simulate_failures(cluster: Cluster, gpus: int, interval: float, *, segments: int = 10_000, seed: int = 0) -> float:
+    """Return the part of the time that is training by drawing failures."""
+    random = np.random.default_rng(seed)
+    between = cluster.failure_gpu_seconds / gpus
+    whole = interval + saving_seconds(cluster, interval)
+    time, failure = 0., random.exponential(between)
+    for _ in range(segments):
+        needed = whole
+        while time + needed > failure:
+            time, failure = failure, failure + random.exponential(between)
+            needed = cluster.restart_seconds + whole
+        time += needed
+    return segments * interval / time
+
 
 def test_goodput_is_that_of_drawn_failures():
     cluster = Cluster(1., save_seconds=5, restart_seconds=60, failure_gpu_seconds=8 * 2000)
@@ -230,8 +243,7 @@ def test_hours_have_all_their_parts():
     assert row['hours_of']['steps'] == pytest.approx(1e10 / row['images_per_second'] / 3600)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
+# --- The command ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def planned(tmp_path_factory):
@@ -348,8 +360,7 @@ def test_a_mistake_is_one_line(tmp_path, words, message):
     assert not (tmp_path / 'results').exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The check
+# --- The check --------------------------------------------------------------------------------------------------------
 
 def test_the_check_predicts_what_the_model_made():
     """Two processes that are as the model has them are predicted exactly."""
@@ -392,8 +403,7 @@ def test_two_processes_are_measured(tmp_path):
     assert record['verdict'] in out and 'steps of both together are predicted within' in record['verdict']
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
+# --- The page ---------------------------------------------------------------------------------------------------------
 
 PAGE = ROOT / 'docs/scaling.md'
 

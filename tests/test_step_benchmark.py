@@ -133,8 +133,7 @@ def test_the_compiled_model_is_measured(tmp_path):
     assert compiled['warm_up_seconds'] > default['warm_up_seconds']
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is measured
+# --- What is measured -------------------------------------------------------------------------------------------------
 
 def test_memory_is_the_most_that_is_allocated_at_a_time():
     def step():

@@ -1,15 +1,11 @@
-"""Measures the training time that is lost to saving checkpoints: steps of a fixed length, with saves and without.
+"""Measure the training time that is lost to saving checkpoints: steps of a fixed length, with saves and without.
 
     python -m benchmarks.reliability.saving                     # t2t_vit_24, a save per minute: 2.5 minutes
     python -m benchmarks.reliability.saving --interval 10 --saves 3
 
-A step is a sleep, as a GPU's step leaves the CPU idle; what it cannot show is a CPU that the loader has filled. The
-state is all that a run saves: weights, their average and AdamW's moments. Beside the lost time: how long one save holds
-training up, how long it is written in the background, and from which interval on no more than 1 % is lost.
+A step is a sleep, since a GPU's step leaves the CPU idle; a busy loader is not simulated. The state is all that a run
+saves: weights, their average and AdamW's moments.
 """
-import argparse
-import json
-import logging
 import os
 import platform
 import tempfile
@@ -18,15 +14,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.shared.records import ROOT
+from benchmarks.shared.command import parse_command
+from benchmarks.shared.records import markdown_table, save
 from engine.writer import CheckpointWriter
 from models import create_model
+from options.types import positive, positive_int
+from utils.script import run_script
 
-ALLOWED = 0.01  # of the training time
+ALLOWED = 0.01  # part of the training time
 
 
 def state_of_a_run(name: str) -> dict:
-    """The tensors of a checkpoint: a model, its average, and AdamW after a step."""
+    """Return the tensors of a checkpoint: a model, its average, and AdamW after a step."""
     model = create_model(name)
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
@@ -38,24 +37,24 @@ def state_of_a_run(name: str) -> dict:
 
 
 def train(steps: int, step_seconds: float) -> float:
-    """Seconds that so many steps take."""
+    """Return the seconds that `steps` steps take."""
     started = time.perf_counter()
     for _ in range(steps):
         time.sleep(step_seconds)
     return time.perf_counter() - started
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default='t2t_vit_24')
-    parser.add_argument('--step', type=float, default=0.2, metavar='S', help='seconds of a step')
-    parser.add_argument('--interval', type=float, default=60, metavar='S', help='seconds of training between saves')
-    parser.add_argument('--saves', type=int, default=2, help='saves to measure, after a first one')
-    parser.add_argument('--folder', type=Path, help='where to save (default: a temporary folder, on its disk)')
-    parser.add_argument('--output', type=Path, default=ROOT / 'benchmarks/results/saving.json')
-    args = parser.parse_args()
-    logging.basicConfig(format='%(message)s')
+def saving_options(parser) -> None:
+    add = parser.add_argument_group('What is measured').add_argument
+    add('--model', default='t2t_vit_24', metavar='MODEL', help='by name')
+    add('--step', type=positive, default=0.2, metavar='S', help='seconds of a step')
+    add('--interval', type=positive, default=60, metavar='S', help='seconds of training between saves')
+    add('--saves', type=positive_int, default=2, metavar='N', help='saves to measure, after a first one')
+    add('--folder', metavar='DIR', help='where to save (default: a temporary folder, on its disk)')
 
+
+def main() -> None:
+    args = parse_command('Measure the training time that is lost to saving.', 'saving', saving_options)
     content = state_of_a_run(args.model)
     steps = max(1, round(args.interval / args.step))
     baseline_steps = min(steps, round(10 / args.step))
@@ -67,7 +66,7 @@ def main() -> None:
             started = time.perf_counter()
             writer.save(content, number)
             held_up.append(time.perf_counter() - started)
-            if number == 0:  # its memory is new: a run has that once
+            if number == 0:  # a run allocates its memory once
                 writer.wait()
                 written.append(time.perf_counter() - started)
                 continue
@@ -77,7 +76,6 @@ def main() -> None:
         writer.save(content, args.saves + 1, must_succeed=True)
         written.append(time.perf_counter() - started)
         size = max(path.stat().st_size for path in Path(folder).glob('*.pth.tar'))
-    worst = max(lost)
     record = {
         'model': args.model, 'checkpoint_megabytes': round(size / 1e6), 'step_seconds': args.step,
         'interval_seconds': args.interval, 'saves': args.saves,
@@ -85,14 +83,12 @@ def main() -> None:
         'lost_seconds_per_save': [round(s, 3) for s in lost],
         'lost_percent': round(100 * sum(lost) / (args.saves * steps * per_step), 3),
         'written_after_seconds': [round(s, 2) for s in written],
-        'interval_of_one_percent_seconds': round(max(worst, 0) / ALLOWED, 1),
+        'interval_of_one_percent_seconds': round(max(*lost, 0) / ALLOWED, 1),
         'machine': f'{platform.machine()}, {os.cpu_count()} cores', 'python': platform.python_version(),
         'torch': torch.__version__}
-    for name, value in record.items():
-        print(f'{name}: {value}')
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=1) + '\n')
+    text = markdown_table(['what', 'value'], [[name, value] for name, value in record.items()])
+    print(text, *save(args, record, text + '\n'), sep='\n')
 
 
 if __name__ == '__main__':
-    main()
+    run_script(main)

@@ -1,11 +1,11 @@
-"""Writes the scorecard of reliability, benchmarks/results/reliability.md, from what was measured.
+"""Write the scorecard of reliability, benchmarks/results/reliability.md, from measured results.
 
-    make test-faults                                 # leaves output/faults.json
-    python -m benchmarks.reliability.saving --output benchmarks/results/saving.json
-    python -m benchmarks.reliability.soak --faults 50 --seed 1   # writes results/soak.json and the scorecard
+    make test-faults                                             # leaves output/faults.json
+    python -m benchmarks.reliability.saving
+    python -m benchmarks.reliability.soak --faults 50 --seed 1   # also writes the scorecard
     python -m benchmarks.reliability.scorecard                   # writes it again
 
-A row whose tests did not all pass, or that was not measured, says so.
+A row says if its tests did not all pass, or if it was not measured.
 """
 import json
 import re
@@ -18,8 +18,8 @@ from utils.disk import ROOT
 RESULTS = ROOT / 'benchmarks/results'
 FAULTS = 'pytest tests/faults'
 
-# What is to be shown, its goal, the tests that show it (a pattern of their names), and the figure they hold when they
-# pass: a 0 is what they assert; in braces are what they recorded, and the number of those of one part of the pattern.
+# What is shown, its goal, the tests that show it (a pattern of their names), and the figure when they pass. A figure of
+# 0 is what the tests assert. Braces hold what tests recorded, or the number of tests for one part of the pattern.
 ROWS = (
     ('differing bytes after SIGKILL and resume, same world size (weights, EMA, optimizer, RNG)', '0',
      'test_a_killed_process_costs_no_byte|test_a_crash_of_a_process', '0'),
@@ -59,7 +59,7 @@ ROWS = (
 
 
 def measured_by_tests(results: dict, pattern: str, figure: str) -> tuple[str, str]:
-    """The figure of a row, and the command that shows it; or how many of its tests did not pass."""
+    """Return the figure of a row, or how many of its tests failed, and the command that shows it."""
     tests = {name: result for name, result in results.items() if re.match(pattern, name)}
     parts = pattern.split('|')
     command = f'`{FAULTS} -k "{" or ".join(parts)}"`'
@@ -77,7 +77,7 @@ def measured_by_tests(results: dict, pattern: str, figure: str) -> tuple[str, st
 
 
 def recorded_by(results: Iterable[dict]) -> dict:
-    """What tests have recorded, by name: whole numbers add up, other values are listed, each once."""
+    """Return by name what tests recorded: the sum of whole numbers, or a list of other values."""
     found: dict[str, list] = {}
     for name, value in (item for result in results for item in result.items()):
         found.setdefault(name, []).append(value)
@@ -90,7 +90,7 @@ def read(path: Path) -> dict:
 
 
 def rows() -> list[tuple[str, str, str, str]]:
-    """What, goal, figure, command."""
+    """Return (what, goal, figure, command) of each row."""
     results = read(ROOT / 'output/faults.json')
     table = [(what, goal, *measured_by_tests(results, pattern, figure)) for what, goal, pattern, figure in ROWS]
 
@@ -118,7 +118,7 @@ def rows() -> list[tuple[str, str, str, str]]:
 
 
 def write_scorecard(path: Path = RESULTS / 'reliability.md') -> str:
-    """Writes the scorecard and returns it."""
+    """Write the scorecard and return it."""
     soak = read(RESULTS / 'soak.json')
     machine = ', '.join(f'{name} {soak[name]}' for name in ('device', 'python', 'torch', 'timm') if name in soak)
     lines = ['# Reliability', '', f'Written by `python -m benchmarks.reliability.scorecard`; {machine}.', '',

@@ -1,90 +1,70 @@
-"""Measures how much of the sum of the gradients is hidden behind the backward pass that makes them.
+"""Measure how much of the sum of the gradients is hidden behind the backward pass that makes them.
 
     python -m benchmarks.scaling.overlap                                       # t2t_vit_14 at 224 pixels, two processes
     python -m benchmarks.scaling.overlap --model t2t_vit_7 --delays 0 20       # another model, other links
 
-Two processes with gloo take the same training steps, side by side. Their contenders take turns:
+Two processes with gloo take the same training steps. Their contenders take turns:
 
 no communication  the model by itself
 registration      buckets in the order in which parameters are registered, all full only at the end
-torch             DistributedDataParallel as it is: its first step in other buckets than all others
+torch             DistributedDataParallel with its defaults; its first step has other buckets
 ours              as train.py wraps the model (engine/loop.py)
 
-A communication hook stands for the link between two machines, where loopback is too fast to see it: it sums one bucket
-at a time, and holds each back for as many more milliseconds as --delays says. It notes after how many gradients, and at
-what time, each bucket was handed over. Exposed is the time from the last gradient to the last sum, in which nothing is
-computed. The hand-overs of all published models are counted too; tests/test_overlap.py holds the program to them.
-
-NAME.json, the record, and NAME.md, the tables, go to --output.
+A communication hook imitates the link between two machines: it sums one bucket at a time and delays each by --delays.
+Exposed is the time from the last gradient to the last sum, in which nothing is computed.
 """
 import functools
-import logging
 import queue
 import statistics
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.cost import launch_ranks
-from benchmarks.shared.measure import Contender, Running, start_training, training_options
-from benchmarks.shared.records import (
-    check_record_options,
-    markdown_table,
-    new_record,
-    origin,
-    precision_of,
-    record_options,
-    write_record,
-)
+from benchmarks.shared.command import common_options, parse_command, shared_training_options, start_alone
+from benchmarks.shared.measure import Contender, Running, start_training
+from benchmarks.shared.ranks import finish_rank, launch_ranks, take_turns
+from benchmarks.shared.records import markdown_table, new_record, origin, precision_of, save
 from engine.loop import wrap_model
 from models import create_model
-from options.parser import create_parser, parse_options
-from options.types import count, image_size, positive_int, seed
-from utils.distributed import World, destroy_process_group
-from utils.errors import UserError
+from options.types import count, positive_int
+from utils import job
+from utils.distributed import World
 from utils.runtime import seed_everything, start
 from utils.script import run_script
 
 RANKS = 2
 ALONE = 'no communication'
 COUNTED = ('t2t_vit_7', 't2t_vit_14', 't2t_vit_19', 't2t_vit_24', 't2t_vit_t_14')
-# Targets: at most this part of what registration order exposes, up to this delay in milliseconds; at least these per
-# cent of the bytes before the last gradient.
+# Targets: at most this part of the time that registration exposes, for delays up to these milliseconds; at least this
+# percentage of bytes before the last gradient.
 EXPOSED, JUDGED, EARLY = 1 / 3, 5, 80
+MET = {True: 'met', False: 'missed'}
 
 
 def overlap_options(parser) -> None:
     add = parser.add_argument_group('What is measured').add_argument
     add('--model', default='t2t_vit_14', metavar='MODEL', help='by name')
-    add('--img-size', type=image_size, default=224, metavar='N', help='pixels a side')
-    add('-b', '--batch-size', type=positive_int, default=2, metavar='N', help='images per step and process')
     add('--delays', nargs='+', type=count, default=[0, 5, 20], metavar='MS',
-        help='milliseconds that each bucket takes beside its way over loopback')
+        help='milliseconds that each bucket takes in addition to loopback')
     add('--repeats', type=positive_int, default=12, metavar='N', help='rounds, and steps of each contender')
     add('--device', default='cpu', choices=['cpu'], help='the processes share its cores')
-    add('--parts', default='', choices=['', 'ranks'], help='ranks: what the command starts for itself')
-    add('--seed', type=seed, default=42, metavar='S', help='of weights and images')
-    record_options(parser, 'overlap')
+    common_options(add, batch_size=2, img_size=224, seed=42)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The link, and what comes over it
+# --- The link ---------------------------------------------------------------------------------------------------------
 
 class Link:
-    """A communication hook of DDP that averages one bucket at a time, and tells when each was handed over.
+    """A communication hook of DDP that averages one bucket at a time and notes when each was handed over.
 
-    Args:
-        model: whose gradients are counted; it takes the hook.
     Attributes:
-        delay: seconds that each bucket takes longer.
-        hand_overs: of the last backward pass, the gradients that were there and the bytes, bucket by bucket.
-        exposed: of the last backward pass, seconds from the last gradient to the last average.
+        delay: seconds added to each bucket.
+        hand_overs: (gradients that existed, bytes) of each bucket in the last backward pass.
+        exposed: seconds from the last gradient to the last average in the last backward pass.
     """
 
     def __init__(self, model: DistributedDataParallel):
@@ -103,7 +83,7 @@ class Link:
         return self._last_average - self._last_gradient
 
     def forget(self) -> None:
-        """Before a backward pass."""
+        """Forget the last backward pass."""
         self.hand_overs, self._gradients = [], 0
 
     def _count(self, parameter: torch.Tensor) -> None:
@@ -127,7 +107,7 @@ class Link:
 
 
 def list_hand_overs(model: DistributedDataParallel, link: Link, loss: Callable[[], torch.Tensor]) -> dict:
-    """Takes a backward pass of `loss`; the number of gradients, and [gradients there, bytes] of each hand-over."""
+    """Run the backward pass of `loss`; return the number of gradients and [gradients, bytes] at each hand-over."""
     link.forget()
     loss().backward()
     gradients = sum(parameter.requires_grad for parameter in model.parameters())
@@ -135,21 +115,20 @@ def list_hand_overs(model: DistributedDataParallel, link: Link, loss: Callable[[
 
 
 def early_percent(found: dict) -> float:
-    """Per cent of the bytes that are handed over before the last gradient is there."""
+    """Return the percentage of bytes that are handed over before the last gradient exists."""
     sizes = [size for _, size in found['buckets']]
     return 100 * sum(size for after, size in found['buckets'] if after < found['gradients']) / sum(sizes)
 
 
 def count_hand_overs(name: str, world: World) -> dict:
-    """`list_hand_overs` of a model as train.py wraps it, in its first step; they do not depend on the images."""
+    """Return `list_hand_overs` of a model's first step as train.py wraps it; images do not matter."""
     model = wrap_model(create_model(name, img_size=32), world)
     assert isinstance(model, DistributedDataParallel), 'there are several ranks'
     images = torch.randn(2, 3, 32, 32)
     return list_hand_overs(model, Link(model), lambda: model(images).square().sum())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
+# --- Measuring --------------------------------------------------------------------------------------------------------
 
 def wrap_in_registration_order(model: nn.Module) -> DistributedDataParallel:
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -158,71 +137,63 @@ def wrap_in_registration_order(model: nn.Module) -> DistributedDataParallel:
 
 
 def act_as_rank(args, training_args) -> None:
-    """Measures with the other processes; rank 0 writes what it found."""
+    """Measure with the other process; rank 0 writes what it found."""
     world, _ = start(training_args)
     wraps: dict[str, Callable[[nn.Module], nn.Module]] = {
         ALONE: lambda model: model, 'registration': wrap_in_registration_order,
         'torch': functools.partial(DistributedDataParallel, gradient_as_bucket_view=True),
         'ours': functools.partial(wrap_model, world=world)}
     running: dict[str, Running] = {}
-    links: dict[str, Link | None] = {}
-    for label, wrap in wraps.items():
-        seed_everything(args.seed, 0)
-        running[label], links[label] = _start(label, wrap, args, training_args, world)
-    keys = [(delay, label) for delay in args.delays for label in wraps]
-    times: dict[tuple, list] = {key: [] for key in keys}
-    for number in range(args.repeats + 1):
-        for delay, label in keys if number % 2 else reversed(keys):
-            link = links[label]
-            if link:
-                link.delay = delay / 1000
-                link.forget()
-            dist.barrier()
-            started = time.perf_counter()
-            running[label].step()
-            step = time.perf_counter() - started
-            if number:  # the first round is for warming up
-                times[delay, label].append((1000 * step, 1000 * link.exposed if link else 0.))
-    rows = [{'delay': delay, 'contender': label, 'step_milliseconds': [step for step, _ in taken],
-             'exposed_milliseconds': [exposed for _, exposed in taken],
-             'hand_overs': link.hand_overs if (link := links[label]) else []}
-            for (delay, label), taken in times.items()]
-    counted = {name: count_hand_overs(name, world) for name in COUNTED}
-    if world.is_main:
-        write_record(Path(args.output), args.name, {
-            'threads': torch.get_num_threads(), 'rows': rows, 'hand_overs': counted}, '')
-    destroy_process_group()
+    links: dict[str, Link] = {}
 
-
-def _start(label: str, wrap: Callable, args, training_args, world: World) -> tuple[Running, Link | None]:
-    links = []
-
-    def wrap_and_link(model: nn.Module) -> nn.Module:
-        wrapped = wrap(model)
+    def wrap_and_link(model: nn.Module, label: str) -> nn.Module:
+        wrapped = wraps[label](model)
         if isinstance(wrapped, DistributedDataParallel):
-            links.append(Link(wrapped))
+            links[label] = Link(wrapped)
         return wrapped
 
-    here = args.replacing(channels_last=False)
-    running = start_training(Contender(label, args.model, args.img_size), here, training_args,
-                             precision_of('fp32', world.device), world, wrap=wrap_and_link)
-    return running, links[0] if links else None
+    for label in wraps:
+        seed_everything(args.seed, 0)
+        running[label] = start_training(
+            Contender(label, args.model, args.img_size), args, training_args, precision_of('fp32', world.device), world,
+            wrap=functools.partial(wrap_and_link, label=label))
+    rows = [{'delay': delay, 'contender': label, 'step_milliseconds': [], 'exposed_milliseconds': []}
+            for delay in args.delays for label in wraps]
+    for row, counts in take_turns(rows, args.repeats):
+        link = links.get(row['contender'])
+        if link:
+            link.delay = row['delay'] / 1000
+            link.forget()
+        dist.barrier()
+        started = time.perf_counter()
+        running[row['contender']].step()
+        step = time.perf_counter() - started
+        if counts:
+            row['step_milliseconds'].append(1000 * step)
+            row['exposed_milliseconds'].append(1000 * link.exposed if link else 0.)
+    for row in rows:
+        row['hand_overs'] = links[row['contender']].hand_overs if row['contender'] in links else []
+    counted = {name: count_hand_overs(name, world) for name in COUNTED}
+    finish_rank(args, world, {'threads': torch.get_num_threads(), 'rows': rows, 'hand_overs': counted})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
+# --- Tables -----------------------------------------------------------------------------------------------------------
 
 def as_text(record: dict) -> str:
-    """The whole record in Markdown."""
-    options_ = record['options']
+    """Return the whole record in Markdown."""
+    hand_overs = [[name, found['gradients'],
+                   ', '.join(f'{after} ({size / 2**20:.1f})' for after, size in found['buckets']),
+                   f'{early_percent(found):.1f} %'] for name, found in record['hand_overs'].items()]
+    options = record['options']
     lines = [f'# Gradients summed behind the backward pass\n\n{origin(record)}\n',
-             f'{options_["model"]} at {options_["img_size"]} pixels, batch {options_["batch_size"]} a process, '
-             f'{RANKS} processes of {record["threads"]} thread(s) with gloo; medians of {options_["repeats"]} rounds. '
+             f'{options["model"]} at {options["img_size"]} pixels, batch {options["batch_size"]} a process, '
+             f'{RANKS} processes of {record["threads"]} thread(s) with gloo; medians of {options["repeats"]} rounds. '
              'Exposed: from the last gradient to the last sum. gloo sums on the cores that compute, which no order of '
-             'buckets hides; the last column has what the delays add to a step beside that.\n',
+             'buckets hides. The last column shows what the delays add to a step.\n',
              _steps_table(record['rows']), f'\n{verdict(record)}', '\n## Hand-overs\n',
-             'After how many gradients each bucket of ours is handed over, in every step, and its MiB.\n',
-             _hand_overs_table(record['hand_overs'])]
+             'Each bucket of ours is handed over after this many gradients in every step; its MiB in parentheses.\n',
+             markdown_table(['model', 'gradients', 'handed over after (MiB)', 'bytes before the last gradient'],
+                            hand_overs)]
     return '\n'.join(lines) + '\n'
 
 
@@ -245,52 +216,34 @@ def _steps_table(rows: list[dict]) -> str:
 
 
 def verdict(record: dict) -> str:
-    """The two targets, and whether they are met."""
+    """Return the two targets, and whether they are met."""
     exposed = {delay: exposed_ratio(record['rows'], delay) for delay in sorted({r['delay'] for r in record['rows']})}
     early = min(map(early_percent, record['hand_overs'].values()))
     shown = ', '.join(f'{ratio:.2f} at {delay} ms' for delay, ratio in exposed.items())
     is_met = all(ratio <= EXPOSED for delay, ratio in exposed.items() if delay <= JUDGED)
     return (f'Exposed, as a part of what the order of registration exposes: {shown}; target, at most {EXPOSED:.2f} '
-            f'up to {JUDGED} ms: {_met(is_met)}. Bytes before the last gradient: {early:.1f} % at least; target, '
-            f'{EARLY} %: {_met(early >= EARLY)}.')
+            f'up to {JUDGED} ms: {MET[is_met]}. Bytes before the last gradient: {early:.1f} % at least; target, '
+            f'{EARLY} %: {MET[early >= EARLY]}.')
 
 
 def exposed_ratio(rows: list[dict], delay: int) -> float:
-    """The median of what our buckets expose, as a part of the median of those in the order of registration."""
+    """Return the median time that our buckets expose, as a part of that in the order of registration."""
     ours, before = (statistics.median(row['exposed_milliseconds']) for label in ('ours', 'registration')
                     for row in rows if (row['delay'], row['contender']) == (delay, label))
     return ours / before
 
 
-def _met(is_met: bool) -> str:
-    return 'met' if is_met else 'missed'
-
-
-def _hand_overs_table(counted: dict[str, dict]) -> str:
-    lines = [[name, str(found['gradients']),
-              ', '.join(f'{after} ({size / 2**20:.1f})' for after, size in found['buckets']),
-              f'{early_percent(found):.1f} %'] for name, found in counted.items()]
-    return markdown_table(['model', 'gradients', 'handed over after (MiB)', 'bytes before the last gradient'], lines)
-
-
 def main() -> None:
-    parser = create_parser('Measure how much of the sum of gradients is hidden.', (overlap_options,))
-    args = parse_options(parser)
-    folder = check_record_options(args)
-    training_args = training_options('--batch-size', str(args.batch_size), '--device', args.device,
-                                     '--seed', str(args.seed))
-    logging.disable(logging.INFO)
-    if args.parts:
-        return act_as_rank(args, training_args)
-    start(training_args, alone=True)
-    record = new_record('overlap', args, torch.device(args.device))
-    found = launch_ranks(RANKS, torch.device(args.device), 'scaling/overlap')
-    if 'error' in found:
-        raise UserError(found['error'])
-    record |= found
+    args = parse_command('Measure how much of the sum of gradients is hidden.', 'overlap', overlap_options,
+                         channels_last=False)
+    if job.world_size() > 1:  # started by `launch_ranks`
+        act_as_rank(args, shared_training_options(args))
+        return
+    _, world = start_alone(args)
+    record = {**new_record('scaling.overlap', args, world.device),
+              **launch_ranks(RANKS, 'scaling/overlap', args.device)}
     text = as_text(record)
-    print(text)
-    print(*write_record(folder, args.name, record, text), sep='\n')
+    print(text, *save(args, record, text), sep='\n')
 
 
 if __name__ == '__main__':

@@ -1,15 +1,10 @@
-"""Plans trainings past one machine: throughput, what limits it, hours and cost, on 1 to 1,024 GPUs.
+"""Plan trainings past one machine: throughput, what limits it, hours and cost, on 1 to 1,024 GPUs.
 
     python -m benchmarks.scaling.plans                           # from the records in benchmarks/results: 15 seconds
     python -m benchmarks.scaling.plans --network-gbit 100 --dollars 2   # other assumptions: each is an option
 
-cluster.py is the model, which check.py holds against measurements. What it is fed with is
-the first table, each figure with its kind: measured (a record in --records, or a sample of the data), counted, target,
-assumed, or given (by its option). Records take the place of targets as they come: of benchmarks/step.py on a GPU with
---local-batch in bf16, of benchmarks/loader.py, of benchmarks/reliability/saving.py.
-
-NAME.json, the record, NAME.md, the tables, and NAME.png, the picture, go to --output; --page docs/scaling.md renews
-the tables of that page.
+docs/scaling.md explains the plans and the kinds of their inputs; --page docs/scaling.md renews its tables. The model is
+cluster.py. Records in --records replace targets.
 """
 import math
 import re
@@ -17,46 +12,39 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from matplotlib.ticker import FuncFormatter
+import yaml
 
-from benchmarks.scaling.cluster import Cluster, Link, Work, plan
-from benchmarks.shared.records import (
-    ROOT,
-    check_record_options,
-    markdown_table,
-    new_record,
-    read_record,
-    record_options,
-    write_record,
-)
+from benchmarks.scaling.cluster import Cluster, Link, Work, ideal_rate, plan
+from benchmarks.shared.command import parse_command
+from benchmarks.shared.records import markdown_table, new_record, read_record, save
 from benchmarks.targets import ABSOLUTE
 from models import create_model
-from options.parser import create_parser, parse_options
 from options.types import fraction, positive, positive_int, rate
 from utils.console import progress_bar
-from utils.disk import write_whole
+from utils.disk import ROOT, write_whole
 from utils.errors import UserError
 from utils.pictures import BLUE, GREEN, ORANGE, new_figure
 from utils.script import run_script
 
-# Part of a step that the tokens-to-token module takes, in the published eager code; its backward pass comes last.
+# Part of a step that the tokens-to-token module takes in the published eager code; its backward pass comes last.
 TOKEN_SHARES = {'t2t_vit_7': 0.48, 't2t_vit_14': 0.22, 't2t_vit_19': 0.16, 't2t_vit_24': 0.10, 't2t_vit_t_14': 0.51}
 RATES = {(model, task): target or stretch for model, size, task, target, stretch in ABSOLUTE if size == 224}
 STATE = 16  # bytes of a checkpoint for each parameter: weights, their average, two moments, in float32
-SHARD = 1e9  # bytes of one shard, about
-INDEX = 28 + 26  # bytes of a sample in a shard's index: two offsets, a class, where its name ends, and that name
+SHARD = 1e9  # bytes of one shard
+INDEX = 28 + 26  # bytes of a sample in a shard's index: two offsets, a class, the end of its name; and that name
+INPUTS = yaml.safe_load((ROOT / 'benchmarks/scaling/inputs.yaml').read_text(encoding='utf-8'))
 TABLE = r'(?:^\|.*\n)+'
 SHOWN = (8, 64, 256, 1024)
 LINES = ('-', '--', '-.', ':', (0, (6, 2)), (0, (1, 3)))
-COLORS = {'GPU': BLUE, 'launches': ORANGE, 'gradients': '#CC79A7', 'slowest GPU': '#000000', 'loader cores': GREEN,
-          'disk': '#E69F00', 'store, each node': '#56B4E9', 'store, in all': '#F0E442'}
-MARKERS = {'GPU': 'o', 'launches': 's', 'gradients': 'D', 'slowest GPU': 'X', 'loader cores': '^', 'disk': 'v',
-           'store, each node': 'P', 'store, in all': '*'}
+# Colour and marker of each limit in the picture.
+STYLES = {'GPU': (BLUE, 'o'), 'launches': (ORANGE, 's'), 'gradients': ('#CC79A7', 'D'), 'slowest GPU': ('#000000', 'X'),
+          'loader cores': (GREEN, '^'), 'disk': ('#E69F00', 'v'), 'store, each node': ('#56B4E9', 'P'),
+          'store, in all': ('#F0E442', '*')}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One thing that a plan is fed with: the value of --NAME, its unit, how it is known, and what it is."""
+    """An input of plans: name of its option, value, unit, how it is known, and what it is."""
     name: str
     value: float
     unit: str
@@ -68,67 +56,22 @@ class Figure:
         return '--' + self.name.replace('_', '-')
 
 
-FIGURES = (
-    Figure('gpu_rate', 9000, 'img/s', 'target', 'training on one GPU (H200), at --local-batch'),
-    Figure('inference_rate', 26000, 'img/s', 'target', 'evaluation on one GPU (H200)'),
-    Figure('fixed_ms', 0.2, 'ms', 'assumed', 'of a step, whatever its batch: optimizer and average'),
-    Figure('launches', 1199, '', 'counted', 'operators that the host starts in a step'),
-    Figure('launch_us', 5, 'µs', 'assumed', 'that one of them takes the host'),
-    Figure('token_share', 0.22, '', 'assumed', 'part of a step that the tokens-to-token module takes'),
-    Figure('jitter', 1, '%', 'assumed', "standard deviation of a GPU's time for a step"),
-    Figure('gpus_per_node', 8, '', 'assumed', 'GPUs of a node'),
-    Figure('node_gbs', 380, 'GB/s', 'assumed', 'of each GPU to others of its node: NVLink; PCIe is about 38'),
-    Figure('node_us', 5, 'µs', 'assumed', 'of a message within a node'),
-    Figure('network_gbit', 400, 'Gbit/s', 'assumed', 'of each node to others'),
-    Figure('network_us', 10, 'µs', 'assumed', 'of a message between nodes'),
-    Figure('cores', 16, '', 'assumed', 'cores for the loader, for each GPU'),
-    Figure('folder_rate', 400, 'img/s', 'target', 'training batches from folders that one core makes'),
-    Figure('shard_rate', 600, 'img/s', 'target', 'training batches from shards resized once that one core makes'),
-    Figure('evaluation_rate', 180, 'img/s', 'assumed', 'evaluation batches that one core makes'),
-    Figure('image_kb', 107.8, 'kB', 'measured', 'of an image as published: mean of 250 photographs of ImageNet'),
-    Figure('shard_image_kb', 41.6, 'kB', 'measured', 'the same resized to a short side of 256, JPEG quality 95'),
-    Figure('disk_gbs', 3, 'GB/s', 'assumed', "of a node's disk, for data that its memory does not hold"),
-    Figure('memory_gb', 1000, 'GB', 'assumed', 'of a node, in which data stay that were read once'),
-    Figure('store_node_gbs', 2.5, 'GB/s', 'assumed', 'from an object store to one node'),
-    Figure('store_gbs', 100, 'GB/s', 'assumed', 'from an object store to all nodes'),
-    Figure('save_s', 0.1, 's', 'assumed', 'that a checkpoint holds training up'),
-    Figure('write_s', 5, 's', 'assumed', 'that a checkpoint is written in the background'),
-    Figure('restart_s', 300, 's', 'assumed', 'from a failure to the next step'),
-    Figure('failure_gpu_hours', 50000, 'h', 'assumed', 'of a GPU between two failures (arXiv 2407.21783: 51,000)'),
-    Figure('dollars', 3, '$', 'assumed', 'for an hour of a GPU'))
-
+FIGURES = tuple(Figure(name, *values) for name, values in INPUTS['figures'].items())
+# Inputs that may be zero, and other bounds than positive.
 MAY_BE_ZERO = ('fixed_ms', 'launches', 'launch_us', 'jitter', 'node_us', 'network_us', 'memory_gb', 'save_s', 'write_s',
                'restart_s', 'dollars')
-BOUNDS = {name: rate for name in MAY_BE_ZERO} | {
-    'token_share': fraction, 'gpus_per_node': positive_int}
+BOUNDS = {name: rate for name in MAY_BE_ZERO} | {'token_share': fraction, 'gpus_per_node': positive_int}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A data set and how it is trained on: one table."""
+@dataclass(frozen=True, kw_only=True)
+class Plan(Work):
+    """A training on a data set: one table."""
     name: str
-    images: int
-    samples: int
     classes: int = 1000
     is_resized: bool = True
-    largest_batch: float = math.inf
-    evaluated: int = 0
-    in_store: bool = False
 
 
-IMAGENET, EPOCHS, TWICE = 1_281_167, 310, 2 * 50_000  # the weights are evaluated, and their average
-PLANS = {
-    'folders': Plan('ImageNet, 310 epochs, folders on each node', IMAGENET, EPOCHS * IMAGENET, is_resized=False,
-                    evaluated=TWICE),
-    'shards': Plan('ImageNet, 310 epochs, shards on each node', IMAGENET, EPOCHS * IMAGENET, evaluated=TWICE),
-    'batch4096': Plan('ImageNet, 310 epochs, shards, at most 4,096 images per step', IMAGENET, EPOCHS * IMAGENET,
-                      largest_batch=4096, evaluated=TWICE),
-    'imagenet21k': Plan('ImageNet-21k, 90 epochs, shards in an object store, at most 16,384 images per step',
-                        14_197_122, 90 * 14_197_122, 21_841, largest_batch=16_384, evaluated=TWICE, in_store=True),
-    'laion400m': Plan('400 M images, 12.8 G samples, shards in an object store, at most 65,536 images per step',
-                      400_000_000, 12_800_000_000, largest_batch=65_536, in_store=True),
-    'laion2b': Plan('2 G images, 34 G samples, shards in an object store, at most 65,536 images per step',
-                    2_000_000_000, 34_000_000_000, largest_batch=65_536, in_store=True)}
+PLANS = {name: Plan(**settings) for name, settings in INPUTS['plans'].items()}
 
 
 def plan_options(parser) -> None:
@@ -136,33 +79,21 @@ def plan_options(parser) -> None:
     add('--plans', nargs='+', default=list(PLANS), choices=PLANS, metavar='PLAN', help=f'of {", ".join(PLANS)}')
     add('--model', default='t2t_vit_14', choices=TOKEN_SHARES, metavar='MODEL', help=f'of {", ".join(TOKEN_SHARES)}')
     add('--gpus', nargs='+', type=positive_int, default=[2**power for power in range(11)], metavar='N',
-        help='of each table')
+        help='numbers of GPUs in each table')
     add('--local-batch', type=positive_int, default=256, metavar='N', help='images per step and GPU')
-    add = parser.add_argument_group('What the plan is fed with').add_argument
+    add = parser.add_argument_group('Inputs').add_argument
     for figure in FIGURES:
         add(figure.option, type=BOUNDS.get(figure.name, positive),
             metavar=figure.unit.replace('%', 'PERCENT') or 'N',
             help=f'{figure.text} (default: a record, else {figure.value:g})'.replace('%', '%%'))
     add('--records', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder of the records')
-    add('--page', metavar='FILE', help='Markdown whose tables are renewed, those with the same header')
-    record_options(parser, 'scaling')
+    add('--page', metavar='FILE', help='Markdown page in which tables with the same header are renewed')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the plan is fed with
-
-def read_records(folder: Path) -> dict[str, dict]:
-    """The records below a folder that have been written by a command, by name.
-
-    Raises:
-        UserError: one cannot be read.
-    """
-    found = {path.stem: read_record(path) for path in sorted(folder.glob('*.json'))}
-    return {name: record for name, record in found.items() if isinstance(record, dict)}
-
+# --- Inputs -----------------------------------------------------------------------------------------------------------
 
 def find_figures(args, records: dict[str, dict]) -> dict[str, Figure]:
-    """FIGURES by name: as the options say, else as records have measured, else as they are."""
+    """Return FIGURES by name, with the values of options, or else of records, or else their own."""
     figures = {figure.name: figure for figure in FIGURES}
 
     def found(name: str, value: float, kind: str, source: str) -> None:
@@ -192,7 +123,7 @@ def find_figures(args, records: dict[str, dict]) -> dict[str, Figure]:
 
 
 def measured_steps(args, records: dict[str, dict], found) -> None:
-    """Hands what benchmarks/step.py measured on a GPU, in bf16 at 224 pixels, to found(name, value, kind, source)."""
+    """Pass what benchmarks/step.py measured on a GPU, in bf16 at 224 pixels, to found(name, value, kind, source)."""
     for name, record in records.items():
         for table in record.get('tables', ()) if 'cuda' in record.get('machine', {}) else ():
             wanted = {'model': args.model, 'precision': 'bf16', 'img_size': 224, 'batch_size': args.local_batch}
@@ -212,9 +143,9 @@ def measured_steps(args, records: dict[str, dict], found) -> None:
 
 
 def measured_input(record: dict, found) -> None:
-    """Hands rates of a core and bytes of an image, of benchmarks/loader.py, to found(name, value, kind, source).
+    """Pass rates of a core and bytes of an image, of benchmarks/loader.py, to found(name, value, kind, source).
 
-    Of its tables, those with the most workers that do not exceed the cores.
+    The tables with the most workers that do not exceed the cores count.
     """
     for name, task, contender in (('folder_rate', 'training', 'ours, folders'),
                                   ('shard_rate', 'training', 'ours, shards, resized once'),
@@ -229,7 +160,7 @@ def measured_input(record: dict, found) -> None:
 
 
 def build_cluster(figures: dict[str, Figure], args, *, is_resized: bool) -> Cluster:
-    """The cluster that the figures describe."""
+    """Return the cluster that the figures describe."""
     value = {name: figure.value for name, figure in figures.items()}
     fixed = value['fixed_ms'] / 1000
     step = args.local_batch / value['gpu_rate']
@@ -249,16 +180,17 @@ def build_cluster(figures: dict[str, Figure], args, *, is_resized: bool) -> Clus
         failure_gpu_seconds=value['failure_gpu_hours'] * 3600)
 
 
-def build_work(goal: Plan, figures: dict[str, Figure], args) -> Work:
+def build_work(goal: Plan, figures: dict[str, Figure], args) -> Plan:
+    """Return the plan with the sizes of its images, batches and gradients."""
     kilobytes = figures['shard_image_kb' if goal.is_resized else 'image_kb'].value
-    return Work(goal.images, goal.samples, 1000 * kilobytes, args.local_batch, goal.largest_batch,
-                list_gradients(args.model, goal.classes, figures['token_share'].value), goal.evaluated, goal.in_store)
+    return replace(goal, image_bytes=1000 * kilobytes, local_batch=args.local_batch,
+                   gradients=list_gradients(args.model, goal.classes, figures['token_share'].value))
 
 
 def list_gradients(model: str, classes: int, token_share: float, **kwargs) -> tuple[tuple[float, float], ...]:
-    """(part of the backward pass after which it is there, bytes) of each trained parameter, from the head down.
+    """Return (part of the backward pass after which it exists, bytes) of each trained parameter, from the head down.
 
-    Blocks take equal parts of what the tokens-to-token module leaves; of that, all come at its end.
+    Blocks take equal parts of what the tokens-to-token module leaves, whose gradients all exist only at the end.
     """
     network = create_model(model, num_classes=classes, **kwargs)
     depth = len(list(network.get_submodule('blocks').children()))
@@ -275,8 +207,7 @@ def list_gradients(model: str, classes: int, token_share: float, **kwargs) -> tu
     return tuple(gradients)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plans
+# --- Plans ------------------------------------------------------------------------------------------------------------
 
 def make_plans(args, figures: dict[str, Figure]) -> list[dict]:
     found = []
@@ -291,30 +222,15 @@ def make_plans(args, figures: dict[str, Figure]) -> list[dict]:
             row['dollars'] = row['gpu_hours'] * figures['dollars'].value
         found.append({'plan': name, 'name': goal.name, 'samples': goal.samples, 'images': goal.images,
                       'gradient_bytes': sum(size for _, size in work.gradients), 'rows': rows,
-                      'one_gpu': cluster_rate(cluster, work)})
+                      'one_gpu': ideal_rate(cluster, work)})
     return found
 
 
-def cluster_rate(cluster: Cluster, work: Work) -> float:
-    """Images per second of one GPU that waits for nothing."""
-    return work.local_batch / (work.local_batch * cluster.image_seconds + cluster.fixed_seconds)
-
-
-CHANGES: tuple[tuple[str, dict[str, float]], ...] = (
-    ('as assumed', {}), ('the GPUs 1.2 times as fast', {'gpu_rate': 1.2}), ('4 times the jitter', {'jitter': 4}),
-    ('a tenth of --node-gbs: PCIe', {'node_gbs': 0.1}), ('a quarter of --network-gbit', {'network_gbit': 0.25}),
-    ('a sixteenth of it', {'network_gbit': 1 / 16}), ('half the --cores', {'cores': 0.5}),
-    ("a third of the loader's rate", {'shard_rate': 1 / 3, 'folder_rate': 1 / 3}),
-    ('a tenth of --launches: CUDA graphs', {'launches': 0.1}),
-    ('a tenth of --write-s', {'write_s': 0.1}), ('3 times --evaluation-rate', {'evaluation_rate': 3}),
-    ('a tenth of --failure-gpu-hours', {'failure_gpu_hours': 0.1}))
-
-
 def make_changes(args, figures: dict[str, Figure]) -> list[dict]:
-    """A plan with one figure changed at a time, for SHOWN."""
+    """Return a plan with one figure changed at a time, for SHOWN."""
     goal = PLANS['shards' if 'shards' in args.plans else args.plans[0]]
     work, found = build_work(goal, figures, args), []
-    for text, factors in CHANGES:
+    for text, factors in INPUTS['changes'].items():
         changed = figures | {name: replace(figures[name], value=figures[name].value * factor)
                              for name, factor in factors.items()}
         cluster = build_cluster(changed, args, is_resized=goal.is_resized)
@@ -324,8 +240,8 @@ def make_changes(args, figures: dict[str, Figure]) -> list[dict]:
 
 
 def storage(figures: dict[str, Figure]) -> list[dict]:
-    """What the data sets take, computed from the bytes of an image."""
-    sets = (('ImageNet', IMAGENET), ('ImageNet-21k', PLANS['imagenet21k'].images),
+    """Return the sizes of the data sets, from the bytes of an image."""
+    sets = (('ImageNet', PLANS['shards'].images), ('ImageNet-21k', PLANS['imagenet21k'].images),
             ('400 M images', PLANS['laion400m'].images), ('2 G images', PLANS['laion2b'].images))
     return [{'data': name, 'images': images, 'bytes': images * 1000 * figures['image_kb'].value,
              'resized_bytes': (resized := images * 1000 * figures['shard_image_kb'].value),
@@ -333,8 +249,7 @@ def storage(figures: dict[str, Figure]) -> list[dict]:
             for name, images in sets]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables and picture
+# --- Tables and picture -----------------------------------------------------------------------------------------------
 
 def figures_table(figures: dict[str, Figure]) -> str:
     return markdown_table(['option', 'value', 'unit', 'kind', 'what it is'], [
@@ -343,12 +258,12 @@ def figures_table(figures: dict[str, Figure]) -> str:
 
 
 def three(value: float) -> str:
-    """A number with three digits that count."""
+    """Format a number with three significant digits."""
     return f'{float(f"{value:.3g}"):,.{max(0, 2 - math.floor(math.log10(value)))}f}' if value > 0 else '0'
 
 
 def plan_table(found: dict) -> str:
-    rows = [[str(row['gpus']), f'{row["batch"]:g}', f'{row["global_batch"]:,}', three(row['images_per_second']),
+    rows = [[row['gpus'], f'{row["batch"]:g}', f'{row["global_batch"]:,}', three(row['images_per_second']),
              f'{100 * row["efficiency"]:.0f} %', row['limiter'], three(row['read_bytes_per_second'] / 1e9),
              three(row['hours']), *(f'{100 * row["hours_of"][part] / row["hours"]:.0f} %' for part in
                                     ('evaluation', 'checkpoints', 'failures')),
@@ -359,7 +274,7 @@ def plan_table(found: dict) -> str:
 
 
 def summary_table(plans: list[dict]) -> str:
-    """Of each plan, for SHOWN: images per second and what limits them, and hours."""
+    """Return a table of images per second, their limit and hours of each plan, for SHOWN."""
     counts = [gpus for gpus in SHOWN if any(row['gpus'] == gpus for found in plans for row in found['rows'])]
     lines = []
     for found in plans:
@@ -390,20 +305,20 @@ def storage_table(found: list[dict]) -> str:
 
 
 def as_text(record: dict, figures: dict[str, Figure]) -> str:
-    """The whole record in Markdown."""
+    """Return the whole record in Markdown."""
     apart = max(abs(row['images_per_second'] / row['closed_form'] - 1) for found in record['plans']
                 for row in found['rows'])
     texts = ['# Past one machine',
              f'Written by `{record["command"]}`: {record["options"]["model"]}, 224 pixels, '
-             f'{record["options"]["local_batch"]} images on each GPU at most. Planned, not measured: a figure below is '
-             'as good as those it was fed with.',
-             '## In short', summary_table(record['plans']), '## Fed with', figures_table(figures)]
+             f'at most {record["options"]["local_batch"]} images on each GPU. These figures are planned, not measured: '
+             'they are as good as their inputs.',
+             '## In short', summary_table(record['plans']), '## Inputs', figures_table(figures)]
     for found in record['plans']:
         texts += [f'## {found["name"]}', plan_table(found)]
     alone = three(record['plans'][0]['one_gpu'])
-    texts += [f'Efficiency is against GPUs that wait for nothing, at {alone} img/s each. What limits steps is that '
-              'without which they would be shortest. Rates are simulated; the closed form differs by '
-              f'{100 * apart:.1f} % at most.',
+    texts += [f'Efficiency compares with GPUs that wait for nothing, at {alone} img/s each. The limit of steps is what '
+              'would shorten them most if it were removed. Rates are simulated; the closed form differs by at most '
+              f'{100 * apart:.1f} %.',
               f'## One figure changed: {record["changes"][0]["plan"]}', changes_table(record['changes']),
               '## Storage', storage_table(record['storage'])]
     if record['check']:
@@ -412,70 +327,71 @@ def as_text(record: dict, figures: dict[str, Figure]) -> str:
 
 
 def renew_page(page: str, text: str, quotation: str | None) -> str:
-    """The page with those of the tables in `text` that it has already, told by their headers, and the quotation."""
+    """Return the page with its tables replaced by those in `text` with the same headers, and with the quotation."""
     tables = {table.partition('\n')[0]: table for table in re.findall(TABLE, text, flags=re.M)}
     page = re.sub(TABLE, lambda found: tables.get(found[0].partition('\n')[0], found[0]), page, flags=re.M)
     return re.sub(r'^> .*$', lambda _: f'> {quotation}', page, flags=re.M) if quotation else page
 
 
 def draw(record: dict, path: Path) -> None:
-    """Draws throughput and efficiency of each plan over GPUs, their points by what limits; equal curves once."""
+    """Draw throughput and efficiency of each plan over GPUs, with points that show the limit; equal curves once."""
     curves: dict[tuple[float, ...], dict] = {}
     for found in record['plans']:
         curves.setdefault(tuple(row['images_per_second'] for row in found['rows']), found)
     counts = sorted({row['gpus'] for found in curves.values() for row in found['rows']})
+    alone, color = record['plans'][0]['one_gpu'], '0.6'
     figure = new_figure(14, 7)
-    panels = figure.subplots(1, 2)
-    panels[0].plot(counts, [record['plans'][0]['one_gpu'] * gpus for gpus in counts], color='0.6', linewidth=1,
-                   label='GPUs that wait for nothing')
-    panels[1].axhline(100, color='0.6', linewidth=1)
+    left, right = figure.subplots(1, 2)
+    left.plot(counts, [alone * gpus for gpus in counts], color=color, linewidth=1, label='GPUs that wait for nothing')
+    right.axhline(100, color=color, linewidth=1)
     for found, style in zip(curves.values(), LINES, strict=False):
-        gpus, rates, shares = zip(*((row['gpus'], row['images_per_second'], 100 * row['efficiency'])
-                                    for row in found['rows']), strict=True)
-        for panel, values in zip(panels, (rates, shares), strict=True):
-            panel.plot(gpus, values, linestyle=style, color='0.25', linewidth=1.3, zorder=1,
-                       label=found['name'] if panel is panels[0] else None)
-            for row, value in zip(found['rows'], values, strict=True):
-                panel.plot(row['gpus'], value, MARKERS[row['limiter']], color=COLORS[row['limiter']],
-                           markeredgecolor='black', markeredgewidth=0.5, markersize=8)
-    there = {row['limiter'] for found in curves.values() for row in found['rows']}
-    for limiter in (name for name in MARKERS if name in there):
-        panels[0].plot([], [], MARKERS[limiter], color=COLORS[limiter], markeredgecolor='black', markeredgewidth=0.5,
-                       markersize=8, label=f'limited by: {limiter}')
-    panels[0].set(yscale='log', ylabel='images per second', title='Throughput')
-    panels[1].set(ylim=(0, 108), ylabel='% of GPUs that wait for nothing', title='Efficiency')
-    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.0f}'))
-    for panel in panels:
+        rows = found['rows']
+        for panel, values, label in ((left, [row['images_per_second'] for row in rows], found['name']),
+                                     (right, [100 * row['efficiency'] for row in rows], None)):
+            panel.plot([row['gpus'] for row in rows], values, linestyle=style, color='0.25', zorder=1, label=label)
+            for row, value in zip(rows, values, strict=True):
+                draw_limit(panel, row['limiter'], row['gpus'], value)
+    limits = {row['limiter'] for found in curves.values() for row in found['rows']}
+    for limit in (name for name in STYLES if name in limits):
+        draw_limit(left, limit, [], [], label=f'limited by: {limit}')
+    left.set(yscale='log', ylabel='images per second', title='Throughput')
+    right.set(ylim=(0, 108), ylabel='% of GPUs that wait for nothing', title='Efficiency')
+    left.yaxis.set_major_formatter('{x:,.0f}')
+    for panel in (left, right):
         panel.set(xscale='log', xlabel='GPUs')
         panel.set_xticks(counts, [f'{gpus:,}' for gpus in counts])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    figure.suptitle(f'{record["options"]["model"]}: planned from the figures of the table, not measured')
+    figure.suptitle(f'{record["options"]["model"]}: planned from the inputs in the table, not measured')
     figure.legend(loc='outside lower center', ncols=2, fontsize=9)
     figure.savefig(path, dpi=100)
 
 
+def draw_limit(panel, limit: str, x, y, **settings) -> None:
+    color, marker = STYLES[limit]
+    panel.plot(x, y, marker, color=color, markeredgecolor='black', markeredgewidth=0.5, markersize=8, **settings)
+
+
 def main() -> None:
-    parser = create_parser('Plan trainings past one machine.', (plan_options,))
-    args = parse_options(parser)
-    folder, records = check_record_options(args), Path(args.records).expanduser()
+    args = parse_command('Plan trainings past one machine.', 'scaling', plan_options)
+    records = Path(args.records).expanduser()
     if not records.is_dir():
         raise UserError(f'--records {records}: no such folder; name one with records of benchmarks/')
     page = Path(args.page) if args.page else None
     if page and not page.is_file():
         raise UserError(f'--page {page}: no such file; name docs/scaling.md')
-    known = read_records(records)
+    known = {path.stem: record for path in sorted(records.glob('*.json'))
+             if isinstance(record := read_record(path), dict)}
     figures = find_figures(args, known)
-    record = {**new_record('scaling', args, torch.device('cpu')),
+    record = {**new_record('scaling.plans', args, torch.device('cpu')),
               'figures': [asdict(figure) for figure in figures.values()],
               'plans': make_plans(args, figures), 'changes': make_changes(args, figures), 'storage': storage(figures),
               'check': known.get('scaling_check', {}).get('verdict')}
-    text, picture = as_text(record, figures), folder / f'{args.name}.png'
-    paths = write_record(folder, args.name, record, text)
-    draw(record, picture)
+    text = as_text(record, figures)
+    paths = save(args, record, text, draw)
     if page:
         write_whole(page, renew_page(page.read_text(encoding='utf-8'), text, record['check']))
-    print(text, *paths, picture, sep='\n')
+    print(text, *paths, sep='\n')
 
 
 if __name__ == '__main__':

@@ -1,10 +1,13 @@
-"""What the benchmarks measure: formulations of a model that step, and how they take turns and are timed and profiled.
+"""Measure formulations of a model side by side: each takes steps in turn, which are timed and profiled.
 
     contenders = list_contenders('t2t_vit_14', args)
     measure(contenders, start_training, args, training_args, 'bf16', world, 'a title for the bar')
     rows = [contender.row(args.batch_size) for contender in contenders]
 
-benchmarks/step.py says what the figures are.
+A window of steps is timed between two synchronisations of the device. Peak memory is what a contender holds (weights,
+their average, the optimizer's state) and the most that a step allocates beside it. A GPU's allocator counts this, with
+the private pools of CUDA graphs; for a CPU, torch.profiler's allocations do. The profiler also counts what a step
+runs: a GPU's kernels, copies and fills, and launches; a CPU's innermost operators that compute, and compiled kernels.
 """
 import gc
 import itertools
@@ -28,10 +31,9 @@ from engine.compile import compile_model
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
+from engine.state import TrainState
 from engine.step import TrainingStep
 from models import create_model_from_options
-from options.parser import parse_options
-from options.scripts import train_parser
 from options.types import image_size
 from utils.console import progress_bar
 from utils.distributed import World
@@ -43,10 +45,10 @@ CONTENDERS = ('published', 'default', 'compiled')
 TASKS = {'train': 'training', 'inference': 'inference'}
 NUM_CLASSES = 1000
 LEAST_ROUNDS = 3
-SAVE_SECONDS = 5  # between two saves of a table that is not finished
-MORE_STEPS = 4  # after a last one that was not finite
+SAVE_SECONDS = 5  # between two saves of an unfinished table
+MORE_STEPS = 4  # after a last step that was not finite
 STEPS_PROFILED = 2  # the published step keeps the gradients of one step during the next
-# Operators that compute nothing: views, and memory that nothing is written to.
+# Operators that compute nothing: they make views or memory without content.
 NOT_COMPUTING = {'alias', 'as_strided', 'chunk', 'detach', 'detach_', 'empty', 'empty_like', 'empty_strided', 'expand',
                  'expand_as', 'is_nonzero', 'item', 'lift_fresh', 'narrow', 'numpy_T', 'permute', 'record_stream',
                  'reshape', 'resize_', 'resolve_conj', 'resolve_neg', 'result_type', 'select', 'set_', 'slice', 'split',
@@ -57,13 +59,11 @@ LAUNCHES = ('cudaLaunch', 'cuLaunch', 'cudaGraphLaunch', 'cudaMemcpy', 'cudaMems
 
 @dataclass
 class Running:
-    """A contender that can step.
+    """A contender that can take steps.
 
     Attributes:
-        step: steps once.
-        held: lists the tensors that it keeps between steps, but for gradients.
-        is_finite: whether the last step was.
-        model: the contender's.
+        held: lists the tensors that are kept between steps, except gradients.
+        is_finite: tells whether the last step was finite.
     """
     step: Callable[[], object]
     held: Callable[[], list[torch.Tensor]]
@@ -73,7 +73,7 @@ class Running:
 
 @dataclass
 class Contender:
-    """One row of a table; `error` says in a line why it is not measured, where it is not."""
+    """One row of a table, or the `error` in one line that kept it from being measured."""
     label: str
     model: str
     img_size: int | tuple[int, int]
@@ -93,7 +93,7 @@ class Contender:
         self.running, self.milliseconds = None, []
 
     def row(self, batch_size: int) -> dict:
-        """What the record has of it."""
+        """Return the row of the record."""
         row = {'contender': self.label, 'model': self.model, 'img_size': self.img_size, 'compiled': self.is_compiled}
         if self.error:
             return {**row, 'error': self.error}
@@ -105,13 +105,8 @@ class Contender:
                 'steps_per_window': self.steps_per_window, 'windows_milliseconds': self.milliseconds}
 
 
-def training_options(*words: str):
-    """The options of train.py, those that `words` say and the defaults."""
-    return parse_options(train_parser(), list(words))
-
-
 def list_contenders(model: str, args) -> list[Contender]:
-    """The rows of a model's table, in order."""
+    """Return the rows of a model's table, in order."""
     rows = [Contender(name, model, args.img_size, is_published=name == 'published', is_compiled=name == 'compiled')
             for name in CONTENDERS if name in args.contenders]
     for name_and_size in args.peers:
@@ -123,11 +118,10 @@ def list_contenders(model: str, args) -> list[Contender]:
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Steps
+# --- Steps ------------------------------------------------------------------------------------------------------------
 
 def make_batch(contender: Contender, args, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [B, 3, H, W] of normalised random pixels, and soft targets [B, NUM_CLASSES] as Mixup makes them."""
+    """Return images [B, 3, H, W] of normalised random pixels and soft targets [B, NUM_CLASSES] as Mixup makes them."""
     generator = torch.Generator().manual_seed(args.seed)
     size = (contender.img_size,) * 2 if isinstance(contender.img_size, int) else contender.img_size
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
@@ -138,17 +132,30 @@ def make_batch(contender: Contender, args, device: torch.device) -> tuple[torch.
             mixup_target(labels, NUM_CLASSES, lam=0.7, smoothing=0.1).to(device))
 
 
+def create_step(training_args, model: TimmModel, precision: Precision, world: World, *, loss: Callable,
+                is_published: bool = False, wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+                prepare: Callable = lambda *batch: batch) -> tuple[TrainState, PublishedStep | TrainingStep]:
+    """Return a new training state and its step; `wrap` returns the model that the step calls."""
+    optimizer = published_optimizer(model, training_args) if is_published else create_optimizer(
+        param_groups(model, training_args.weight_decay), training_args)
+    state = create_state(training_args, model, optimizer, precision, [], world)
+    step: PublishedStep | TrainingStep = (PublishedStep if is_published else TrainingStep)(
+        state, wrap(state.model), prepare=prepare, loss=loss, precision=precision, args=training_args)
+    state.model.train()
+    return state, step
+
+
 def start_training(contender: Contender, args, training_args, precision: Precision, world: World, *,
                    wrap: Callable[[nn.Module], nn.Module] = lambda model: model) -> Running:
-    """A contender whose step is one of training, from fresh weights; its model is called as `wrap` returns it."""
-    model = _create_model(contender, training_args)
-    make_optimizer = published_optimizer if contender.is_published else _default_optimizer
-    state = create_state(training_args, model, make_optimizer(model, training_args), precision, [], world)
-    compile_model(state.model, args.compile if contender.is_compiled else '')
-    step: PublishedStep | TrainingStep = (PublishedStep if contender.is_published else TrainingStep)(
-        state, wrap(state.model), prepare=lambda *batch: batch,
-        loss=create_loss(training_args, soft_targets=True), precision=precision, args=training_args)
-    state.model.train()
+    """Return a contender whose step trains from fresh weights; `wrap` returns the model that the step calls."""
+
+    def compile_and_wrap(model: nn.Module) -> nn.Module:
+        compile_model(model, args.compile if contender.is_compiled else '')
+        return wrap(model)
+
+    state, step = create_step(
+        training_args, _create_model(contender, training_args), precision, world, wrap=compile_and_wrap,
+        loss=create_loss(training_args, soft_targets=True), is_published=contender.is_published)
     batches, count = itertools.repeat(make_batch(contender, args, world.device)), itertools.count(1)
 
     def take_step() -> None:
@@ -175,12 +182,8 @@ def _create_model(contender: Contender, training_args) -> TimmModel:
     return create_model_from_options(args, num_classes=NUM_CLASSES)
 
 
-def _default_optimizer(model: TimmModel, training_args) -> torch.optim.Optimizer:
-    return create_optimizer(param_groups(model, training_args.weight_decay), training_args)
-
-
 def start_inference(contender: Contender, args, training_args, precision: Precision, world: World) -> Running:
-    """A contender whose step is the forward pass of an evaluation."""
+    """Return a contender whose step is the forward pass of an evaluation."""
     model = _create_model(contender, training_args).eval()
     move_model(model, world.device, channels_last=args.channels_last)
     compile_model(model, args.compile if contender.is_compiled else '')
@@ -199,8 +202,7 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
+# --- Measuring --------------------------------------------------------------------------------------------------------
 
 def synchronize(device: torch.device) -> None:
     if device.type == 'cuda':
@@ -208,10 +210,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_window(contender: Contender, device: torch.device) -> float:
-    """Milliseconds of a step, over those of a window."""
+    """Return the mean milliseconds of a step in a window."""
     synchronize(device)
     started = time.perf_counter()
-    assert contender.running is not None, 'it is warm, or it has failed and is not asked'
+    assert contender.running is not None, 'a contender that failed takes no turn'
     for _ in range(contender.steps_per_window):
         contender.running.step()
     synchronize(device)
@@ -219,11 +221,11 @@ def time_window(contender: Contender, device: torch.device) -> float:
 
 
 def warm_up(contender: Contender, start_contender, args, training_args, precision_name: str, world: World) -> None:
-    """Makes the contender, compiles it where that is to be, and measures all but its time."""
+    """Start the contender, compile it if it is to be compiled, and measure everything but time."""
     device = world.device
     seed_everything(args.seed, 0)
     pools = _graph_pools(device)
-    # Its own, for the scaler of float16 is a state.
+    # Each contender has its own, because float16's scaler has a state.
     precision = precision_of(precision_name, device)
     started = time.perf_counter()
     contender.running = running = start_contender(contender, args, training_args, precision, world)
@@ -233,9 +235,9 @@ def warm_up(contender: Contender, start_contender, args, training_args, precisio
     seconds = time.perf_counter() - started
     contender.steps_per_window = max(1, round(1000 * args.window / time_window(contender, device)))
     held = sum(tensor.numel() * tensor.element_size() for tensor in running.held())
-    running.model.zero_grad(set_to_none=True)  # what is there now would be counted, or not, with its release
-    profiled = (_profile_on_gpu if device.type == 'cuda' else _profile_on_cpu)(running.step, device)
-    kernels, launches, allocated, longest = profiled
+    running.model.zero_grad(set_to_none=True)  # otherwise their release would be counted
+    kernels, launches, allocated, longest = (_profile_on_gpu if device.type == 'cuda' else _profile_on_cpu)(
+        running.step, device)
     contender.measured = {
         'peak_bytes': held + allocated + _graph_pools(device) - pools, 'held_bytes': held, 'kernels': kernels,
         'launches': launches, 'warm_up_seconds': seconds,
@@ -244,7 +246,7 @@ def warm_up(contender: Contender, start_contender, args, training_args, precisio
 
 
 def _graph_pools(device: torch.device) -> int:
-    """Bytes that the CUDA graphs of this process keep to themselves."""
+    """Return the bytes in the private pools of CUDA graphs."""
     if device.type != 'cuda':
         return 0
     return sum(segment['total_size'] for segment in torch.cuda.memory_snapshot()
@@ -252,7 +254,7 @@ def _graph_pools(device: torch.device) -> int:
 
 
 def _profile_on_gpu(step: Callable[[], object], device: torch.device) -> tuple[int, int, int, list]:
-    """Kernels of one step, launches from the host, the bytes that are allocated at most, and kernels `_by_name`."""
+    """Return a step's kernels, launches from the host, peak of allocated bytes, and kernels `_by_name`."""
     synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -271,7 +273,7 @@ def _profile_on_gpu(step: Callable[[], object], device: torch.device) -> tuple[i
 
 
 def _profile_on_cpu(step: Callable[[], object], device: torch.device) -> tuple[int, None, int, list]:
-    """Computing operators of one step, None, the bytes that are allocated at most, and operators `_by_name`."""
+    """Return a step's computing operators, None, peak of allocated bytes, and operators `_by_name`."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(STEPS_PROFILED):
             step()
@@ -284,12 +286,12 @@ def _profile_on_cpu(step: Callable[[], object], device: torch.device) -> tuple[i
 
 
 def _events(profiler: profile) -> list:
-    """What was recorded, as it was: its public form takes long to make, and hides what an operator gives back."""
-    return profiler.profiler.kineto_results.events()  # type: ignore[union-attr]  # both are there once it has ended
+    """Return the raw events; the public form takes long to make and hides the memory that operators free."""
+    return profiler.profiler.kineto_results.events()  # type: ignore[union-attr]  # both exist after it has ended
 
 
 def _operators(events: list) -> list[list]:
-    """Operators that compute: the name, the nanoseconds without those it calls, and whether there are none of these."""
+    """List computing operators: name, nanoseconds without those of inner operators, and whether there are no inner."""
     spans = sorted((event.start_thread_id(), event.start_ns(), -event.end_ns(), event.name()) for event in events
                    if _computes(event.name()))
     operators: list[list] = []
@@ -306,7 +308,7 @@ def _operators(events: list) -> list[list]:
 
 
 def _by_name(events: Iterable[tuple[str, int]], steps: int) -> list[tuple[str, int, float]]:
-    """Name, calls and milliseconds of a step of what took so many nanoseconds each in `steps`, the longest first."""
+    """Sum (name, nanoseconds) over `steps` to (name, calls, milliseconds) of a step, the longest first."""
     found: dict[str, tuple[int, int]] = {}
     for name, nanoseconds in events:
         calls, total = found.get(name, (0, 0))
@@ -323,14 +325,14 @@ def _computes(event_name: str) -> bool:
 
 def measure(contenders: list[Contender], start_contender, args, training_args, precision_name: str, world: World,
             title: str, save: Callable[[], object] = lambda: None) -> None:
-    """Fills the rows of one table; calls `save` as they come, for whoever measures may be killed."""
+    """Measure all rows of a table; call `save` as they come, since the process may be killed."""
     order = random.Random(args.seed)
     bar = progress_bar(total=len(contenders) * (args.repeats + 1), desc=title)
     for contender in contenders:
         attempt(contender, warm_up, start_contender, args, training_args, precision_name, world)
         bar.update()
         save()
-    for contender in contenders:  # in a round that does not count, all come into their stride
+    for contender in contenders:  # a round that does not count
         attempt(contender, time_window, world.device)
     started = saved = time.perf_counter()
     for number in range(args.repeats):
@@ -340,7 +342,7 @@ def measure(contenders: list[Contender], start_contender, args, training_args, p
         if args.seconds and number >= LEAST_ROUNDS and time.perf_counter() - started > args.seconds:
             break
         for contender in order.sample(contenders, len(contenders)):
-            attempt(contender, add_window, world.device)
+            attempt(contender, lambda turn: turn.milliseconds.append(time_window(turn, world.device)))
             bar.update()
     bar.close()
     for contender in contenders:
@@ -350,25 +352,21 @@ def measure(contenders: list[Contender], start_contender, args, training_args, p
 
 
 def attempt(contender: Contender, work: Callable, *arguments) -> None:
-    """Calls work(contender, …) unless the contender has failed; of an error there will be its row that says so."""
+    """Call work(contender, …) unless the contender has failed; keep an error for its row."""
     if contender.error:
         return
     try:
         work(contender, *arguments)
     except Exception as error:
         contender.fail(error)
-        error.__traceback__ = None  # it holds what was allocated
+        error.__traceback__ = None  # it refers to tensors
         _release()
 
 
-def add_window(contender: Contender, device: torch.device) -> None:
-    contender.milliseconds.append(time_window(contender, device))
-
-
 def note_finiteness(contender: Contender) -> None:
-    """Whether the last step was finite, or one of the next few: float16's scaler has to find its scale by overflows."""
+    """Note whether the last step or one of the next is finite: float16's scaler finds its scale by overflows."""
     running = contender.running
-    assert running is not None, 'it is warm, or it has failed and is not asked'
+    assert running is not None, 'a contender that failed takes no turn'
 
     def is_next_finite() -> bool:
         running.step()
