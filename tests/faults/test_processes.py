@@ -349,4 +349,4 @@ def test_before_training_a_signal_ends_the_job_at_once(tmp_path, name):
 def test_settings_of_the_launcher_are_checked(tmp_path, name, value):
     with Job(tmp_path, **{name: value}) as job:
         code, said = job.ended()
-    assert code == 2 and said.startswith(f'launch.py: error: {name}={value}: ') and said.count('\n') == 1, said
+    assert code == 2 and said.startswith(f'launcher.py: error: {name}={value}: ') and said.count('\n') == 1, said
