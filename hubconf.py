@@ -1,10 +1,10 @@
-"""Entry points of torch.hub: every model of this project by its name.
+"""Entry points of torch.hub: every model of this project by name.
 
     torch.hub.load('path/to/clone', 't2t_vit_14', source='local')
     torch.hub.load('path/to/clone', 't2t_vit_14', source='local', pretrained=True, num_classes=10, img_size=384)
     torch.hub.load('path/to/clone', 'create_from_config', 'path/to/clone/configs/t2t_vit_14.yaml', source='local')
 
-The arguments are those of timm.create_model.
+They take the arguments of timm.create_model.
 """
 import timm as _timm
 

@@ -228,7 +228,7 @@ def read_aotinductor(path: Path) -> Run:
 
     def run(images: torch.Tensor) -> torch.Tensor:
         if tuple(images.shape[2:]) != size:
-            raise ValueError(f'images of {tuple(images.shape[2:])} pixels; this package takes {size} alone')
+            raise ValueError(f'images of {tuple(images.shape[2:])} pixels; this package takes only {size}')
         return model(images.contiguous())
 
     return run

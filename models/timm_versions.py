@@ -1,6 +1,6 @@
-"""What newer versions of timm add to the oldest one that these models work with (utils/versions.py).
+"""Functions of timm that its oldest supported version (utils/versions.py) lacks.
 
-Raises UserError when it is imported beside an older one: scripts have said so before, programs of others have not.
+Importing this module raises UserError if timm is too old, for programs that do not start as one of our scripts.
 """
 import timm
 from torch import nn
@@ -9,14 +9,14 @@ from utils.versions import check_timm
 
 check_timm()
 try:
-    from timm.models._input import update_model_input_size as _note_size  # no public name leads to it
+    from timm.models._input import update_model_input_size as _update  # there is no public name
 except ImportError:
-    _note_size = None  # type: ignore[assignment]  # what an import that failed leaves
+    _update = None  # type: ignore[assignment]
 
-SAVES_ARGUMENTS = hasattr(timm.models, 'get_model_args')  # of a model with its weights: from 1.0.31 on
+SAVES_ARGUMENTS = hasattr(timm.models, 'get_model_args')  # of a model, with its weights: since 1.0.31
 
 
 def update_model_input_size(model: nn.Module, img_size: int | tuple[int, int]) -> None:
-    """Note the image size in what timm saves with the weights; before 1.0.31 it saves none."""
-    if _note_size is not None:
-        _note_size(model, img_size)
+    """Record the image size that timm saves with the weights; do nothing before 1.0.31, which saves none."""
+    if _update is not None:
+        _update(model, img_size)

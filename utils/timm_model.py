@@ -1,4 +1,4 @@
-"""The attributes of timm's models that torch.nn.Module does not declare, for type annotations."""
+"""Attributes of the models in timm's registry, including ours, that torch.nn.Module does not declare."""
 from collections.abc import Callable
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class TimmModel(nn.Module):
-    """For annotations only; no model inherits from it."""
+    """Type for annotations only; no model inherits from it."""
     num_classes: int
     pretrained_cfg: dict[str, Any]
     get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]
