@@ -10,7 +10,7 @@ import os, signal, sys
 import numpy as np
 import torch
 from PIL import Image
-from data.datasets import ArrayImages
+from data.arrays import ArrayImages
 from data.loader import create_loader
 from data.samplers import EvalSampler
 from data.transforms import create_eval_transform

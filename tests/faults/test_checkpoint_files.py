@@ -21,7 +21,7 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 
-from engine import checkpoint as checkpoint_files
+from engine import checkpoint as checkpoint_files, run_folder
 from engine.checkpoint import BEST, LAST, SAVE_POINTS, find_checkpoint, save_checkpoint
 from engine.run_folder import RunLock, check_resume, resolve_run
 from engine.state import TrainState
@@ -601,7 +601,7 @@ HOLDER = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from engine.checkpoint import RunLock
+from engine.run_folder import RunLock
 RunLock(Path(sys.argv[1]))
 if os.fork() == 0:  # a loader process, which outlives the run for a while
     time.sleep(20)
@@ -629,6 +629,6 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
     def refuse(*_):
         raise OSError(95, 'Operation not supported')
 
-    monkeypatch.setattr(checkpoint_files.fcntl, 'flock', refuse)
+    monkeypatch.setattr(run_folder.fcntl, 'flock', refuse)
     RunLock(tmp_path).release()
     assert 'cannot be locked (Operation not supported)' in caplog.text

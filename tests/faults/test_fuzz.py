@@ -22,7 +22,6 @@ import torch
 import yaml
 from PIL import Image
 
-import data.datasets
 from models import create_model
 from tests.conftest import ROOT, write_images
 from tests.test_files import Hostile, attacks, write_checkpoint
@@ -180,9 +179,9 @@ def test_a_mistake_is_one_line_before_the_data_is_scanned(name, place, monkeypat
     def scan(*args):
         raise Scanned
 
-    for function in ('ImageFolder', 'open_digits', '_open_cifar', 'require_folder'):
-        if not (name.startswith('validate map') and function == 'require_folder'):
-            monkeypatch.setattr(data.datasets, function, scan)
+    for function in ('datasets.ImageFolder', 'arrays.open_digits', 'arrays._open_cifar', 'places.require_folder'):
+        if not (name.startswith('validate map') and function == 'places.require_folder'):
+            monkeypatch.setattr(f'data.{function}', scan)
     options = SMALL if script == 'validate' else TRAIN
     words = [str(place / 'images'), *options, *words.format(place=place).split()]
     assert said in str(mistake(script, words, monkeypatch, tmp_path))

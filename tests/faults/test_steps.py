@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import assert_same, launch, run_script, succeeded
 from utils.checkpoint_reader import read_checkpoint
-from utils.errors import resume_command
+from utils.job import resume_command
 
 RUN = ('--dataset', 'digits', '--only-classes', '0-2', '--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu',
        '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2', '-b', '16', '-j', '0', '--epochs', '1',
