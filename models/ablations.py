@@ -305,7 +305,7 @@ def _build_vit(name: str, pretrained: bool, given: dict[str, Any], **architectur
     shared = {'patch_size': 16, 'mlp_ratio': 3., 'qkv_bias': False}
     return build_model_with_cfg(
         VisionTransformer, name, pretrained, pretrained_filter_fn=vit_checkpoint_filter_fn,
-        feature_cfg=FEATURE_CFG, **{**shared, **architecture, **given})
+        feature_cfg=dict(FEATURE_CFG), **{**shared, **architecture, **given})
 
 
 @register_model

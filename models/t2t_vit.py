@@ -32,7 +32,7 @@ from models.weights.loading import fit_to_model, state_dict_of
 __all__ = ['T2TViT', 'VARIANTS', 'build_t2t_vit', 'checkpoint_filter_fn']
 
 POOLINGS = ('token', 'avg', '')
-FEATURE_CFG = {'out_indices': 3, 'feature_cls': 'getter'}  # of timm's features_only=True
+FEATURE_CFG = {'out_indices': 3, 'feature_cls': 'getter'}  # of features_only=True; timm changes its copy
 
 # Leaf functions for torch.fx, which cannot trace a comparison of sizes.
 torch.fx.wrap('token_grid')
@@ -372,7 +372,7 @@ def build_t2t_vit(model_class: type[_Model], name: str, pretrained: bool, given:
     weights = resolve_pretrained_cfg(name, given.get('pretrained_cfg'), given.get('pretrained_cfg_overlay'))
     architecture['img_size'] = tuple(weights.input_size[-2:])
     return build_model_with_cfg(
-        model_class, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=FEATURE_CFG,
+        model_class, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=dict(FEATURE_CFG),
         **{**architecture, **given})
 
 
