@@ -11,7 +11,7 @@ check_timm()
 try:
     from timm.models._input import update_model_input_size as _update  # there is no public name
 except ImportError:
-    _update = None  # type: ignore[assignment]
+    _update = None  # type: ignore[assignment]  # older timm
 
 SAVES_ARGUMENTS = hasattr(timm.models, 'get_model_args')  # of a model, with its weights: since 1.0.31
 
