@@ -13,6 +13,7 @@ from collections import Counter
 from options.checks import check_images, check_trained_model
 from options.parser import parse_options
 from options.scripts import predict_parser
+from utils.console import plural
 from utils.errors import UserError
 from utils.script import run_script
 
@@ -111,18 +112,14 @@ def print_table(entries: list[dict]) -> None:
     predicted = [entry for entry in entries if 'classes' in entry]
     first = [entry['classes'][0]['class'] for entry in predicted]
     if len(entries) > LINES:
-        print(f"… and {count_of(len(entries) - LINES, 'more image')}")
+        print(f"… and {plural(len(entries) - LINES, 'more image')}")
         counts = Counter(first).most_common()
-        more = f" and {count_of(len(counts) - LINES, 'more class', 'es')}" if len(counts) > LINES else ''
+        more = f" and {plural(len(counts) - LINES, 'more class', 'more classes')}" if len(counts) > LINES else ''
         print(printable('Most probable: ' + ', '.join(f'{name} ({count})' for name, count in counts[:LINES]) + more))
     known = [entry['true_class'] == name for entry, name in zip(predicted, first, strict=True) if 'true_class' in entry]
     left_out = f', {len(entries) - len(predicted)} left out' if len(predicted) < len(entries) else ''
     right = f', {sum(known)} of {len(known)} right ({sum(known) / len(known):.1%})' if known else ''
-    print(f"{count_of(len(predicted), 'image')} predicted{left_out}{right}")
-
-
-def count_of(number: int, what: str, plural: str = 's') -> str:
-    return f'{number} {what}{plural if number != 1 else ""}'
+    print(f"{plural(len(predicted), 'image')} predicted{left_out}{right}")
 
 
 def judge(entry: dict) -> str:

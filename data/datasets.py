@@ -9,7 +9,6 @@
 | | or shards in root/train, root/val …; with root = 'wds:ADDRESS' also from a web server or an object store |
 | any other | what its opener in options/datasets.py reads |
 """
-import difflib
 import logging
 import pkgutil
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from data.shards.dataset import Shards, open_shards, reader
 from data.shards.manifest import MANIFEST, Manifest
 from data.shards.remote import NotFoundError
 from options.datasets import DATASETS
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
 
 _logger = logging.getLogger(__name__)
 
@@ -112,9 +111,8 @@ def _resolve_name(name: str, place: Place) -> str:
     """Return the name in DATASETS under which `place` is opened: 'folder' for class folders, whatever they hold."""
     name = (name or 'folder').lower()
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f'did you mean {near[0]!r}?' if near else f'choose from {", ".join(DATASETS)}'
-        raise UserError(f'unknown dataset {name!r}; {hint}')
+        hint = did_you_mean(name, DATASETS) or f'; choose from {", ".join(DATASETS)}'
+        raise UserError(f'unknown dataset {name!r}{hint}')
     if DATASETS[name].folder and place.path and (place.is_shards or place.has_splits()):
         return 'folder'
     if place.is_shards and DATASETS[name].opener:

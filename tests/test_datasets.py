@@ -392,7 +392,7 @@ def test_cifar_downloads_are_explained_where_they_fail(tmp_path, monkeypatch):
     assert 'no network' in message and 'cifar-10-python.tar.gz' in message
 
 
-@pytest.mark.parametrize('name, hint', [('cifr10', "did you mean 'cifar10'"), ('mnist_like', 'choose from folder')])
+@pytest.mark.parametrize('name, hint', [('cifr10', "; did you mean cifar10?"), ('mnist_like', 'choose from folder')])
 def test_an_unknown_dataset_gets_the_nearest_name(name, hint):
     assert hint in error_of(open_train_val, name, '.')
     assert hint in error_of(open_eval, name, '.')

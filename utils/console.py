@@ -50,6 +50,11 @@ def progress_bar(**kwargs) -> tqdm:
     return tqdm(disable=hidden, leave=False, dynamic_ncols=True, **kwargs)
 
 
+def plural(count: int, singular: str, several: str | None = None) -> str:
+    """Return a count with its noun: 1 → '1 image', 1000 → '1,000 images'."""
+    return f'{count:,} {singular if count == 1 else several or singular + "s"}'
+
+
 def format_seconds(seconds: float) -> str:
     """Return '1:23:45' for 5025."""
     minutes, seconds = divmod(round(seconds), 60)

@@ -20,6 +20,7 @@ from options.checks import share_global_batch
 from options.parser import parse_options
 from options.scripts import QUICK_SAMPLES, SAMPLES, doctor_parser
 from tools.doctor.case import Case, Rates, Splits
+from utils.console import plural
 from utils.script import run_script
 
 log = logging.getLogger('__main__')
@@ -65,8 +66,8 @@ def main():
 
     # --- The page, section by section ---------------------------------------------------------------------------------
     log.info('a run of %s at %s pixels: %s of %s, %s a step', args.model, args.img_size,
-             page.plural(processes, 'process', 'processes'), page.plural(args.batch_size, 'image'),
-             page.plural(processes * args.batch_size * args.accum_steps, 'image'))
+             plural(processes, 'process', 'processes'), plural(args.batch_size, 'image'),
+             plural(processes * args.batch_size * args.accum_steps, 'image'))
     sections = [page.Section('Data', look_at_data),
                 page.Section('Images', look_at_images),
                 page.Section('Images per second', look_at_rates),

@@ -17,7 +17,8 @@ from data.pipeline import open_evaluation_data, open_training_data
 from data.places import EVAL_SPLITS
 from options.datasets import DATASETS
 from tools.doctor.case import Case, Splits
-from tools.doctor.findings import LOOK, OK, STOP, Finding, name_up_to, plural, refusal
+from tools.doctor.findings import LOOK, OK, STOP, Finding, name_up_to, refusal
+from utils.console import plural
 from utils.errors import UserError
 
 IMAGENET = {'train': 1_281_167, 'val': 50_000}

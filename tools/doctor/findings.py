@@ -6,7 +6,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-from utils.console import ROOMS
+from utils.console import ROOMS, plural
 from utils.disk import ROOT
 from utils.errors import UserError
 
@@ -119,11 +119,6 @@ def name_up_to(items: Sequence[str], limit: int = 20) -> list[str]:
     """Return the first `limit` of `items`, and a line that counts the others."""
     more = len(items) - limit
     return [*items[:limit], *([f'and {more:,} more'] if more > 0 else [])]
-
-
-def plural(count: int, singular: str, several: str | None = None) -> str:
-    """1 → '1 image', 1000 → '1,000 images'."""
-    return f'{count:,} {singular if count == 1 else several or singular + "s"}'
 
 
 def duration(seconds: float) -> str:

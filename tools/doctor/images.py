@@ -19,8 +19,8 @@ from data.base import Part
 from data.decode import FORMATS, ImageError, decode_rgb
 from tools.doctor.case import Case, Splits
 from tools.doctor.data import split_folders
-from tools.doctor.findings import LOOK, OK, STOP, Finding, name_up_to, plural
-from utils.console import progress_bar
+from tools.doctor.findings import LOOK, OK, STOP, Finding, name_up_to
+from utils.console import plural, progress_bar
 
 # The most shards to fetch of a remote data set.
 SHARDS_FETCHED = 4

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from tools.doctor.case import Case, Loading, Setup, Steps
-from tools.doctor.findings import LOOK, OK, STOP, Finding, gib, plural
+from tools.doctor.findings import LOOK, OK, STOP, Finding, gib
 from tools.doctor.speed import interpolate, read_proc
+from utils.console import plural
 
 # Of a device. The rest is for fragments and other programs.
 MOST_MEMORY = 0.9

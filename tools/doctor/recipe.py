@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 
 from tools.doctor.case import Case, Schedule, Splits
-from tools.doctor.findings import LOOK, OK, Finding, plural
+from tools.doctor.findings import LOOK, OK, Finding
 from tools.doctor.speed import device_name
+from utils.console import plural
 
 # Learning rate for each image of a step.
 PUBLISHED_RATE = 5e-4 / 512

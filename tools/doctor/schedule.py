@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from engine.optimizer import create_schedule
 from tools.doctor.case import Case, Loading, Rates, Saved, Schedule, Setup, Splits, Steps
 from tools.doctor.disk import save_once
-from tools.doctor.findings import LOOK, OK, Finding, duration, plural
+from tools.doctor.findings import LOOK, OK, Finding, duration
+from utils.console import plural
 from utils.errors import UserError
 
 # Seconds of training that a user should know of.

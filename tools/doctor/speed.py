@@ -19,8 +19,8 @@ from engine.step import TrainingStep
 from models import create_model_from_options
 from options.checks import resolve_num_classes
 from tools.doctor.case import Case, Loading, Rates, Setup, Splits, Steps
-from tools.doctor.findings import LOOK, OK, Finding, duration, plural
-from utils.console import progress_bar
+from tools.doctor.findings import LOOK, OK, Finding, duration
+from utils.console import plural, progress_bar
 from utils.errors import UserError
 
 # Supply over demand of images: a disk that is slow for a moment does not matter then.
