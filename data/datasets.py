@@ -16,7 +16,7 @@ from os import PathLike
 
 from data.base import ImageDataset, Request
 from data.classes import match_classes, select_classes
-from data.folders import ImageFolder, has_class_folders
+from data.folders import ImageFolder, has_class_folders, require_folder
 from data.places import EVAL_SPLITS, Place, parse_place
 from data.shards.cache import Cache
 from data.shards.dataset import Shards, open_shards, reader
@@ -62,7 +62,8 @@ def open_train_val(
                         '--val-split for the patterns')
     cache = cache or Cache()
     trained = _open_split(_find_split(place, train_split, cache), cache)
-    evaluated = _open_split(_find_split(place, val_split, cache), cache)
+    found = _find_split(place, val_split, cache) if val_split else _find_eval_split(place, cache, or_itself=False)
+    evaluated = _open_split(found, cache)
     _name_numbers(trained, None, '')
     _name_numbers(evaluated, trained.classes, trained.folder)
     _check_two_classes(trained)
@@ -125,7 +126,10 @@ def _open_part(request: Request, split: str | None) -> ImageDataset:
     """Return a split of a data set that has its own opener: for training if `split` is 'train', else for evaluation."""
     if split not in (None, 'train', *EVAL_SPLITS):
         raise UserError(f'dataset {request.name!r} has no split {split!r}; choose train or val')
-    return pkgutil.resolve_name(DATASETS[request.name].opener)(request._replace(is_train=split == 'train'))
+    entry = DATASETS[request.name]
+    if entry.folder is None:
+        require_folder(request.folder)
+    return pkgutil.resolve_name(entry.opener)(request._replace(is_train=split == 'train'))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +154,7 @@ def _open_eval_split(place: Place, split: str | None, classes: Sequence[str] | N
     """
     train, train_classes, found = place.join('train'), None, place
     if not place.is_pattern:
-        found = _find_split(place, split, cache, or_itself=True)
+        found = _find_split(place, split, cache) if split else _find_eval_split(place, cache, or_itself=True)
         if classes is None and found not in (place, train):
             train_classes = _read_train_classes(train, cache)
     dataset = _open_split(found, cache)
@@ -185,13 +189,8 @@ def _name_numbers(dataset: ImageFolder | Shards, classes: Sequence[str] | None, 
         dataset.name_numbers(classes, map_source)
 
 
-def _find_split(place: Place, split: str | None, cache: Cache, or_itself: bool = False) -> Place:
-    """Return `split` in `place`; if None, the first of EVAL_SPLITS, or with `or_itself` a `place` that is a split.
-
-    Raises UserError that says what is there instead.
-    """
-    if not split:
-        return _find_eval_split(place, cache, or_itself)
+def _find_split(place: Place, split: str, cache: Cache) -> Place:
+    """Return `split` in `place`. Raises UserError that says what is there instead."""
     found = place.join(split)
     if found.is_pattern or found.is_folder():
         return found
@@ -200,7 +199,8 @@ def _find_split(place: Place, split: str | None, cache: Cache, or_itself: bool =
     raise UserError(f'{place}: no folder {split!r} in it{place.describe_content()}')
 
 
-def _find_eval_split(place: Place, cache: Cache, or_itself: bool) -> Place:
+def _find_eval_split(place: Place, cache: Cache, *, or_itself: bool) -> Place:
+    """Return the first of EVAL_SPLITS in `place`, or with `or_itself` a `place` that is a split."""
     splits = [place.join(split) for split in EVAL_SPLITS]
     if place.is_remote:
         return _find_remote(splits + [place] * or_itself, cache)

@@ -141,7 +141,8 @@ def _locate(args) -> tuple[str, bool]:
         return args.data, bool(args.download)
     folder = DATASETS[args.dataset].folder
     if folder is None:
-        raise UserError('no data: give the folder that holds train/ and val/, or --dataset digits to try things out')
+        raise UserError(f'--dataset {args.dataset} needs DIR, its folder' if DATASETS[args.dataset].opener else
+                        'no data: give the folder that holds train/ and val/, or --dataset digits to try things out')
     return folder, args.download is not False
 
 

@@ -50,6 +50,9 @@ class Place:
 
     def join(self, name: str) -> 'Place':
         """Return the split, file or pattern `name` in this place."""
+        name = name.rstrip('/')
+        if not name:
+            return self
         path = f'{self.path}/{name}' if self.scheme else os.path.join(self.path, name)
         return replace(self, path=path, is_pattern=_is_pattern(name))
 
@@ -121,9 +124,19 @@ def parse_place(address: str | os.PathLike | Place | None, *, is_shards: bool = 
     if is_shards and (not path or path.startswith('pipe:')):
         raise UserError(f'{address}: ' + ('commands are not run' if path else 'no path')
                         + f'; give shards as {PREFIX}/data/imagenet or {PREFIX}https://host/imagenet')
+    place = parse_folder(path)
+    return replace(place, is_pattern=_is_pattern(path), is_shards=is_shards)
+
+
+def parse_folder(address: str) -> Place:
+    """Return the place of a folder, or of an address of shards, whose name may have braces of its own.
+
+    Raises UserError for an address that is not read.
+    """
+    path = address.removeprefix(PREFIX)
     if not (scheme := _scheme_of(path)):
         path = os.path.expanduser(path.removeprefix('file://'))
-    return Place(path.rstrip('/') or path, scheme, _is_pattern(path), is_shards)
+    return Place(path.rstrip('/') or path, scheme, is_shards=True)
 
 
 def _scheme_of(path: str) -> str:

@@ -15,6 +15,7 @@ from data.arrays import ArrayImages, SyntheticImages
 from data.base import ClassView, PathList
 from data.classes import select_classes
 from data.folders import ImageFolder
+from data.places import parse_place
 from utils.errors import UserError
 
 
@@ -416,3 +417,16 @@ def test_a_view_numbers_by_the_given_names():
     view = ClassView(dataset, ['c', 'unknown', 'a'])
     assert contents(view) == [(0, 2), (2, 0), (3, 2), (5, 0)]
     assert contents(ClassView(view, ['a', 'c'])) == [(0, 0), (2, 1), (3, 0), (5, 1)]
+
+
+def test_an_empty_name_of_a_split_is_the_folder_itself(image_folder):
+    """Not the first evaluation split, on which a model would be trained."""
+    assert 'not in the class map' in error_of(open_train_val, '', image_folder, train_split='')
+    train, val = open_train_val('', image_folder / 'train', train_split='', val_split='../val')
+    assert (len(train), len(val)) == (36, 15)
+
+
+@pytest.mark.parametrize('name', ['train/', 'train//', 'train'])
+def test_a_split_is_joined_by_one_slash(name):
+    assert str(parse_place('wds:https://host/imagenet/').join(name).join('a.tar')) == 'https://host/imagenet/train/a.tar'
+    assert str(parse_place('/data').join(name)) == '/data/train'

@@ -84,6 +84,18 @@ def check_model(folder: Path, printed: str) -> None:
 
 def check_data(folder: Path, printed: str) -> None:
     assert json.loads(printed[printed.index('{'):printed.rindex('}') + 1])['count'] == 15
+    check_mistakes(folder)
+
+
+def check_mistakes(folder: Path) -> None:
+    """The opener's errors end the script in one line."""
+    val = folder / 'flowers/val.csv'
+    for text, message in ((val.read_text() + 'x.jpg,wolf\n', "no label 'wolf'"), (None, 'No such file')):
+        val.unlink() if text is None else val.write_text(text)
+        ended = run_command([sys.executable, 'train.py', 'flowers', '--dataset', 'csv', '--device', 'cpu'], folder)
+        assert ended.returncode == 2 and message in ended.stderr and ended.stderr.count('\n') == 1
+    ended = run_command([sys.executable, 'train.py', 'nowhere', '--dataset', 'csv', '--device', 'cpu'], folder)
+    assert ended.returncode == 2 and "'nowhere' does not exist" in ended.stderr
 
 
 def check_loss(folder: Path, printed: str) -> None:

@@ -149,6 +149,7 @@ def test_a_missing_tensorboard_is_a_warning(tmp_path, warnings_of, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
     run(tmp_path)
     assert len(warnings_of()) == 1 and 'TensorBoard' in warnings_of()[0]
+    assert warnings_of()[0].endswith('; training goes on without them')
 
 
 def test_what_stands_in_the_way_of_a_file_is_a_warning(tmp_path, warnings_of):
@@ -377,3 +378,11 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path, warnings_of
     log.close()
     assert warnings_of() == [f'{tmp_path}/wrong predictions cannot be written (ValueError: cannot be drawn); '
                              'training goes on']
+
+
+def test_the_console_says_that_a_loss_is_missing(tmp_path, caplog):
+    caplog.set_level('INFO', 'engine')
+    log = RunLog(tmp_path, options={'tensorboard': False})
+    log.train({'epoch': 0, 'global_step': 2, 'images_seen': 8, 'loss': None, 'lr': 0.1, 'rates': {}},
+              step=2, steps_per_epoch=9)
+    assert caplog.messages == ['Train: 0 [   2/9]  Loss: none  LR: 1.000e-01']

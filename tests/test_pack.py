@@ -620,3 +620,15 @@ def test_mistakes(image_folder, tmp_path):
     refused('OUT .* has no effect on --index', '--index', image_folder, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
     refused('--quality: 101 is too large', image_folder, tmp_path / 'out', '--quality', 101)
+
+
+def test_a_folder_with_braces_in_its_name_is_no_pattern(image_folder, tmp_path):
+    out = tmp_path / 'v{1}'
+    assert 'all well' in pack(image_folder, out, '-j', 1, '--verify')
+    assert 'all well' in pack('--verify', out / 'train', '-j', 1)
+
+
+def test_any_name_may_be_that_of_the_new_folder(image_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pack(image_folder, 'pipe:x', '-j', 1)
+    assert (tmp_path / 'pipe:x/train/manifest.json').exists()

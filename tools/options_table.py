@@ -8,8 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from options.parser import Parser
 from options.scripts import SCRIPTS, TRANSFER_DEFAULTS
 from utils.disk import ROOT
+from utils.script import run_script
 
 PAGE = ROOT / 'docs/options.md'
 HEADER = '| option | default | meaning |\n|---|---|---|'
@@ -66,6 +68,11 @@ def page() -> str:
     return introduction + table()
 
 
-if __name__ == '__main__':
+def main() -> None:
+    Parser(description='Write docs/options.md, the table of all options.').parse_args()
     PAGE.write_text(page(), encoding='utf-8')
-    print(PAGE)
+    print(PAGE.relative_to(ROOT))
+
+
+if __name__ == '__main__':
+    run_script(main)

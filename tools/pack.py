@@ -94,7 +94,7 @@ def check_options(args, parser: argparse.ArgumentParser) -> None:
 
 def pack_all(args) -> list:
     """Pack, or unpack, every split; return their places."""
-    from data.places import parse_place
+    from data.places import parse_folder
     from data.shards.packing import pack
     from data.shards.plan import Recipe
     from data.shards.unpacking import unpack
@@ -121,7 +121,7 @@ def pack_all(args) -> list:
             psnr = f'; PSNR {loss["psnr_db"]:.1f} dB (of {loss["psnr_images"]})' if loss['psnr_db'] is not None else ''
             print(f'  {loss["images"]:,} images resized to {loss["short_side"]}, quality {loss["quality"]}: '
                   f'{loss["bytes_before"] / 1e6:,.1f} → {loss["bytes_after"] / 1e6:,.1f} MB{psnr}')
-        places.append(parse_place(out, is_shards=True))
+        places.append(parse_folder(str(out)))
     return places
 
 
@@ -136,9 +136,9 @@ def _shards(manifest) -> str:
 
 def _check_out(out: str) -> str:
     """Return the path of OUT. Raises UserError, before anything is read, if it is remote or cannot be written."""
-    from data.places import parse_place
+    from data.places import parse_folder
     from utils.disk import check_writable
-    place = parse_place(out, is_shards=True)
+    place = parse_folder(out)
     if place.is_remote:
         raise UserError(f'{out}: shards are written to a folder of this machine; give one, and copy it there')
     check_writable(Path(place.path), 'OUT')
@@ -148,10 +148,10 @@ def _check_out(out: str) -> str:
 def _open_inputs(args) -> dict:
     """Return the images to pack by the names of their splits; '' if FOLDER is a split itself."""
     from data.classes import match_classes
-    from data.places import parse_place
+    from data.places import parse_folder
     from data.shards.ilsvrc import ARCHIVES, check_md5, open_archive
     from data.shards.plan import archive_input, folder_input
-    place = parse_place(args.source, is_shards=True)
+    place = parse_folder(args.source)
     given = place.path
     archives = [given] if os.path.isfile(given) else [
         os.path.join(given, name) for split, name in ARCHIVES.items()
@@ -223,10 +223,10 @@ def verify_all(splits: list, args) -> bool:
 def _packed_splits(args) -> list:
     """Return the place of FOLDER itself, or of the splits in it that have a manifest."""
     from data.folders import require_folder
-    from data.places import EVAL_SPLITS, parse_place
+    from data.places import EVAL_SPLITS, parse_folder
     from data.shards.manifest import MANIFEST
     from data.shards.verifying import has_split
-    place = parse_place(args.source, is_shards=True)
+    place = parse_folder(args.source)
     names = ['train', *EVAL_SPLITS]
     if not place.is_remote:
         require_folder(place.path)
@@ -242,9 +242,9 @@ def index(args) -> list:
     """Write the manifest of shards that were made elsewhere."""
     from data.classes import read_class_map
     from data.folders import require_folder
-    from data.places import parse_place
+    from data.places import parse_folder
     from data.shards.verifying import index_folder
-    folder = parse_place(args.source, is_shards=True)
+    folder = parse_folder(args.source)
     require_folder(folder.path)
     manifest = index_folder(folder, jobs=args.jobs, classes=args.class_map and read_class_map(args.class_map))
     print(f'{folder}: {len(manifest.index):,} images of {len(manifest.classes)} classes in {_shards(manifest)}')

@@ -13,9 +13,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from options.parser import Parser
 from utils.disk import ROOT
+from utils.errors import UserError
+from utils.script import run_script
 
-RESULTS = ROOT / 'benchmarks/results'
+RESULTS, RECORD = ROOT / 'benchmarks/results', ROOT / 'output/faults.json'
 FAULTS = 'pytest tests/faults'
 
 # What is shown, its goal, the tests that show it (a pattern of their names), and the figure when they pass. A figure of
@@ -91,7 +94,7 @@ def read(path: Path) -> dict:
 
 def rows() -> list[tuple[str, str, str, str]]:
     """Return (what, goal, figure, command) of each row."""
-    results = read(ROOT / 'output/faults.json')
+    results = read(RECORD)
     table = [(what, goal, *measured_by_tests(results, pattern, figure)) for what, goal, pattern, figure in ROWS]
 
     saving = read(RESULTS / 'saving.json')
@@ -118,7 +121,9 @@ def rows() -> list[tuple[str, str, str, str]]:
 
 
 def write_scorecard(path: Path = RESULTS / 'reliability.md') -> str:
-    """Write the scorecard and return it."""
+    """Write the scorecard and return it. Raises UserError if the fault tests have left no record."""
+    if not RECORD.exists():
+        raise UserError(f'{RECORD.relative_to(ROOT)} is missing; run make test-faults first, which writes it')
     soak = read(RESULTS / 'soak.json')
     machine = ', '.join(f'{name} {soak[name]}' for name in ('device', 'python', 'torch', 'timm') if name in soak)
     lines = ['# Reliability', '', f'Written by `python -m benchmarks.reliability.scorecard`; {machine}.', '',
@@ -130,7 +135,12 @@ def write_scorecard(path: Path = RESULTS / 'reliability.md') -> str:
     return text
 
 
-if __name__ == '__main__':
+def main() -> None:
+    Parser(description='Write the scorecard of reliability from what was measured.').parse_args()
     text = write_scorecard()
     print(text, end='')
     sys.exit('**' in text)
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from benchmarks.reliability.scorecard import write_scorecard
+from benchmarks.reliability.scorecard import RECORD, write_scorecard
 from benchmarks.shared.command import common_options, parse_command
 from benchmarks.shared.records import save
 from engine.log.metrics import read_metrics
@@ -189,7 +189,8 @@ def main() -> None:
     save(args, {'command': command, 'epochs': args.epochs, 'steps': steps, 'seconds': round(seconds), 'faults': faults,
                 'tensors_that_differ': unequal, 'log_lines': len(logs[0]), 'log_lines_that_differ': lines,
                 **describe_environment(torch.device('cpu'))}, text + '\n')
-    write_scorecard()
+    if RECORD.exists():
+        write_scorecard()
     print(text)
     sys.exit(bool(unequal or lines))
 

@@ -46,7 +46,8 @@ def parse_command(description: str, name: str, *groups, **settings) -> Options:
 
 def record_options(parser) -> None:
     add = parser.add_argument_group('Record').add_argument
-    add('--output', default=str(ROOT / 'benchmarks/results'), metavar='DIR', help='folder of the files')
+    add('--output', default=str(ROOT / 'benchmarks/results'), metavar='DIR',
+        help='folder of the files (default: benchmarks/results)')
     add('--name', metavar='NAME', help='name of the files, without suffix')
 
 

@@ -1,5 +1,6 @@
 """The lines of a run on the console."""
 import logging
+import re
 
 from engine.log.sink import EPOCH, TRAIN, Sink
 
@@ -19,5 +20,6 @@ class Console(Sink):
     name = 'console'
 
     def record(self, record: dict) -> None:
-        known = {name: value for name, value in record.items() if value is not None}
-        _logger.info('  '.join(text.format(**known) for name, text in PARTS[record['kind']] if name in known))
+        _logger.info('  '.join(
+            re.sub('{.*}', 'none', text) if record[name] is None else text.format(**record)
+            for name, text in PARTS[record['kind']] if name in record))

@@ -23,9 +23,9 @@ class Curves(Sink):
             self.close(False)
 
     def close(self, finished: bool) -> None:
+        self._drawn_at = time.monotonic()  # also if drawing fails, so that no epoch pays for the attempt
         fault_point('log.curves')
         draw_curves(self.run.records, self.run.folder / CURVES)
-        self._drawn_at = time.monotonic()
 
 
 def draw_curves(records: list[dict], path: Path | IO[bytes]) -> None:

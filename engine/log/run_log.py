@@ -65,7 +65,7 @@ class RunLog:
         run = Run(folder, options, images_seen, epoch, self._records)
         for sink in SINKS:
             if not sink.option or options.get(sink.option, True):
-                self._attempt(sink.name, self._open, sink, run)
+                self._attempt(sink.name, self._open, sink, run, is_fragile=sink.is_fragile)
         self.sync()
 
     def _open(self, sink: type[Sink], run: Run) -> None:
@@ -152,11 +152,11 @@ class RunLog:
         for sink in list(self._sinks):
             action = getattr(sink, method, None)
             if action and (kind is None or kind in sink.kinds):
-                succeeded = self._attempt(sink.name, action, *args)
+                succeeded = self._attempt(sink.name, action, *args, is_fragile=sink.is_fragile)
                 if sink.is_fragile and not succeeded:
                     self._sinks.remove(sink)
 
-    def _attempt(self, name: str, action: Callable, *args) -> bool:
+    def _attempt(self, name: str, action: Callable, *args, is_fragile: bool = False) -> bool:
         """Return whether `action` succeeds. A warning says when it begins to fail, a line when it works again."""
         try:
             action(*args)
@@ -165,7 +165,10 @@ class RunLog:
         except Exception as error:  # libraries raise more than OSError on a full disk
             text = ' '.join(str(error).split())[:200]
             reason = getattr(error, 'strerror', None) or f'{type(error).__name__}: {text}'
-            if name not in self._failing:
+            if is_fragile:
+                _logger.warning('%s cannot be written to %s (%s); training goes on without them', name, self._folder,
+                                reason)
+            elif name not in self._failing:
                 _logger.warning('%s cannot be written (%s); training goes on', self._folder / name, reason)
             self._failing.add(name)
             return False

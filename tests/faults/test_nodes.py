@@ -80,8 +80,8 @@ def network():
     try:
         with Network() as network:
             yield network
-    except subprocess.CalledProcessError as e:
-        pytest.skip(f'no network namespaces here: {e.stderr.strip()}')
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f'no network namespaces here: {error.stderr.strip()}')
 
 
 def losses(run) -> torch.Tensor:
