@@ -284,6 +284,15 @@ def prepared(image_folder):
     return types.SimpleNamespace(case=case, splits=splits, setup=setup, loading=loading, steps=steps)
 
 
+def test_a_step_of_all_processes_is_refused_with_a_batch_that_fits(image_folder):
+    """36 images make a step of 8 in one process, and in eight of at most 4."""
+    case = case_of(image_folder, processes=8)
+    with pytest.raises(UserError) as caught:
+        doctor_speed.prepare(case, Splits(*open_training_data(case.args, case.world)))
+    assert '8 (batch size) × 8 (processes)' in str(caught.value)
+    assert str(caught.value).endswith('use a batch size of at most 4')
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """torch.cuda as it answers where there is one GPU; only names and arguments that it really has are accepted.

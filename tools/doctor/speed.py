@@ -11,6 +11,7 @@ import torch
 
 from data import evenly_spaced
 from data.pipeline import create_training_input
+from data.samplers import TrainSampler
 from engine.compile import list_blocks
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule, param_groups
@@ -46,6 +47,8 @@ def prepare(case: Case, splits: Splits) -> Setup:
     """Make the model and the loaders as train.py does; bad images, which have a section of their own, stop nothing."""
     train, val = splits.train, splits.val or evenly_spaced(splits.train, 1)
     args = case.args.replacing(max_bad_images=len(train), max_bad_val_images=len(splits.val or ()))
+    # It refuses data that does not fill a step of the whole run; the loaders below are those of one process.
+    TrainSampler(len(train), args.batch_size, world_size=case.processes, accum_steps=args.accum_steps)
     model = create_model_from_options(args, num_classes=resolve_num_classes(args, train.classes))
     inputs = create_training_input(args, train, val, model.pretrained_cfg, model.num_classes, case.world)
     if args.compile == 'blocks':
