@@ -156,8 +156,9 @@ def draw_images(args, wanted: list[str], models: dict, configs: tuple, dataset, 
 def print_shares(features: dict, count: int) -> None:
     """Print the shares of dead and saturated channels in each layer of each model, judged by `count` images."""
     from figures.features import describe_health
+    from utils.console import plural
     width = max(len(layer.layer) for layers in features.values() for layer in layers)
-    print(f'Dead and saturated channels, judged by {count} image{"s" * (count > 1)}:')
+    print(f'Dead and saturated channels, judged by {plural(count, "image")}:')
     for title, layers in features.items():
         for layer in layers:
             print(f'  {title:{max(map(len, features))}}  {layer.layer:{width}}  {describe_health(layer.health)}')

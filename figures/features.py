@@ -14,6 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from figures.attention import add_title
 from figures.explain import ChannelHealth, LayerFeatures
+from utils.console import plural
 from utils.pictures import BLUE, ORANGE, SEQUENTIAL, new_figure
 
 CHANNELS_SHOWN = 49  # of each layer
@@ -32,7 +33,7 @@ def features_figure(models: Mapping[str, Sequence[LayerFeatures]], index: int = 
         index: number of the image in their batch.
         title: above the figure.
     """
-    images = f'in {(count := len(next(iter(models.values()))[0].maps))} image{"s" * (count > 1)}'
+    images = f'in {plural(len(next(iter(models.values()))[0].maps), "image")}'
     alone = len(models) == 1
     rows, columns = max(map(len, models.values())), len(models)
     size = (max(SIDE * rows, 7), SIDE + 1.2) if alone else (SIDE * columns, (SIDE + 0.3) * rows + 1)

@@ -21,6 +21,7 @@ from models.tokens_to_token import SOFT_SPLITS
 from models.weights.formats import StateDict, extract, recorded_arch, recorded_img_size, shortened
 from models.weights.identity import grid_of, identify, patch_size_of
 from utils.checkpoint_reader import read_checkpoint
+from utils.console import plural
 from utils.errors import UserError
 
 # Layers of T2T-ViT applied to patches of pixels, channel by channel as in nn.Unfold. For images of one channel, the
@@ -228,7 +229,7 @@ def adapt_in_chans(weights: StateDict, model: nn.Module) -> tuple[StateDict, str
         else:
             channels = channels[..., [i % old for i in range(new)], :] * (old / new if is_summed else 1)
         adapted[key] = channels.flatten(-2)  # [..., new · 49]
-        phrase = f'first layer adapted from {old} to {new} channel{"s" * (new > 1)}'
+        phrase = f'first layer adapted from {old} to {plural(new, "channel")}'
     return {**weights, **adapted}, phrase
 
 
