@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+from options.elsewhere import ELSEWHERE
 from options.recipes import Removed, read_recipe
 from options.types import count
 from utils.errors import UserError, did_you_mean
@@ -61,7 +62,8 @@ class Parser(argparse.ArgumentParser):
             if given.startswith('-'):
                 known = [option for option, action in self._option_string_actions.items()
                          if not isinstance(action, Removed)]
-                message = f'{given}: no such option{did_you_mean(given, known)}'
+                instead = ELSEWHERE.get(given)
+                message = f'{given}: no such option' + (f'; {instead}' if instead else did_you_mean(given, known))
             else:
                 message = f'{given!r}: no option takes this value; quote a value that holds spaces'
         raise UserError(f'{message} (all options: {self.prog} --help)')

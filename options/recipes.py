@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from options.elsewhere import ELSEWHERE
 from utils.errors import UserError, did_you_mean
 
 # What the Python types of values are called in messages.
@@ -92,7 +93,9 @@ def check_values(values: dict, parser: argparse.ArgumentParser, *, source, compl
             recipe[name] = _checked(f'{source}: {key}', value, action)
         elif complete:
             known = [name for name, action in actions.items() if not isinstance(action, Removed)]
-            raise UserError(f'{source}: {key!r} is no option{did_you_mean(name, known)}')
+            instead = ELSEWHERE.get('--' + name.replace('_', '-'))
+            raise UserError(f'{source}: {key!r} is no option' + (f'; {instead}' if instead
+                                                                 else did_you_mean(name, known)))
     return recipe
 
 

@@ -1,10 +1,12 @@
 """Options: published names and defaults, recipes under the command line, and the answers to mistakes."""
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from options.checks import resolve_num_classes, share_global_batch
+from options.elsewhere import ELSEWHERE
 from options.parser import Options, parse_options
 from options.scripts import SCRIPTS
 from utils.errors import UserError
@@ -105,6 +107,7 @@ def test_every_recipe_is_read_and_opens_with_its_command(path):
 @pytest.mark.parametrize(('text', 'said'), [
     ('learning_rate: 1', r"'learning_rate' is no option"),
     ('weigth_decay: 1', r'did you mean weight_decay\?'),
+    ('gradient_accumulation_steps: 4', r"'gradient_accumulation_steps' is no option; here it is --accum-steps N"),
     ('lr: fast', r"lr: 'fast' is not a number"),
     ('epochs: 1.5', r'epochs: 1.5 is not an integer'),
     ('epochs: true', r'epochs: True is not an integer'),
@@ -140,6 +143,12 @@ def test_bad_recipes(tmp_path, text, said):
 
 @pytest.mark.parametrize(('argv', 'said'), [
     ('/data --modle x', r'--modle: no such option; did you mean --model\?'),
+    ('/data --learning_rate 1e-3', r'--learning-rate: no such option; here it is --lr LR'),
+    ('/data --fp16', r'--fp16: no such option; here it is --amp --amp-dtype float16'),
+    ('/data --per_device_train_batch_size=8', r'no such option; here it is --batch-size N'),
+    ('/data --freeze', r'--freeze: no such option; .*--transfer-ratio'),
+    ('/data --wandb', r'--wandb: no such option; .*TensorBoard'),
+    ('/data --max_epochs 5', r'--max-epochs: no such option; here it is --epochs N'),
     ('/data --lr', r'--lr: expected one argument'),
     ('/data --lr fast', r"--lr: 'fast' is not a number"),
     ('/data --epochs 0', r'0 is too small: at least 1'),
@@ -193,3 +202,12 @@ def test_a_global_batch_that_cannot_be_shared_is_an_error_with_numbers_that_fit(
 
 def test_images_may_stand_on_both_sides_of_an_option():
     assert parse('a.png', '--checkpoint', 'c.pth', 'b.png', script='predict').images == ['a.png', 'b.png']
+
+
+def test_every_option_that_stands_for_one_of_another_program_exists():
+    known = {script: set(parser()._option_string_actions) for script, parser in SCRIPTS.items()}
+    everywhere = set().union(*known.values())
+    for theirs, text in ELSEWHERE.items():
+        assert theirs not in known['train'], f'{theirs} is an option here'
+        ours = set(re.findall(r'--[a-z][a-z-]*', text))
+        assert ours <= everywhere, (theirs, ours - everywhere)
