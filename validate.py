@@ -5,7 +5,7 @@
     SCRIPT=validate.py ./distributed_train.sh 8 /data/imagenet --model t2t_vit_14 --eval_checkpoint path/to/checkpoint
 
 No train/ folder is needed. Every image counts exactly once on any number of processes. Results go to the console, a
-JSON file and a CSV file.
+JSON file and CSV files: one of the whole, one of each class and one of the confusions.
 """
 import json
 import logging
@@ -23,8 +23,9 @@ def main():
     args = parse_options(validate_parser())
     check_trained_model(args)
 
-    from data.pipeline import create_eval_loader, open_evaluation_data, resolve_input
+    from data.pipeline import create_eval_loader, name_classes, open_evaluation_data, resolve_input
     from engine.compile import compile_model
+    from engine.confusion import class_rows, describe, pair_rows
     from engine.evaluate import evaluate
     from models import open_trained_model
     from utils.distributed import destroy_process_group
@@ -50,6 +51,10 @@ def main():
     # --- Results ------------------------------------------------------------------------------------------------------
     left_out = f', {result.bad_images} left out that cannot be decoded' if result.bad_images else ''
     log.info('Evaluated %d images%s', result.count, left_out)
+    names = name_classes(args, known_classes or dataset.classes, model.num_classes)
+    log.info('%s', describe(result.confusion, names))
+    log.info('Balanced accuracy: %.1f%%, macro F1: %.1f%%', result.confusion.balanced_accuracy,
+             result.confusion.macro_f1)
     log.info('Top-1 accuracy of the model is: %.1f%%', result.top1)
     if world.is_main:
         record = {
@@ -58,7 +63,8 @@ def main():
             'img_size': list(config.img_size), 'crop_pct': config.crop_pct, 'interpolation': config.interpolation,
             'precision': str(precision), 'processes': world.size, **describe_environment(world.device)}
         print(json.dumps(record, indent=2))
-        write_results(stem, record, [record], '--results-file')
+        write_results(stem, record, [record], '--results-file', {
+            'classes': class_rows(result.confusion, names), 'confusion': pair_rows(result.confusion, names)})
     destroy_process_group()
 
 

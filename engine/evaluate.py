@@ -1,23 +1,27 @@
 """Exact evaluation, for train.py (weights and their average), validate.py and transfer.py."""
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from engine.confusion import Confusion, ConfusionCounter
 from utils.console import progress_bar
 from utils.distributed import sum_over_ranks
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
+# The numbers that may choose the best checkpoint.
+METRICS = ('top1', 'top5', 'loss', 'balanced_accuracy', 'macro_f1')
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """Cross-entropy `loss`, `top1` and `top5` in percent over all `count` images of all ranks.
 
-    Another `bad_images` images could not be decoded.
+    Another `bad_images` images could not be decoded. `confusion` has the counts and numbers of each class.
     """
     loss: float
     top1: float
@@ -25,9 +29,13 @@ class Evaluation:
     count: int
     bad_images: int
     images_per_second: float
+    confusion: Confusion
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        """Return all numbers of the whole, without those of single classes."""
+        return {'loss': self.loss, 'top1': self.top1, 'top5': self.top5,
+                'balanced_accuracy': self.confusion.balanced_accuracy, 'macro_f1': self.confusion.macro_f1,
+                'count': self.count, 'bad_images': self.bad_images, 'images_per_second': self.images_per_second}
 
 
 class MostConfidentErrors:
@@ -86,6 +94,7 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
     model.eval()
     # Sums of loss, top-1, top-5, images and bad images, in float64, which keeps large sums exact.
     sums = torch.zeros(5, dtype=torch.float64, device=prepare.device)
+    counter = ConfusionCounter()
     batch_time = 0.0
     start = end = time.perf_counter()
     bar = progress_bar(total=len(loader), desc=name)
@@ -94,11 +103,13 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
         # Only the first batch compiles: the last one may be smaller, and is not worth another compilation.
         stance = torch.compiler.set_stance('force_eager' if eager else 'eager_on_recompile' if index else 'default')
         with stance, precision.autocast():
-            logits = model(images)
-        batch = _batch_sums(logits.float(), targets)
+            logits = model(images).float()
+        guesses = logits.topk(min(5, logits.shape[1])).indices  # [B, 5]
+        batch = _batch_sums(logits, targets, guesses)
         sums[:4] += batch
+        counter.add(targets, guesses[:, 0], num_classes=logits.shape[1])
         if errors:
-            errors.add(images, targets, logits.float())
+            errors.add(images, targets, logits)
         if index % log_interval == 0 or index == len(loader) - 1:
             _log_line(name, index, len(loader), batch, sums, batch_time or time.perf_counter() - end,
                       (time.perf_counter() - start) / (index + 1))
@@ -112,12 +123,12 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
     if not count:
         raise UserError(f'none of {int(bad)} evaluation images can be decoded; check the data set')
     seconds = time.perf_counter() - start
-    return Evaluation(loss / count, 100 * top1 / count, 100 * top5 / count, int(count), int(bad), count / seconds)
+    return Evaluation(loss / count, 100 * top1 / count, 100 * top5 / count, int(count), int(bad), count / seconds,
+                      counter.gather())
 
 
-def _batch_sums(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _batch_sums(logits: torch.Tensor, targets: torch.Tensor, guesses: torch.Tensor) -> torch.Tensor:
     """Return [4] in float64: sum of losses, images right at the first and within five guesses, number of images."""
-    guesses = logits.topk(min(5, logits.shape[1])).indices  # [B, 5]
     right = guesses == targets[:, None]  # [B, 5]
     loss = F.cross_entropy(logits, targets, reduction='sum')
     return torch.stack([loss.double(), right[:, 0].sum().double(), right.any(1).sum().double(),

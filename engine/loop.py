@@ -13,7 +13,7 @@ from timm.utils import distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.evaluate import MostConfidentErrors, evaluate
+from engine.evaluate import METRICS, MostConfidentErrors, evaluate
 from engine.log.run_log import IMAGES_SHOWN, RunLog
 from engine.log.sink import FIRST_BATCH, SAVED_BATCH, WRONG_PREDICTIONS
 from engine.state import TrainState
@@ -233,7 +233,7 @@ class Trainer:
                  for name, model in models.items()}
         results = found['weights']
         if of_ema := found.get('averaged weights'):
-            results |= {f'ema_{name}': of_ema[name] for name in ('loss', 'top1', 'top5')}
+            results |= {f'ema_{name}': of_ema[name] for name in METRICS}
         return results, errors
 
     def _show_errors(self, errors: dict[str, MostConfidentErrors]) -> None:

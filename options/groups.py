@@ -204,6 +204,7 @@ def run_options(parser):
         help='also save every N steps; 0: only after epochs')
     add('--checkpoint-hist', '--keep', type=positive_int, default=2, metavar='N',
         help='newest checkpoints to keep, beside the best')
-    add('--eval-metric', default='top1', choices=['top1', 'top5', 'loss'], help='metric of the best checkpoint')
+    add('--eval-metric', default='top1', choices=['top1', 'top5', 'loss', 'balanced_accuracy', 'macro_f1'],
+        help='metric of the best checkpoint')
     add('--save-images', action=FLAG, default=False, help='write the augmented batch as a picture at every log step')
     add('--tensorboard', action=FLAG, default=True, help='write TensorBoard events')

@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from data.batch import BatchPreparer, TrainBatchPreparer
+from engine.confusion import ConfusionCounter
 from engine.evaluate import MostConfidentErrors, _batch_sums
 from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
@@ -78,7 +79,7 @@ def test_a_step_on_a_gpu_neither_mixes_devices_nor_reads_a_value(changes):
 
 
 def test_an_evaluation_on_a_gpu_reads_nothing_but_its_sums():
-    model, errors = WithStatistics().eval(), MostConfidentErrors(limit=2)
+    model, errors, counter = WithStatistics().eval(), MostConfidentErrors(limit=2), ConfusionCounter()
     with stand_in() as gpu, gpu.tensors(), torch.no_grad():
         model.to(GPU)
         prepare = BatchPreparer(GPU)
@@ -86,7 +87,9 @@ def test_an_evaluation_on_a_gpu_reads_nothing_but_its_sums():
             images, targets = prepare(pinned(bytes_of(BATCH, 3, 32, 32)), pinned(torch.arange(BATCH) % 3))
             logits = model(images)
             errors.add(images, targets, logits)
-            assert _batch_sums(logits, targets).device == GPU
+            guesses = logits.topk(2).indices
+            assert _batch_sums(logits, targets, guesses).device == GPU
+            counter.add(targets, guesses[:, 0], num_classes=logits.shape[1])
         assert all(kept.device == GPU for kept in errors._kept) and len(errors._kept[1]) == 2
         with pytest.raises(DataDependentOutputException):
             errors.fetch()

@@ -31,24 +31,30 @@ def results_stem(args, given: str | None, option: str, kind: str) -> Path:
     return stem
 
 
-def write_results(stem: Path, record: dict, rows: list[dict], option: str) -> None:
+def write_results(stem: Path, record: dict, rows: list[dict], option: str,
+                  tables: dict[str, list[dict]] | None = None) -> None:
     """Write `record` to STEM.json and `rows` to STEM.csv. Numbers that are not finite become null and empty.
 
-    Raises UserError if the files cannot be written.
+    Args:
+        tables: further rows, each written to STEM.NAME.csv.
+    Raises:
+        UserError: the files cannot be written.
     """
     make_folder(stem.parent, option)
-    record, rows = finite(record), finite(rows)
-    json_file, csv_file = Path(f'{stem}.json'), Path(f'{stem}.csv')
+    json_file = Path(f'{stem}.json')
+    csv_files = {Path(f'{stem}.csv'): rows} | {Path(f'{stem}.{name}.csv'): table
+                                               for name, table in (tables or {}).items()}
     try:
-        json_file.write_text(json.dumps(record, indent=2, allow_nan=False) + '\n', encoding='utf-8')
-        # Image names need not be valid UTF-8; their bytes stay the same.
-        with open(csv_file, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        json_file.write_text(json.dumps(finite(record), indent=2, allow_nan=False) + '\n', encoding='utf-8')
+        for csv_file, table in csv_files.items():
+            # Image names need not be valid UTF-8; their bytes stay the same.
+            with open(csv_file, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+                writer = csv.DictWriter(file, table[0])
+                writer.writeheader()
+                writer.writerows(finite(table))
     except OSError as error:
         raise UserError(f'{option}: {error.filename or stem} cannot be written ({error.strerror})') from None
-    _logger.info('results: %s, %s', json_file, csv_file)
+    _logger.info('results: %s', ', '.join(str(file) for file in (json_file, *csv_files)))
 
 
 def finite(value):

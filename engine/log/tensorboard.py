@@ -18,7 +18,8 @@ from utils.faults import fault_point
 TRAINING, EVALUATION, RATE = 'training by images seen', 'evaluation by images seen', 'learning rate by images seen'
 EVALUATION_BY_EPOCH, RUN_BY_EPOCH = 'evaluation by epoch', 'run by epoch'
 SHOWN_OF_TRAINING = ('loss', 'gradient_norm', 'images_per_second', 'gpu_memory_gib', 'skipped_steps')
-RESULTS = tuple(f'{prefix}{name}' for prefix in ('', 'ema_') for name in ('loss', 'top1', 'top5'))
+RESULTS = tuple(f'{prefix}{name}' for prefix in ('', 'ema_')
+                for name in ('loss', 'top1', 'top5', 'balanced_accuracy', 'macro_f1'))
 
 
 class TensorBoard(Sink):

@@ -42,7 +42,8 @@ ATTENTION = 6
 COLUMNS = {
     'train_loss': ('training loss', '.4f'), 'loss': ('loss', '.4f'), 'top1': ('top-1, %', '.2f'),
     'top5': ('top-5, %', '.2f'), 'ema_loss': ('loss (EMA)', '.4f'), 'ema_top1': ('top-1 (EMA), %', '.2f'),
-    'ema_top5': ('top-5 (EMA), %', '.2f'), 'lr': ('learning rate', '.2e'), 'epoch_seconds': ('seconds', ',.1f')}
+    'ema_top5': ('top-5 (EMA), %', '.2f'), 'macro_f1': ('macro F1, %', '.2f'),
+    'ema_macro_f1': ('macro F1 (EMA), %', '.2f'), 'lr': ('learning rate', '.2e'), 'epoch_seconds': ('seconds', ',.1f')}
 
 
 class Run(NamedTuple):
