@@ -196,7 +196,8 @@ def check_tests(words: list[str]) -> None:
     paths = [ROOT / word for word in words if not word.startswith('-') and word != expression]
     assert paths and all(path.exists() for path in paths)
     files = [file for path in paths for file in (path.rglob('*.py') if path.is_dir() else [path])]
-    assert any(expression in file.read_text() for file in files)
+    tests = [name for file in files for name in re.findall(r'^def (test_\w+)', file.read_text(), re.M)]
+    assert any(expression in name for name in tests), f'-k {expression} selects no test'
 
 
 def check_script(script: str, words: list[str]) -> None:
@@ -245,7 +246,7 @@ def test_commands_parse(page, command):
 @pytest.mark.parametrize('command', [
     'python train.py /data --no-such-option', 'python tools/nothing.py', 'python tools/nothing',
     'python -m benchmarks.nothing', 'python -m benchmarks.step --no-such-option', 'make nothing', 'nothing',
-    'bash benchmarks/nothing.sh', 'pytest tests/test_nothing.py', 'python tools/pack.py --no-such-option',
+    'bash benchmarks/nothing.sh', 'pytest tests/test_nothing.py', 'pytest tests -k import', 'python tools/pack.py --no-such-option',
     './distributed_train.sh /data', 'python nothing.py', 'pip install -r requirements-nothing.txt'])
 def test_a_wrong_command_is_found(command):
     with pytest.raises((AssertionError, UserError)):
