@@ -247,7 +247,8 @@ def test_commands_parse(page, command):
     'python train.py /data --no-such-option', 'python tools/nothing.py', 'python tools/nothing',
     'python -m benchmarks.nothing', 'python -m benchmarks.step --no-such-option', 'make nothing', 'nothing',
     'bash benchmarks/nothing.sh', 'pytest tests/test_nothing.py', 'python tools/pack.py --no-such-option',
-    'pytest tests/test_readme.py -k rglob', './distributed_train.sh /data', 'python nothing.py', 'pip install -r requirements-nothing.txt'])
+    'pytest tests/test_readme.py -k rglob', './distributed_train.sh /data', 'python nothing.py',
+    'pip install -r requirements-nothing.txt'])
 def test_a_wrong_command_is_found(command):
     with pytest.raises((AssertionError, UserError)):
         check(command)
