@@ -214,11 +214,7 @@ def open_trained_model(args) -> TrainedModel:
     check_trained_model(args)
     source = args.eval_checkpoint
     checkpoint = read_checkpoint(source) if source else {}
-    recorded = {name: list(value) if isinstance(value, tuple) else value
-                for name, value in recorded_options(checkpoint).items()
-                if name in RECORDED and value and not getattr(args, name)}
-    parser = create_parser('', (model_options, input_options))
-    recorded = check_values(recorded, parser, source=f'{source}, options of its training')
+    recorded = _usable(recorded_options(checkpoint), args, f'{source}, options of its training')
     if args.model and resolve_name(args.model) != (recorded_arch(checkpoint) or '').lower():
         recorded = {name: recorded[name] for name in recorded.keys() - {'model_kwargs', 'gp'}}  # of another model
 
@@ -237,6 +233,21 @@ def open_trained_model(args) -> TrainedModel:
     if checkpoint:
         _logger.info('%s', load_weights(model, checkpoint, use_ema=args.use_ema, source=source))
     return TrainedModel(model.eval(), args, recorded_classes(checkpoint))
+
+
+def _usable(recorded: Mapping[str, Any], args: Options, source: str) -> dict[str, Any]:
+    """Return those of RECORDED that are not given; values that mean nothing here are passed over with a warning."""
+    parser = create_parser('', (model_options, input_options))
+    usable: dict[str, Any] = {}
+    for name in RECORDED:
+        value = recorded.get(name)
+        if value and not getattr(args, name):
+            try:
+                usable |= check_values({name: list(value) if isinstance(value, tuple) else value}, parser,
+                                       source=source)
+            except UserError as error:
+                _logger.warning('%s; it is not used', error)
+    return usable
 
 
 def _model_of(checkpoint: Mapping[str, Any], identity: Architecture, source: str) -> str:

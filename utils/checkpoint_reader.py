@@ -1,10 +1,14 @@
 """Reads checkpoint files of any origin without running their code."""
 import argparse
+import collections
+import datetime
 import hashlib
 import json
 import os
+import pathlib
 import pickle
 import re
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,19 @@ IMPOSTORS = (
     (b'/annex/objects/', 'a git-annex pointer', 'fetch the file itself with git annex get'),
     (b'<!doctype html', 'a web page', 'download the file itself'),
     (b'<html', 'a web page', 'download the file itself'),
+    (b'\x89hdf', 'an HDF5 file, as Keras writes', 'give weights saved by PyTorch'),
+    (b'gguf', 'a GGUF file', 'give weights saved by PyTorch'),
+    (b'\x1f\x8b', 'compressed by gzip', 'unpack it first'),
+    (b'\xfd7zxz', 'compressed by xz', 'unpack it first'),
+    (b'\x28\xb5\x2f\xfd', 'compressed by zstd', 'unpack it first'),
+)
+# The same of zip archives, by the end of a name in them.
+IMPOSTOR_ARCHIVES = (
+    ('.npy', 'an archive of numpy arrays (npz)', 'give weights saved by PyTorch'),
+    ('constants.pkl', 'a TorchScript program', 'save its weights: torch.save(torch.jit.load(path).state_dict(), …)'),
+    ('archive_format', 'an exported program (.pt2)', 'give the checkpoint that it was made from'),
+    ('.pth', 'a zip archive of other files', 'unpack it first'),
+    ('.safetensors', 'a zip archive of other files', 'unpack it first'),
 )
 
 # The metadata entry in which our safetensors files store, as JSON, what a PyTorch checkpoint has beside 'state_dict'.
@@ -33,14 +50,72 @@ SEAL_LENGTH = len(SEAL) + 2 * hashlib.sha256().digest_size
 END_OF_ARCHIVE = b'PK\5\6'
 
 
+
+# --- What may stand beside weights ------------------------------------------------------------------------------------
+
+def _as_list(items=(), *_) -> list:
+    return list(items)
+
+
+def _as_dict(*_) -> dict:
+    return {}
+
+
+def _as_nothing(*_) -> None:
+    return None
+
+
+def _empty_array(*_) -> np.ndarray:
+    return np.empty(0, np.int8)  # its state, which follows, gives it shape, dtype and numbers
+
+
+# Names that pickles of other programs hold → what stands for them here: never what could do anything. Dicts of options
+# become OrderedDicts, objects with attributes Namespaces.
+STAND_INS: dict[str, Any] = {
+    'argparse.Namespace': argparse.Namespace,
+    'types.SimpleNamespace': argparse.Namespace,
+    'collections.deque': _as_list,
+    'collections.defaultdict': _as_dict,
+    **{f'builtins.{name}': _as_nothing for name in ('bool', 'dict', 'float', 'getattr', 'int', 'list', 'str', 'tuple')},
+    'builtins.frozenset': _as_list,
+    'builtins.range': _as_nothing,
+    'builtins.slice': _as_nothing,
+    'datetime.date': datetime.date,
+    'datetime.datetime': datetime.datetime,
+    'datetime.timedelta': datetime.timedelta,
+    'torch.torch_version.TorchVersion': str,
+    **{f'{module}.{name}': path for module in ('pathlib', 'pathlib._local')
+       for name, path in (('PosixPath', pathlib.PurePosixPath), ('PurePosixPath', pathlib.PurePosixPath),
+                          ('WindowsPath', pathlib.PureWindowsPath), ('PureWindowsPath', pathlib.PureWindowsPath))},
+    'numpy.dtype': np.dtype,
+    'numpy.ndarray': np.ndarray,
+    **{f'{module}.multiarray.{name}': function for module in ('numpy.core', 'numpy._core')
+       for name, function in (('scalar', np.float64(0).__reduce__()[0]), ('_reconstruct', _empty_array))},
+    # torch builds no instance of a class that is not listed.
+    **{f'numpy.dtypes.{name}': getattr(np.dtypes, name) for name in np.dtypes.__all__},
+    **dict.fromkeys((
+        'addict.addict.Dict', 'easydict.EasyDict', 'yacs.config.CfgNode', 'mmcv.utils.config.ConfigDict',
+        'mmengine.config.config.ConfigDict', 'lightning.fabric.utilities.data.AttributeDict',
+        'lightning.pytorch.utilities.parsing.AttributeDict', 'lightning_fabric.utilities.data.AttributeDict',
+        'pytorch_lightning.utilities.parsing.AttributeDict'), collections.OrderedDict),
+    **dict.fromkeys((
+        'mmengine.logging.history_buffer.HistoryBuffer', 'omegaconf.base.ContainerMetadata', 'omegaconf.base.Metadata',
+        'omegaconf.dictconfig.DictConfig', 'omegaconf.listconfig.ListConfig', 'omegaconf.nodes.AnyNode',
+        'omegaconf.nodes.BooleanNode', 'omegaconf.nodes.FloatNode', 'omegaconf.nodes.IntegerNode',
+        'omegaconf.nodes.StringNode', 'typing.Any'), argparse.Namespace),
+}
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
 def read_checkpoint(path: str | os.PathLike, *, verified: bool = False) -> dict[str, Any]:
     """Read a PyTorch, PaddlePaddle or safetensors file onto the CPU and return the dict it holds.
 
     The content tells the format. Weights are tensors, or numpy arrays from a PaddlePaddle file. A safetensors file is
     a flat state dict or, with METADATA, a dict with 'state_dict'.
 
-    No code in the file is run: only tensors, arrays, plain containers and `argparse.Namespace` (the options in the
-    authors' checkpoints) are allowed, without a fallback.
+    No code in the file is run: only tensors, arrays, plain containers and STAND_INS for what other programs keep
+    beside weights are allowed, without a fallback.
 
     Args:
         verified: the file must have a checksum, as every checkpoint of a run has. Any checksum must fit in any case.
@@ -55,7 +130,7 @@ def read_checkpoint(path: str | os.PathLike, *, verified: bool = False) -> dict[
     try:
         if paddle_reader.is_bare_pickle(head):
             return _read_paddle(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([(value, name) for name, value in STAND_INS.items()]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except UserError:
         raise
@@ -129,7 +204,14 @@ def _file_start(path: str) -> bytes:
     if not os.path.exists(path):
         raise UserError(f'checkpoint {path} does not exist; check the path')
     if os.path.isdir(path):
+        if os.path.exists(os.path.join(path, '.metadata')):
+            raise UserError(f'{path} is a sharded checkpoint of torch.distributed.checkpoint; write it as one file: '
+                            f'{_gather_command(path)}')
         raise UserError(f'{path} is a folder; give the path of a checkpoint file in it')
+    if path.endswith('.distcp'):
+        folder = os.path.dirname(path) or '.'
+        raise UserError(f'{path} is one part of a sharded checkpoint of torch.distributed.checkpoint; write its folder '
+                        f'as one file: {_gather_command(folder)}')
     try:
         with open(path, 'rb') as file:
             head = file.read(256)
@@ -140,7 +222,25 @@ def _file_start(path: str) -> bytes:
     for start, what, remedy in IMPOSTORS:
         if head.lstrip().lower().startswith(start):
             raise UserError(f'{path} is {what}, not a checkpoint; {remedy}')
+    if head.startswith(b'PK'):
+        _check_archive(path)
     return head
+
+
+def _check_archive(path: str) -> None:
+    """Raise UserError for a zip archive of a known kind that is no checkpoint. A damaged one is found later."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return
+    for end, what, remedy in IMPOSTOR_ARCHIVES:
+        if any(name.endswith(end) for name in names):
+            raise UserError(f'{path} is {what}, not a checkpoint; {remedy}')
+
+
+def _gather_command(folder: str) -> str:
+    return f'python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pth'
 
 
 def _read_paddle(path: str) -> dict[str, Any]:
@@ -170,8 +270,17 @@ def _read_safetensors(path: str) -> dict[str, Any]:
     return state if beside is None else {**beside, 'state_dict': state}
 
 
+def share_of_a_tensor(what: str, kind: str) -> str:
+    """Return the message for a file with one process's shares of the weights."""
+    return (f"{what} one process's share of the weights ({kind}, of FSDP); save them whole: "
+            'get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of '
+            'torch.distributed.checkpoint.state_dict')
+
+
 def _explain_unpickling(path: str, error: pickle.UnpicklingError) -> str:
     """Return one line on why torch refused a pickle: what it would have called, or that it holds no weights."""
+    if shared := re.search('DTensor|ShardedTensor', str(error)):
+        return share_of_a_tensor(f'{path} holds', shared[0])
     refused = re.search(r'GLOBAL ([\w.$]+)', str(error))
     if refused:
         return (f'{path} was not read because it refers to {refused.group(1)}, which could run code; '

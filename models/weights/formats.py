@@ -9,11 +9,12 @@ import argparse
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
+from utils.checkpoint_reader import share_of_a_tensor
 from utils.errors import UserError
 
 StateDict = dict[str, torch.Tensor]
@@ -21,6 +22,10 @@ StateDict = dict[str, torch.Tensor]
 # Entries that may hold the weights; the first one wins. Published accuracies are those of the averaged weights (EMA).
 CONTAINERS = ('state_dict_ema', 'state_dict', 'model_ema', 'model', 'net')
 EMA_CONTAINERS = ('state_dict_ema', 'model_ema')
+# Other names of averaged weights, such as ema_state_dict.
+AVERAGED = re.compile(r'(^|[_.])(ema|swa|avg|averaged?|shadow)([_.]|$)')
+# Entries of state dicts that are no weights: counters of torch's AveragedModel and of thop.
+COUNTERS = re.compile(r'(.*\.)?(n_averaged|total_ops|total_params)')
 
 MAX_SIDE = 2 ** 16  # pixels; a larger recorded image size is ignored
 PADDLE_NAME_TABLE = 'StructuredToParameterName@@'  # entry that paddle.save adds to a state dict
@@ -42,6 +47,15 @@ def _has_arrays(state: Mapping[str, Any]) -> bool:
     return any(isinstance(_without_name(value), np.ndarray) for value in state.values())
 
 
+def _is_of_paddle(state: Mapping[str, Any]) -> bool:
+    """Return whether linear layers are stored as [in, out], as PaddlePaddle stores them, in whatever kind of file."""
+    if _has_arrays(state):
+        return True
+    shapes = [value.shape for key, value in state.items()
+              if re.search(r'(^|\.)blocks\.\d+\.attn\.qkv\.weight$', key) and value.ndim == 2]
+    return any(columns == 3 * rows for rows, columns in shapes)
+
+
 def _has_keys(state: Mapping[str, Any], start: str) -> bool:
     return any(key.startswith(start) for key in state)
 
@@ -52,12 +66,12 @@ PADDLEVIT_NAMES = ((r'^patch_embed\.attn(\d+)\.', r'tokens_to_token.attention\1.
 
 # First match wins.
 FORMATS = (
-    Format('PASSL', lambda content, state: _has_arrays(state) and _has_keys(state, 'backbone.'),
+    Format('PASSL', lambda content, state: _is_of_paddle(state) and _has_keys(state, 'backbone.'),
            renamed=((r'^backbone\.', ''), (r'^head\.fc_cls\.', 'head.'), *PADDLEVIT_NAMES),
            dropped=PADDLE_NAME_TABLE, transposed=True),
-    Format('PaddleViT', lambda content, state: _has_arrays(state) and _has_keys(state, 'patch_embed.attn'),
+    Format('PaddleViT', lambda content, state: _is_of_paddle(state) and _has_keys(state, 'patch_embed.attn'),
            renamed=PADDLEVIT_NAMES, dropped=PADDLE_NAME_TABLE, transposed=True),
-    Format('PaddlePaddle', lambda content, state: _has_arrays(state), dropped=PADDLE_NAME_TABLE, transposed=True),
+    Format('PaddlePaddle', lambda content, state: _is_of_paddle(state), dropped=PADDLE_NAME_TABLE, transposed=True),
     # Its EMA hook has replaced the weights by the averages; `ema_*` are the weights before that.
     Format('mmpretrain', lambda content, state: _has_keys(state, 'backbone.encoder.'),
            renamed=((r'^backbone\.', ''), (r'^encoder\.', 'blocks.'), (r'^head\.layers\.head\.', 'head.'),
@@ -88,6 +102,7 @@ class Weights:
     renamed: tuple[tuple[str, str], ...] = ()  # (key in the file, our key)
     transposed: tuple[str, ...] = ()  # our keys
     dropped: tuple[str, ...] = ()  # keys in the file
+    adapted: tuple[str, ...] = ()  # a phrase for each other change
 
 
 def extract(checkpoint: Mapping[str, Any], use_ema: bool = True) -> Weights:
@@ -100,55 +115,120 @@ def extract(checkpoint: Mapping[str, Any], use_ema: bool = True) -> Weights:
     Raises:
         UserError: it has no weights, or only averaged ones and use_ema is False.
     """
-    wanted = [entry for entry in CONTAINERS if use_ema or entry not in EMA_CONTAINERS]
-    entry = next((entry for entry in wanted if _has_weights(checkpoint, entry)), None)
-    if entry is None and has_ema(checkpoint):
-        raise UserError('the checkpoint holds averaged weights (EMA) only; use them (use_ema=True)')
-
+    entry = _choose_entry(checkpoint, use_ema)
     given = checkpoint if entry is None else checkpoint[entry]
-    bare = {_without_wrappers(str(key)): value for key, value in given.items()}
-    kind = next(known for known in FORMATS if known.recognises(checkpoint, bare))
-    state: StateDict = {}
-    renamed, transposed, dropped, others = [], [], [], []
+    if not _is_state_dict(given):
+        tried = [checkpoint[name] for name in CONTAINERS if isinstance(checkpoint.get(name), Mapping)]
+        others = [str(key) for key, value in next(filter(None, tried), given).items() if not _is_array(value)]
+        raise UserError('no weights found: looked for a state dict by itself or as an entry, '
+                        f'but the checkpoint holds {shortened(others) or "nothing"}')
+
+    weights, dropped = {}, []
     for old_key, value in given.items():
-        key = _without_wrappers(str(old_key))
-        if kind.dropped and re.fullmatch(kind.dropped, key):
+        if _is_array(value) and not COUNTERS.fullmatch(str(old_key)):
+            weights[str(old_key)] = _without_name(value)
+        else:
             dropped.append(str(old_key))
+    bare = {key: _without_wrappers(key) for key in weights}
+    kind = _format_of(checkpoint, bare, weights)
+    prefix = '' if kind.renamed else _shared_prefix(bare.values())
+    if prefix:
+        bare = {key: name.removeprefix(prefix) for key, name in bare.items()}
+        kind = _format_of(checkpoint, bare, weights)
+
+    state: StateDict = {}
+    renamed, transposed = [], []
+    for old_key, value in weights.items():
+        key = bare[old_key]
+        if kind.dropped and re.fullmatch(kind.dropped, key):
+            dropped.append(old_key)
             continue
         for pattern, replacement in kind.renamed:
             key = re.sub(pattern, replacement, key)
         if key in state:
             raise UserError(f'the checkpoint holds {key} twice, with and without a prefix; remove one')
-        value = _without_name(value)
-        if not isinstance(value, torch.Tensor | np.ndarray):
-            others.append(str(old_key))
-            continue
         if kind.transposed and key.endswith('.weight') and value.ndim == 2:
             transposed.append(key)
             value = value.T
         state[key] = _checked(key, _to_tensor(value) if isinstance(value, np.ndarray) else value)
         if key != old_key:
-            renamed.append((str(old_key), key))
-    if others or not state:
-        raise UserError(f'no weights found: looked for {", ".join(wanted)} or a flat state dict, '
-                        f'but the checkpoint holds {shortened(others) or "nothing"}')
-    return Weights(kind.name, entry, state, tuple(renamed), tuple(transposed), tuple(dropped))
+            renamed.append((old_key, key))
+    adapted = (f'prefix {prefix} removed',) if prefix else ()
+    return Weights(kind.name, entry, state, tuple(renamed), tuple(transposed), tuple(dropped), adapted)
+
+
+def _choose_entry(checkpoint: Mapping[str, Any], use_ema: bool) -> str | None:
+    """Return the entry of a checkpoint that holds its weights; None if it is a state dict itself."""
+    entries = _entries(checkpoint)
+    wanted = [entry for entry in entries if use_ema or not is_average(entry)]
+    if entries and not wanted:
+        raise UserError('the checkpoint holds averaged weights (EMA) only; use them (use_ema=True)')
+    if not wanted or wanted[0] in CONTAINERS:
+        return wanted[0] if wanted else None
+    averages = [entry for entry in wanted if is_average(entry)]
+    candidates = averages or wanted
+    if len(candidates) > 1:
+        raise UserError(f'the checkpoint holds several sets of weights: {", ".join(candidates)}; '
+                        "save the one you want by itself: torch.save(checkpoint['…'], path)")
+    return candidates[0]
+
+
+def _entries(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Return the entries that hold weights, in the order of CONTAINERS; others only if there is none of these."""
+    if _is_state_dict(checkpoint):
+        return []
+    return [entry for entry in CONTAINERS if _has_weights(checkpoint, entry)] or [
+        entry for entry, value in checkpoint.items() if isinstance(entry, str) and _is_state_dict(value)]
+
+
+def is_average(entry: str) -> bool:
+    """Return whether the name of an entry or a module says that its weights are averaged."""
+    return entry in EMA_CONTAINERS or bool(AVERAGED.search(entry.lower()))
+
+
+def _is_state_dict(value: Any) -> bool:
+    """Return whether most entries of a mapping are arrays, some of them with fractions, unlike random states."""
+    if not isinstance(value, Mapping):
+        return False
+    arrays = [_without_name(part) for part in value.values() if _is_array(part)]
+    return 2 * len(arrays) > len(value) and any(
+        array.dtype.kind in 'fcu' if isinstance(array, np.ndarray)
+        else array.is_floating_point() or array.is_complex() or array.is_quantized for array in arrays)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(_without_name(value), torch.Tensor | np.ndarray)
+
+
+def _format_of(checkpoint: Mapping[str, Any], bare: Mapping[str, str], weights: Mapping[str, Any]) -> Format:
+    state = {name: weights[key] for key, name in bare.items()}
+    return next(known for known in FORMATS if known.recognises(checkpoint, state))
+
+
+def _shared_prefix(keys: Iterable[str]) -> str:
+    """Return the names of the modules that all keys are in: 'model.' of a LightningModule; '' if there are none."""
+    keys, prefix = list(keys), ''
+    while True:
+        starts = {key.removeprefix(prefix).partition('.')[:2] for key in keys}
+        if len(starts) != 1 or not all(next(iter(starts))) or next(iter(starts))[0].isdecimal():
+            return prefix
+        prefix += ''.join(next(iter(starts)))
 
 
 def has_ema(checkpoint: Mapping[str, Any]) -> bool:
     """Return whether a checkpoint holds averaged weights."""
-    return any(_has_weights(checkpoint, entry) for entry in EMA_CONTAINERS)
+    return any(is_average(entry) for entry in _entries(checkpoint))
 
 
 def has_plain(checkpoint: Mapping[str, Any]) -> bool:
     """Return whether a checkpoint holds weights that are not averaged."""
-    plain = set(CONTAINERS) - set(EMA_CONTAINERS)
-    return not has_ema(checkpoint) or any(_has_weights(checkpoint, entry) for entry in plain)
+    return not all(is_average(entry) for entry in _entries(checkpoint)) or not _entries(checkpoint)
 
 
 def _has_weights(checkpoint: Mapping[str, Any], entry: str) -> bool:
-    """Return whether an entry exists and is not empty, since trainers without an average write None."""
-    return isinstance(checkpoint.get(entry), Mapping) and len(checkpoint[entry]) > 0
+    """Return whether an entry holds arrays, since trainers without an average write None, and others a name."""
+    value = checkpoint.get(entry)
+    return isinstance(value, Mapping) and any(_is_array(part) for part in value.values())
 
 
 def _without_wrappers(key: str) -> str:
@@ -176,6 +256,14 @@ def _to_tensor(array: np.ndarray) -> torch.Tensor:
 
 def _checked(key: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor, or raise UserError unless it is dense and has as many numbers as its shape claims."""
+    if hasattr(tensor, 'placements'):  # a DTensor, which claims the shape of the whole
+        share = cast(Any, tensor).to_local()
+        if share.shape != tensor.shape:
+            raise UserError(share_of_a_tensor(f'{key} is', 'DTensor'))
+        tensor = share
+    if tensor.numel() == 0 and key.endswith('.weight'):
+        raise UserError(f'{key} is empty, as in the files of one process of DeepSpeed; put them together with '
+                        'zero_to_fp32.py, which lies beside them')
     if tensor.is_meta:
         raise UserError(f'{key} has a shape, but no numbers (device meta); save the model after loading its weights')
     if tensor.is_quantized:
@@ -200,11 +288,21 @@ def shortened(items: Iterable[str], limit: int = 3) -> str:
 # --- Other content of checkpoints -------------------------------------------------------------------------------------
 
 def recorded_options(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that a training saved with its checkpoint; {} if there are none."""
+    """Return the options that a training saved with its checkpoint, as ours are written; {} if there are none."""
+    options = _args_of(checkpoint)
+    arguments = options.get('model_kwargs')
+    if isinstance(arguments, Mapping):  # timm's; the image size and the classes are found by themselves
+        arguments = [f'{name}={value!r}' for name, value in arguments.items()
+                     if name not in ('img_size', 'num_classes')]
+        options = {**options, 'model_kwargs': arguments}
+    return dict(options)
+
+
+def _args_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     options = checkpoint.get('args')
     if isinstance(options, argparse.Namespace):
         options = vars(options)
-    return dict(options) if isinstance(options, Mapping) else {}
+    return options if isinstance(options, Mapping) else {}
 
 
 def recorded_arch(checkpoint: Mapping[str, Any]) -> str | None:
@@ -223,7 +321,11 @@ def recorded_classes(checkpoint: Mapping[str, Any]) -> list[str] | None:
 
 def recorded_img_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the (height, width) of the training images, if a checkpoint records it."""
-    sizes = (checkpoint.get('img_size'), recorded_options(checkpoint).get('img_size'))
+    options = _args_of(checkpoint)
+    arguments, shape = options.get('model_kwargs'), options.get('input_size')  # as timm and DeiT write them
+    sizes = (checkpoint.get('img_size'), options.get('img_size'),
+             arguments.get('img_size') if isinstance(arguments, Mapping) else None,
+             shape[1:] if isinstance(shape, list | tuple) and len(shape) == 3 else shape)
     return next((sides for size in sizes if (sides := _sides(size))), None)
 
 

@@ -8,17 +8,19 @@ There are three steps: `utils.checkpoint_reader.read_checkpoint` (file → dict,
 do not fit, identity.py finds the model that they belong to.
 """
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import timm
+import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models import PretrainedCfg
 from torch import nn
 
 from models.tokens_to_token import SOFT_SPLITS
-from models.weights.formats import StateDict, extract, recorded_arch, recorded_img_size, shortened
+from models.weights.formats import StateDict, extract, is_average, recorded_arch, recorded_img_size, shortened
 from models.weights.identity import grid_of, identify, patch_size_of
 from utils.checkpoint_reader import read_checkpoint
 from utils.console import plural
@@ -32,6 +34,8 @@ FIRST_LAYERS = {
     'tokens_to_token.attention1.kqv.weight': True,
     'tokens_to_token.attention1.attn.qkv.weight': True,
 }
+# Batch norms count batches since PyTorch 0.4.1. Weights from before lack the number, which evaluation does not use.
+COUNTED = '.num_batches_tracked'
 LISTED_KEYS = 20  # keys of a kind that an error lists; 3 for weights of another architecture
 
 
@@ -112,14 +116,17 @@ def load_weights(model: nn.Module, path_or_checkpoint: str | os.PathLike | Mappi
         source, checkpoint = os.fspath(path_or_checkpoint), read_checkpoint(path_or_checkpoint)
     try:
         given = extract(checkpoint, use_ema)
-        weights, adapted = fit_to_model(given.state, model, img_size, recorded=recorded_img_size(checkpoint))
+        own, dropped = select_module(given.state, model, use_ema)
+        named, phrase = name_as_timm(own, model)
+        weights, adapted = fit_to_model(named, model, img_size, recorded=recorded_img_size(checkpoint))
     except UserError as error:
         raise UserError(f'{source}: {error}') from error
+    adapted = (*given.adapted, *([phrase] if phrase else []), *adapted)
 
     target = model.state_dict()
     head_conflict, classifier = _compare_heads(model, weights, target)
     body = {key: tensor for key, tensor in weights.items() if key not in classifier}
-    missing = [key for key in target if key not in weights and key not in classifier]
+    missing = [key for key in target if key not in weights and key not in classifier and not key.endswith(COUNTED)]
     unexpected = [key for key in body if key not in target]
     other_shape = [key for key in body if key in target and body[key].shape != target[key].shape]
     if other_shape or (strict and (missing or unexpected)) or len(unexpected) == len(body):
@@ -134,8 +141,65 @@ def load_weights(model: nn.Module, path_or_checkpoint: str | os.PathLike | Mappi
             raise UserError(f'{source}: {key} has numbers of {tensor.dtype}, the model of {target[key].dtype}; '
                             'save it in the dtype of the model')
     model.load_state_dict(loaded, strict=False)  # the checks above cover keys and shapes
-    return LoadReport(source, given.format, given.entry, tuple(loaded), given.renamed, given.transposed, given.dropped,
-                      adapted, head_conflict, tuple(missing), tuple(unexpected))
+    return LoadReport(source, given.format, given.entry, tuple(loaded), given.renamed, given.transposed,
+                      (*given.dropped, *dropped), adapted, head_conflict, tuple(missing), tuple(unexpected))
+
+
+def select_module(weights: StateDict, model: nn.Module, use_ema: bool = True) -> tuple[StateDict, tuple[str, ...]]:
+    """Return the weights of the one module in a state dict that is the model, and the keys of everything else.
+
+    A LightningModule also saves its losses and metrics, and often a second, averaged model.
+
+    Raises:
+        UserError: several modules are the model.
+    """
+    needed = _needed(model)
+    if needed <= weights.keys():
+        return weights, ()
+    prefixes = {'.'.join(key.split('.')[:depth]) + '.' for key in weights for depth in (1, 2)
+                if key.count('.') >= depth}
+    found = sorted(prefix for prefix in prefixes if all(prefix + key in weights for key in needed))
+    averages = [prefix for prefix in found if is_average(prefix.removesuffix('.'))]
+    if averages and (use_ema or len(averages) < len(found)):
+        found = averages if use_ema else [prefix for prefix in found if prefix not in averages]
+    if not found:
+        return weights, ()
+    if len(found) > 1:
+        raise UserError(f'the checkpoint holds the model several times: {", ".join(found)}; save the one you want '
+                        'by itself')
+    return ({key.removeprefix(found[0]): value for key, value in weights.items() if key.startswith(found[0])},
+            tuple(key for key in weights if not key.startswith(found[0])))
+
+
+def name_as_timm(weights: StateDict, model: nn.Module) -> tuple[StateDict, str | None]:
+    """Return weights from a model's authors with timm's names and shapes, and a phrase (None: unchanged).
+
+    Many of timm's models have such a function, called checkpoint_filter_fn, for the files of their authors.
+    """
+    module = sys.modules[type(model).__module__]
+    target, needed = model.state_dict(), _needed(model)
+    if not module.__name__.startswith('timm.') or _fitting(weights, target, needed):
+        return weights, None
+    for name in dir(module):
+        if name.endswith('filter_fn'):
+            try:
+                mapped = getattr(module, name)(dict(weights), model)
+            except Exception:  # it is for other files, and may fail in any way on these
+                continue
+            if _fitting(mapped, target, needed):
+                return mapped, f'named and shaped as timm does ({module.__name__})'
+    return weights, None
+
+
+def _needed(model: nn.Module) -> set[str]:
+    """Return the keys that weights of a model must have, whatever their classifier."""
+    classifiers = classifier_names(getattr(model, 'pretrained_cfg', None) or {})
+    return {key for key in model.state_dict()
+            if not key.endswith(COUNTED) and not key.startswith(tuple(f'{name}.' for name in classifiers))}
+
+
+def _fitting(weights: Mapping[str, Any], target: StateDict, needed: set[str]) -> bool:
+    return all(key in weights and weights[key].shape == target[key].shape for key in needed)
 
 
 def load_for_transfer_learning(model: nn.Module, checkpoint_path: str | os.PathLike, use_ema: bool = True,
@@ -278,6 +342,9 @@ def count_classes(model_name: str, checkpoint: Mapping[str, Any], use_ema: bool 
         return config['num_classes']
     weights = state_dict_of(checkpoint, use_ema, source)
     keys = [f'{name}.weight' for name in classifier_names(config)]
+    if not any(key in weights for key in keys) and timm.is_model(model_name):
+        with torch.device('meta'):
+            weights, _ = name_as_timm(weights, timm.create_model(model_name))
     # A classifier may also be a convolution, with four dimensions.
     return max((len(weights[key]) for key in keys if key in weights and weights[key].dim() >= 2), default=None)
 

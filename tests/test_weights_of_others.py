@@ -1,0 +1,288 @@
+"""Checkpoints as other programs write them load, or are told apart in one line; nothing in them runs."""
+import argparse
+import collections
+import datetime
+import json
+import pathlib
+import pickle
+import re
+import types
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from models import load_weights
+from tests.conftest import run_script, succeeded
+from tests.test_weights import assert_loaded, assert_refused, tiny_model, wrapped
+from utils.checkpoint_reader import read_checkpoint
+from utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(42)
+    print('seed 42')
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope='module')
+def state() -> dict:
+    torch.manual_seed(7)
+    return tiny_model().state_dict()
+
+
+def averaged(state: dict) -> dict:
+    """As torch.optim.swa_utils.AveragedModel saves the average of a model."""
+    return {'n_averaged': torch.tensor(3), **wrapped(state)}
+
+
+def counted_by_thop(state: dict) -> dict:
+    return {**state, 'total_ops': torch.zeros(1, dtype=torch.float64), 'blocks.0.total_params': torch.zeros(1)}
+
+
+def lightning(state: dict) -> dict:
+    return {'epoch': 1, 'global_step': 12, 'pytorch-lightning_version': '2.6.0', 'state_dict': state, 'loops': {},
+            'callbacks': {}, 'optimizer_states': [], 'lr_schedulers': [], 'hyper_parameters': {'lr': 1e-3}}
+
+
+def optimizer_of(model: nn.Module) -> dict:
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+# Name → (content from a state dict, entry, words of the report).
+LOADED = {
+    'lightning': (lambda s: lightning(wrapped(s, 'model.')), 'state_dict', 'prefix model. removed'),
+    'lightning, compiled': (lambda s: lightning(wrapped(s, 'net._orig_mod.')), 'state_dict', 'prefix net. removed'),
+    'lightning with a loss': (lambda s: lightning({**wrapped(s, 'model.'), 'criterion.weight': torch.ones(5)}),
+                              'state_dict', 'criterion.weight'),
+    'transformers': (lambda s: wrapped(s, 'timm_model.'), None, 'prefix timm_model. removed'),
+    'two prefixes': (lambda s: wrapped(s, 'backbone.model.'), None, 'prefix backbone.model. removed'),
+    'tutorial': (lambda s: {'epoch': 5, 'model_state_dict': s, 'optimizer_state_dict': optimizer_of(tiny_model()),
+                            'loss': .3}, 'model_state_dict', ''),
+    'any name': (lambda s: {'my_net': s, 'rng': {'cpu': torch.get_rng_state()}, 'epoch': 3}, 'my_net', ''),
+    'a name beside': (lambda s: {'model': 't2t_vit_7', 'weights': s}, 'weights', ''),
+    'deepspeed': (lambda s: {'module': s, 'optimizer': None, 'param_shapes': [{'a': torch.Size([1])}],
+                             'ds_version': '0.17.1', 'ds_config': {'train_batch_size': 8}}, 'module', ''),
+    'swa': (lambda s: {'model': {key: value + 1 for key, value in s.items()}, 'model_ema': averaged(s)}, 'model_ema',
+            'n_averaged'),
+    'average by itself': (averaged, None, 'n_averaged'),
+    'thop': (counted_by_thop, None, 'blocks.0.total_params'),
+    'own name of an average': (lambda s: {'net_weights': {key: value + 1 for key, value in s.items()},
+                                          'ema_weights': s}, 'ema_weights', ''),
+    'numbers in a state dict': (lambda s: {**s, 'version': 2, '_extra_state': None}, None, '_extra_state'),
+    'mmengine': (lambda s: {'meta': {'epoch': 1, 'mmengine_version': '0.10.7'}, 'state_dict': s,
+                            'message_hub': {'log_scalars': collections.OrderedDict()}}, 'state_dict', ''),
+}
+
+
+@pytest.mark.parametrize('kind', LOADED)
+def test_checkpoints_of_other_programs_give_their_weights(kind, state, model, tmp_path):
+    content_of, entry, said = LOADED[kind]
+    torch.save(content_of(state), tmp_path / 'a.pth')
+    report = load_weights(model, tmp_path / 'a.pth')
+    assert_loaded(model, state)
+    assert report.entry == entry and any(said in line for line in [str(report), *report.lines()])
+
+
+def test_without_the_average_the_weights_beside_it_are_taken(state, model):
+    other = {key: value + 1 for key, value in state.items()}
+    for checkpoint in ({'net_weights': state, 'ema_weights': other},
+                       {**wrapped(state, 'a.'), **wrapped(other, 'ema.')}):
+        load_weights(model, checkpoint, use_ema=False)
+        assert_loaded(model, state)
+        load_weights(model, checkpoint)
+        assert_loaded(model, other)
+
+
+def test_several_sets_of_weights_are_named(state, model):
+    assert_refused(model, {'student': state, 'teacher': state}, 'several sets of weights: student, teacher; save')
+    assert_refused(model, {**wrapped(state, 'a.'), **wrapped(state, 'b.')}, 'the model several times: a., b.; save')
+
+
+def test_what_torch_fills_in_is_not_missing():
+    model, source = (timm.create_model('resnet18', num_classes=4) for _ in range(2))
+    state = source.state_dict()
+    old = {key: value for key, value in state.items() if not key.endswith('num_batches_tracked')}
+    assert len(old) < len(state)
+    assert load_weights(model, old).missing == ()
+    assert_loaded(model, state)
+
+
+# --- Names of the models' authors -------------------------------------------------------------------------------------
+
+def as_swin(key: str) -> str:
+    key = re.sub(r'layers\.(\d)\.downsample', lambda found: f'layers.{int(found[1]) - 1}.downsample', key)
+    return key.replace('head.fc.', 'head.')
+
+
+def as_convnext(key: str) -> str:
+    for pattern, replacement in ((r'^stem\.', 'downsample_layers.0.'), (r'stages\.(\d)\.blocks\.', r'stages.\1.'),
+                                 (r'stages\.(\d)\.downsample\.', r'downsample_layers.\1.'), ('conv_dw', 'dwconv'),
+                                 (r'mlp\.fc', 'pwconv'), (r'^head\.norm\.', 'norm.'), (r'^head\.fc\.', 'head.')):
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+@pytest.mark.parametrize(('name', 'original'), [
+    ('swin_tiny_patch4_window7_224', as_swin), ('convnext_atto', as_convnext)])
+def test_weights_with_their_authors_names_are_mapped_by_timm(name, original):
+    source, model = (timm.create_model(name, num_classes=4) for _ in range(2))
+    state = source.state_dict()
+    theirs = {original(key): value for key, value in state.items()}
+    assert len(theirs) == len(state) and theirs.keys() != state.keys()
+    report = load_weights(model, {'model': theirs})
+    assert_loaded(model, state)
+    assert 'named and shaped as timm does' in str(report)
+
+
+def test_a_script_finds_the_classes_of_such_weights(image_folder, tmp_path):
+    source = timm.create_model('convnext_atto', num_classes=3)
+    torch.save({'model': {as_convnext(key): value for key, value in source.state_dict().items()}}, tmp_path / 'a.pth')
+    torch.save(source.state_dict(), tmp_path / 'b.pth')
+    results = []
+    for name in 'ab':
+        succeeded(run_script('validate.py', image_folder, '--model', 'convnext_atto', '--checkpoint', f'{name}.pth',
+                             '--img-size', '64', '--device', 'cpu', '-j', '0', '--results-file', name, cwd=tmp_path))
+        results.append(json.loads((tmp_path / f'{name}.json').read_text())['loss'])
+    assert results[0] == results[1]
+
+
+# --- What stands beside weights ---------------------------------------------------------------------------------------
+
+BESIDE = {
+    'numpy scalar': np.float64(83.2), 'numpy bool': np.bool_(True), 'array': np.arange(3.),
+    'array of objects': np.array(['a', 1], dtype=object), 'deque': collections.deque([1.], maxlen=3),
+    'defaultdict': collections.defaultdict(list, {'a': [1]}), 'path': pathlib.Path('out/run'), 'set': {1},
+    'frozenset': frozenset([1]), 'date': datetime.datetime(2026, 1, 1), 'namespace': types.SimpleNamespace(a=1),
+    'args': argparse.Namespace(output_dir=pathlib.Path('out')), 'counter': collections.Counter('aab'),
+    'version': torch.torch_version.TorchVersion('2.11'), 'range': range(3)}
+
+
+@pytest.mark.parametrize('what', BESIDE)
+@pytest.mark.parametrize('is_zip', [True, False])
+def test_harmless_data_beside_the_weights_keeps_nothing_out(what, is_zip, state, model, tmp_path):
+    torch.save({'state_dict': state, 'beside': BESIDE[what]}, tmp_path / 'a.pth',
+               _use_new_zipfile_serialization=is_zip)
+    load_weights(model, tmp_path / 'a.pth')
+    assert_loaded(model, state)
+
+
+def test_numbers_and_paths_keep_their_values(tmp_path):
+    torch.save({name: BESIDE[name] for name in ('numpy scalar', 'array', 'deque', 'defaultdict', 'path', 'date')},
+               tmp_path / 'a.pth')
+    read = read_checkpoint(tmp_path / 'a.pth')
+    assert read['numpy scalar'] == 83.2 and read['array'].tolist() == [0, 1, 2] and read['deque'] == [1.]
+    assert read['defaultdict'] == {'a': [1]} and str(read['path']) == 'out/run'
+    assert read['date'] == datetime.datetime(2026, 1, 1)
+
+
+def write_pickle(path, data: bytes) -> None:
+    """Write a pickle as the content of a PyTorch file."""
+    with zipfile.ZipFile(path, 'w') as archive:
+        for entry, content in (('data.pkl', data), ('byteorder', b'little'), ('version', b'3\n')):
+            archive.writestr(f'archive/{entry}', content)
+
+
+def test_objects_of_config_libraries_are_read_as_plain_containers(tmp_path):
+    """As yacs, omegaconf and mmengine pickle theirs: {'config': an object with the items or attributes lr = 1}."""
+    for name, by_items in (('yacs.config CfgNode', True), ('omegaconf.dictconfig DictConfig', False),
+                           ('mmengine.logging.history_buffer HistoryBuffer', False)):
+        new = b'c' + name.replace(' ', '\n').encode() + b'\n)\x81'
+        fill = b'X\x02\x00\x00\x00lrK\x01s' if by_items else b'}X\x02\x00\x00\x00lrK\x01sb'
+        write_pickle(tmp_path / 'a.pth', b'\x80\x02}X\x06\x00\x00\x00config' + new + fill + b's.')
+        config = read_checkpoint(tmp_path / 'a.pth')['config']
+        assert (config if by_items else vars(config)) == {'lr': 1}
+
+
+def test_a_stand_in_does_nothing(tmp_path):
+    """getattr of a pickle is not Python's, so it reaches no other function."""
+    call = b'\x80\x02c__builtin__\ngetattr\ncargparse\nNamespace\nX\x08\x00\x00\x00__init__\x86R.'
+    write_pickle(tmp_path / 'a.pth', call)
+    with pytest.raises(UserError, match='holds a NoneType'):
+        read_checkpoint(tmp_path / 'a.pth')
+    assert pickle.loads(call) is argparse.Namespace.__init__
+
+
+# --- Files of other kinds ---------------------------------------------------------------------------------------------
+
+def test_files_of_other_kinds_are_named(tmp_path):
+    np.savez(tmp_path / 'jax.npz', a=np.zeros(2))
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / 'script.pt')
+    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), tmp_path / 'program.pt2')
+    (tmp_path / 'keras.h5').write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(100))
+    (tmp_path / 'packed.gz').write_bytes(b'\x1f\x8b' + bytes(100))
+    (tmp_path / '__0_0.distcp').write_bytes(b'PK\x03\x04' + bytes(100))
+    (tmp_path / 'sharded').mkdir()
+    (tmp_path / 'sharded/.metadata').write_bytes(b'x')
+    for name, said in (('jax.npz', 'numpy arrays'), ('script.pt', 'TorchScript'), ('program.pt2', 'exported program'),
+                       ('keras.h5', 'HDF5'), ('packed.gz', 'gzip'), ('__0_0.distcp', 'dcp_to_torch'),
+                       ('sharded', 'dcp_to_torch')):
+        with pytest.raises(UserError, match=said) as caught:
+            read_checkpoint(tmp_path / name)
+        assert '\n' not in str(caught.value) and 'damaged' not in str(caught.value)
+
+
+def test_one_share_of_the_weights_is_no_model(state, model, tmp_path):
+    """A DTensor claims the shape of the whole, and holds one process's part."""
+    from torch.distributed.tensor import DTensor  # noqa: F401, so that torch reads such tensors
+
+    class Share:
+        placements = ('Shard(dim=0)',)
+        shape, dtype, ndim = torch.Size([10, 2]), torch.float32, 2
+
+        def to_local(self):
+            return torch.zeros(5, 2)
+
+    from models.weights.formats import _checked
+    with pytest.raises(UserError, match="one process's share of the weights.*full_state_dict=True"):
+        _checked('head.weight', Share())
+    # Where torch has not imported that class.
+    write_pickle(tmp_path / 'a.pth', b'\x80\x02}X\x01\x00\x00\x00actorch.distributed._shard.sharded_tensor.api\n'
+                                     b'ShardedTensor\n)\x81s.')
+    with pytest.raises(UserError, match='ShardedTensor, of FSDP'):
+        read_checkpoint(tmp_path / 'a.pth')
+    empty = {key: torch.empty(0) for key in state}
+    assert_refused(model, {'module': empty}, 'is empty, as in the files of one process of DeepSpeed')
+
+
+def test_safetensors_of_paddlepaddle_are_transposed(state, model, tmp_path):
+    """PaddlePaddle 3.3 writes its [in, out] matrices into safetensors; the square ones would load silently."""
+    theirs = {f'backbone.{key}'.replace('backbone.head.', 'head.fc_cls.'):
+              (value.T if value.ndim == 2 and key.endswith('.weight') else value).contiguous()
+              for key, value in state.items()}
+    safetensors.torch.save_file(theirs, tmp_path / 'a.safetensors')
+    report = load_weights(model, tmp_path / 'a.safetensors')
+    assert_loaded(model, state)
+    assert report.format == 'PASSL' and 'blocks.0.attn.proj.weight' in report.transposed
+
+
+# --- Options of other programs ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('args', [
+    {'model_kwargs': {'img_size': 32}}, {'input_size': [3, 32, 32]}, {'input_size': 32, 'interpolation': 'lanczos'}])
+def test_options_that_another_program_recorded_keep_nothing_out(args, image_folder, tmp_path):
+    state = timm.create_model('t2t_vit_7', num_classes=3, img_size=32).state_dict()
+    torch.save(state, tmp_path / 'plain.pth')
+    recorded = {'model': 't2t_vit_7', 'img_size': None, 'interpolation': '', **args}
+    torch.save({'epoch': 3, 'arch': 't2t_vit_7', 'state_dict': state, 'args': argparse.Namespace(**recorded)},
+               tmp_path / 'timm.pth')
+    losses = []
+    for name in ('plain', 'timm'):
+        out = succeeded(run_script('validate.py', image_folder, '--checkpoint', f'{name}.pth', '--device', 'cpu', '-j',
+                                   '0', '--results-file', name, cwd=tmp_path))
+        losses.append(json.loads((tmp_path / f'{name}.json').read_text())['loss'])
+    assert losses[0] == losses[1]
+    assert ('lanczos' in out) == ('interpolation' in args)
