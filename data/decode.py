@@ -1,8 +1,8 @@
 """Image files to RGB, by one rule for every kind of file, with one line of explanation for a bad one.
 
-The pixels are those of PIL's `convert('RGB')`, as in the published code: alpha is dropped, EXIF orientation ignored,
-only the first frame of an animation is used. The exception is 16-bit greyscale, which is scaled; `convert` would make
-it white.
+The pixels are those of PIL's `convert('RGB')`, as in the published code: alpha is dropped, orientation ignored, only
+the first frame of an animation is used. There are two exceptions. Greyscale of more than 8 bits is scaled by the range
+that the file declares; `convert` would make it white. TIFF files are not turned either; PIL turns only these.
 
 `decode_rgb` returns a PIL image. `EncodedImage` returns the same pixels as a tensor, and faster if only some rows are
 needed: simplejpeg decodes JPEG files with the same libjpeg-turbo. PIL decodes everything else, and all files if
@@ -11,10 +11,12 @@ simplejpeg is not installed.
 import io
 import os
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from utils.errors import UserError
 
@@ -24,15 +26,27 @@ except ImportError:
     simplejpeg = None  # type: ignore[assignment]  # what an import that failed leaves
 
 # PIL's names of the formats that are read; the most frequent is tried first.
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')
 # Endings, in lower case, by which image files are found; decoding depends on the content alone.
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.pbm', '.pnm')
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.pbm', '.pnm',
+              '.jpe', '.jfif', '.jif', '.mpo', '.apng', '.dib', '.avif', '.avifs', '.jp2', '.j2k', '.jpf', '.jpx')
 # Images with more pixels are refused: a quarter of a GiB as RGB, where PIL warns.
 MAX_PIXELS = 89_478_485
 # Larger files are refused before they are read: 256 MiB, more than `MAX_PIXELS` take uncompressed.
 MAX_BYTES = 1 << 28
 # Images with longer edges, relative to the shorter one, are refused: resized by the shorter edge they fill the memory.
 MAX_RATIO = 200
+# The most that a PNG's colour profile and texts may grow to. PIL's own limit of 1 MiB stops healthy files.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26
+# Beginnings of formats that are not read, at the offset given first, and their names.
+OTHER_FORMATS = ((4, b'ftyphei', 'HEIC'), (4, b'ftypmif1', 'HEIF'), (0, b'\xff\x0a', 'JPEG XL'),
+                 (4, b'JXL ', 'JPEG XL'), (0, b'<svg', 'SVG'), (0, b'8BPS', 'Photoshop'), (0, b'%PDF', 'PDF'),
+                 (0, b'\x76\x2f\x31\x01', 'OpenEXR'), (128, b'DICM', 'DICOM'))
+# What PIL does to a TIFF image of each orientation, undone.
+UPRIGHT_UNDONE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270}
 # JPEG markers that may precede the first scan: frames, tables, applications, comments.
 SEGMENTS = frozenset((*range(0xc0, 0xd0), 0xdb, 0xdd, *range(0xe0, 0xf0), 0xfe))
 # libjpeg's message for data that it did not need.
@@ -71,8 +85,14 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
                     raise Image.DecompressionBombError
                 if max(image.size) > MAX_RATIO * min(image.size):
                     raise ValueError(f'{image.width} × {image.height} pixels: cut it to at most 1 × {MAX_RATIO}')
+                if not isinstance(image, TiffImagePlugin.TiffImageFile):
+                    image.load()
+                    return _to_rgb(image)
+                orientation = _check_tiff(image)
                 image.load()
-                return _to_rgb(image)
+                rgb = _to_rgb(image, image.tag_v2)
+                undo = UPRIGHT_UNDONE.get(orientation or 1)
+                return rgb if undo is None else rgb.transpose(undo)
     except MemoryError:
         raise
     except Exception as error:  # damaged files make PIL's readers raise nearly anything
@@ -157,17 +177,32 @@ def _with_rows(jpeg: bytes, height: int, rows: int) -> tuple[bytes, int]:
     return b''.join((jpeg[:frame + 5], shorter.to_bytes(2), jpeg[frame + 7:])), shorter
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return the loaded `image` in mode RGB: itself if it has that mode, as nearly every JPEG has."""
+def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> int | None:
+    """Return the orientation of an open TIFF image. Raise ValueError if PIL would misread its levels."""
+    tags = image.tag_v2
+    bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
+    if bits > 8 and tags.get(TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 2 and image.mode != 'I;16':
+        raise ValueError(f'colours in separate planes of {bits} bits: convert the file to 8 bits')
+    if 2 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ()):
+        raise ValueError('signed brightness has no defined scale: convert the file to 8 bits')
+    return tags.get(ExifTags.Base.Orientation)
+
+
+def _to_rgb(image: Image.Image, tags: Mapping[int, Any] | None = None) -> Image.Image:
+    """Return the loaded `image`, with the `tags` of a TIFF file, in mode RGB: itself if it has that mode already."""
     if image.mode == 'RGB':
         return image
     if image.mode == 'F':
         raise ValueError('floating-point brightness has no defined scale: convert the file to 8 bits')
     if image.mode.startswith('I'):  # 'I;16' and its byte orders from PNG and TIFF, 'I' from PGM
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65_535:
-            raise ValueError('brightness outside of 0…65535: convert the file to 8 or 16 bits')
-        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # to the nearest; 257 · 255 = 65535
+        levels, tags = np.asarray(image).astype(np.int64), tags or {}
+        white = 2 ** min(16, *tags.get(TiffImagePlugin.BITSPERSAMPLE, ())) - 1 if tags else 65_535
+        if levels.min() < 0 or levels.max() > white:
+            raise ValueError(f'brightness outside of 0…{white}: convert the file to 8 or 16 bits')
+        levels = (levels * 255 + white // 2) // white  # to the nearest
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero; PIL inverts only 8 bits
+            levels = 255 - levels
+        image = Image.fromarray(levels.astype(np.uint8))
     # convert('RGB') drops a palette's transparency, and warns if it is recorded.
     image.info.pop('transparency', None)
     return image.convert('RGB')
@@ -179,6 +214,55 @@ def _reason(data: bytes, error: Exception) -> str:
         return f'more than {MAX_PIXELS:,} pixels; scale it down or remove it'
     if not data:
         return 'the file is empty; restore or remove it'
+    if kind := _kind_not_read(data, error):
+        return f'{kind} is not read; convert it to JPEG or PNG of 8 bits'
     if isinstance(error, UnidentifiedImageError):
         return f'damaged, or none of {", ".join(FORMATS)}; restore or remove it'
     return f'cannot be decoded ({" ".join(str(error).split()) or type(error).__name__}); restore or remove it'
+
+
+def _kind_not_read(data: bytes, error: Exception) -> str | None:
+    """Return what a healthy file is that PIL cannot read, as far as its header tells; None for any other file."""
+    for start, magic, name in OTHER_FORMATS:
+        if data[start:start + len(magic)] == magic:
+            return f'a file of the format {name}'
+    if data.startswith(b'\xff\xd8'):
+        return _kind_of_jpeg(data)
+    if data[:4] in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'):
+        return _kind_of_tiff(data, error)
+    return None
+
+
+def _kind_of_jpeg(data: bytes) -> str | None:
+    at = 2
+    while data[at:at + 1] == b'\xff' and len(data) > at + 4:
+        marker = data[at + 1]
+        if marker == 0xf7:
+            return 'a JPEG-LS file'
+        if marker in SEGMENTS and 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc):  # a frame
+            kinds = {3: 'a lossless JPEG', 7: 'a lossless JPEG', 11: 'a lossless JPEG', 15: 'a lossless JPEG',
+                     5: 'a hierarchical JPEG', 6: 'a hierarchical JPEG'}
+            return f'a JPEG of {data[at + 4]} bits' if data[at + 4] != 8 else kinds.get(marker & 15)
+        at += 2 + int.from_bytes(data[at + 2:at + 4])
+    return None
+
+
+def _kind_of_tiff(data: bytes, error: Exception) -> str | None:
+    """Return the kind of a TIFF file if PIL has no way to read it, rather than none of its pixels."""
+    file = io.BytesIO(data)
+    try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if data[2] == 43 or data[3] == 43 else 8))
+        file.seek(tags.next)
+        tags.load(file)
+        bits = '/'.join(map(str, dict.fromkeys(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))))
+        compression = tags.get(TiffImagePlugin.COMPRESSION, 1)
+        known = compression in TiffImagePlugin.COMPRESSION_INFO
+        if known and not isinstance(error, UnidentifiedImageError):
+            return None
+        if TiffImagePlugin.IMAGEWIDTH not in tags or TiffImagePlugin.IMAGELENGTH not in tags:
+            return None
+    except Exception:  # the header is damaged
+        return None
+    kind = 'floats' if 3 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ()) else 'samples'
+    name = TiffImagePlugin.COMPRESSION_INFO.get(compression, f'number {compression}')
+    return f'a TIFF with {kind} of {bits} bits and compression {name}'

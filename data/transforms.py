@@ -11,8 +11,10 @@ import logging
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import PIL
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, create_transform
@@ -185,6 +187,9 @@ class FastEvalTransform:
         return self.crop(_resize(image.pixels(), size, self.resize.interpolation))
 
 
+# From version 13 on, PIL resizes tall images along columns first: those that lose more than twice as many rows as
+# columns. Levels are rounded between the two directions, so the order shows.
+COLUMNS_FIRST = int(PIL.__version__.partition('.')[0]) >= 13
 # Those that torch has for uint8, with PIL's filters and PIL's rounding between the two directions.
 FAST_INTERPOLATIONS = ('bicubic', 'bilinear')
 
@@ -193,7 +198,11 @@ def _resize(pixels: torch.Tensor, size: Sequence[int], mode: transforms.Interpol
     """Resize uint8 [3, H, W] to [3, h, w], antialiased."""
     if not pixels.numel():  # the crop of a tiny image can round to no pixels; PIL makes it black
         return pixels.new_zeros(3, *size)
-    return interpolate(pixels[None], size=tuple(size), mode=mode.value, antialias=True)[0]
+    resize = partial(interpolate, mode=mode.value, antialias=True)
+    (height, width), (rows, columns) = size, pixels.shape[1:]
+    if COLUMNS_FIRST and rows - height > max(0, 2 * (columns - width)):
+        pixels = resize(pixels[None], size=(height, columns))[0]  # torch alone would begin with the rows
+    return resize(pixels[None], size=(height, width))[0]
 
 
 class SplitTransform:

@@ -72,7 +72,7 @@ def test_the_fast_form_crops_flips_and_resizes_as_timm(options):
         found = drawn(fast, EncodedImage(image, 'image'), seed), random.random(), torch.rand(1)
         assert found[1:] == expected[1:] and found[0].dtype == torch.uint8
         distance = (found[0].int() - expected[0].int()).abs()
-        assert distance.max() <= 5 and distance.float().mean() < 0.5
+        assert distance.max() <= 2 and distance.float().mean() < 0.1
 
 
 @pytest.mark.parametrize(('scale', 'ratio'), [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.9, 1.0), (0.2, 0.3))])
@@ -120,7 +120,7 @@ def test_fast_evaluation_is_near_that_of_timm(caplog, size, options):
         found, expected = fast(EncodedImage(image, 'image')), timms(image)
         assert found.dtype == torch.uint8 and found.shape == expected.shape
         distance = (found.int() - expected.int()).abs()
-        assert distance.max() <= 5 and distance.float().mean() < 0.5
+        assert distance.max() <= 2 and distance.float().mean() < 0.1
 
 
 @pytest.mark.parametrize('size, shape', [(40, (40, 40)), ((40, 24), (40, 24))])
@@ -226,3 +226,18 @@ def test_one_mean_is_for_all_channels(image):
     one = create_train_transform(32, mean=(0.5,), **options)
     three = create_train_transform(32, mean=(0.5, 0.5, 0.5), **options)
     assert all(torch.equal(drawn(one, image, seed), drawn(three, image, seed)) for seed in range(10))
+
+
+@pytest.mark.parametrize('size', [(100, 350), (150, 400), (90, 200), (300, 301), (301, 300), (99, 1000)])
+def test_tall_images_are_resized_in_the_order_of_pil(size):
+    """PIL resizes some images along columns first; in the other order, pixels differ by up to 20 levels."""
+    noise = np.random.default_rng(SEED).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    timms = create_eval_transform(64, crop_pct=1.0)(image)
+    fast = create_eval_transform(64, crop_pct=1.0, fast=True)(EncodedImage(image, 'noise'))
+    assert (torch.as_tensor(timms).int() - fast.int()).abs().max() <= 1
+    options = {'auto_augment': None, 'color_jitter': None, 'hflip': 0.0, 'interpolation': 'bicubic'}
+    slow, quick = (create_train_transform(48, fast=fast, **options) for fast in (False, True))
+    for seed in range(8):
+        expected, found = drawn(slow, image, seed), drawn(quick, EncodedImage(image, 'noise'), seed)
+        assert (torch.as_tensor(expected).int() - found.int()).abs().max() <= 1

@@ -26,8 +26,8 @@ from utils.console import plural, progress_bar
 SHARDS_FETCHED = 4
 # The longest time for reading the sample of a split, and for comparing train with val.
 SECONDS_READING = 30
-# EXIF's tag.
-ORIENTATION = 0x0112
+# Tags of EXIF and of TIFF.
+ORIENTATION, BITS = 0x0112, 258
 DEEP, COLOURS, TRANSPARENT, ANIMATED, TURNED = '16 bits', 'Other colours', 'Transparent', 'Animated', 'Turned by EXIF'
 NOTES = {'CMYK': COLOURS, 'LAB': COLOURS, 'YCbCr': COLOURS, 'RGBA': TRANSPARENT, 'LA': TRANSPARENT, 'PA': TRANSPARENT}
 # Names for Pillow's modes that do not speak for themselves.
@@ -86,14 +86,17 @@ def look_closely(stored: bytes | Image.Image, path: str) -> Seen:
     """Decode what is stored for an image, and note what is unusual about it."""
     if not isinstance(stored, bytes):
         return Seen(path, len(stored.tobytes()), _digest(stored), 'pixels', stored.mode, stored.size)
-    seen, frames, orientation = Seen(path, len(stored), _digest(stored)), 1, 1
+    seen, frames, orientation, bits, is_transparent = Seen(path, len(stored), _digest(stored)), 1, 1, 8, False
     with contextlib.suppress(Exception):  # any, if the file is damaged; decode_rgb says how
         with Image.open(io.BytesIO(stored), formats=FORMATS) as image:
             seen = seen._replace(kind=image.format or 'unknown', mode=image.mode, size=image.size)
             frames, orientation = getattr(image, 'n_frames', 1), image.getexif().get(ORIENTATION, 1)
-    signs = {DEEP: seen.mode.startswith('I') or (seen.kind == 'PNG' and stored[24] == 16), ANIMATED: frames > 1,
-             NOTES.get(seen.mode, ''): seen.mode in NOTES, TURNED: orientation not in (0, 1)}
-    seen = seen._replace(notes=tuple(note for note, is_there in signs.items() if is_there))
+            bits = stored[24] if image.format == 'PNG' else max(getattr(image, 'tag_v2', {}).get(BITS, (8,)))
+            is_transparent = 'transparency' in image.info
+    signs = {DEEP: seen.mode.startswith('I') or bits > 8, ANIMATED: frames > 1, TURNED: orientation not in (0, 1),
+             TRANSPARENT: is_transparent or NOTES.get(seen.mode) == TRANSPARENT,
+             COLOURS: NOTES.get(seen.mode) == COLOURS}
+    seen = seen._replace(notes=tuple(note for note in UNUSUAL if signs[note]))
     try:
         decode_rgb(stored, path)
     except ImageError as error:
