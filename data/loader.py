@@ -12,6 +12,7 @@ been. Evaluation leaves it out. So the replacement depends on the data set alone
 import gc
 import logging
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import sys
@@ -20,13 +21,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from data.base import ImageDataset
 from data.decode import ImageError
 from data.forking import RetryingForkContext
-from data.memory import BatchMemory
+from data.memory import SHARED_MEMORY, BatchMemory, share, tell_where
 from data.samplers import EvalSampler, TrainSampler
 from data.seeding import preserved_generators, seed_generators
 from data.transforms import Transform
@@ -58,6 +59,7 @@ def create_loader(dataset: ImageDataset, transform: Transform, sampler: TrainSam
                           max_bad_images=max_bad_images)
     options: dict[str, Any] = dict(num_workers=workers, pin_memory=pin_memory)
     if workers:
+        tell_where()
         # Workers compute with one thread each: PyTorch sets that itself.
         options.update(persistent_workers=True, prefetch_factor=PREFETCH, worker_init_fn=_prepare_worker)
         if sys.platform == 'linux':  # fork is not safe on other systems
@@ -120,7 +122,11 @@ class Loader:
     def _batches(self) -> Iterator[tuple]:
         assert self._dataloader is not None, 'the loader is closed'
         self._memory.restart()
-        batches = iter(self._dataloader)
+        try:
+            batches = iter(self._dataloader)
+        except OSError as error:  # no process, no descriptor, no semaphore
+            raise UserError(f'loader workers cannot be started ({error.strerror}); use fewer --workers, or raise the '
+                            f'limits on processes, files (ulimit -u, -n) and {SHARED_MEMORY}') from error
         _explain_worker_deaths()
         return batches
 
@@ -152,12 +158,15 @@ class Loader:
 
 
 def explain_worker_death(error: RuntimeError) -> UserError | None:
-    """Return a UserError with advice if `error` is PyTorch's RuntimeError for a worker process that died, else None."""
+    """Return a UserError with advice if `error` is PyTorch's RuntimeError for a worker that died or is cut off."""
+    if str(error).startswith('Too many open files'):
+        return UserError('too many open files for the loader workers; use fewer --workers, or allow more files: '
+                         'ulimit -n 4096')
     if not str(error).startswith('DataLoader worker'):
         return None
     event = str(error).splitlines()[0].rstrip('. ')
-    return UserError(f'a data loading process died ({event}), mostly because memory or shared memory ran out; '
-                     'use fewer --workers, a smaller --batch-size, or a larger /dev/shm')
+    return UserError(f'a data loading process died ({event}), mostly because memory, {SHARED_MEMORY} or open files '
+                     '(ulimit -n) ran out; use fewer --workers, a smaller --batch-size, or a higher limit')
 
 
 def _explain_worker_deaths() -> None:
@@ -230,7 +239,10 @@ class BatchSource(Dataset):
                 images, block = self._memory.take((count, *image.shape), image.dtype)
             images[len(targets)] = image
             targets.append(target)
-        return images if images is None else images[:len(targets)], block, torch.tensor(targets)
+        labels = torch.tensor(targets)
+        if get_worker_info() is not None:  # the queue would put it into /dev/shm
+            labels = share(labels.shape, labels.dtype).copy_(labels)
+        return images if images is None else images[:len(targets)], block, labels
 
     def _training_sample(self, epoch: int, index: int, bad: dict[str, str]) -> tuple[torch.Tensor, int]:
         """Return the transformed image and the target of (epoch, index), or of the first good image after it."""
@@ -262,7 +274,13 @@ def _unchanged(batch):
 def _prepare_worker(worker_id: int) -> None:
     gc.freeze()  # collecting inherited objects takes time, and copies shared pages
     keep_freed_memory()
+    # A batch that cannot be sent would be lost, with a traceback, and the main process would wait for it forever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
     _shield_worker()
+
+
+def _end_worker(error: Exception, batch: Any) -> None:
+    os._exit(1)  # the main process notices, and says what helps
 
 
 def _shield_worker() -> None:

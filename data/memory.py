@@ -1,12 +1,26 @@
 """Memory for batches that worker processes fill and the main process reads, reused from batch to batch.
 
 Getting it from the system for each batch takes a worker about as long as resizing a third of the images in it.
+
+On Linux it is anonymous memory, not a file in /dev/shm, which in a container is small: docker gives 64 MiB.
 """
+import functools
+import logging
+import os
+import shutil
 from collections.abc import Sequence
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import get_worker_info
+
+from utils.errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = '/dev/shm'
+# Docker gives a container this much of it.
+SMALL = 1 << 26
 
 
 class BatchMemory:
@@ -19,7 +33,8 @@ class BatchMemory:
 
     def __init__(self, workers: int, blocks: int):
         self._per_worker = blocks
-        self._taken = torch.zeros(workers * blocks, dtype=torch.uint8).share_memory_()  # by a batch that is in use
+        # By a batch that is in use.
+        self._taken = share([workers * blocks], torch.uint8) if workers else torch.empty(0, dtype=torch.uint8)
         self._blocks: dict[int, torch.Tensor] = {}  # in a worker: number → tensor
         self._in_use: dict[int, StorageWeakRef] = {}  # in the main process: number → the batch's storage, weakly
 
@@ -40,10 +55,10 @@ class BatchMemory:
         numbers = range(worker.id * self._per_worker, (worker.id + 1) * self._per_worker)
         number = next((number for number in numbers if not self._taken[number]), None)
         if number is None:
-            return _shared(shape, dtype), None
+            return share(shape, dtype), None
         block = self._blocks.get(number)
         if block is None or len(block) < shape[0] or block.shape[1:] != shape[1:] or block.dtype != dtype:
-            block = self._blocks[number] = _shared(shape, dtype)
+            block = self._blocks[number] = share(shape, dtype)
         self._taken[number] = 1
         return block[:shape[0]], number
 
@@ -76,8 +91,41 @@ class BatchMemory:
                 self._taken[number] = 0
 
 
-def _shared(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return memory that another process can map, as torch's default_collate makes it."""
-    size = torch.Size(shape).numel()
-    storage = torch.UntypedStorage._new_shared(size * dtype.itemsize)
+def share(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return memory that another process can map.
+
+    Raises:
+        UserError: the system gives none.
+    """
+    size = torch.Size(shape).numel() * dtype.itemsize
+    try:
+        storage = _anonymous(size) or torch.UntypedStorage._new_shared(size)  # the latter as torch's default_collate
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+        raise UserError(f'no memory for a batch of {size:,} bytes ({reason}); use fewer --workers, a smaller '
+                        f'--batch-size, or a larger {SHARED_MEMORY}') from error
     return torch.empty(0, dtype=dtype).set_(storage).view(tuple(shape))
+
+
+def _anonymous(size: int) -> torch.UntypedStorage | None:
+    """Return shared memory that is in no file system; None if the system has no such memory. Raises OSError."""
+    try:
+        handle = os.memfd_create('batch')
+    except (AttributeError, PermissionError):  # not Linux, or a sandbox
+        return None
+    try:
+        os.ftruncate(handle, size)
+        return torch.UntypedStorage._new_shared_fd_cpu(handle, size)  # type: ignore[attr-defined]  # not in its stubs
+    finally:
+        os.close(handle)
+
+
+@functools.cache  # once for all loaders
+def tell_where() -> None:
+    """Log that batches are not in /dev/shm if that is small, since people know it as the place that runs full."""
+    try:
+        room = shutil.disk_usage(SHARED_MEMORY).total
+    except OSError:
+        return
+    if room <= SMALL and hasattr(os, 'memfd_create'):
+        _logger.info('%s has only %.0f MiB: the batches of --workers are in other memory', SHARED_MEMORY, room / 2**20)

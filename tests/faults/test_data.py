@@ -313,3 +313,47 @@ def test_a_killed_worker_ends_the_run_with_one_line(image_folder, tmp_path):
     assert len(err.splitlines()) == 1 and err.startswith('train.py: error: a data loading process died'), err
     assert '--workers' in err and '/dev/shm' in err
     assert time.monotonic() - started < 30
+
+
+# --- A small /dev/shm -------------------------------------------------------------------------------------------------
+
+def place_of(address: int) -> str:
+    """Return the file whose memory lies at an address of this process."""
+    for line in Path('/proc/self/maps').read_text().splitlines():
+        bounds, *_, name = line.split(maxsplit=5) + [''] * (6 - len(line.split(maxsplit=5)))
+        start, end = (int(bound, 16) for bound in bounds.split('-'))
+        if start <= address < end:
+            return name
+    return ''
+
+
+@pytest.mark.skipif(not hasattr(os, 'memfd_create'), reason='only Linux has memory of this kind')
+def test_batches_of_workers_take_no_room_of_dev_shm():
+    loader = create_loader(SyntheticImages(24), create_eval_transform(32), EvalSampler(24, 8), workers=2)
+    for images, targets in loader:
+        assert place_of(images.data_ptr()).startswith('/memfd:') and place_of(targets.data_ptr()).startswith('/memfd:')
+        assert images.shape == (8, 3, 32, 32) and len(targets) == 8
+    loader.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which('unshare'), reason='mounting a /dev/shm needs root')
+def test_training_with_less_of_dev_shm_than_a_batch_takes(tmp_path):
+    """As in a container, but smaller: 512 KiB, where a batch takes 648. With 16 KiB, no worker can be started."""
+    write_images(tmp_path / 'data', {'train': 12, 'val': 4}, classes=('a', 'b'))
+    options = (*SMALL, *SHORT, '--img-size', 96, '-b', 24, '-j', 2, '--output', tmp_path)
+    command = ' '.join(map(str, (sys.executable, ROOT / 'train.py', tmp_path / 'data', *options)))
+    results = [run_command(['unshare', '-m', 'sh', '-c', f'mount -t tmpfs -o size={size} tmpfs /dev/shm || exit 77; '
+                            f'exec {command}'], cwd=tmp_path) for size in ('512k', '16k')]
+    if results[0].returncode == 77:
+        pytest.skip('this machine mounts nothing')
+    assert '/dev/shm has only 0 MiB: the batches of --workers are in other memory' in succeeded(results[0])
+    assert results[1].returncode == 2 and 'Traceback' not in results[1].stderr
+    assert 'loader workers cannot be started (No space left on device); use fewer --workers' in results[1].stderr
+
+
+def test_too_few_descriptors_are_one_line(image_folder, tmp_path):
+    command = ' '.join(map(str, (sys.executable, ROOT / 'train.py', image_folder, *SMALL, *SHORT, '-j', 2, '--output',
+                                 tmp_path)))
+    result = run_command(['sh', '-c', f'ulimit -n 24; exec {command}'], cwd=tmp_path)
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and 'ulimit -n' in result.stderr and '--workers' in result.stderr
