@@ -22,9 +22,11 @@ from models import (
     count_classes,
     fit_to_model,
     identify,
+    layers,
     load_for_transfer_learning,
     load_weights,
     state_dict_of,
+    tokens_to_token,
 )
 from models.weights.formats import recorded_img_size
 from models.weights.identity import grid_of, our_models, patch_size_of
@@ -624,3 +626,31 @@ def test_pretrained_with_another_number_of_channels(tmp_path):
     model = timm.create_model(
         't2t_vit_7', pretrained=True, pretrained_cfg_overlay={'file': str(tmp_path / 'a.pth')}, in_chans=1)
     assert_loaded(model, fit_to_model(state, model)[0])
+
+
+# --- The attention scale of mmpretrain --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_attention_of_mmpretrain_from_version_1(monkeypatch):
+    """Its T2T-ViT divides q·k by 64^-0.5, in the backbone and in the token layers; meta says which library trained."""
+    settings = {'embed_dim': 128, 'depth': 2, 'num_heads': 2, 'img_size': 64, 'num_classes': 5}
+    source, model = (timm.create_model('t2t_vit_t_14', **settings).eval() for _ in range(2))
+    for name, parameter in source.named_parameters():
+        if 'qkv' in name:
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)  # so that the scale matters
+    images = torch.randn(2, 3, 64, 64)
+    published = source(images)
+    with monkeypatch.context() as patched:
+        for module in (layers, tokens_to_token):
+            patched.setattr(module, 'attention', lambda q, k, v, scale, dropout=0.: (
+                q @ k.transpose(2, 3) / 64 ** -0.5).softmax(dim=3) @ v)
+        trained = source(images)
+    assert relative_error(published, trained) > 0.05
+
+    checkpoint = mmpretrain(source.state_dict())
+    assert 'multiplied' not in str(load_weights(model, checkpoint))
+    assert relative_error(model(images), published) < 1e-5
+    checkpoint['meta']['mmengine_version'] = '0.10.7'
+    report = str(load_weights(model, checkpoint))
+    assert "queries and keys multiplied, as mmpretrain's attention scores are 8 q·k" in report and '\n' not in report
+    assert relative_error(model(images), trained) < 1e-5

@@ -57,7 +57,7 @@ class LoadReport:
     renamed: tuple[tuple[str, str], ...] = ()  # (key in the file, our key)
     transposed: tuple[str, ...] = ()  # keys of linear layers that the file stores as [in, out]
     dropped: tuple[str, ...] = ()  # keys in the file that are not weights
-    adapted: tuple[str, ...] = ()  # phrases with both sizes
+    adapted: tuple[str, ...] = ()  # a phrase for each change of the numbers
     head_replaced: str | None = None  # why the classifier was not loaded; None if it was
     missing: tuple[str, ...] = ()  # keys of the model that are not in the file, except that classifier
     unexpected: tuple[str, ...] = ()  # keys of the file that are not in the model, except that classifier
