@@ -12,17 +12,23 @@ import timm
 from timm.models import split_model_name_tag
 from torch import nn
 
-from models.weights.formats import recorded_arch, recorded_classes, recorded_img_size, recorded_options
+from models.weights.formats import (
+    recorded_arch,
+    recorded_classes,
+    recorded_img_size,
+    recorded_input,
+    recorded_options,
+)
 from models.weights.identity import Architecture, identify
-from models.weights.loading import count_classes, load_weights, published_config, state_dict_of
+from models.weights.loading import count_channels, count_classes, load_weights, published_config, state_dict_of
 from options.checks import check_trained_model
 from options.groups import augmentation_options, batch_norm_options, input_options, model_options
 from options.parser import Options, create_parser
 from options.recipes import check_values, read_recipe
 from options.types import keywords
-from utils.checkpoint_reader import read_checkpoint
 from utils.errors import UserError, did_you_mean
 from utils.timm_model import TimmModel
+from utils.weight_sources import find_weights, kind_of_address, quiet_hub, read_model_config, read_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -98,6 +104,8 @@ def resolve_name(name: str) -> str:
     architecture, tag = split_model_name_tag(name)
     if architecture.lower() not in registered:
         hint = did_you_mean(architecture.lower(), registered) or '; use a name from timm.list_models()'
+        if '/' in name:
+            hint = f'; a model of the Hugging Face Hub is hf-hub:{name}, a folder local-dir:{name}'
         raise UserError(f'model {name!r} does not exist{hint}')
     architecture = registered[architecture.lower()]
     if not tag:
@@ -115,7 +123,8 @@ def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[Tim
     while True:
         try:
             known = {argument: value for argument, value in arguments.items() if argument not in left_out}
-            return cast(TimmModel, timm.create_model(name, pretrained=pretrained, **known)), left_out
+            with quiet_hub():
+                return cast(TimmModel, timm.create_model(name, pretrained=pretrained, **known)), left_out
         except TypeError as error:
             # timm's entry points accept any keyword, so only a trial shows what a model accepts.
             refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
@@ -158,6 +167,44 @@ def create_model_from_options(args, *, num_classes: int, transfer_from: str | No
         if path:
             _logger.info('%s', load_weights(model, path, use_ema=args.use_ema, replace_head=replace_head))
     return model
+
+
+def resolve_model(args: Options) -> tuple[Options, str | None]:
+    """Return options that name a registered model, and the weights to start from, or None; for scripts that train.
+
+    For a --model such as hf-hub:timm/resnet18.a1_in1k or local-dir:FOLDER, its config.json gives the model, its
+    arguments and its input; --pretrained asks for its weights, whose classifier may have another size.
+
+    Raises:
+        UserError: unknown model, as read_model_config, or arguments with which a script cannot use the model.
+    """
+    _check_arguments(args)
+    address = args.model
+    if not kind_of_address(address):
+        resolve_name(address)
+        return args, None
+    config = read_model_config(address)
+    parser = create_parser('', (model_options, input_options))
+    recorded: dict[str, Any] = {}
+    for name, value in {**recorded_input(config), **recorded_options(config)}.items():
+        if name in RECORDED and value and not getattr(args, name):
+            try:
+                recorded |= check_values({name: value}, parser, source=f'{address}, config.json')
+            except UserError as error:
+                _logger.warning('%s; not used', error)
+    args = args.replacing(**recorded, model=resolve_name(recorded_arch(config) or ''))
+    _check_arguments(args)
+    return args.replacing(pretrained=False), address if args.pretrained else None
+
+
+def _check_arguments(args: Options) -> None:
+    """Raise UserError for arguments with which a model does not map RGB images to logits."""
+    further = keywords(args.model_kwargs)
+    if further.get('in_chans', 3) != 3:
+        raise UserError(f'--model-kwargs in_chans={further["in_chans"]}: images are read as RGB, with 3 channels; '
+                        'leave it out, since grey images and weights for grey images work without it')
+    if further.get('features_only'):
+        raise UserError('--model-kwargs features_only: the scripts need logits of classes; leave it out')
 
 
 def create_from_config(path: str | os.PathLike, **overrides: Any) -> TimmModel:
@@ -212,8 +259,13 @@ def open_trained_model(args) -> TrainedModel:
         UserError: none or both of the two options are given, or as read_checkpoint, create_model and load_weights.
     """
     check_trained_model(args)
-    source = args.eval_checkpoint
-    checkpoint = read_checkpoint(source) if source else {}
+    if kind_of_address(args.model or ''):
+        if args.eval_checkpoint:
+            raise UserError(f'--model {args.model} with --checkpoint: which weights? leave one of them out')
+        args = args.replacing(model=None, eval_checkpoint=args.model, pretrained=False)
+    source = args.eval_checkpoint and str(find_weights(args.eval_checkpoint))
+    args = args.replacing(eval_checkpoint=source)
+    checkpoint = read_weights(source) if source else {}
     recorded = _usable(recorded_options(checkpoint), args, f'{source}, options of its training')
     if args.model and resolve_name(args.model) != (recorded_arch(checkpoint) or '').lower():
         recorded = {name: recorded[name] for name in recorded.keys() - {'model_kwargs', 'gp'}}  # of another model
@@ -226,11 +278,16 @@ def open_trained_model(args) -> TrainedModel:
     height, width = size or published_config(name).input_size[-2:]
     args = args.replacing(model=name, img_size=args.img_size or (height if height == width else (height, width)),
                           **recorded)
+    _check_arguments(args)
     num_classes = args.num_classes or count_classes(name, checkpoint, args.use_ema, source=source)
     if not num_classes:
         raise UserError(f'{source or name} holds no classifier; give weights that have one')
     model = create_model_from_options(args, num_classes=num_classes)
+    for setting, value in recorded_input(checkpoint).items():
+        is_grey = setting in ('mean', 'std') and len(value) == 1
+        model.pretrained_cfg[setting] = value * 3 if is_grey else value
     if checkpoint:
+        _check_channels(name, checkpoint, args.use_ema, source)
         _logger.info('%s', load_weights(model, checkpoint, use_ema=args.use_ema, source=source))
     return TrainedModel(model.eval(), args, recorded_classes(checkpoint))
 
@@ -248,6 +305,14 @@ def _usable(recorded: Mapping[str, Any], args: Options, source: str) -> dict[str
             except UserError as error:
                 _logger.warning('%s; it is not used', error)
     return usable
+
+
+def _check_channels(name: str, checkpoint: Mapping[str, Any], use_ema: bool, source: str) -> None:
+    """Raise UserError for weights whose images have other channels than RGB, or grey, which loading adapts."""
+    channels = count_channels(name, state_dict_of(checkpoint, use_ema, source))
+    if channels not in (None, 1, 3):
+        raise UserError(f'{source}: the weights take images of {channels} channels; images are read as RGB, with 3; '
+                        'give weights for RGB or grey images')
 
 
 def _model_of(checkpoint: Mapping[str, Any], identity: Architecture, source: str) -> str:

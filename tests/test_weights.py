@@ -30,6 +30,7 @@ from models import (
 )
 from models.weights.formats import recorded_img_size
 from models.weights.identity import grid_of, our_models, patch_size_of
+from models.weights.loading import count_channels
 from tests.golden import SHARED, relative_error
 from utils.errors import UserError
 
@@ -429,10 +430,29 @@ def test_norms_of_another_number_of_channels():
     assert torch.equal(four.unflatten(0, (4, 49)), norm[[0, 1, 2, 0]])
 
 
-def test_channels_of_other_models_are_an_error():
-    state = timm.create_model('resnet18', num_classes=5).state_dict()
-    model = timm.create_model('resnet18', num_classes=5, in_chans=1)
-    assert_refused(model, state, r'do not fit resnet18; 1 of other shape \(conv1.weight \[64, 3, 7, 7\] for ')
+@pytest.mark.parametrize('old, new', [(3, 1), (3, 4), (1, 3)])
+@pytest.mark.parametrize('name, options', [
+    ('resnet18', {}), ('t2t_vit_c_14', {'img_size': 64}), ('crossvit_tiny_240', {})])
+def test_another_number_of_channels_of_convolutions(name, options, old, new):
+    source, model = (timm.create_model(name, num_classes=5, in_chans=channels, **options).eval()
+                     for channels in (old, new))
+    report = load_weights(model, source.state_dict())
+    assert report.adapted == (f'first layer adapted from {old} to {new} channel{"s" if new > 1 else ""}',)
+    first = source.pretrained_cfg['first_conv']
+    for key in [f'{conv}.weight' for conv in ((first,) if isinstance(first, str) else first)]:
+        expected = adapt_input_conv(new, source.state_dict()[key].clone(), base_chans=old)
+        torch.testing.assert_close(model.state_dict()[key], expected)
+    if 1 in (old, new):
+        size = 240 if 'crossvit' in name else 64
+        grey = torch.randn(1, 1, size, size)
+        torch.testing.assert_close(model(grey.expand(1, new, -1, -1)), source(grey.expand(1, old, -1, -1)),
+                                   rtol=1e-4, atol=1e-5)
+
+
+def test_pixels_folded_into_channels_are_no_channels_of_images():
+    state = timm.create_model('tresnet_m', num_classes=5, device='meta').state_dict()
+    assert count_channels('tresnet_m', state) is None
+    assert count_channels('resnet18', {'conv1.weight': torch.empty(64, 4, 7, 7)}) == 4
 
 
 def test_another_number_of_classes():

@@ -351,6 +351,22 @@ def recorded_classes(checkpoint: Mapping[str, Any]) -> list[str] | None:
     return None
 
 
+def recorded_input(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the crop, interpolation, mean and std that timm's config.json gives with the weights; {} for none."""
+    settings = checkpoint.get('pretrained_cfg')
+    settings = settings if isinstance(settings, Mapping) else {}
+    found: dict[str, Any] = {name: settings[name] for name in ('interpolation', 'crop_mode')
+                             if isinstance(settings.get(name), str) and settings[name]}
+    crop = settings.get('crop_pct')
+    if isinstance(crop, int | float) and 0 < crop <= 1:
+        found['crop_pct'] = crop
+    for name in ('mean', 'std'):
+        values = settings.get(name)
+        if isinstance(values, list | tuple) and values and all(type(value) in (int, float) for value in values):
+            found[name] = list(values)
+    return found
+
+
 def recorded_img_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the (height, width) of the training images, if a checkpoint records it."""
     options = _args_of(checkpoint)
