@@ -67,14 +67,25 @@ def describe(model: nn.Module, *, classes: Sequence[str] | None = None,
     with tempfile.TemporaryDirectory() as folder:
         save_config_for_hf(model, f'{folder}/{CONFIG}', data_config=images,
                            model_config={name: value for name, value in labels.items() if value})
-        return json.loads(Path(folder, CONFIG).read_text())
+        config = json.loads(Path(folder, CONFIG).read_text())
+    # It stands above the arguments too, and transformers passes both on.
+    config.get('model_args', {}).pop('num_classes', None)
+    return config
 
 
 def pack_safetensors(state: Mapping[str, torch.Tensor], beside: Mapping[str, Any]) -> bytes:
-    """Return the content of a safetensors file; `read_checkpoint` returns `beside` together with the state dict."""
+    """Return the content of a safetensors file; `read_checkpoint` returns `beside` together with the state dict.
+
+    The entry 'format' is for transformers, which refuses files without it.
+    """
     state = {key: tensor.detach().contiguous() for key, tensor in state.items()}
-    # One entry, since safetensors writes several in random order, which changes the hash.
-    return safetensors.torch.save(state, {METADATA: json.dumps(beside)})
+    content = safetensors.torch.save(state)
+    length = int.from_bytes(content[:8], 'little')
+    # Written here, since safetensors writes several entries in random order, which changes the hash.
+    header = {'__metadata__': {'format': 'pt', METADATA: json.dumps(beside)}, **json.loads(content[8:8 + length])}
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, 'little') + text + content[8 + length:]
 
 
 # --- The graph --------------------------------------------------------------------------------------------------------
