@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import timm
+import torch
 from timm.models import split_model_name_tag
 from torch import nn
 
@@ -82,11 +83,12 @@ def create_model(name: str, *, pretrained: bool = False, num_classes: int | None
     given = {argument: value for argument, value in kwargs.items() if value is not None}
     try:
         model, left_out = _create(name, pretrained, arguments)
-    except (TypeError, RuntimeError, ZeroDivisionError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a model may fail in any way at an argument that it does not expect
         if not given:  # not the user's mistake, since all other arguments are checked above
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f'model {name} with {given}: {reason}') from error
+        raise UserError(f'model {name} with {given}: {_first_line(error)}') from error
     for argument in left_out:
         # Leaving out an image size, or a rate of 0, changes nothing.
         level = logging.WARNING if argument != 'img_size' and arguments[argument] else logging.INFO
@@ -144,7 +146,11 @@ def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[Tim
                 f'pretrained weights of {name} could not be fetched or do not fit ({reason}); '
                 'without a network, download them elsewhere and load the file as a checkpoint') from error
         except (ValueError, AssertionError) as error:  # timm asserts what its models support
-            raise UserError(f'model {name}: {error}') from error
+            raise UserError(f'model {name}: {_first_line(error)}') from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def create_model_from_options(args, *, num_classes: int, transfer_from: str | None = None) -> TimmModel:
@@ -158,15 +164,38 @@ def create_model_from_options(args, *, num_classes: int, transfer_from: str | No
     Raises:
         UserError: as create_model and load_weights.
     """
-    further = keywords(args.model_kwargs)
-    for argument in further.keys() & OPTIONS_OF_ARGUMENTS.keys():
-        raise UserError(f'--model-kwargs {argument}: use --{OPTIONS_OF_ARGUMENTS[argument].replace("_", "-")}')
-    arguments = {argument: getattr(args, option, None) for argument, option in OPTIONS_OF_ARGUMENTS.items()}
-    model = create_model(args.model, **{**arguments, **further, 'num_classes': num_classes})
+    model = _create_from_options(args, num_classes)
+    if args.model_kwargs:
+        _check_logits(model, args)
     for path, replace_head in ((args.initial_checkpoint, False), (transfer_from, True)):
         if path:
             _logger.info('%s', load_weights(model, path, use_ema=args.use_ema, replace_head=replace_head))
     return model
+
+
+def _create_from_options(args, num_classes: int | None) -> TimmModel:
+    further = keywords(args.model_kwargs)
+    for argument in further.keys() & OPTIONS_OF_ARGUMENTS.keys():
+        raise UserError(f'--model-kwargs {argument}: use --{OPTIONS_OF_ARGUMENTS[argument].replace("_", "-")}')
+    arguments = {argument: getattr(args, option, None) for argument, option in OPTIONS_OF_ARGUMENTS.items()}
+    return create_model(args.model, **{**arguments, **further, 'num_classes': num_classes})
+
+
+def _check_logits(model: TimmModel, args) -> None:
+    """Raise UserError unless a model with --model-kwargs maps RGB images to logits, as the scripts need."""
+    size = (args.img_size, args.img_size) if isinstance(args.img_size, int) else args.img_size
+    is_training = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(1, 3, *size))
+        found = f'{list(logits.shape)} numbers' if isinstance(logits, torch.Tensor) else f'a {type(logits).__name__}'
+        reason = '' if found == f'{[1, getattr(model, "num_classes", None)]} numbers' else f'{found} for an image'
+    except Exception as error:  # a model may fail in any way at arguments that it does not expect
+        reason = _first_line(error)
+    model.train(is_training)
+    if reason:
+        raise UserError(f'--model-kwargs {" ".join(args.model_kwargs)}: {args.model} does not map RGB images of '
+                        f'{size[0]} × {size[1]} pixels to logits ({reason}); change them or leave them out')
 
 
 def resolve_model(args: Options) -> tuple[Options, str | None]:
@@ -178,7 +207,7 @@ def resolve_model(args: Options) -> tuple[Options, str | None]:
     Raises:
         UserError: unknown model, as read_model_config, or arguments with which a script cannot use the model.
     """
-    _check_arguments(args)
+    _check_channels_of_options(args)
     address = args.model
     if not kind_of_address(address):
         resolve_name(address)
@@ -193,18 +222,16 @@ def resolve_model(args: Options) -> tuple[Options, str | None]:
             except UserError as error:
                 _logger.warning('%s; not used', error)
     args = args.replacing(**recorded, model=resolve_name(recorded_arch(config) or ''))
-    _check_arguments(args)
+    _check_channels_of_options(args)
     return args.replacing(pretrained=False), address if args.pretrained else None
 
 
-def _check_arguments(args: Options) -> None:
-    """Raise UserError for arguments with which a model does not map RGB images to logits."""
-    further = keywords(args.model_kwargs)
-    if further.get('in_chans', 3) != 3:
-        raise UserError(f'--model-kwargs in_chans={further["in_chans"]}: images are read as RGB, with 3 channels; '
+def _check_channels_of_options(args: Options) -> None:
+    """Raise UserError for another number of channels than images have, before data is read."""
+    channels = keywords(args.model_kwargs).get('in_chans', 3)
+    if channels != 3:
+        raise UserError(f'--model-kwargs in_chans={channels}: images are read as RGB, with 3 channels; '
                         'leave it out, since grey images and weights for grey images work without it')
-    if further.get('features_only'):
-        raise UserError('--model-kwargs features_only: the scripts need logits of classes; leave it out')
 
 
 def create_from_config(path: str | os.PathLike, **overrides: Any) -> TimmModel:
@@ -232,7 +259,10 @@ def create_from_config(path: str | os.PathLike, **overrides: Any) -> TimmModel:
                  for name, value in overrides.items()}
     overrides = check_values(overrides, parser, source='create_from_config')
     args = Options(**{**defaults, **recipe, **overrides})
-    return create_model_from_options(args, num_classes=args.num_classes)
+    model = _create_from_options(args, args.num_classes)
+    if args.initial_checkpoint:
+        _logger.info('%s', load_weights(model, args.initial_checkpoint, use_ema=args.use_ema))
+    return model
 
 
 class TrainedModel(NamedTuple):
@@ -278,7 +308,7 @@ def open_trained_model(args) -> TrainedModel:
     height, width = size or published_config(name).input_size[-2:]
     args = args.replacing(model=name, img_size=args.img_size or (height if height == width else (height, width)),
                           **recorded)
-    _check_arguments(args)
+    _check_channels_of_options(args)
     num_classes = args.num_classes or count_classes(name, checkpoint, args.use_ema, source=source)
     if not num_classes:
         raise UserError(f'{source or name} holds no classifier; give weights that have one')
@@ -287,7 +317,7 @@ def open_trained_model(args) -> TrainedModel:
         is_grey = setting in ('mean', 'std') and len(value) == 1
         model.pretrained_cfg[setting] = value * 3 if is_grey else value
     if checkpoint:
-        _check_channels(name, checkpoint, args.use_ema, source)
+        _check_channels_of_weights(name, checkpoint, args.use_ema, source)
         _logger.info('%s', load_weights(model, checkpoint, use_ema=args.use_ema, source=source))
     return TrainedModel(model.eval(), args, recorded_classes(checkpoint))
 
@@ -307,7 +337,7 @@ def _usable(recorded: Mapping[str, Any], args: Options, source: str) -> dict[str
     return usable
 
 
-def _check_channels(name: str, checkpoint: Mapping[str, Any], use_ema: bool, source: str) -> None:
+def _check_channels_of_weights(name: str, checkpoint: Mapping[str, Any], use_ema: bool, source: str) -> None:
     """Raise UserError for weights whose images have other channels than RGB, or grey, which loading adapts."""
     channels = count_channels(name, state_dict_of(checkpoint, use_ema, source))
     if channels not in (None, 1, 3):

@@ -37,6 +37,7 @@ from models.timm_versions import SAVES_ARGUMENTS
 from models.tokens_to_token import SoftSplit, SplitLinear
 from utils.checkpoint_reader import METADATA, read_checkpoint
 from utils.errors import UserError
+from utils.weight_sources import recorded_by_config
 
 INPUT, OUTPUT = 'image', 'logits'
 AXES = {0: 'batch', 2: 'height', 3: 'width'}
@@ -167,10 +168,8 @@ def write_safetensors(traced: TracedModel, folder: Path, _) -> None:
     """Write config.json and model.safetensors, for timm.create_model('local-dir:FOLDER', pretrained=True)."""
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(traced.config, indent=2) + '\n')
-    beside = {'arch': traced.config['architecture'], 'img_size': list(traced.img_size),
-              'classes': traced.config.get('label_names')}
-    (folder / HF_SAFE_WEIGHTS_NAME).write_bytes(
-        pack_safetensors(traced.model.state_dict(), {name: value for name, value in beside.items() if value}))
+    beside = {**recorded_by_config(traced.config), 'img_size': list(traced.img_size)}
+    (folder / HF_SAFE_WEIGHTS_NAME).write_bytes(pack_safetensors(traced.model.state_dict(), beside))
 
 
 def read_safetensors(folder: Path) -> Run:

@@ -21,9 +21,11 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from models import load_weights, read_checkpoint
+from models import create_model_from_options, load_weights, read_checkpoint
 from models.timm_versions import SAVES_ARGUMENTS
 from models.weights.formats import recorded_classes, recorded_input
+from options.parser import parse_options
+from options.scripts import train_parser
 from tests.conftest import run_script, succeeded
 from utils.errors import UserError
 from utils.weight_sources import BEST, LAST, find_weights, read_weights
@@ -31,6 +33,8 @@ from utils.weight_sources import BEST, LAST, find_weights, read_weights
 CLASSES = ['ant', 'bee', 'cat']
 # Input settings that are not the models' own.
 INPUT = {'mean': (0.5, 0.4, 0.3), 'std': (0.3, 0.2, 0.25), 'crop_pct': 0.6, 'interpolation': 'bilinear'}
+
+CROP = 0.7  # recorded by runs
 
 needs_arguments = pytest.mark.skipif(not SAVES_ARGUMENTS, reason='before timm 1.0.31 no arguments are saved')
 
@@ -85,7 +89,7 @@ def write_run(folder: Path, **models: torch.nn.Module) -> None:
     folder.mkdir(parents=True)
     for name, model in models.items():
         torch.save({'state_dict': model.state_dict(), 'arch': 't2t_vit_7', 'classes': CLASSES, 'img_size': 64, 'args': {
-            'model_kwargs': ['embed_dim=32', 'depth=2', 'num_heads=2']}}, folder / f'{name}.pth.tar')
+            'model_kwargs': ['embed_dim=32', 'depth=2', 'num_heads=2'], 'crop_pct': CROP}}, folder / f'{name}.pth.tar')
 
 
 def test_the_folder_of_a_run(tmp_path, caplog):
@@ -97,12 +101,13 @@ def test_the_folder_of_a_run(tmp_path, caplog):
     for path in (runs / 'b-older').iterdir():
         os.utime(path, (1, 1))
     for given, model in (('output/train/latest', best), ('output/train/b-older', older)):
-        assert predicted(tmp_path, '--checkpoint', given) == pytest.approx(expected(model, image, {}), abs=1e-5)
+        assert predicted(tmp_path, '--checkpoint', given) == pytest.approx(
+            expected(model, image, {'crop_pct': CROP}), abs=1e-5)
     result = json.loads((tmp_path / 'result.json').read_text())
     assert result['checkpoint'] == 'output/train/b-older/model_best.pth.tar'
     (runs / 'a-newer' / BEST).unlink()
     assert predicted(tmp_path, '--checkpoint', 'output/train/latest') == pytest.approx(
-        expected(last, image, {}), abs=1e-5)
+        expected(last, image, {'crop_pct': CROP}), abs=1e-5)
     with caplog.at_level(logging.INFO):
         find_weights(runs / 'latest')
     assert caplog.messages == [f'{runs}/a-newer: taking last.pth.tar']
@@ -125,7 +130,10 @@ def test_a_run_s_folder_for_the_other_scripts(tmp_path, image_folder):
     photo(tmp_path)
     succeeded(run_script('visualize.py', 'photo.png', '--checkpoint', 'run', '--figures', 'attention', cwd=tmp_path))
     succeeded(run_script('export.py', '--checkpoint', 'run', '--format', 'safetensors', '-o', 'out', cwd=tmp_path))
-    assert read_weights(tmp_path / 'out/timm')['classes'] == CLASSES
+    # With config.json, and without it.
+    assert predicted(tmp_path, '--checkpoint', 'out/timm') == predicted(tmp_path, '--checkpoint', 'run')
+    os.remove(tmp_path / 'out/timm/config.json')
+    assert predicted(tmp_path, '--checkpoint', 'out/timm') == predicted(tmp_path, '--checkpoint', 'run')
     target = tiny()
     load_weights(target, tmp_path / 'run')
     assert torch.equal(target.cls_token, read_checkpoint(tmp_path / 'run' / BEST)['state_dict']['cls_token'])
@@ -391,5 +399,25 @@ def test_channels_that_are_not_served(name, tmp_path, image_folder):
                                ('predict.py', '--pretrained')):
             line = refused(tmp_path, *given, '--model', name, '--model-kwargs', f'in_chans={channels}', script=script)
             assert f'--model-kwargs in_chans={channels}: images are read as RGB, with 3 channels' in line
-    assert '--model-kwargs features_only' in refused(tmp_path, image_folder, '--model', 'resnet18', '--model-kwargs',
-                                                     'features_only=True', script='train.py')
+
+
+@pytest.mark.parametrize('name, argument, reason', [
+    ('resnet18', 'features_only=True', 'a list for an image'), ('t2t_vit_7', 'token_dim=0', 'not enough values'),
+    ('vit_tiny_patch16_224', 'device=meta', 'device'), ('resnet18', 'checkpoint_path=none.pth', 'FileNotFoundError'),
+    ('vit_tiny_patch16_224', 'norm_layer=none', "'none'"), ('resnet18', 'output_stride=7', 'AssertionError')])
+def test_arguments_with_which_a_model_gives_no_logits(name, argument, reason, image_folder, tmp_path):
+    assert reason in refused(tmp_path, image_folder, '--model', name, '--model-kwargs', argument, '--img-size', '32',
+                             script='train.py')
+
+
+def test_a_trial_of_arguments_changes_nothing():
+    """Neither the random numbers nor the mode of the model, with which a training starts."""
+    options = parse_options(train_parser(), ['--model', 'vit_tiny_patch16_224', '--img-size', '32', '--model-kwargs',
+                                             'patch_size=8'])
+    torch.manual_seed(1)
+    model = create_model_from_options(options, num_classes=3)
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    again = timm.create_model('vit_tiny_patch16_224', num_classes=3, img_size=32, patch_size=8, drop_path_rate=0.1)
+    assert torch.equal(torch.rand(3), drawn) and model.training and again.training
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))

@@ -7,10 +7,11 @@
     python tools/checkpoint.py average checkpoint-*.pth.tar -o average.pth
     python tools/checkpoint.py strip model_best.pth.tar t2t_vit_14.pth --hash
 
-If OUT is a folder (it ends in / or exists), it gets timm's form, config.json and model.safetensors. After `import
-models`, timm.create_model('local-dir:hub/t2t_vit_14', pretrained=True) returns the model. Class names and image size
-are copied too, and the logits of the models from FILE and OUT are compared. Nothing is overwritten without --force, and
-a file gets its name only when it is complete. (--force replaces the two files of a folder one after the other: an
+FILE may also be a folder or an address; see docs/weights.md. If OUT is a folder (it ends in / or exists), it gets
+timm's form, config.json and model.safetensors. After `import models`, timm.create_model('local-dir:hub/t2t_vit_14',
+pretrained=True) returns the model. All that FILE records is copied too: class names, image size, crop, statistics of
+the pixels. The logits of the models from FILE and OUT are compared. Nothing is overwritten without --force, and a file
+gets its name only when it is complete. (--force replaces the two files of a folder one after the other: an
 interruption between them leaves new weights beside an old config.json.)
 """
 import argparse
@@ -54,7 +55,7 @@ def create_parser() -> argparse.ArgumentParser:
         if run is not inspect_checkpoint:
             command.add_argument('--force', action='store_true', help='overwrite existing files')
         if run is not average_checkpoints:
-            command.add_argument('file', metavar='FILE', help='checkpoint in any known format')
+            command.add_argument('file', metavar='FILE', help='checkpoint in any known format, or a folder')
         return command.add_argument
 
     add = add_command('inspect', inspect_checkpoint, 'show what a checkpoint holds')

@@ -261,7 +261,7 @@ def _read_parts(index: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Return what timm's config.json says, in the entries of a checkpoint; {} for files of another kind."""
+    """Return what a config.json says, as `recorded_by_config`; {} if there is none or it cannot be read."""
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
@@ -269,6 +269,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         _logger.warning('%s is not used: it cannot be read (%s)', path, _said(error))
         return {}
+    return recorded_by_config(config)
+
+
+def recorded_by_config(config: Any) -> dict[str, Any]:
+    """Return what the content of timm's config.json says, in the entries of a checkpoint; {} for other content."""
     if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
         return {}
     given = config.get('pretrained_cfg', config)  # older files have one level
