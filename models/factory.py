@@ -213,10 +213,16 @@ def resolve_model(args: Options) -> tuple[Options, str | None]:
         resolve_name(address)
         return args, None
     config = read_model_config(address)
+    if args.pretrained:
+        find_weights(address)  # before the data is read
     parser = create_parser('', (model_options, input_options))
     recorded: dict[str, Any] = {}
     for name, value in {**recorded_input(config), **recorded_options(config)}.items():
-        if name in RECORDED and value and not getattr(args, name):
+        if name == 'model_kwargs':
+            value = [*value, *(args.model_kwargs or ())]  # the last of two counts
+        elif getattr(args, name, None):
+            continue
+        if name in RECORDED and value:
             try:
                 recorded |= check_values({name: value}, parser, source=f'{address}, config.json')
             except UserError as error:

@@ -212,9 +212,11 @@ def test_training_from_a_folder_of_timm(tmp_path, image_folder):
     assert {'embed_dim=32', 'depth=2', 'num_heads=2'} <= set(options['model_kwargs'])
     # Without --pretrained the architecture alone is taken.
     random = run_script('train.py', image_folder, *(word for word in command if word != '--pretrained'),
-                        '--output', 'other', cwd=tmp_path)
+                        '--output', 'other', '--model-kwargs', 'depth=1', '--std', '0.5', cwd=tmp_path)
     succeeded(random)
     other = read_checkpoint(tmp_path / 'other/train/run' / LAST)
+    assert other['args']['model_kwargs'][-1] == 'depth=1' and 'blocks.1.norm1.bias' not in other['state_dict']
+    assert other['args']['std'] == [0.5] and other['args']['mean'] == [0.5, 0.4, 0.3]
     assert not torch.equal(other['state_dict']['cls_token'], model.state_dict()['cls_token'])
     assert 'names no architecture of timm' in refused(tmp_path, image_folder, '--model', 'local-dir:.',
                                                       script='train.py')
