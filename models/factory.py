@@ -102,6 +102,8 @@ def create_model(name: str, *, pretrained: bool = False, num_classes: int | None
 
 def resolve_name(name: str) -> str:
     """Return the registered name for `name` in any case, or raise UserError with the nearest name."""
+    if kind_of_address(name):
+        raise UserError(f'{name} is an address, not the name of a model; give the name, and the address as its weights')
     registered = {known.lower(): known for known in timm.list_models()}
     architecture, tag = split_model_name_tag(name)
     if architecture.lower() not in registered:

@@ -308,6 +308,22 @@ def test_all_that_a_picture_needs_travels(command, tmp_path):
         assert 'differ by at most 0' in again and predicted(tmp_path, 'c.safetensors') == expected
 
 
+def test_the_attention_of_mmpretrain_travels(tmp_path):
+    """A converted file no longer says who trained it, so its numbers must."""
+    source = timm.create_model('t2t_vit_t_14', img_size=32, num_classes=3, depth=1)
+    state = {('head.layers.' if key.startswith('head') else 'backbone.') + key.replace('blocks.', 'encoder.'): tensor
+             for key, tensor in source.state_dict().items()}
+    content = {'meta': {'mmengine_version': '0.10.7'}, 'state_dict': state}
+    torch.save(content, tmp_path / 'a.pth')
+    printed = tool('convert', 'a.pth', 'b.pth', cwd=tmp_path)
+    assert "queries and keys multiplied, as mmpretrain's attention scores are 8 q·k" in printed
+    tool('strip', 'a.pth', 'c.pth', cwd=tmp_path)
+    for name in ('b.pth', 'c.pth'):
+        key = 'blocks.0.attn.qkv.weight'
+        written, given = read_checkpoint(tmp_path / name)['state_dict'][key], source.state_dict()[key]
+        assert torch.equal(written[:768], 8 * given[:768]) and torch.equal(written[768:], given[768:])
+
+
 def test_the_comparison_sees_a_lost_crop(tmp_path, monkeypatch):
     """The two models must give the same for a picture, not only for a tensor."""
     content = training_run(model(), model())

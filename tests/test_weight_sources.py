@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from models import create_model_from_options, load_weights, read_checkpoint
+from models import create_model_from_options, load_weights, read_checkpoint, resolve_name
 from models.timm_versions import SAVES_ARGUMENTS
 from models.weights.formats import recorded_classes, recorded_input
 from options.parser import parse_options
@@ -145,6 +145,15 @@ def test_the_newest_of_numbered_checkpoints(tmp_path):
     assert find_weights(f'local-dir:{tmp_path}/run').name == 'checkpoint-00000040.pth.tar'
 
 
+def test_a_folder_with_one_file(tmp_path):
+    (tmp_path / 'notes.txt').touch()
+    torch.save(tiny().state_dict(), tmp_path / 'epoch=3.ckpt')
+    assert find_weights(tmp_path) == tmp_path / 'epoch=3.ckpt'
+    shutil.copy(tmp_path / 'epoch=3.ckpt', tmp_path / 'epoch=4.ckpt')
+    with pytest.raises(UserError, match='is a folder; give the path'):  # the choice is the user's
+        read_weights(tmp_path)
+
+
 # --- config.json beside the weights -----------------------------------------------------------------------------------
 
 def save_folder(model: torch.nn.Module, folder: Path, **config) -> None:
@@ -186,6 +195,8 @@ def test_config_json_of_older_files(tmp_path):
     content = read_weights(tmp_path)
     assert recorded_classes(content) == CLASSES and content['img_size'] == [64, 64]
     assert recorded_input(content) == {'mean': [0.5, 0.4, 0.3]}
+    path.write_text(json.dumps({'architecture': 'resnet18', 'num_classes': 4, 'label_names': CLASSES}))
+    assert recorded_classes(read_weights(tmp_path)) is None  # of another classifier
     path.write_text(json.dumps({'architecture': 'resnet18', 'label_names': {'1': 'bee', '0': 'ant', '2': 'cat'},
                                 'pretrained_cfg': {}}))
     assert recorded_classes(read_weights(tmp_path)) == CLASSES
@@ -308,8 +319,10 @@ def test_a_model_that_the_hub_does_not_give(hub, tmp_path):
     for options in (('--checkpoint', 'hf-hub:someone/else'), ('--model', 'hf-hub:someone/else', '--pretrained'),
                     ('--model', 'hf-hub:?', '--pretrained')):
         assert 'could not be fetched' in refused(tmp_path, *options)
-    assert 'a model of the Hugging Face Hub is hf-hub:timm/resnet18' in refused(
-        tmp_path, '--model', 'timm/resnet18', '--pretrained')
+    for name, message in (('timm/resnet18', 'a model of the Hugging Face Hub is hf-hub:timm/resnet18, a folder'),
+                          ('local-dir:a/b', 'local-dir:a/b is an address, not the name of a model')):
+        with pytest.raises(UserError, match=message):
+            resolve_name(name)
 
 
 # --- URLs -------------------------------------------------------------------------------------------------------------

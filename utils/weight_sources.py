@@ -34,7 +34,10 @@ LATEST = 'latest'
 # Weights in a folder of timm, transformers or accelerate, and what they are of. An index lists the files of the parts.
 INDEX = '.index.json'
 CONFIG = 'config.json'
-WEIGHTS = ('model.safetensors', f'model.safetensors{INDEX}', 'pytorch_model.bin', f'pytorch_model.bin{INDEX}')
+WEIGHTS = ('model.safetensors', f'model.safetensors{INDEX}', 'pytorch_model.bin', f'pytorch_model.bin{INDEX}',
+           'model.pth', 'pytorch_model.pth')
+# Files of weights under other names; a folder with one of them needs no choice.
+SUFFIXES = ('.safetensors', '.pth', '.pth.tar', '.pt', '.bin', '.ckpt', '.pdparams')
 # Seconds without an answer from a server.
 PATIENCE = 60
 
@@ -55,7 +58,8 @@ def find_weights(address: str | os.PathLike) -> Path:
 
     Args:
         address: a file; a run's folder, whose best checkpoint is taken, else its last; 'latest' beside runs; a folder
-            of timm, transformers or accelerate, also as local-dir:FOLDER; hf-hub:MODEL; https://….
+            of timm, transformers or accelerate, or with a single file of weights, also as local-dir:FOLDER;
+            hf-hub:MODEL; https://….
 
     Raises:
         UserError: something could not be fetched, or a folder holds no weights.
@@ -96,8 +100,13 @@ def find_run(path: Path) -> Path:
 def _in_folder(folder: Path) -> Path:
     """Return the weights in a folder, or the folder itself, which `read_checkpoint` then explains."""
     numbered = sorted(folder.glob(NUMBERED), reverse=True)
-    found = next((path for path in (folder / BEST, folder / LAST, *numbered, *(folder / name for name in WEIGHTS))
-                  if path.is_file()), None)
+    try:
+        others = [path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and not path.name.startswith('.')]
+    except OSError as error:
+        raise UserError(f'{folder} cannot be read ({error.strerror}); check its permissions') from error
+    single = others if len(others) == 1 else []
+    known = (folder / BEST, folder / LAST, *numbered, *(folder / name for name in WEIGHTS), *single)
+    found = next((path for path in known if path.is_file()), None)
     if found:
         _logger.info('%s: taking %s', folder, found.name)
         return found
@@ -282,6 +291,8 @@ def recorded_by_config(config: Any) -> dict[str, Any]:
     names = config.get('label_names') or settings.get('label_names') or settings.get('labels')
     if isinstance(names, dict):  # by number
         names = [names.get(str(number)) for number in range(len(names))]
+    if isinstance(names, list) and len(names) != config.get('num_classes', len(names)):
+        names = None  # of another classifier
     input_size = settings.get('input_size')
     img_size = model_args.pop('img_size', None) or (input_size[1:] if isinstance(input_size, list) else None)
     entries = {
