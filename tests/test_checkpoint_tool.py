@@ -21,7 +21,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from models import load_weights, read_checkpoint, state_dict_of
-from tests.conftest import ROOT, run_script, run_script_cold, succeeded
+from tests.conftest import ROOT, evaluated, run_script, run_script_cold, succeeded
 from tools import checkpoint
 from utils.errors import UserError
 
@@ -271,15 +271,6 @@ RECORDED = {'crop_pct': 0.6, 'mean': [0.5, 0.4, 0.3], 'std': [0.3, 0.2, 0.25], '
             'model_kwargs': ['num_heads=8']}
 
 
-def predicted(folder: Path, checkpoint: str) -> dict[str, float]:
-    """Probabilities of a picture, by the command line."""
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((140, 100))
-    picture.save(folder / 'picture.png')
-    succeeded(run_script('predict.py', 'picture.png', '--checkpoint', checkpoint, '-o', 'result', cwd=folder))
-    record = json.loads((folder / 'result.json').read_text())
-    return {guess['class']: guess['probability'] for guess in record['images'][0]['classes']}
-
-
 @pytest.mark.parametrize('command', [
     ('convert', 'a.pth', 'b.safetensors'), ('convert', 'a.pth', 'b.pth'), ('convert', 'a.pth', 'hub/'),
     ('strip', 'a.pth', 'b.safetensors'), ('average', 'a.pth', 'same.pth', '-o', 'b.pth')], ids=' '.join)
@@ -294,18 +285,21 @@ def test_all_that_a_picture_needs_travels(command, tmp_path):
     shutil.copy(tmp_path / 'a.pth', tmp_path / 'same.pth')
     out = command[-1].rstrip('/')
     tool(*command, cwd=tmp_path)
-    expected = predicted(tmp_path, 'a.pth')
+    picture = tmp_path / 'picture.png'
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((140, 100)).save(picture)
+    expected = evaluated(picture, '--checkpoint', 'a.pth')
     assert expected.keys() == set(CLASSES)
-    assert predicted(tmp_path, out) == expected
+    assert evaluated(picture, '--checkpoint', out) == expected
     if out == 'hub':  # as timm reads it
         loaded = timm.create_model(f'local-dir:{tmp_path}/hub', pretrained=True).eval()
         config = resolve_data_config({}, pretrained_cfg=loaded.pretrained_cfg)
-        images = create_transform(**config)(Image.open(tmp_path / 'picture.png'))[None]
+        images = create_transform(**config)(Image.open(picture))[None]
         with torch.inference_mode():
             probabilities = loaded(images).softmax(1)[0].tolist()
         assert probabilities == pytest.approx([expected[name] for name in CLASSES], abs=1e-5)
         again = tool('convert', 'hub', 'c.safetensors', cwd=tmp_path)
-        assert 'differ by at most 0' in again and predicted(tmp_path, 'c.safetensors') == expected
+        assert 'differ by at most 0' in again and evaluated(picture, '--checkpoint', 'c.safetensors') == expected
 
 
 def test_the_attention_of_mmpretrain_travels(tmp_path):

@@ -26,7 +26,8 @@ from models.timm_versions import SAVES_ARGUMENTS
 from models.weights.formats import recorded_classes, recorded_input
 from options.parser import parse_options
 from options.scripts import train_parser
-from tests.conftest import run_script, succeeded
+from tests.conftest import evaluated, run_script, succeeded
+from tools import checkpoint
 from utils.errors import UserError
 from utils.weight_sources import BEST, LAST, find_weights, read_weights
 
@@ -101,12 +102,14 @@ def test_the_folder_of_a_run(tmp_path, caplog):
     for path in (runs / 'b-older').iterdir():
         os.utime(path, (1, 1))
     for given, model in (('output/train/latest', best), ('output/train/b-older', older)):
-        assert predicted(tmp_path, '--checkpoint', given) == pytest.approx(
+        assert evaluated(tmp_path / 'photo.png', '--checkpoint', given) == pytest.approx(
             expected(model, image, {'crop_pct': CROP}), abs=1e-5)
+    assert predicted(tmp_path, '--checkpoint', 'output/train/b-older') == pytest.approx(
+        expected(older, image, {'crop_pct': CROP}), abs=1e-5)
     result = json.loads((tmp_path / 'result.json').read_text())
     assert result['checkpoint'] == 'output/train/b-older/model_best.pth.tar'
     (runs / 'a-newer' / BEST).unlink()
-    assert predicted(tmp_path, '--checkpoint', 'output/train/latest') == pytest.approx(
+    assert evaluated(tmp_path / 'photo.png', '--checkpoint', 'output/train/latest') == pytest.approx(
         expected(last, image, {'crop_pct': CROP}), abs=1e-5)
     with caplog.at_level(logging.INFO):
         find_weights(runs / 'latest')
@@ -131,9 +134,10 @@ def test_a_run_s_folder_for_the_other_scripts(tmp_path, image_folder):
     succeeded(run_script('visualize.py', 'photo.png', '--checkpoint', 'run', '--figures', 'attention', cwd=tmp_path))
     succeeded(run_script('export.py', '--checkpoint', 'run', '--format', 'safetensors', '-o', 'out', cwd=tmp_path))
     # With config.json, and without it.
-    assert predicted(tmp_path, '--checkpoint', 'out/timm') == predicted(tmp_path, '--checkpoint', 'run')
+    wanted = evaluated(tmp_path / 'photo.png', '--checkpoint', 'run')
+    assert evaluated(tmp_path / 'photo.png', '--checkpoint', 'out/timm') == wanted
     os.remove(tmp_path / 'out/timm/config.json')
-    assert predicted(tmp_path, '--checkpoint', 'out/timm') == predicted(tmp_path, '--checkpoint', 'run')
+    assert evaluated(tmp_path / 'photo.png', '--checkpoint', 'out/timm') == wanted
     target = tiny()
     load_weights(target, tmp_path / 'run')
     assert torch.equal(target.cls_token, read_checkpoint(tmp_path / 'run' / BEST)['state_dict']['cls_token'])
@@ -175,14 +179,16 @@ def test_input_and_names_of_config_json(name, kwargs, tmp_path):
     wanted = expected(model, image, {**INPUT, 'crop_mode': 'border'})
     assert wanted != pytest.approx(expected(model, image, {}), abs=1e-3)
     for options in (('--checkpoint', 'hub'), ('--model', 'local-dir:hub', '--pretrained')):
-        assert predicted(tmp_path, *options) == pytest.approx(wanted, abs=1e-5), options
+        assert evaluated(tmp_path / 'photo.png', *options) == pytest.approx(wanted, abs=1e-5), options
     for given in ('hub', 'hub/model.safetensors'):
         assert find_weights(tmp_path / given) == find_weights(f'local-dir:{tmp_path}/hub')
-    record = json.loads((tmp_path / 'result.json').read_text())
-    assert (record['model'], record['img_size'], record['crop_pct']) == (name, [64, 64], 0.6)
-    if name == 't2t_vit_7':  # what is given on the command line comes first
-        assert predicted(tmp_path, '--checkpoint', 'hub', '--crop-pct', '1.0') == pytest.approx(
-            expected(model, image, {**INPUT, 'crop_mode': 'border', 'crop_pct': 1.0}), abs=1e-5)
+    # What is given on the command line comes first.
+    assert evaluated(tmp_path / 'photo.png', '--checkpoint', 'hub', '--crop-pct', '1.0') == pytest.approx(
+        expected(model, image, {**INPUT, 'crop_mode': 'border', 'crop_pct': 1.0}), abs=1e-5)
+    if name == 't2t_vit_7':
+        assert predicted(tmp_path, '--checkpoint', 'hub') == pytest.approx(wanted, abs=1e-5)
+        record = json.loads((tmp_path / 'result.json').read_text())
+        assert (record['model'], record['img_size'], record['crop_pct']) == (name, [64, 64], 0.6)
 
 
 def test_config_json_of_older_files(tmp_path):
@@ -395,10 +401,14 @@ def test_weights_for_grey_images(name, tmp_path):
         wanted = model(create_transform(**config)(image)[None]).softmax(1)[0].tolist()
     given = ['grey.pth']
     if SAVES_ARGUMENTS:  # a folder, whose config.json has one mean and in_chans=1
-        succeeded(run_script('tools/checkpoint.py', 'convert', 'grey.pth', 'hub/', cwd=tmp_path))
+        with contextlib.chdir(tmp_path):
+            checkpoint.main(['convert', 'grey.pth', 'hub/'])
         given.append('hub')
     for path in given:
-        assert predicted(tmp_path, '--checkpoint', path) == pytest.approx(
+        assert evaluated(tmp_path / 'photo.png', '--checkpoint', path) == pytest.approx(
+            dict(zip(CLASSES, wanted, strict=True)), abs=1e-4)
+    if name == 'resnet18':
+        assert predicted(tmp_path, '--checkpoint', 'grey.pth') == pytest.approx(
             dict(zip(CLASSES, wanted, strict=True)), abs=1e-4)
 
 
