@@ -217,18 +217,10 @@ def resolve_model(args: Options) -> tuple[Options, str | None]:
     config = read_model_config(address)
     if args.pretrained:
         find_weights(address)  # before the data is read
-    parser = create_parser('', (model_options, input_options))
-    recorded: dict[str, Any] = {}
-    for name, value in {**recorded_input(config), **recorded_options(config)}.items():
-        if name == 'model_kwargs':
-            value = [*value, *(args.model_kwargs or ())]  # the last of two counts
-        elif getattr(args, name, None):
-            continue
-        if name in RECORDED and value:
-            try:
-                recorded |= check_values({name: value}, parser, source=f'{address}, config.json')
-            except UserError as error:
-                _logger.warning('%s; not used', error)
+    recorded = _usable({**recorded_input(config), **recorded_options(config)}, args.replacing(model_kwargs=None),
+                       f'{address}, config.json')
+    if args.model_kwargs:  # the last of two values counts
+        recorded['model_kwargs'] = [*recorded.get('model_kwargs', ()), *args.model_kwargs]
     args = args.replacing(**recorded, model=resolve_name(recorded_arch(config) or ''))
     _check_channels_of_options(args)
     return args.replacing(pretrained=False), address if args.pretrained else None
