@@ -22,7 +22,7 @@ def main():
     from engine.checks import check_run_options
     from engine.optimizer import create_optimizer, param_groups
     from engine.run import create_state, run_training
-    from models import create_model_from_options, resolve_name
+    from models import create_model_from_options, resolve_model
     from utils.distributed import destroy_process_group
     from utils.runtime import start
 
@@ -30,7 +30,7 @@ def main():
     world, precision = start(args)
     args = share_global_batch(args, world.size)
     # Mistakes in the options are reported before the data is scanned.
-    resolve_name(args.model)
+    args, weights = resolve_model(args)
     check_training_input(args)
     check_run_options(args, world, kind='train')
 
@@ -38,7 +38,8 @@ def main():
     train_set, val_set = open_training_data(args, world)
 
     # --- Model, with weights if the options name some -----------------------------------------------------------------
-    model = create_model_from_options(args, num_classes=resolve_num_classes(args, train_set.classes))
+    num_classes = resolve_num_classes(args, train_set.classes)
+    model = create_model_from_options(args, num_classes=num_classes, transfer_from=weights)
 
     # --- Loaders for the model's input size and statistics ------------------------------------------------------------
     loaders = create_training_input(args, train_set, val_set, model.pretrained_cfg, model.num_classes, world)

@@ -28,7 +28,7 @@ def main():
     from engine.checks import check_run_options
     from engine.optimizer import create_optimizer, param_groups
     from engine.run import create_state, run_training
-    from models import create_model_from_options, resolve_name
+    from models import create_model_from_options, resolve_model
     from utils.distributed import destroy_process_group
     from utils.runtime import start
 
@@ -39,14 +39,14 @@ def main():
     world, precision = start(args)
     args = share_global_batch(args, world.size)
     # Mistakes in the options are reported before the data is scanned.
-    resolve_name(args.model)
+    args, weights = resolve_model(args)
     check_training_input(args)
     check_run_options(args, world, kind='transfer')
     train_set, val_set = open_training_data(args, world)
 
     # --- Model: weights of the source, a new classifier for the target ------------------------------------------------
     num_classes = resolve_num_classes(args, train_set.classes)
-    model = create_model_from_options(args, num_classes=num_classes, transfer_from=args.transfer_model)
+    model = create_model_from_options(args, num_classes=num_classes, transfer_from=args.transfer_model or weights)
     loaders = create_training_input(args, train_set, val_set, model.pretrained_cfg, num_classes, world)
 
     # --- Optimizer: two learning rates, one schedule ------------------------------------------------------------------

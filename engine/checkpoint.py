@@ -24,13 +24,11 @@ from utils.checkpoint_reader import read_checkpoint, seal, verify_checksum
 from utils.disk import sync_folder
 from utils.errors import UserError
 from utils.faults import fault_point
+from utils.weight_sources import BEST, LAST, NUMBERED
 
 _logger = logging.getLogger(__name__)
 
-LAST = 'last.pth.tar'
-BEST = 'model_best.pth.tar'
 LOCK = '.lock'
-NUMBERED = 'checkpoint-*.pth.tar'
 TEMPORARY = '.*.pth.tar.tmp'
 # Ends the names of checkpoints that are later than the one from which their run resumed.
 ASIDE = '.aside'

@@ -9,10 +9,10 @@ from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule
 from engine.run_folder import check_resume
 from utils import job
-from utils.checkpoint_reader import read_checkpoint
 from utils.disk import check_writable
 from utils.distributed import World
 from utils.errors import UserError
+from utils.weight_sources import read_weights
 
 
 def check_run_options(args, world: World, *, kind: str) -> None:
@@ -39,4 +39,4 @@ def check_run_options(args, world: World, *, kind: str) -> None:
         check_writable(folder, '--output')
         for path in (args.initial_checkpoint, getattr(args, 'transfer_model', None)):
             if path:
-                read_checkpoint(path)
+                read_weights(path)

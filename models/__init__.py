@@ -14,6 +14,7 @@ from models.factory import (
     create_model,
     create_model_from_options,
     open_trained_model,
+    resolve_model,
     resolve_name,
     split_head,
 )
@@ -33,6 +34,6 @@ from utils.checkpoint_reader import read_checkpoint
 __all__ = [
     'Architecture', 'LoadReport', 'T2TViT', 'T2TViTDense', 'TrainedModel', 'count_classes', 'create_from_config',
     'create_model', 'create_model_from_options', 'fit_to_model', 'identify', 'load_for_transfer_learning',
-    'load_weights', 'open_trained_model', 'our_models', 'read_checkpoint', 'recorded_classes', 'resolve_name',
-    'split_head', 'state_dict_of',
+    'load_weights', 'open_trained_model', 'our_models', 'read_checkpoint', 'recorded_classes', 'resolve_model',
+    'resolve_name', 'split_head', 'state_dict_of',
 ]

@@ -9,20 +9,27 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import timm
+import torch
 from timm.models import split_model_name_tag
 from torch import nn
 
-from models.weights.formats import recorded_arch, recorded_classes, recorded_img_size, recorded_options
+from models.weights.formats import (
+    recorded_arch,
+    recorded_classes,
+    recorded_img_size,
+    recorded_input,
+    recorded_options,
+)
 from models.weights.identity import Architecture, identify
-from models.weights.loading import count_classes, load_weights, published_config, state_dict_of
+from models.weights.loading import count_channels, count_classes, load_weights, published_config, state_dict_of
 from options.checks import check_trained_model
 from options.groups import augmentation_options, batch_norm_options, input_options, model_options
 from options.parser import Options, create_parser
 from options.recipes import check_values, read_recipe
 from options.types import keywords
-from utils.checkpoint_reader import read_checkpoint
 from utils.errors import UserError, did_you_mean
 from utils.timm_model import TimmModel
+from utils.weight_sources import find_weights, kind_of_address, quiet_hub, read_model_config, read_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -76,11 +83,12 @@ def create_model(name: str, *, pretrained: bool = False, num_classes: int | None
     given = {argument: value for argument, value in kwargs.items() if value is not None}
     try:
         model, left_out = _create(name, pretrained, arguments)
-    except (TypeError, RuntimeError, ZeroDivisionError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a model may fail in any way at an argument that it does not expect
         if not given:  # not the user's mistake, since all other arguments are checked above
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f'model {name} with {given}: {reason}') from error
+        raise UserError(f'model {name} with {given}: {_first_line(error)}') from error
     for argument in left_out:
         # Leaving out an image size, or a rate of 0, changes nothing.
         level = logging.WARNING if argument != 'img_size' and arguments[argument] else logging.INFO
@@ -94,10 +102,14 @@ def create_model(name: str, *, pretrained: bool = False, num_classes: int | None
 
 def resolve_name(name: str) -> str:
     """Return the registered name for `name` in any case, or raise UserError with the nearest name."""
+    if kind_of_address(name):
+        raise UserError(f'{name} is an address, not the name of a model; give the name, and the address as its weights')
     registered = {known.lower(): known for known in timm.list_models()}
     architecture, tag = split_model_name_tag(name)
     if architecture.lower() not in registered:
         hint = did_you_mean(architecture.lower(), registered) or '; use a name from timm.list_models()'
+        if '/' in name:
+            hint = f'; a model of the Hugging Face Hub is hf-hub:{name}, a folder local-dir:{name}'
         raise UserError(f'model {name!r} does not exist{hint}')
     architecture = registered[architecture.lower()]
     if not tag:
@@ -115,7 +127,8 @@ def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[Tim
     while True:
         try:
             known = {argument: value for argument, value in arguments.items() if argument not in left_out}
-            return cast(TimmModel, timm.create_model(name, pretrained=pretrained, **known)), left_out
+            with quiet_hub():
+                return cast(TimmModel, timm.create_model(name, pretrained=pretrained, **known)), left_out
         except TypeError as error:
             # timm's entry points accept any keyword, so only a trial shows what a model accepts.
             refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
@@ -135,7 +148,11 @@ def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[Tim
                 f'pretrained weights of {name} could not be fetched or do not fit ({reason}); '
                 'without a network, download them elsewhere and load the file as a checkpoint') from error
         except (ValueError, AssertionError) as error:  # timm asserts what its models support
-            raise UserError(f'model {name}: {error}') from error
+            raise UserError(f'model {name}: {_first_line(error)}') from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def create_model_from_options(args, *, num_classes: int, transfer_from: str | None = None) -> TimmModel:
@@ -149,15 +166,72 @@ def create_model_from_options(args, *, num_classes: int, transfer_from: str | No
     Raises:
         UserError: as create_model and load_weights.
     """
-    further = keywords(args.model_kwargs)
-    for argument in further.keys() & OPTIONS_OF_ARGUMENTS.keys():
-        raise UserError(f'--model-kwargs {argument}: use --{OPTIONS_OF_ARGUMENTS[argument].replace("_", "-")}')
-    arguments = {argument: getattr(args, option, None) for argument, option in OPTIONS_OF_ARGUMENTS.items()}
-    model = create_model(args.model, **{**arguments, **further, 'num_classes': num_classes})
+    model = _create_from_options(args, num_classes)
+    if args.model_kwargs:
+        _check_logits(model, args)
     for path, replace_head in ((args.initial_checkpoint, False), (transfer_from, True)):
         if path:
             _logger.info('%s', load_weights(model, path, use_ema=args.use_ema, replace_head=replace_head))
     return model
+
+
+def _create_from_options(args, num_classes: int | None) -> TimmModel:
+    further = keywords(args.model_kwargs)
+    for argument in further.keys() & OPTIONS_OF_ARGUMENTS.keys():
+        raise UserError(f'--model-kwargs {argument}: use --{OPTIONS_OF_ARGUMENTS[argument].replace("_", "-")}')
+    arguments = {argument: getattr(args, option, None) for argument, option in OPTIONS_OF_ARGUMENTS.items()}
+    return create_model(args.model, **{**arguments, **further, 'num_classes': num_classes})
+
+
+def _check_logits(model: TimmModel, args) -> None:
+    """Raise UserError unless a model with --model-kwargs maps RGB images to logits, as the scripts need."""
+    size = (args.img_size, args.img_size) if isinstance(args.img_size, int) else args.img_size
+    is_training = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(1, 3, *size))
+        found = f'{list(logits.shape)} numbers' if isinstance(logits, torch.Tensor) else f'a {type(logits).__name__}'
+        reason = '' if found == f'{[1, getattr(model, "num_classes", None)]} numbers' else f'{found} for an image'
+    except Exception as error:  # a model may fail in any way at arguments that it does not expect
+        reason = _first_line(error)
+    model.train(is_training)
+    if reason:
+        raise UserError(f'--model-kwargs {" ".join(args.model_kwargs)}: {args.model} does not map RGB images of '
+                        f'{size[0]} × {size[1]} pixels to logits ({reason}); change them or leave them out')
+
+
+def resolve_model(args: Options) -> tuple[Options, str | None]:
+    """Return options that name a registered model, and the weights to start from, or None; for scripts that train.
+
+    For a --model such as hf-hub:timm/resnet18.a1_in1k or local-dir:FOLDER, its config.json gives the model, its
+    arguments and its input; --pretrained asks for its weights, whose classifier may have another size.
+
+    Raises:
+        UserError: unknown model, as read_model_config, or arguments with which a script cannot use the model.
+    """
+    _check_channels_of_options(args)
+    address = args.model
+    if not kind_of_address(address):
+        resolve_name(address)
+        return args, None
+    config = read_model_config(address)
+    if args.pretrained:
+        find_weights(address)  # before the data is read
+    recorded = _usable({**recorded_input(config), **recorded_options(config)}, args.replacing(model_kwargs=None),
+                       f'{address}, config.json')
+    if args.model_kwargs:  # the last of two values counts
+        recorded['model_kwargs'] = [*recorded.get('model_kwargs', ()), *args.model_kwargs]
+    args = args.replacing(**recorded, model=resolve_name(recorded_arch(config) or ''))
+    _check_channels_of_options(args)
+    return args.replacing(pretrained=False), address if args.pretrained else None
+
+
+def _check_channels_of_options(args: Options) -> None:
+    """Raise UserError for another number of channels than images have, before data is read."""
+    channels = keywords(args.model_kwargs).get('in_chans', 3)
+    if channels != 3:
+        raise UserError(f'--model-kwargs in_chans={channels}: images are read as RGB, with 3 channels; '
+                        'leave it out, since grey images and weights for grey images work without it')
 
 
 def create_from_config(path: str | os.PathLike, **overrides: Any) -> TimmModel:
@@ -185,7 +259,10 @@ def create_from_config(path: str | os.PathLike, **overrides: Any) -> TimmModel:
                  for name, value in overrides.items()}
     overrides = check_values(overrides, parser, source='create_from_config')
     args = Options(**{**defaults, **recipe, **overrides})
-    return create_model_from_options(args, num_classes=args.num_classes)
+    model = _create_from_options(args, args.num_classes)
+    if args.initial_checkpoint:
+        _logger.info('%s', load_weights(model, args.initial_checkpoint, use_ema=args.use_ema))
+    return model
 
 
 class TrainedModel(NamedTuple):
@@ -212,8 +289,13 @@ def open_trained_model(args) -> TrainedModel:
         UserError: none or both of the two options are given, or as read_checkpoint, create_model and load_weights.
     """
     check_trained_model(args)
-    source = args.eval_checkpoint
-    checkpoint = read_checkpoint(source) if source else {}
+    if kind_of_address(args.model or ''):
+        if args.eval_checkpoint:
+            raise UserError(f'--model {args.model} with --checkpoint: which weights? leave one of them out')
+        args = args.replacing(model=None, eval_checkpoint=args.model, pretrained=False)
+    source = args.eval_checkpoint and str(find_weights(args.eval_checkpoint))
+    args = args.replacing(eval_checkpoint=source)
+    checkpoint = read_weights(source) if source else {}
     recorded = _usable(recorded_options(checkpoint), args, f'{source}, options of its training')
     if args.model and resolve_name(args.model) != (recorded_arch(checkpoint) or '').lower():
         recorded = {name: recorded[name] for name in recorded.keys() - {'model_kwargs', 'gp'}}  # of another model
@@ -226,11 +308,16 @@ def open_trained_model(args) -> TrainedModel:
     height, width = size or published_config(name).input_size[-2:]
     args = args.replacing(model=name, img_size=args.img_size or (height if height == width else (height, width)),
                           **recorded)
+    _check_channels_of_options(args)
     num_classes = args.num_classes or count_classes(name, checkpoint, args.use_ema, source=source)
     if not num_classes:
         raise UserError(f'{source or name} holds no classifier; give weights that have one')
     model = create_model_from_options(args, num_classes=num_classes)
+    for setting, value in recorded_input(checkpoint).items():
+        is_grey = setting in ('mean', 'std') and len(value) == 1
+        model.pretrained_cfg[setting] = value * 3 if is_grey else value
     if checkpoint:
+        _check_channels_of_weights(name, checkpoint, args.use_ema, source)
         _logger.info('%s', load_weights(model, checkpoint, use_ema=args.use_ema, source=source))
     return TrainedModel(model.eval(), args, recorded_classes(checkpoint))
 
@@ -248,6 +335,14 @@ def _usable(recorded: Mapping[str, Any], args: Options, source: str) -> dict[str
             except UserError as error:
                 _logger.warning('%s; it is not used', error)
     return usable
+
+
+def _check_channels_of_weights(name: str, checkpoint: Mapping[str, Any], use_ema: bool, source: str) -> None:
+    """Raise UserError for weights whose images have other channels than RGB, or grey, which loading adapts."""
+    channels = count_channels(name, state_dict_of(checkpoint, use_ema, source))
+    if channels not in (None, 1, 3):
+        raise UserError(f'{source}: the weights take images of {channels} channels; images are read as RGB, with 3; '
+                        'give weights for RGB or grey images')
 
 
 def _model_of(checkpoint: Mapping[str, Any], identity: Architecture, source: str) -> str:

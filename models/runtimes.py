@@ -37,6 +37,7 @@ from models.timm_versions import SAVES_ARGUMENTS
 from models.tokens_to_token import SoftSplit, SplitLinear
 from utils.checkpoint_reader import METADATA, read_checkpoint
 from utils.errors import UserError
+from utils.weight_sources import recorded_by_config
 
 INPUT, OUTPUT = 'image', 'logits'
 AXES = {0: 'batch', 2: 'height', 3: 'width'}
@@ -67,14 +68,25 @@ def describe(model: nn.Module, *, classes: Sequence[str] | None = None,
     with tempfile.TemporaryDirectory() as folder:
         save_config_for_hf(model, f'{folder}/{CONFIG}', data_config=images,
                            model_config={name: value for name, value in labels.items() if value})
-        return json.loads(Path(folder, CONFIG).read_text())
+        config = json.loads(Path(folder, CONFIG).read_text())
+    # It stands above the arguments too, and transformers passes both on.
+    config.get('model_args', {}).pop('num_classes', None)
+    return config
 
 
 def pack_safetensors(state: Mapping[str, torch.Tensor], beside: Mapping[str, Any]) -> bytes:
-    """Return the content of a safetensors file; `read_checkpoint` returns `beside` together with the state dict."""
+    """Return the content of a safetensors file; `read_checkpoint` returns `beside` together with the state dict.
+
+    The entry 'format' is for transformers, which refuses files without it.
+    """
     state = {key: tensor.detach().contiguous() for key, tensor in state.items()}
-    # One entry, since safetensors writes several in random order, which changes the hash.
-    return safetensors.torch.save(state, {METADATA: json.dumps(beside)})
+    content = safetensors.torch.save(state)
+    length = int.from_bytes(content[:8], 'little')
+    # Written here, since safetensors writes several entries in random order, which changes the hash.
+    header = {'__metadata__': {'format': 'pt', METADATA: json.dumps(beside)}, **json.loads(content[8:8 + length])}
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, 'little') + text + content[8 + length:]
 
 
 # --- The graph --------------------------------------------------------------------------------------------------------
@@ -156,10 +168,8 @@ def write_safetensors(traced: TracedModel, folder: Path, _) -> None:
     """Write config.json and model.safetensors, for timm.create_model('local-dir:FOLDER', pretrained=True)."""
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(traced.config, indent=2) + '\n')
-    beside = {'arch': traced.config['architecture'], 'img_size': list(traced.img_size),
-              'classes': traced.config.get('label_names')}
-    (folder / HF_SAFE_WEIGHTS_NAME).write_bytes(
-        pack_safetensors(traced.model.state_dict(), {name: value for name, value in beside.items() if value}))
+    beside = {**recorded_by_config(traced.config), 'img_size': list(traced.img_size)}
+    (folder / HF_SAFE_WEIGHTS_NAME).write_bytes(pack_safetensors(traced.model.state_dict(), beside))
 
 
 def read_safetensors(folder: Path) -> Run:

@@ -51,9 +51,11 @@ def training_data_options(parser):
 
 def model_options(parser):
     add = parser.add_argument_group('Model and weights').add_argument
-    add('--model', default='t2t_vit_14', metavar='MODEL', help='name of a T2T-ViT or of any model of timm')
+    add('--model', default='t2t_vit_14', metavar='MODEL',
+        help='name of a T2T-ViT or of any model of timm; hf-hub:MODEL or local-dir:FOLDER')
     add('--pretrained', action=FLAG, default=False, help="start from the model's published weights")
-    add('--initial-checkpoint', default='', metavar='PATH', help='start from the weights in this file')
+    add('--initial-checkpoint', default='', metavar='PATH',
+        help='start from these weights: a file, a folder, hf-hub:MODEL or a URL')
     add('--use-ema', action=FLAG, default=True, help='use the averaged weights if a checkpoint holds both')
     add('--num-classes', type=positive_int, metavar='N',
         help="size of the classifier (default: the data set's classes, 1000 for ImageNet)")
@@ -67,7 +69,8 @@ def model_options(parser):
 def trained_model_options(parser):
     """Add the choice of weights, beside `model_options`, for scripts that use a trained model."""
     add = parser.add_argument_group('Trained model').add_argument
-    add('--eval-checkpoint', '--checkpoint', metavar='PATH', help='checkpoint of the model, in any known format')
+    add('--eval-checkpoint', '--checkpoint', metavar='PATH',
+        help="weights: a file, a run's folder, output/train/latest, a folder of timm, hf-hub:MODEL or a URL")
     add('--class-map', metavar='FILE', help='text file with one class folder per line, in the order of the labels')
     add('-b', '--b', '--batch-size', dest='batch_size', type=positive_int, default=64, metavar='N',
         help='images per batch and process')

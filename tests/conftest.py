@@ -14,8 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 
+from data.pipeline import resolve_input
 from engine.checkpoint import save_checkpoint
+from models import open_trained_model
+from options.parser import parse_options
+from options.scripts import predict_parser
 from tests.browser import visit  # noqa: F401, a fixture
 
 pytest.register_assert_rewrite('tests.golden')  # so that its assertions show their values, as those of tests do
@@ -94,6 +99,21 @@ def succeeded(result: subprocess.CompletedProcess) -> str:
     """What the command printed; fails the test with its output if the command failed."""
     assert result.returncode == 0, f'{result.args}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}'
     return result.stdout
+
+
+def evaluated(picture: Path, *options: str) -> dict[str, float]:
+    """Probabilities of the classes of a picture, as predict.py PICTURE OPTIONS… opens, crops and normalises it.
+
+    Without the script, which takes seconds, and with timm's transforms. OPTIONS name weights relative to the picture.
+    """
+    with contextlib.chdir(picture.parent):
+        model, args, classes = open_trained_model(parse_options(predict_parser(), [picture.name, *options]))
+        config = resolve_input(args, model.pretrained_cfg)
+        settings = config._asdict()
+        transform = create_transform(input_size=(3, *settings.pop('img_size')), **settings)
+        with torch.inference_mode():
+            probabilities = model(transform(Image.open(picture).convert('RGB'))[None]).softmax(1)[0].tolist()
+    return dict(zip(classes or (), probabilities, strict=True))
 
 
 def assert_same(a, b, where='state'):

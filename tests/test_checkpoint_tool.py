@@ -9,15 +9,19 @@ import io
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 
 from models import load_weights, read_checkpoint, state_dict_of
-from tests.conftest import ROOT, run_script, run_script_cold, succeeded
+from tests.conftest import ROOT, evaluated, run_script, run_script_cold, succeeded
 from tools import checkpoint
 from utils.errors import UserError
 
@@ -258,6 +262,105 @@ def test_convert_to_a_folder_of_timm(name, kwargs, tmp_path):
     (tmp_path / 'hub/model/mine.txt').write_text('kept')
     tool('convert', 'a.pth', 'hub/model', '--force', cwd=tmp_path)
     assert (tmp_path / 'hub/model/mine.txt').read_text() == 'kept'
+
+
+# --- What travels with the weights ------------------------------------------------------------------------------------
+
+# Options that change what a picture gives, none of them the model's own.
+RECORDED = {'crop_pct': 0.6, 'mean': [0.5, 0.4, 0.3], 'std': [0.3, 0.2, 0.25], 'interpolation': 'bilinear', 'gp': 'avg',
+            'model_kwargs': ['num_heads=8']}
+
+
+@pytest.mark.parametrize('command', [
+    ('convert', 'a.pth', 'b.safetensors'), ('convert', 'a.pth', 'b.pth'), ('convert', 'a.pth', 'hub/'),
+    ('strip', 'a.pth', 'b.safetensors'), ('average', 'a.pth', 'same.pth', '-o', 'b.pth')], ids=' '.join)
+def test_all_that_a_picture_needs_travels(command, tmp_path):
+    source = model(num_heads=8, global_pool='avg')
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)  # so that pictures make a difference
+    content = training_run(source, source)
+    content['args'] |= RECORDED
+    torch.save(content, tmp_path / 'a.pth')
+    shutil.copy(tmp_path / 'a.pth', tmp_path / 'same.pth')
+    out = command[-1].rstrip('/')
+    tool(*command, cwd=tmp_path)
+    picture = tmp_path / 'picture.png'
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((140, 100)).save(picture)
+    expected = evaluated(picture, '--checkpoint', 'a.pth')
+    assert expected.keys() == set(CLASSES)
+    assert evaluated(picture, '--checkpoint', out) == expected
+    if out == 'hub':  # as timm reads it
+        loaded = timm.create_model(f'local-dir:{tmp_path}/hub', pretrained=True).eval()
+        config = resolve_data_config({}, pretrained_cfg=loaded.pretrained_cfg)
+        images = create_transform(**config)(Image.open(picture))[None]
+        with torch.inference_mode():
+            probabilities = loaded(images).softmax(1)[0].tolist()
+        assert probabilities == pytest.approx([expected[name] for name in CLASSES], abs=1e-5)
+        again = tool('convert', 'hub', 'c.safetensors', cwd=tmp_path)
+        assert 'differ by at most 0' in again and evaluated(picture, '--checkpoint', 'c.safetensors') == expected
+
+
+def test_the_attention_of_mmpretrain_travels(tmp_path):
+    """A converted file no longer says who trained it, so its numbers must."""
+    source = timm.create_model('t2t_vit_t_14', img_size=32, num_classes=3, depth=1)
+    state = {('head.layers.' if key.startswith('head') else 'backbone.') + key.replace('blocks.', 'encoder.'): tensor
+             for key, tensor in source.state_dict().items()}
+    content = {'meta': {'mmengine_version': '0.10.7'}, 'state_dict': state}
+    torch.save(content, tmp_path / 'a.pth')
+    printed = tool('convert', 'a.pth', 'b.pth', cwd=tmp_path)
+    assert "queries and keys multiplied, as mmpretrain's attention scores are 8 q·k" in printed
+    tool('strip', 'a.pth', 'c.pth', cwd=tmp_path)
+    for name in ('b.pth', 'c.pth'):
+        key = 'blocks.0.attn.qkv.weight'
+        written, given = read_checkpoint(tmp_path / name)['state_dict'][key], source.state_dict()[key]
+        assert torch.equal(written[:768], 8 * given[:768]) and torch.equal(written[768:], given[768:])
+
+
+def test_the_comparison_sees_a_lost_crop(tmp_path, monkeypatch):
+    """The two models must give the same for a picture, not only for a tensor."""
+    content = training_run(model(), model())
+    content['args'] |= {'crop_pct': 0.5}
+    torch.save(content, tmp_path / 'a.pth')
+    monkeypatch.setattr(checkpoint.Checkpoint, 'extras', lambda self, name: {'arch': name, 'img_size': [64, 32]})
+    refused('b.pth was not written', 'convert', 'a.pth', 'b.pth', cwd=tmp_path)
+
+
+def test_averages_of_other_inputs_are_refused(tmp_path):
+    content = training_run(model(), model())
+    for name, crop in (('a', 0.5), ('b', 0.9)):
+        content['args'] |= {'crop_pct': crop}
+        torch.save(content, tmp_path / f'{name}.pth')
+    refused("differ in args: {'crop_pct': 0.9} and {'crop_pct': 0.5}", 'average', 'a.pth', 'b.pth', '-o', 'c.pth',
+            cwd=tmp_path)
+
+
+def test_words_for_classes_travel(tmp_path):
+    timm.models.save_for_hf(model(), tmp_path / 'hub', safe_serialization=True, model_config={
+        'label_names': CLASSES, 'label_descriptions': {'ant': 'an insect'}})
+    tool('convert', 'hub', 'b.safetensors', cwd=tmp_path)
+    tool('convert', 'b.safetensors', 'again/', cwd=tmp_path)
+    config = json.loads((tmp_path / 'again/config.json').read_text())
+    assert config['label_names'] == CLASSES and config['label_descriptions'] == {'ant': 'an insect'}
+
+
+def test_folders_for_transformers_and_accelerate(tmp_path):
+    """They refuse safetensors without 'format'; transformers passes num_classes and model_args to timm.create_model."""
+    source = model()
+    torch.save(training_run(source, source), tmp_path / 'a.pth')
+    tool('convert', 'a.pth', 'hub/', cwd=tmp_path)
+    tool('convert', 'a.pth', 'b.safetensors', cwd=tmp_path)
+    for path in ('hub/model.safetensors', 'b.safetensors'):
+        with safetensors.safe_open(tmp_path / path, 'pt') as file:
+            assert file.metadata()['format'] == 'pt'
+    config = json.loads((tmp_path / 'hub/config.json').read_text())
+    loaded = timm.create_model(config['architecture'], num_classes=config['num_classes'], **config['model_args']).eval()
+    loaded.load_state_dict(safetensors.torch.load_file(tmp_path / 'hub/model.safetensors'))
+    images = torch.randn(1, 3, 64, 32)
+    assert torch.equal(loaded(images), source(images))
+    # Equal content has equal bytes, so equal hashes.
+    assert (tmp_path / 'hub/model.safetensors').read_bytes() == (tmp_path / 'b.safetensors').read_bytes()
 
 
 def test_ties_are_the_users_to_resolve(tmp_path):

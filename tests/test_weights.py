@@ -22,12 +22,15 @@ from models import (
     count_classes,
     fit_to_model,
     identify,
+    layers,
     load_for_transfer_learning,
     load_weights,
     state_dict_of,
+    tokens_to_token,
 )
 from models.weights.formats import recorded_img_size
 from models.weights.identity import grid_of, our_models, patch_size_of
+from models.weights.loading import count_channels
 from tests.golden import SHARED, relative_error
 from utils.errors import UserError
 
@@ -427,10 +430,29 @@ def test_norms_of_another_number_of_channels():
     assert torch.equal(four.unflatten(0, (4, 49)), norm[[0, 1, 2, 0]])
 
 
-def test_channels_of_other_models_are_an_error():
-    state = timm.create_model('resnet18', num_classes=5).state_dict()
-    model = timm.create_model('resnet18', num_classes=5, in_chans=1)
-    assert_refused(model, state, r'do not fit resnet18; 1 of other shape \(conv1.weight \[64, 3, 7, 7\] for ')
+@pytest.mark.parametrize('old, new', [(3, 1), (3, 4), (1, 3)])
+@pytest.mark.parametrize('name, options', [
+    ('resnet18', {}), ('t2t_vit_c_14', {'img_size': 64}), ('crossvit_tiny_240', {})])
+def test_another_number_of_channels_of_convolutions(name, options, old, new):
+    source, model = (timm.create_model(name, num_classes=5, in_chans=channels, **options).eval()
+                     for channels in (old, new))
+    report = load_weights(model, source.state_dict())
+    assert report.adapted == (f'first layer adapted from {old} to {new} channel{"s" if new > 1 else ""}',)
+    first = source.pretrained_cfg['first_conv']
+    for key in [f'{conv}.weight' for conv in ((first,) if isinstance(first, str) else first)]:
+        expected = adapt_input_conv(new, source.state_dict()[key].clone(), base_chans=old)
+        torch.testing.assert_close(model.state_dict()[key], expected)
+    if 1 in (old, new):
+        size = 240 if 'crossvit' in name else 64
+        grey = torch.randn(1, 1, size, size)
+        torch.testing.assert_close(model(grey.expand(1, new, -1, -1)), source(grey.expand(1, old, -1, -1)),
+                                   rtol=1e-4, atol=1e-5)
+
+
+def test_pixels_folded_into_channels_are_no_channels_of_images():
+    state = timm.create_model('tresnet_m', num_classes=5, device='meta').state_dict()
+    assert count_channels('tresnet_m', state) is None
+    assert count_channels('resnet18', {'conv1.weight': torch.empty(64, 4, 7, 7)}) == 4
 
 
 def test_another_number_of_classes():
@@ -624,3 +646,31 @@ def test_pretrained_with_another_number_of_channels(tmp_path):
     model = timm.create_model(
         't2t_vit_7', pretrained=True, pretrained_cfg_overlay={'file': str(tmp_path / 'a.pth')}, in_chans=1)
     assert_loaded(model, fit_to_model(state, model)[0])
+
+
+# --- The attention scale of mmpretrain --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_attention_of_mmpretrain_from_version_1(monkeypatch):
+    """Its T2T-ViT divides q·k by 64^-0.5, in the backbone and in the token layers; meta says which library trained."""
+    settings = {'embed_dim': 128, 'depth': 2, 'num_heads': 2, 'img_size': 64, 'num_classes': 5}
+    source, model = (timm.create_model('t2t_vit_t_14', **settings).eval() for _ in range(2))
+    for name, parameter in source.named_parameters():
+        if 'qkv' in name:
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)  # so that the scale matters
+    images = torch.randn(2, 3, 64, 64)
+    published = source(images)
+    with monkeypatch.context() as patched:
+        for module in (layers, tokens_to_token):
+            patched.setattr(module, 'attention', lambda q, k, v, scale, dropout=0.: (
+                q @ k.transpose(2, 3) / 64 ** -0.5).softmax(dim=3) @ v)
+        trained = source(images)
+    assert relative_error(published, trained) > 0.05
+
+    checkpoint = mmpretrain(source.state_dict())
+    assert 'multiplied' not in str(load_weights(model, checkpoint))
+    assert relative_error(model(images), published) < 1e-5
+    checkpoint['meta']['mmengine_version'] = '0.10.7'
+    report = str(load_weights(model, checkpoint))
+    assert "queries and keys multiplied, as mmpretrain's attention scores are 8 q·k" in report and '\n' not in report
+    assert relative_error(model(images), trained) < 1e-5

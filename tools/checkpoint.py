@@ -7,10 +7,11 @@
     python tools/checkpoint.py average checkpoint-*.pth.tar -o average.pth
     python tools/checkpoint.py strip model_best.pth.tar t2t_vit_14.pth --hash
 
-If OUT is a folder (it ends in / or exists), it gets timm's form, config.json and model.safetensors. After `import
-models`, timm.create_model('local-dir:hub/t2t_vit_14', pretrained=True) returns the model. Class names and image size
-are copied too, and the logits of the models from FILE and OUT are compared. Nothing is overwritten without --force, and
-a file gets its name only when it is complete. (--force replaces the two files of a folder one after the other: an
+FILE may also be a folder or an address; see docs/weights.md. If OUT is a folder (it ends in / or exists), it gets
+timm's form, config.json and model.safetensors. After `import models`, timm.create_model('local-dir:hub/t2t_vit_14',
+pretrained=True) returns the model. All that FILE records is copied too: class names, image size, crop, statistics of
+the pixels. The logits of the models from FILE and OUT are compared. Nothing is overwritten without --force, and a file
+gets its name only when it is complete. (--force replaces the two files of a folder one after the other: an
 interruption between them leaves new weights beside an old config.json.)
 """
 import argparse
@@ -54,7 +55,7 @@ def create_parser() -> argparse.ArgumentParser:
         if run is not inspect_checkpoint:
             command.add_argument('--force', action='store_true', help='overwrite existing files')
         if run is not average_checkpoints:
-            command.add_argument('file', metavar='FILE', help='checkpoint in any known format')
+            command.add_argument('file', metavar='FILE', help='checkpoint in any known format, or a folder')
         return command.add_argument
 
     add = add_command('inspect', inspect_checkpoint, 'show what a checkpoint holds')
@@ -86,8 +87,9 @@ class Checkpoint:
     def __init__(self, path: str, use_ema: bool, img_size: int | tuple[int, int] | None = None):
         from models.weights.formats import extract, recorded_classes, recorded_img_size
         from models.weights.identity import identify
-        from utils.checkpoint_reader import read_checkpoint
-        self.path, self.use_ema, self.content = path, use_ema, read_checkpoint(path)
+        from utils.weight_sources import find_weights, read_weights
+        path = str(find_weights(path))
+        self.path, self.use_ema, self.content = path, use_ema, read_weights(path)
         try:
             self.weights = extract(self.content, use_ema)
         except UserError as error:
@@ -114,31 +116,51 @@ class Checkpoint:
             recorded = resolve_name(recorded_arch(self.content) or '')
         except UserError:
             return None
-        is_possible = recorded in names if names else recorded not in our_models()
+        is_changed = bool(self.options().get('model_kwargs'))
+        is_possible = recorded in names if names else is_changed or recorded not in our_models()
         return recorded if is_possible else None
 
     def extras(self, name: str | None) -> dict:
-        """Return what is written beside the weights: the model's name, the class names, the image size."""
-        entries = {'arch': name, 'classes': self.classes, 'img_size': self.identity.img_size}
+        """Return what is written beside the weights: model, classes, image size, crop and statistics of the pixels."""
+        from models.weights.formats import recorded_input
+        entries = {'arch': name, 'classes': self.classes, 'img_size': self.identity.img_size,
+                   'label_descriptions': self.content.get('label_descriptions'),
+                   'pretrained_cfg': recorded_input(self.content), 'args': self.options()}
         return {entry: list(value) if isinstance(value, tuple) else value for entry, value in entries.items() if value}
+
+    def options(self) -> dict:
+        """Return the options of images and model that the checkpoint records."""
+        from models.factory import RECORDED
+        from models.weights.formats import recorded_options
+        options = recorded_options(self.content)
+        return {name: list(value) if isinstance(value, tuple) else value
+                for name in RECORDED if (value := options.get(name))}
 
     def in_chans(self, name: str) -> int | None:
         """Return the channels of the images; None for the model's own."""
         from models.weights.loading import count_channels
         return self.identity.in_chans or count_channels(name, self.weights.state)
 
-    def build(self, name: str, written: Path | None = None):
-        """Return a model with these weights, or with those in a file made from them, in evaluation mode."""
+    def build(self, name: str):
+        """Return a model with these weights and their input settings, in evaluation mode."""
         from models import count_classes, create_model, load_weights
-        from utils.checkpoint_reader import read_checkpoint
-        content, use_ema, source = self.content, self.use_ema, self.path
-        if written:
-            content, use_ema, source = read_checkpoint(written), True, str(written)
-        size = self.identity.img_size
-        model = create_model(name, num_classes=count_classes(name, content, use_ema, source) or 0, img_size=size,
-                             in_chans=self.in_chans(name))
-        load_weights(model, content, use_ema=use_ema, img_size=size, source=source)
+        from models.weights.formats import recorded_arch
+        from options.types import keywords
+        size, options = self.identity.img_size, self.options()
+        is_recorded = name == (recorded_arch(self.content) or '').lower()
+        model = create_model(name, num_classes=count_classes(name, self.content, self.use_ema, self.path) or 0,
+                             img_size=size, in_chans=self.in_chans(name),
+                             global_pool=options.get('gp') if is_recorded else None,
+                             **keywords(options.get('model_kwargs') if is_recorded else None))
+        load_weights(model, self.content, use_ema=self.use_ema, img_size=size, source=self.path)
+        model.pretrained_cfg.update(self.images())
         return model.eval()
+
+    def images(self) -> dict:
+        """Return the crop, interpolation and statistics of the pixels that are recorded, as timm names them."""
+        from models.weights.formats import recorded_input
+        options = {name: value for name, value in self.options().items() if name not in ('gp', 'model_kwargs')}
+        return {**recorded_input(self.content), **options}
 
     def input_size(self, name: str, model) -> tuple[int, int, int]:
         channels, *size = model.pretrained_cfg.get('input_size', (3, 224, 224))
@@ -175,12 +197,13 @@ def collect_facts(source: Checkpoint) -> dict:
     """Return all facts for `inspect`; None for what the checkpoint does not tell."""
     from models import count_classes
     from models.weights.formats import has_ema, has_plain, recorded_arch, recorded_options
+    from utils.weight_sources import files_of
     content, weights, identity, name = source.content, source.weights, source.identity, source.find_name()
     options, tensors = recorded_options(content), weights.state.values()
     metric = next((content[name] for name in ('metric', 'acc') if content.get(name) is not None), None)
     return {
         'file': str(source.path),
-        'bytes': os.path.getsize(source.path),
+        'bytes': sum(map(os.path.getsize, files_of(Path(source.path)))),
         'format': weights.format,
         'entry': weights.entry,
         'models': list(identity.names),
@@ -258,7 +281,8 @@ def convert_checkpoint(args) -> None:
                 raise UserError(f'{out.path} was not written: its logits and those of {args.file} differ by '
                                 f'{difference}; check the weights for values that are not finite')
         out.publish()
-    print(f'{out.path}: {len(source.weights.state)} tensors, {name or identity.description}')
+    print('; '.join([f'{out.path}: {len(source.weights.state)} tensors, {name or identity.description}',
+                     *source.weights.adapted]))
     print(f'parity was not checked: {unchecked}' if unchecked else
           f'parity: logits of the two differ by at most {difference:.3g} (as {model})')
 
@@ -267,7 +291,8 @@ def save_config(source: Checkpoint, name, path: Path) -> None:
     """Write what timm needs to know beside the weights."""
     from models.runtimes import describe
     model = source.build(name)
-    description = describe(model, classes=source.classes, input_size=source.input_size(name, model))
+    description = describe(model, classes=source.classes, descriptions=source.content.get('label_descriptions'),
+                           input_size=source.input_size(name, model), **source.images())
     with open(path, 'w') as file:
         json.dump(description, file, indent=2)
         file.flush()
@@ -275,15 +300,36 @@ def save_config(source: Checkpoint, name, path: Path) -> None:
 
 
 def compare(source: Checkpoint, name: str, written: Path, is_folder: bool) -> float:
-    """Return the largest difference between the logits that FILE and the written file give for two images."""
+    """Return the largest difference between the logits that FILE and the written file give.
+
+    For two random inputs, and for a picture that each of the two crops and normalises as it records.
+    """
     import timm
     import torch
     ours = source.build(name)
     theirs = timm.create_model(f'local-dir:{written}', pretrained=True).eval() if is_folder else (
-        source.build(name, written))
-    images = torch.randn(2, *source.input_size(name, ours), generator=torch.Generator().manual_seed(0))
+        Checkpoint(str(written), use_ema=True).build(name))
+    size = source.input_size(name, ours)
+    inputs = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    pairs = [(inputs, inputs)]
+    if size[0] == len(ours.pretrained_cfg['mean']) in (1, 3):
+        pairs.append((as_input(ours, size), as_input(theirs, size)))
     with torch.inference_mode():
-        return (ours(images) - theirs(images)).abs().max().item()
+        return max((ours(own) - theirs(other)).abs().max().item() for own, other in pairs)
+
+
+def as_input(model, size: tuple[int, int, int]):
+    """Return a picture of coarse and fine structure as the evaluation of `model` sees it, [1, channels, H, W]."""
+    import numpy as np
+    from PIL import Image
+    from timm.data import create_transform, resolve_data_config
+    config = resolve_data_config({'input_size': size}, pretrained_cfg=model.pretrained_cfg)
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    noise = rng.integers(-20, 21, (360, 480, 3))
+    pixels = np.asarray(coarse.resize((480, 360)), dtype=int) + noise
+    picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return create_transform(**config)(picture.convert('L' if size[0] == 1 else 'RGB')).unsqueeze(0)
 
 
 # --- average, strip ---------------------------------------------------------------------------------------------------
@@ -329,7 +375,8 @@ def _check_same(path: str, first_path: str, given: tuple[dict, dict], first: tup
 
     differences = [f'{key}: {described(state, key)} and {described(first_state, key)}'
                    for key in [*first_state, *state] if described(state, key) != described(first_state, key)]
-    differences += [entry for entry in extras.keys() & first_extras.keys() if extras[entry] != first_extras[entry]]
+    differences += [f'{entry}: {extras[entry]} and {first_extras[entry]}'[:200]
+                    for entry in extras.keys() & first_extras.keys() if extras[entry] != first_extras[entry]]
     if differences:
         raise UserError(f'{path} and {first_path} differ in {differences[0]}; average checkpoints of one model')
 

@@ -40,6 +40,7 @@ class Format(NamedTuple):
     renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of re.sub, applied in this order
     dropped: str | None = None  # pattern of whole keys that are not weights
     transposed: bool = False  # whether linear layers are stored as [in, out]
+    adapt: Callable[[StateDict], str] | None = None  # changes weights in place and returns a phrase for reports
 
 
 def _has_arrays(state: Mapping[str, Any]) -> bool:
@@ -64,6 +65,36 @@ def _has_keys(state: Mapping[str, Any], start: str) -> bool:
 PADDLEVIT_NAMES = ((r'^patch_embed\.attn(\d+)\.', r'tokens_to_token.attention\1.'),
                    (r'^patch_embed\.proj\.', 'tokens_to_token.project.'))
 
+# mmpretrain's EMA hook has replaced the weights by the averages; `ema_*` are the weights before that.
+MMPRETRAIN_DROPPED = 'ema_.*'
+MMPRETRAIN_NAMES = (
+    (r'^backbone\.', ''), (r'^encoder\.', 'blocks.'), (r'^head\.layers\.head\.', 'head.'),
+    (r'\.ln([12])\.', r'.norm\1.'), (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'), (r'\.ffn\.layers\.1\.', '.mlp.fc2.'))
+# Channels of a head in every T2T-ViT that mmpretrain configures, and in its token layers.
+MMPRETRAIN_HEAD_DIM = 64
+
+
+def _is_of_mmengine(checkpoint: Mapping[str, Any]) -> bool:
+    meta = checkpoint.get('meta')
+    return isinstance(meta, Mapping) and 'mmengine_version' in meta
+
+
+def _fold_attention_scale(state: StateDict) -> str:
+    """Multiply queries and keys so that our attention gives the scores of mmpretrain from version 1.0 on.
+
+    Where mmcls and the authors multiply q·k by 1/√n, mmpretrain's T2T-ViT divides it by 1/√d: d are the channels of a
+    head, n those of a patch in the token layers and d in the backbone. Queries and keys share the factor √(n · d).
+    """
+    for key, weight in state.items():
+        token_layer = re.fullmatch(r'tokens_to_token\.attention\d+\.attn\.qkv\.weight', key)
+        if token_layer or re.fullmatch(r'blocks\.\d+\.attn\.qkv\.weight', key):
+            n = weight.shape[1] if token_layer else MMPRETRAIN_HEAD_DIM
+            factors = torch.ones(len(weight), 1)
+            factors[:2 * len(weight) // 3] = (MMPRETRAIN_HEAD_DIM * n) ** 0.25
+            state[key] = (weight.float() * factors).to(weight.dtype)
+    return "queries and keys multiplied, as mmpretrain's attention scores are 8 q·k"
+
+
 # First match wins.
 FORMATS = (
     Format('PASSL', lambda content, state: _is_of_paddle(state) and _has_keys(state, 'backbone.'),
@@ -72,12 +103,11 @@ FORMATS = (
     Format('PaddleViT', lambda content, state: _is_of_paddle(state) and _has_keys(state, 'patch_embed.attn'),
            renamed=PADDLEVIT_NAMES, dropped=PADDLE_NAME_TABLE, transposed=True),
     Format('PaddlePaddle', lambda content, state: _is_of_paddle(state), dropped=PADDLE_NAME_TABLE, transposed=True),
-    # Its EMA hook has replaced the weights by the averages; `ema_*` are the weights before that.
+    Format('mmpretrain ≥ 1.0',
+           lambda content, state: _has_keys(state, 'backbone.encoder.') and _is_of_mmengine(content),
+           renamed=MMPRETRAIN_NAMES, dropped=MMPRETRAIN_DROPPED, adapt=_fold_attention_scale),
     Format('mmpretrain', lambda content, state: _has_keys(state, 'backbone.encoder.'),
-           renamed=((r'^backbone\.', ''), (r'^encoder\.', 'blocks.'), (r'^head\.layers\.head\.', 'head.'),
-                    (r'\.ln([12])\.', r'.norm\1.'), (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'),
-                    (r'\.ffn\.layers\.1\.', '.mlp.fc2.')),
-           dropped='ema_.*'),
+           renamed=MMPRETRAIN_NAMES, dropped=MMPRETRAIN_DROPPED),
     Format('timm pull request 2426', lambda content, state: _has_keys(state, 'patch_embed.attention1.'),
            renamed=((r'^patch_embed\.', 'tokens_to_token.'),)),
     Format('token-labeling release',
@@ -102,7 +132,7 @@ class Weights:
     renamed: tuple[tuple[str, str], ...] = ()  # (key in the file, our key)
     transposed: tuple[str, ...] = ()  # our keys
     dropped: tuple[str, ...] = ()  # keys in the file
-    adapted: tuple[str, ...] = ()  # a phrase for each other change
+    adapted: tuple[str, ...] = ()  # a phrase for each change of the numbers
 
 
 def extract(checkpoint: Mapping[str, Any], use_ema: bool = True) -> Weights:
@@ -153,8 +183,10 @@ def extract(checkpoint: Mapping[str, Any], use_ema: bool = True) -> Weights:
         state[key] = _checked(key, _to_tensor(value) if isinstance(value, np.ndarray) else value)
         if key != old_key:
             renamed.append((old_key, key))
-    adapted = (f'prefix {prefix} removed',) if prefix else ()
-    return Weights(kind.name, entry, state, tuple(renamed), tuple(transposed), tuple(dropped), adapted)
+    adapted = [f'prefix {prefix} removed'] if prefix else []
+    if kind.adapt:
+        adapted.append(kind.adapt(state))
+    return Weights(kind.name, entry, state, tuple(renamed), tuple(transposed), tuple(dropped), tuple(adapted))
 
 
 def _choose_entry(checkpoint: Mapping[str, Any], use_ema: bool) -> str | None:
@@ -317,6 +349,22 @@ def recorded_classes(checkpoint: Mapping[str, Any]) -> list[str] | None:
     if isinstance(classes, list | tuple) and classes and all(isinstance(name, str) for name in classes):
         return list(classes)
     return None
+
+
+def recorded_input(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the crop, interpolation, mean and std that timm's config.json gives with the weights; {} for none."""
+    settings = checkpoint.get('pretrained_cfg')
+    settings = settings if isinstance(settings, Mapping) else {}
+    found: dict[str, Any] = {name: settings[name] for name in ('interpolation', 'crop_mode')
+                             if isinstance(settings.get(name), str) and settings[name]}
+    crop = settings.get('crop_pct')
+    if isinstance(crop, int | float) and 0 < crop <= 1:
+        found['crop_pct'] = crop
+    for name in ('mean', 'std'):
+        values = settings.get(name)
+        if isinstance(values, list | tuple) and values and all(type(value) in (int, float) for value in values):
+            found[name] = list(values)
+    return found
 
 
 def recorded_img_size(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:

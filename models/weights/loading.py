@@ -3,10 +3,11 @@
     model = timm.create_model('t2t_vit_14')
     print(load_weights(model, '81.5_T2T_ViT_14.pth.tar'))
 
-There are three steps: `utils.checkpoint_reader.read_checkpoint` (file → dict, without running code from the file),
+There are three steps: `utils.weight_sources.read_weights` (file → dict, without running code from the file),
 `state_dict_of` (dict → flat state dict with our keys, see formats.py), `load_weights` (state dict → model). If weights
 do not fit, identity.py finds the model that they belong to.
 """
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -22,9 +23,9 @@ from torch import nn
 from models.tokens_to_token import SOFT_SPLITS
 from models.weights.formats import StateDict, extract, is_average, recorded_arch, recorded_img_size, shortened
 from models.weights.identity import grid_of, identify, patch_size_of
-from utils.checkpoint_reader import read_checkpoint
 from utils.console import plural
 from utils.errors import UserError
+from utils.weight_sources import find_weights, read_weights
 
 # Layers of T2T-ViT applied to patches of pixels, channel by channel as in nn.Unfold. For images of one channel, the
 # entries of all channels are summed (True) or averaged (False).
@@ -57,7 +58,7 @@ class LoadReport:
     renamed: tuple[tuple[str, str], ...] = ()  # (key in the file, our key)
     transposed: tuple[str, ...] = ()  # keys of linear layers that the file stores as [in, out]
     dropped: tuple[str, ...] = ()  # keys in the file that are not weights
-    adapted: tuple[str, ...] = ()  # phrases with both sizes
+    adapted: tuple[str, ...] = ()  # a phrase for each change of the numbers
     head_replaced: str | None = None  # why the classifier was not loaded; None if it was
     missing: tuple[str, ...] = ()  # keys of the model that are not in the file, except that classifier
     unexpected: tuple[str, ...] = ()  # keys of the file that are not in the model, except that classifier
@@ -97,7 +98,8 @@ def load_weights(model: nn.Module, path_or_checkpoint: str | os.PathLike | Mappi
 
     Args:
         model: target; the name of its classifier is read from `model.pretrained_cfg`.
-        path_or_checkpoint: file, dict as returned by `read_checkpoint`, or state dict.
+        path_or_checkpoint: file or other address of `find_weights`, dict as returned by `read_checkpoint`, or state
+            dict.
         use_ema: prefer averaged weights; False never takes them.
         strict: refuse missing and unexpected keys. Other shapes are always refused.
         replace_head: keep the model's classifier if the weights have none, or another number of classes (transfer
@@ -113,7 +115,8 @@ def load_weights(model: nn.Module, path_or_checkpoint: str | os.PathLike | Mappi
     if isinstance(path_or_checkpoint, Mapping):
         checkpoint = path_or_checkpoint
     else:
-        source, checkpoint = os.fspath(path_or_checkpoint), read_checkpoint(path_or_checkpoint)
+        source = os.fspath(find_weights(path_or_checkpoint))
+        checkpoint = read_weights(source)
     try:
         given = extract(checkpoint, use_ema)
         own, dropped = select_module(given.state, model, use_ema)
@@ -273,26 +276,30 @@ def _grid_of_images(positions: int, model: nn.Module, img_size: tuple[int, int])
 
 
 def adapt_in_chans(weights: StateDict, model: nn.Module) -> tuple[StateDict, str | None]:
-    """Return a state dict with the first token layer adapted to the model's channels, and a phrase (None: unchanged).
+    """Return a state dict with the first layers adapted to the model's channels, and a phrase (None: unchanged).
 
     As timm adapts a first convolution, in float32: for one channel, the weights of all channels are summed; otherwise
-    they are repeated and scaled to the same sum. The norm before them is averaged or repeated.
+    they are repeated and scaled to the same sum. The norm before a token layer is averaged or repeated. So grey images
+    look the same to a model for RGB as to the model of one channel. Convolutions change only from or to 3 channels, as
+    other numbers may be those of parts of an image.
     """
-    target = {key: tensor for key, tensor in model.state_dict().items() if key in FIRST_LAYERS}
-    patch = SOFT_SPLITS[0][0] ** 2
+    target = model.state_dict()
     adapted, phrase = {}, None
-    for key, is_summed in FIRST_LAYERS.items():
-        if key not in target or key not in weights or weights[key].dim() != target[key].dim():
+    for key, is_summed in {**dict.fromkeys(first_convolutions(model), True), **FIRST_LAYERS}.items():
+        given, wanted = weights.get(key), target.get(key)
+        if given is None or wanted is None or given.dim() != wanted.dim() or given.shape[2:] != wanted.shape[2:]:
             continue
-        old, new = (tensor.shape[-1] // patch for tensor in (weights[key], target[key]))
-        if old == new or old == 0 or weights[key].shape[-1] % patch:
+        rows = wanted.shape[:1] if wanted.dim() > 1 else ()  # output channels; a norm has none
+        patch = math.prod(wanted.shape[2:]) if wanted.dim() == 4 else SOFT_SPLITS[0][0] ** 2
+        old, new = (tensor.numel() // (math.prod(rows) * patch) for tensor in (given, wanted))
+        if old == new or given.numel() != math.prod(rows) * old * patch or (wanted.dim() == 4 and 3 not in (old, new)):
             continue
-        channels = weights[key].float().unflatten(-1, (old, patch))  # [..., old, 49]
+        channels = given.float().reshape(*rows, old, patch)
         if new == 1:
             channels = channels.sum(-2, keepdim=True) if is_summed else channels.mean(-2, keepdim=True)
         else:
             channels = channels[..., [i % old for i in range(new)], :] * (old / new if is_summed else 1)
-        adapted[key] = channels.flatten(-2)  # [..., new · 49]
+        adapted[key] = channels.reshape(wanted.shape)
         phrase = f'first layer adapted from {old} to {plural(new, "channel")}'
     return {**weights, **adapted}, phrase
 
@@ -355,10 +362,24 @@ def published_config(model_name: str) -> PretrainedCfg:
 
 
 def count_channels(model_name: str, weights: StateDict) -> int | None:
-    """Return the channels of the images, from the first convolution of `model_name`, or None if it has none."""
-    first = published_config(model_name).first_conv
-    tensor = weights.get(f'{first}.weight') if isinstance(first, str) else None
-    return tensor.shape[1] if tensor is not None and tensor.dim() == 4 else None
+    """Return the channels of the images, from the first layer of `model_name`; None if that does not tell."""
+    norm = weights.get('tokens_to_token.attention1.norm1.weight')
+    if norm is not None:
+        return norm.numel() // SOFT_SPLITS[0][0] ** 2 or None
+    config = published_config(model_name)
+    tensor = weights.get(f'{config.first_conv}.weight') if isinstance(config.first_conv, str) else None
+    if tensor is None or tensor.dim() != 4:
+        return None
+    with torch.device('meta'):
+        own = timm.create_model(model_name).state_dict()[f'{config.first_conv}.weight']
+    # Some models fold pixels into channels before it.
+    return tensor.shape[1] if own.shape[1] == config.input_size[0] else None
+
+
+def first_convolutions(model: nn.Module) -> list[str]:
+    """Return the keys of the weights of a model's first convolutions: one, several or none."""
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('first_conv') or ()
+    return [f'{name}.weight' for name in ((names,) if isinstance(names, str) else names)]
 
 
 def classifier_names(pretrained_cfg: Mapping[str, Any]) -> tuple[str, ...]:

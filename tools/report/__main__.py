@@ -24,7 +24,7 @@ def main():
     # --- Options ------------------------------------------------------------------------------------------------------
     parser = Parser(description='Write a run as one page of HTML.')
     add = parser.add_argument
-    add('run', metavar='RUN', help="the run's folder")
+    add('run', metavar='RUN', help="the run's folder; output/train/latest is the newest")
     add('-o', '--output', metavar='FILE', help='file to write (default: RUN/report.html)')
     add('--data', metavar='DIR', help='folder of the data (default: the one that the run used)')
     add('--samples', type=positive_int, default=2000, metavar='N',
@@ -33,15 +33,16 @@ def main():
     add('-j', '--workers', type=count, default=2, metavar='N', help='data loader processes')
     add('--device', default='auto', metavar='NAME', help='auto (a GPU if there is one), cuda, cuda:1 or cpu')
     given = parser.parse_args()
-    folder = Path(given.run)
-    output = Path(given.output or folder / 'report.html')
 
     from tools.report import sections
     from tools.report.page import note, page
     from utils.disk import check_writable, make_folder
     from utils.runtime import start
+    from utils.weight_sources import find_run
 
     # --- The run ------------------------------------------------------------------------------------------------------
+    folder = find_run(Path(given.run))
+    output = Path(given.output or folder / 'report.html')
     run = sections.open_run(folder)
     check_writable(output.parent, '--output')
     args = sections.evaluation_options(run, given)

@@ -33,8 +33,9 @@ from utils.console import format_seconds
 from utils.distributed import World
 from utils.errors import UserError
 from utils.pictures import image_sheet, new_figure
+from utils.weight_sources import BEST, LAST
 
-CHECKPOINTS = ('model_best.pth.tar', 'last.pth.tar')
+CHECKPOINTS = (BEST, LAST)
 # Sample predictions: right ones, and as many wrong ones.
 SHOWN = 8
 ATTENTION = 6
