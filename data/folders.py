@@ -2,6 +2,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from timm.utils.misc import natural_key
@@ -18,8 +19,9 @@ class ImageFolder(ImageDataset):
     """The images below the class folders of one split, ordered by class and then by path.
 
     Classes are in natural order ('9' before '10'), as in the published code. An empty class folder keeps its number.
-    Hidden folders, hidden files and files without the ending of an image are ignored. The log reports empty class
-    folders and the number of ignored files.
+    Hidden folders, hidden files and files without the ending of an image are ignored. Links are followed, unless they
+    lead back to themselves. The log reports empty class folders, links that are not followed and the number of ignored
+    files.
 
     Raises UserError if `folder` cannot be read, has no class folders, or has no images in them.
     """
@@ -29,14 +31,15 @@ class ImageFolder(ImageDataset):
         classes, loose = _list_split(self.folder)
         if not classes:
             raise UserError(_explain_no_classes(self.folder, loose))
-        paths, targets, empty = [], [], []
+        paths, targets, empty, loops = [], [], [], []
         self.num_ignored = len(loose)
         for target, name in enumerate(classes):
-            found, ignored = _scan_class(self.folder, name)
-            self.num_ignored += ignored
-            paths += found
-            targets += [target] * len(found)
-            if not found:
+            found = scan_class(self.folder, name)
+            self.num_ignored += len(found.others)
+            paths += found.images
+            targets += [target] * len(found.images)
+            loops += found.loops
+            if not found.images:
                 empty.append(name)
         if not paths:
             raise UserError(f'{self.folder}: no images in its {len(classes)} folders ({name_some(classes)}); '
@@ -47,6 +50,7 @@ class ImageFolder(ImageDataset):
         if self.num_ignored:
             _logger.warning('%s: ignored %d files that are no images or lie outside of class folders',
                             self.folder, self.num_ignored)
+        _warn_of_loops(self.folder, loops)
         if empty:
             _logger.warning('%s: %d class folders without images: %s', self.folder, len(empty), name_some(empty))
 
@@ -71,10 +75,11 @@ class ImageFiles(ImageDataset):
                     raise UserError(f'image {path!r} does not exist; check the path')
                 files.append(path)
                 continue
-            found, _ = _scan_class(path, '')
-            if not found:
+            found = scan_class(path, '')
+            if not found.images:
                 raise UserError(f'folder {path!r} holds no images ({", ".join(EXTENSIONS)})')
-            files += [os.path.join(path, name) for name in found]
+            _warn_of_loops(path, found.loops)
+            files += [os.path.join(path, name) for name in found.images]
         super().__init__([], np.full(len(files), -1))
         self._paths = PathList(files)
 
@@ -123,24 +128,52 @@ def _list_split(folder: str) -> tuple[list[str], list[str]]:
     return sorted(sorted(classes), key=natural_key), files
 
 
-def _scan_class(split: str, name: str) -> tuple[list[str], int]:
-    """Return the images below folder `name` of `split`, as sorted paths in it, and the number of other files.
+class Scan(NamedTuple):
+    """What a class folder holds at any depth, as sorted paths in the split.
 
-    Hidden folders and files are left out. Links to files are followed, links to folders are not, so that the scan ends.
+    images: files with the ending of an image. others: all other files. loops: links to a folder that leads back to the
+    link.
     """
-    images, ignored, pending = [], 0, [name]
+    images: list[str]
+    others: list[str]
+    loops: list[str]
+
+
+def scan_class(split: str, name: str) -> Scan:
+    """Return the content of folder `name` of `split`, without hidden folders. Links are followed, loops are not."""
+    found = Scan([], [], [])
+    # With each folder, where the links lie that lead to it. Only a link above one of them can lead back.
+    pending: list[tuple[str, tuple[str, ...]]] = [(name, ())]
     while pending:
-        folder = pending.pop()
+        folder, links = pending.pop()
         for entry in _entries(os.path.join(split, folder)):
             path = os.path.join(folder, entry.name)
-            if entry.is_dir(follow_symlinks=False):
-                if not entry.name.startswith('.'):
-                    pending.append(path)
-            elif _is_image(entry.name):
-                images.append(path)
+            # Links named as images are files: looking at a million of them would take long.
+            if entry.is_symlink() and _is_image(entry.name) or not entry.is_dir():
+                (found.images if _is_image(entry.name) else found.others).append(path)
+            elif entry.name.startswith('.'):
+                continue
+            elif not entry.is_symlink():
+                pending.append((path, links))
             else:
-                ignored += 1
-    return sorted(images), ignored
+                places = (*links, os.path.realpath(os.path.join(split, folder)))
+                if any(_lies_in(place, os.path.realpath(entry.path)) for place in places):
+                    found.loops.append(path)
+                else:
+                    pending.append((path, places))
+    for paths in found:
+        paths.sort()
+    return found
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return os.path.commonpath((path, folder)) == folder
+
+
+def _warn_of_loops(folder: str, loops: list[str]) -> None:
+    if loops:
+        _logger.warning('%s: %d links are not followed, since they lead back to themselves: %s', folder, len(loops),
+                        name_some(sorted(loops)))
 
 
 def _is_image(name: str) -> bool:

@@ -14,8 +14,10 @@ from data import open_eval, open_train_val, read_class_map
 from data.arrays import ArrayImages, SyntheticImages
 from data.base import ClassView, PathList
 from data.classes import select_classes
-from data.folders import ImageFolder
+from data.folders import ImageFiles, ImageFolder
 from data.places import parse_place
+from options.recipes import read_recipe
+from options.scripts import train_parser
 from utils.errors import UserError
 
 
@@ -98,6 +100,27 @@ def test_a_link_to_a_class_folder_is_followed_and_a_circle_ends(root, tmp_path):
     assert len(open_train_val('folder', root)[0]) == 9
 
 
+def test_links_within_class_folders_are_followed_and_loops_are_named(root, caplog):
+    store = root.parent / f'{root.name}-store'
+    make_split(store, ['deep'], 2)
+    ant, bee = root / 'train' / 'ant', root / 'train' / 'bee'
+    (ant / 'more').symlink_to(store)  # ant/more/deep/0.png
+    (ant / 'linked.png').symlink_to(store / 'deep' / '0.png')
+    (store / 'deep' / 'back').symlink_to(store)
+    (store / 'home').symlink_to(root)  # over ant back to the link
+    (bee / 'first').symlink_to(store / 'deep')
+    (bee / 'again').symlink_to(store / 'deep')  # twice, as the user has it
+    (root / 'train' / 'cat' / 'itself').symlink_to('.')
+    train, val = open_train_val('folder', root)
+    assert np.bincount(train.targets).tolist() == [3 + 1 + 2, 3 + 2 * 2, 3] and len(val) == 6
+    relative = [os.path.relpath(train.path(index), ant) for index in range(6)]
+    assert relative == ['0.png', '1.png', '2.png', 'linked.png', 'more/deep/0.png', 'more/deep/1.png']
+    assert contents(train)[4:6] == [(0, 0), (1, 0)]
+    assert "links are not followed, since they lead back to themselves: 'ant/more/deep/back'" in caplog.text
+    assert all(name in caplog.text for name in ("'ant/more/home'", "'cat/itself'"))
+    assert len(ImageFiles([ant])) == 6
+
+
 def test_oddities_are_counted_and_logged(root, caplog):
     (root / 'train' / 'README.txt').touch()
     (root / 'train' / 'ant' / 'Thumbs.db').touch()
@@ -123,6 +146,9 @@ def test_a_class_that_one_split_lacks_is_an_error_that_names_it(root):
     (root / 'val' / 'dog').rename(root / 'train' / 'dog')
     for call in (open_train_val, open_eval):
         assert "'dog'" in (message := error_of(call, 'folder', root)) and 'lacks 1 class of' in message
+        assert 'may be empty' in message
+    (root / 'val' / 'dog').mkdir()
+    assert contents(open_train_val('folder', root)[1]) == contents(open_eval('folder', root))
 
 
 def test_missing_classes_can_be_allowed_and_keep_the_targets_of_the_others(root):
@@ -238,6 +264,18 @@ def test_class_map_files(tmp_path, text, expected):
     path = tmp_path / 'map.txt'
     path.write_text(text)
     assert read_class_map(path) == expected
+
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16', 'utf-8'])
+def test_text_files_of_other_programs(tmp_path, encoding):
+    """Notepad and Excel begin UTF-8 with a byte order mark, PowerShell writes UTF-16."""
+    (tmp_path / 'map.txt').write_bytes('zürich\r\nbee\r\n'.encode(encoding))
+    assert read_class_map(tmp_path / 'map.txt') == ['zürich', 'bee']
+    (tmp_path / 'map.txt').write_bytes('zürich 1\nbee 0'.encode(encoding))
+    assert read_class_map(tmp_path / 'map.txt') == ['bee', 'zürich']
+    (tmp_path / 'recipe.yaml').write_bytes('epochs: 7\r\nmodel: t2t_vit_7\r\n'.encode(encoding))
+    recipe = read_recipe(tmp_path / 'recipe.yaml', train_parser())
+    assert recipe == {'epochs': 7, 'model': 't2t_vit_7'}
 
 
 @pytest.mark.parametrize('content, named', [

@@ -96,7 +96,7 @@ def _label_of(group: dict, file: BinaryIO, where: str, image) -> int | str:
                 raise refusal(where, member.name, f'{member.size:,} bytes long, which is no label')
             file.seek(member.offset)
             try:
-                text = file.read(member.size).decode().strip()
+                text = file.read(member.size).decode('utf-8-sig').strip()
                 if ending == 'json':
                     content = json.loads(text)
                     text = next((content[name] for name in ('cls', 'label', 'class') if name in content), '')

@@ -12,7 +12,7 @@ from timm.utils.misc import natural_key
 from data import ImageDataset
 from data.classes import name_some
 from data.decode import EXTENSIONS
-from data.folders import ImageFiles
+from data.folders import ImageFiles, scan_class
 from data.pipeline import open_evaluation_data, open_training_data
 from data.places import EVAL_SPLITS
 from options.datasets import DATASETS
@@ -49,16 +49,10 @@ def survey(folder: str) -> Survey:
         if not entry.is_dir():
             (found.loose if _is_image(entry.name) else found.stray).append(entry.path)
             continue
-        found.counts[entry.name] = 0
-        for parent, folders, files in os.walk(entry.path):
-            folders[:] = [name for name in folders if not name.startswith('.')]
-            for name in files:
-                if name.startswith('.'):
-                    continue
-                if _is_image(name):
-                    found.counts[entry.name] += 1
-                else:
-                    found.stray.append(os.path.join(parent, name))
+        scanned = scan_class(folder, entry.name)
+        found.counts[entry.name] = len(scanned.images)
+        found.stray.extend(os.path.join(folder, path) for path in scanned.others
+                           if not os.path.basename(path).startswith('.'))
     return found
 
 
