@@ -60,6 +60,9 @@ class ImageFolder(ImageDataset):
     def path(self, index: int) -> str:
         return os.path.join(self.folder, self._paths[index])
 
+    def _names(self):
+        return self._paths.parts()
+
 
 class ImageFiles(ImageDataset):
     """Images by their paths: files as given, and all images below folders. There are no classes; all targets are -1.

@@ -1,6 +1,7 @@
 """TrainState: everything that a resumed run needs."""
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class TrainState:
     classes: list[str]  # their names
     world: World
     order: str = ''  # what determines the order of images beside the options (see TrainSampler); '' if unknown
+    images: dict[str, str] = field(default_factory=dict)  # of 'training' and 'evaluation' (ImageDataset.fingerprint)
     epoch: int = 0  # the current one
     step: int = 0  # optimizer steps taken in the epoch
     global_step: int = 0  # optimizer steps taken in the run
@@ -95,6 +97,7 @@ class TrainState:
             'args': self.options,
             'classes': self.classes,
             'order': self.order,
+            'images': self.images,
         }
 
     def _statistics(self) -> list[torch.Tensor]:
@@ -128,6 +131,9 @@ class TrainState:
         before = state['global_step'] * _images_per_step(state['args'], len(state['ranks']))
         self.images_seen = state.get('images_seen', before)
         self._load_rank(state['ranks'])
+        for kind, saved in self._changed_images(state) if self.world.is_main else ():
+            _logger.warning('the %s images are others than in the checkpoint, or in another order: %s, before %s', kind,
+                            self.images[kind], saved)
 
     def _load_optimizer(self, saved: dict, name: str | None, source) -> None:
         # Options take precedence over the checkpoint, so a changed decay or momentum applies to the rest of the run.
@@ -193,8 +199,21 @@ class TrainState:
             raise UserError(f"{source}: stands in the middle of an epoch of {state['order']}, this run has "
                             f'{self.order}, in another order: some images would be repeated, others left out; resume '
                             'with the same data, or from a checkpoint at the end of an epoch')
+        changed = dict(self._changed_images(state))
+        if state['step'] and 'training' in changed:
+            raise UserError(f"{source}: stands in the middle of an epoch of {changed['training']}, this run has "
+                            f"{self.images['training']}: other names, or in another order; some images would be "
+                            'repeated, others left out; resume with the same data, or from a checkpoint at the end of '
+                            'an epoch')
         for entry in ('state_dict', 'state_dict_ema') if self.ema and state['state_dict_ema'] else ('state_dict',):
             self._check_weights(state[entry], source)
+
+    def _changed_images(self, state: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yield the kinds of images that differ from those of a checkpoint, with what these were."""
+        before = state.get('images')  # earlier versions lack it
+        for kind, now in self.images.items():
+            if isinstance(before, dict) and isinstance(before.get(kind), str) and before[kind] != now:
+                yield kind, before[kind]
 
     def _check_weights(self, theirs: dict[str, torch.Tensor], source) -> None:
         ours = self.model.state_dict()

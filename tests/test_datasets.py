@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -447,6 +448,23 @@ def test_a_path_list_is_a_list_of_paths():
     assert list(packed) == paths and len(packed) == 5
     with pytest.raises(IndexError):
         packed[5]
+
+
+def test_a_fingerprint_tells_images_and_their_order_wherever_they_are(root, tmp_path):
+    before = ImageFolder(root / 'train').fingerprint()
+    assert before.startswith('9 images with the checksum ')
+    shutil.copytree(root / 'train', root / 'copy')
+    assert ImageFolder(root / 'copy').fingerprint() == before
+    seen = {before, open_eval('folder', root).fingerprint()}
+    for change in (lambda ant: (ant / '0.png').rename(ant / '3.png'), lambda ant: (ant / '3.png').rename(ant / '03.png'),
+                   lambda ant: (ant / '1.png').rename(ant.parent / 'bee' / '01.png'), lambda ant: (ant / '2.png').unlink()):
+        change(root / 'copy' / 'ant')
+        seen.add(ImageFolder(root / 'copy').fingerprint())
+    assert len(seen) == 6
+    train = open_eval('folder', root, split='train')
+    parts = [select_classes(train, text) for text in ('0-1', '1-2')]
+    assert len({part.fingerprint() for part in (train, *parts)}) == 3
+    assert len({dataset.fingerprint() for dataset in open_train_val('digits')}) == 2
 
 
 def test_a_view_numbers_by_the_given_names():
