@@ -105,6 +105,11 @@ def match_classes(dataset: ImageDataset, classes: Sequence[str], *, where: str, 
     return ClassView(dataset, classes)
 
 
+def are_positions(names: Sequence[str], count: int) -> bool:
+    """Return whether all names are numbers from 0 up to, but not including, `count`, as in ImageNet-V2."""
+    return all(name.isdecimal() and len(name) < 10 and int(name) < count for name in names)
+
+
 def _count_classes(names: list[str]) -> str:
     return f'{len(names)} class{"es" if len(names) > 1 else ""}'
 

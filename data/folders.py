@@ -10,9 +10,20 @@ from timm.utils.misc import natural_key
 from data.base import ImageDataset, PathList
 from data.classes import name_some
 from data.decode import EXTENSIONS, read_file
+from utils.console import plural
+from utils.disk import read_text
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
+
+# Tiny-ImageNet's evaluation images lie in one folder; this file, beside it, has their classes.
+ANNOTATIONS, ANNOTATED = 'val_annotations.txt', 'images'
+# Forms of data sets that are not read, by the endings of their files, and what to do with them.
+SAVE = 'save the images as files in class folders (docs/data.md shows how)'
+UNPACK = 'unpack them first'
+OTHER_FORMATS = {'.parquet': ('Parquet', SAVE), '.arrow': ('Arrow', SAVE), '.tfrecord': ('TFRecord', SAVE),
+                 '.mdb': ('LMDB', SAVE), '.h5': ('HDF5', SAVE), '.hdf5': ('HDF5', SAVE), '.zip': ('ZIP', UNPACK),
+                 '.tar.gz': ('tar.gz', UNPACK), '.tgz': ('tar.gz', UNPACK)}
 
 
 class ImageFolder(ImageDataset):
@@ -23,11 +34,20 @@ class ImageFolder(ImageDataset):
     lead back to themselves. The log reports empty class folders, links that are not followed and the number of ignored
     files.
 
+    Tiny-ImageNet's val/ is read as if its images lay in folders of the classes that val_annotations.txt gives them.
+
     Raises UserError if `folder` cannot be read, has no class folders, or has no images in them.
     """
 
     def __init__(self, folder: str):
         self.folder = require_folder(folder)
+        if is_annotated(self.folder):
+            classes, paths, targets = _read_annotated(self.folder)
+            super().__init__(classes, targets)
+            self._paths, self.num_ignored = PathList(paths), 0
+            _logger.info('%s: %d images of %d classes, as %s has them', self.folder, len(self), len(classes),
+                         ANNOTATIONS)
+            return
         classes, loose = _list_split(self.folder)
         if not classes:
             raise UserError(_explain_no_classes(self.folder, loose))
@@ -42,8 +62,10 @@ class ImageFolder(ImageDataset):
             if not found.images:
                 empty.append(name)
         if not paths:
-            raise UserError(f'{self.folder}: no images in its {len(classes)} folders ({name_some(classes)}); '
-                            f'class folders with {", ".join(EXTENSIONS)} files are expected directly in it')
+            other = describe_other_formats(self.folder)
+            raise UserError(f'{self.folder}: no images in its {len(classes)} folders ({name_some(classes)})' + (
+                f', but {other}' if other else
+                f'; class folders with {", ".join(EXTENSIONS)} files are expected directly in it'))
         super().__init__(classes, targets)
         self._paths = PathList(paths)
         _logger.info('%s: %d images of %d classes', self.folder, len(self), len(classes))
@@ -59,6 +81,9 @@ class ImageFolder(ImageDataset):
 
     def path(self, index: int) -> str:
         return os.path.join(self.folder, self._paths[index])
+
+    def name(self, index: int) -> str:
+        return self._paths[index]
 
     def _names(self):
         return self._paths.parts()
@@ -102,6 +127,53 @@ def require_folder(folder: str) -> str:
     if not os.path.isdir(folder):
         raise UserError(f'data folder {folder!r} is not a folder; give the folder that holds train/ and val/')
     return folder
+
+
+def is_annotated(folder: str) -> bool:
+    """Return whether `folder` is laid out as Tiny-ImageNet's val/."""
+    return (os.path.isfile(os.path.join(folder, ANNOTATIONS))
+            and os.path.isdir(os.path.join(folder, ANNOTATED)))
+
+
+def _read_annotated(folder: str) -> tuple[list[str], list[str], list[int]]:
+    """Return classes in natural order, and paths and targets of the images, ordered by class and then by path."""
+    file = os.path.join(folder, ANNOTATIONS)
+    try:
+        lines = [line.split('\t') for line in read_text(file).split('\n') if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{file}: {getattr(error, "strerror", None) or "not UTF-8 text"}; copy it again') from None
+    if bad := next((line for line in lines if len(line) < 2 or not all(_is_plain(part) for part in line[:2])), None):
+        raise UserError(f'{file}: {" ".join(bad)[:80]!r} is no image and its class, separated by a tab; copy it again')
+    class_of = {line[0]: line[1] for line in lines}
+    images = scan_class(folder, ANNOTATED).images
+    if unknown := [path for path in images if os.path.relpath(path, ANNOTATED) not in class_of]:
+        raise UserError(f'{file} has no class for {plural(len(unknown), "image")} ({name_some(unknown, 2)}); copy it '
+                        'again, or take them away')
+    if not images:
+        raise UserError(f'{folder}: no images in its folder {ANNOTATED!r}; copy them again')
+    classes = sorted(sorted(set(class_of.values())), key=natural_key)
+    number = {name: target for target, name in enumerate(classes)}
+    pairs = sorted((number[class_of[os.path.relpath(path, ANNOTATED)]], path) for path in images)
+    return classes, [path for _, path in pairs], [target for target, _ in pairs]
+
+
+def _is_plain(name: str) -> bool:
+    return bool(name) and name.isprintable() and '/' not in name
+
+
+def list_classes(folder: str) -> list[str]:
+    """Return the names of the class folders of a split, in the order of their numbers."""
+    return _list_split(folder)[0]
+
+
+def describe_other_formats(folder: str) -> str:
+    """Return what to say of files of OTHER_FORMATS in `folder` or the folders in it; '' if there are none."""
+    folders, files = _list_split(folder)
+    files = files + [name for inner in folders for name in _list_split(os.path.join(folder, inner))[1]]
+    for ending, (format_name, remedy) in OTHER_FORMATS.items():
+        if count := sum(name.lower().endswith(ending) for name in files):
+            return f'{plural(count, "file")} in the {format_name} format, which is not read; {remedy}'
+    return ''
 
 
 def has_class_folders(folder: str) -> bool:
@@ -187,4 +259,6 @@ def _explain_no_classes(folder: str, files: list[str]) -> str:
     if num_images := sum(map(_is_image, files)):
         return (f'{folder}: {num_images} images but no class folders (as ImageNet\'s validation set comes); '
                 'move each image into a folder named after its class, with the names of train')
+    if other := describe_other_formats(folder):
+        return f'{folder}: no class folders in it, but {other}'
     return f'{folder}: no class folders in it; class folders with images are expected directly in it'

@@ -189,6 +189,11 @@ class TrainState:
         if state['classes'] != self.classes:
             raise UserError(f'{source}: trained on {_named(state["classes"])}, this data set has '
                             f'{_named(self.classes)}; resume with the same data, or start a new run with transfer.py')
+        before, now = (options.get('val_fraction') for options in (state['args'], self.options))
+        if before != now:
+            raise UserError(f'{source}: trained {_with_fraction(before)}, this run is {_with_fraction(now)}: images '
+                            'held out for evaluation would change sides; '
+                            + (f'give --val-fraction {before}' if before else 'leave the option out'))
         per_step = (_images_per_step(state['args'], len(state['ranks'])),
                     _images_per_step(self.options, self.world.size))
         if state['step'] and per_step[0] != per_step[1]:
@@ -231,6 +236,10 @@ class TrainState:
 def batch_norm_buffers(model: nn.Module) -> list[torch.Tensor]:
     return [buffer for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
             for buffer in module.buffers()]
+
+
+def _with_fraction(val_fraction: float | None) -> str:
+    return f'with --val-fraction {val_fraction}' if val_fraction else 'without --val-fraction'
 
 
 def _images_per_step(options: dict, processes: int) -> int:

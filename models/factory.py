@@ -218,6 +218,7 @@ def open_trained_model(args) -> TrainedModel:
     if args.model and resolve_name(args.model) != (recorded_arch(checkpoint) or '').lower():
         recorded = {name: recorded[name] for name in recorded.keys() - {'model_kwargs', 'gp'}}  # of another model
 
+    trained_on = _split_of_training(recorded_options(checkpoint))
     name, size = args.model or 't2t_vit_14', None
     if checkpoint and not (args.model and args.img_size):
         identity = identify(state_dict_of(checkpoint, args.use_ema, source), recorded_img_size(checkpoint))
@@ -225,7 +226,7 @@ def open_trained_model(args) -> TrainedModel:
     name = resolve_name(name)
     height, width = size or published_config(name).input_size[-2:]
     args = args.replacing(model=name, img_size=args.img_size or (height if height == width else (height, width)),
-                          **recorded)
+                          trained_on=trained_on, **recorded)
     num_classes = args.num_classes or count_classes(name, checkpoint, args.use_ema, source=source)
     if not num_classes:
         raise UserError(f'{source or name} holds no classifier; give weights that have one')
@@ -248,6 +249,13 @@ def _usable(recorded: Mapping[str, Any], args: Options, source: str) -> dict[str
             except UserError as error:
                 _logger.warning('%s; it is not used', error)
     return usable
+
+
+def _split_of_training(options: Mapping[str, Any]) -> tuple[str | None, float | None]:
+    """Return --data and --val-fraction as a training recorded them; None for what it did not."""
+    data, val_fraction = options.get('data'), options.get('val_fraction')
+    return (data if isinstance(data, str) else None,
+            val_fraction if isinstance(val_fraction, float) and 0 < val_fraction < 1 else None)
 
 
 def _model_of(checkpoint: Mapping[str, Any], identity: Architecture, source: str) -> str:

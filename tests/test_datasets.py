@@ -19,6 +19,7 @@ from data.folders import ImageFiles, ImageFolder
 from data.places import parse_place
 from options.recipes import read_recipe
 from options.scripts import train_parser
+from tools.doctor.data import survey
 from utils.errors import UserError
 
 
@@ -66,7 +67,7 @@ def test_folders_give_images_targets_and_paths(root, name):
     assert contents(open_eval(name, str(root))) == contents(val)
 
 
-@pytest.mark.parametrize('split', ['validation', 'test'])
+@pytest.mark.parametrize('split', ['valid', 'validation', 'test'])
 def test_the_evaluation_split_is_found(root, split):
     (root / 'val').rename(root / split)
     assert contents(open_train_val('folder', root)[1]) == contents(open_eval('folder', root))
@@ -201,10 +202,66 @@ def test_a_flat_validation_folder_is_explained(root):
 def test_missing_splits_are_explained(root):
     (root / 'val').rename(root / 'holdout')
     message = error_of(open_train_val, 'folder', root)
-    assert 'val, validation or test' in message and "'holdout'" in message
+    assert 'val, valid, validation or test' in message and "'holdout'" in message and '--val-fraction' in message
     assert "no folder 'typo'" in error_of(open_train_val, 'folder', root, val_split='typo')
     assert "no folder 'typo'" in error_of(open_eval, 'folder', root, split='typo')
-    assert 'val, validation or test' in error_of(open_eval, 'folder', root)
+    assert 'val, valid, validation or test' in error_of(open_eval, 'folder', root)
+
+
+@pytest.mark.parametrize('name, named', [
+    ('train-00000-of-00002.parquet', '1 file in the Parquet format'), ('data.mdb', 'LMDB'), ('x.tfrecord', 'TFRecord'),
+    ('train.ZIP', 'unpack them first'), ('a.tar.gz', 'unpack them first')])
+@pytest.mark.parametrize('inner', ['', 'data'])
+def test_data_sets_in_other_formats_are_explained(tmp_path, name, named, inner):
+    (tmp_path / inner).mkdir(exist_ok=True)
+    (tmp_path / inner / name).touch()
+    (tmp_path / 'README.md').touch()
+    for call in (open_train_val, open_eval):
+        assert named in error_of(call, 'folder', tmp_path)
+
+
+def test_tiny_imagenet(tmp_path, caplog):
+    """train/CLASS/images/NAME.JPEG, val/images/NAME.JPEG and val/val_annotations.txt."""
+    for split in ('train', 'val'):
+        make_split(tmp_path / split, ['n02', 'n01', 'n10'], 2)
+    for folder in (tmp_path / 'train').iterdir():
+        (folder / 'images').mkdir()
+        for image in list(folder.glob('*.png')):
+            image.rename(folder / 'images' / image.name)
+        (folder / f'{folder.name}_boxes.txt').touch()
+    (tmp_path / 'val/images').mkdir()
+    lines = []
+    for number, (name, image) in enumerate([('n10', '0'), ('n01', '0'), ('n01', '1'), ('n02', '1')]):
+        (tmp_path / 'val' / name / f'{image}.png').rename(tmp_path / 'val/images' / f'val_{number}.png')
+        lines.append(f'val_{number}.png\t{name}\t0\t32\t44\t62\n')
+    for name in ('n01', 'n02', 'n10'):
+        shutil.rmtree(tmp_path / 'val' / name)
+    (tmp_path / 'val/val_annotations.txt').write_text(''.join(lines))
+    train, val = open_train_val('folder', tmp_path)
+    assert contents(train) == [(10, 0), (11, 0), (0, 1), (1, 1), (20, 2), (21, 2)]
+    assert contents(val) == [(10, 0), (11, 0), (1, 1), (20, 2)] == contents(open_eval('folder', tmp_path))
+    assert val.path(0) == f'{tmp_path}/val/images/val_1.png'
+    assert [found.counts for found in map(survey, (tmp_path / 'train', str(tmp_path / 'val')))] == [
+        {'n01': 2, 'n02': 2, 'n10': 2}, {'n01': 2, 'n02': 1, 'n10': 1}]
+    for text, named in ((''.join(lines[1:]), "no class for 1 image ('images/val_0.png')"), ('val_0.png n10\n', 'a tab'),
+                        ('val_0.png\t../x\n', 'a tab')):
+        (tmp_path / 'val/val_annotations.txt').write_text(text)
+        assert named in error_of(open_eval, 'folder', tmp_path)
+
+
+def test_folders_named_by_number_are_positions_in_the_class_map_of_a_model(tmp_path, caplog):
+    make_split(tmp_path / 'v2', ['2', '0', '11'], 1)
+    classes = [f'class{number}' for number in range(12)]
+    caplog.set_level(logging.INFO)
+    dataset = open_eval('folder', tmp_path / 'v2', classes=classes, allow_missing_classes=True)
+    assert dataset.classes == classes and contents(dataset) == [(10, 0), (0, 2), (20, 11)]
+    assert 'its classes are numbers, taken for positions in the class map of the model' in caplog.text
+    assert contents(open_eval('folder', tmp_path / 'v2', classes=[*classes, '2', '0', '11'],
+                              allow_missing_classes=True)) == [(10, 13), (0, 12), (20, 14)]  # names before positions
+    assert 'not in the class map' in error_of(open_eval, 'folder', tmp_path / 'v2', classes=classes[:11])
+    make_split(tmp_path / 'both' / 'train', ['ant', 'bee'], 1)
+    make_split(tmp_path / 'both' / 'val', ['0', '1'], 1)
+    assert 'not in the class map' in error_of(open_train_val, 'folder', tmp_path / 'both')
 
 
 def test_folders_without_images_are_explained(tmp_path):
@@ -456,9 +513,8 @@ def test_a_fingerprint_tells_images_and_their_order_wherever_they_are(root, tmp_
     shutil.copytree(root / 'train', root / 'copy')
     assert ImageFolder(root / 'copy').fingerprint() == before
     seen = {before, open_eval('folder', root).fingerprint()}
-    for change in (lambda ant: (ant / '0.png').rename(ant / '3.png'), lambda ant: (ant / '3.png').rename(ant / '03.png'),
-                   lambda ant: (ant / '1.png').rename(ant.parent / 'bee' / '01.png'), lambda ant: (ant / '2.png').unlink()):
-        change(root / 'copy' / 'ant')
+    for before, after in (('ant/0', 'ant/3'), ('ant/3', 'ant/03'), ('ant/1', 'bee/01'), ('ant/2', '../out')):
+        (root / 'copy' / f'{before}.png').rename(root / 'copy' / f'{after}.png')
         seen.add(ImageFolder(root / 'copy').fingerprint())
     assert len(seen) == 6
     train = open_eval('folder', root, split='train')

@@ -23,6 +23,13 @@ def test_a_part_of_imagenet_is_numbered_as_imagenet(tmp_path):
     assert len(dataset.classes) == 1000 and sorted(dataset.targets.tolist()) == [0, 0, 1, 1, 999, 999]
 
 
+def test_numbered_folders_are_positions_for_a_model_without_names(tmp_path):
+    dataset = evaluation_data(write_images(tmp_path, {'val': 1}, classes=('4', '332')), num_classes=1000)
+    assert len(dataset.classes) == 1000 and sorted(dataset.targets.tolist()) == [4, 332]
+    with pytest.raises(UserError, match='nothing says which is which'):
+        evaluation_data(tmp_path, num_classes=332)
+
+
 def test_classes_come_from_the_map_then_the_checkpoint_then_the_folders(tmp_path):
     root = write_images(tmp_path / 'data', {'val': 1}, classes=('bee', 'cat'))
     (tmp_path / 'map.txt').write_text('cat\nbee\nant\n')

@@ -122,14 +122,15 @@ def test_a_run_that_began_before_images_were_augmented_as_tensors_says_that_they
 def test_other_images_are_refused_within_an_epoch_and_said_at_its_end(tmp_path):
     write_images(tmp_path / 'data', {'train': 8, 'val': 2}, size=(16, 16))
     bee = tmp_path / 'data/train/bee'
-    run = ('data', '--model', 't2t_vit_7', '--model-kwargs', 'embed_dim=32', 'depth=1', 'num_heads=2', '--img-size', '16',
-           '--device', 'cpu', '-b', '8', '-j', '0', '--epochs', '2', '--warmup-epochs', '0', '--cooldown-epochs', '0',
-           '--no-tensorboard', '--output', 'runs', '--experiment', 'a', '--resume')
+    run = ('data', '--model', 't2t_vit_7', '--model-kwargs', 'embed_dim=32', 'depth=1', 'num_heads=2',
+           '--img-size', '16', '--device', 'cpu', '-b', '8', '-j', '0', '--epochs', '2', '--warmup-epochs', '0',
+           '--cooldown-epochs', '0', '--no-tensorboard', '--output', 'runs', '--experiment', 'a', '--resume')
     stopped = run_script('train.py', *run[:-1], cwd=tmp_path, T2T_FAULTS='step@5=term')
     assert stopped.returncode == 75
     (bee / 'bee_3.jpg').rename(bee / 'a.jpg')
     refused = run_script('train.py', *run, 'auto', cwd=tmp_path)
-    assert refused.returncode == 2 and 'stands in the middle of an epoch of 24 images with the checksum' in refused.stderr
+    assert refused.returncode == 2
+    assert 'stands in the middle of an epoch of 24 images with the checksum' in refused.stderr
     assert 'in another order' in refused.stderr and refused.stderr.count('\n') == 1
     shutil.copy(bee / 'a.jpg', bee / 'new.jpg')
     val = tmp_path / 'data/val/bee/bee_0.jpg'

@@ -78,8 +78,11 @@ class Shards(ImageDataset):
     def path(self, index: int) -> str:
         return f'{self._files.names[self._shard(index)]}::{self._index.name(index)}'
 
+    def name(self, index: int) -> str:
+        return self._index.name(index)
+
     def _names(self):
-        return self._index.name_ends, self._index.names
+        return self._index.name_ends.tobytes(), self._index.names.tobytes()
 
     def shard_offsets(self) -> np.ndarray | None:
         return self._starts if self._files.remote else None
