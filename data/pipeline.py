@@ -11,9 +11,11 @@ from data.classes import are_positions, read_class_map
 from data.datasets import has_eval_split, open_eval, open_train_val
 from data.folders import ImageFiles
 from data.loader import Loader, create_loader
-from data.places import is_same_place
+from data.places import address_of_shards, is_same_place
 from data.samplers import EvalSampler, TrainSampler
 from data.shards.cache import Cache
+from data.shards.dataset import open_without_classes
+from data.shards.foreign import NoClassError
 from data.transforms import create_eval_transform, create_train_transform
 from options.checks import check_images
 from options.datasets import DATASETS
@@ -118,13 +120,23 @@ def _recorded_fraction(args, root: str, world: World) -> float | None:
     return val_fraction
 
 
-def open_images(args, classes: list[str] | None, num_classes: int | None, world: World) -> ImageDataset:
+def open_images(args, classes: list[str] | None, num_classes: int | None, world: World, *,
+                needs_classes: bool = False) -> ImageDataset:
     """Return the images of the options: files, with unknown targets of -1, or the evaluation images of a data set.
 
+    needs_classes: False also opens tar files whose images have none, with targets of -1.
     Raises UserError if neither or both are given, or as ImageFiles and open_evaluation_data.
     """
     check_images(args)
-    dataset = ImageFiles(args.images) if args.images else open_evaluation_data(args, classes, num_classes, world)
+    if address := next(filter(None, map(address_of_shards, args.images)), ''):
+        raise UserError(f'{address}: images in tar files are a data set; give --data {address}')
+    dataset: ImageDataset
+    try:
+        dataset = ImageFiles(args.images) if args.images else open_evaluation_data(args, classes, num_classes, world)
+    except NoClassError as error:
+        if needs_classes:
+            raise
+        dataset = open_without_classes(error.files)
     return evenly_spaced(dataset, args.samples) if args.samples else dataset
 
 

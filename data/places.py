@@ -153,6 +153,11 @@ def parse_place(address: str | os.PathLike | Place | None, *, is_shards: bool = 
     return replace(place, is_pattern=_is_pattern(path), is_shards=is_shards)
 
 
+def address_of_shards(path: str) -> str:
+    """Return the address of the shards that `path`, which was given as an image, names; '' if it names none."""
+    return PREFIX + path.removeprefix(PREFIX) if path.startswith(PREFIX) or path.endswith('.tar') else ''
+
+
 def is_same_place(one: str, other: str) -> bool:
     """Return whether two addresses of data sets, as users give them, lead to the same place."""
     places = [parse_place(address) for address in (one, other)]

@@ -156,6 +156,14 @@ def open_shards(place: Place | str, cache: Cache) -> Shards:
     return _log(Shards(str(place), manifest, files))
 
 
+def open_without_classes(files: Files) -> Shards:
+    """Return the images of tar files without a manifest whose classes nobody knows: all targets are -1."""
+    dataset = Shards(f'{len(files.names)} tar files', index_shards(files, with_classes=False), files)
+    dataset.classes, dataset.targets = [], np.full(len(dataset), -1)
+    _logger.info('%s: %d images without classes', dataset.folder, len(dataset))
+    return dataset
+
+
 def reader(place: Place, patience: float) -> Callable[[str], bytes]:
     """Return a function that reads the files of a split by their names, for `Manifest.read`."""
     if place.is_remote:
