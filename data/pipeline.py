@@ -109,12 +109,13 @@ def _recorded_fraction(args, root: str, world: World) -> float | None:
     Raises UserError if nobody can tell: evaluating images of the training would be wrong without a word.
     """
     data, val_fraction = getattr(args, 'trained_on', (None, None))
-    if not (data and val_fraction) or args.val_split or DATASETS[args.dataset].opener or has_eval_split(
+    if not val_fraction or args.val_split or DATASETS[args.dataset].opener or has_eval_split(
             root, cache=_cache(args, world)):
         return None
-    if not is_same_place(data, root):
-        raise UserError(f'the checkpoint was trained with --val-fraction {val_fraction:g} of {data}; if {root} is that '
-                        f'data set, give --val-fraction {val_fraction:g}; to evaluate all its images, --val-split .')
+    if not (data and is_same_place(data, root)):
+        raise UserError(f'the checkpoint was trained with --val-fraction {val_fraction:g} of '
+                        f'{data or "a folder it does not name"}; if {root} is that data set, give --val-fraction '
+                        f'{val_fraction:g}; to evaluate all its images, --val-split .')
     _logger.info('the checkpoint was trained with --val-fraction %g: the images held out then are evaluated',
                  val_fraction)
     return val_fraction

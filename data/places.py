@@ -106,8 +106,12 @@ class Place:
         return bool(self.scheme or self.is_pattern or self.has_manifest() or (self.is_shards and self.tars()))
 
     def is_class_folders(self) -> bool:
-        """Return whether this is a split of class folders on this machine, not a folder of splits."""
-        return self.is_folder() and has_class_folders(self.path)
+        """Return whether this is a split of class folders on this machine, not a folder of splits.
+
+        A class may have the name of a split, and a split may hold images outside of class folders.
+        """
+        splits = [folder.path for split in SPLITS if (folder := self.join(split)).is_folder()]
+        return self.is_folder() and has_class_folders(self.path) and not any(map(has_class_folders, splits))
 
     def describe_content(self) -> str:
         """Return what to say of a folder that lacks a split: the usual mistake, or what it holds."""

@@ -195,6 +195,8 @@ class TrainedModel(NamedTuple):
     classes: list[str] | None  # names in the order of the logits; None if the checkpoint has none
 
 
+# Options of the training that tell which images it held out.
+RECORDED_SPLIT = ('data', 'val_fraction')
 # Options of images and model that are read from the checkpoint unless they are given.
 RECORDED = ('gp', 'model_kwargs', 'crop_pct', 'mean', 'std', 'interpolation')
 
@@ -253,7 +255,7 @@ def _usable(recorded: Mapping[str, Any], args: Options, source: str) -> dict[str
 
 def _split_of_training(options: Mapping[str, Any]) -> tuple[str | None, float | None]:
     """Return --data and --val-fraction as a training recorded them; None for what it did not."""
-    data, val_fraction = options.get('data'), options.get('val_fraction')
+    data, val_fraction = map(options.get, RECORDED_SPLIT)
     return (data if isinstance(data, str) else None,
             val_fraction if isinstance(val_fraction, float) and 0 < val_fraction < 1 else None)
 

@@ -109,6 +109,8 @@ def test_what_a_fraction_does_not_go_with(folder, tmp_path):
     assert 'has an evaluation split' in error_of(open_eval, 'folder', tmp_path, val_fraction=0.2)
     assert '--val-split valid' in error_of(open_train_val, 'folder', tmp_path, val_split='valid', val_fraction=0.2)
     assert 'digits has an evaluation split' in error_of(open_train_val, 'digits', val_fraction=0.2)
+    shutil.copy(folder / 'ant/ant_0.jpg', tmp_path / 'train')  # outside of class folders
+    assert 'has an evaluation split' in error_of(open_train_val, 'folder', tmp_path, val_fraction=0.2)
     (tmp_path / 'vehicles').mkdir()
     shutil.copytree(folder / 'ant', tmp_path / 'vehicles/car')
     shutil.copytree(folder / 'bee', tmp_path / 'vehicles/train')  # the name of a class
@@ -164,6 +166,9 @@ def test_a_checkpoint_knows_what_was_held_out(folder, tmp_path):
     message = error_of(count, other)
     assert f'with --val-fraction 0.2 of {folder}; if {other} is that data set, give --val-fraction 0.2' in message
     assert count(other, '--val-fraction', '0.2') == 15 and count(other, '--val-split', '.') == 60
+    bare = torch.load(tmp_path / 'of_fraction.pth')
+    torch.save(bare | {'args': {'val_fraction': 0.2}}, tmp_path / 'of_fraction.pth')
+    assert 'of a folder it does not name' in error_of(count, folder)
     (tmp_path / 'splits').mkdir()
     shutil.copytree(folder, tmp_path / 'splits/valid')
     assert count(tmp_path / 'splits') == 60  # its own evaluation split
