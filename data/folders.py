@@ -51,8 +51,9 @@ class ImageFolder(ImageDataset):
         classes, loose = _list_split(self.folder)
         if not classes:
             raise UserError(_explain_no_classes(self.folder, loose))
-        paths, targets, empty, loops = [], [], [], []
-        self.num_ignored = len(loose)
+        paths, targets, empty = [], [], []
+        loops = [name for name in loose if os.path.isdir(os.path.join(self.folder, name))]
+        self.num_ignored = len(loose) - len(loops)
         for target, name in enumerate(classes):
             found = scan_class(self.folder, name)
             self.num_ignored += len(found.others)
@@ -192,10 +193,12 @@ def _entries(folder: str) -> list[os.DirEntry]:
 
 
 def _list_split(folder: str) -> tuple[list[str], list[str]]:
-    """Return the names of the visible folders in `folder`, in natural order, and those of its files."""
+    """Return the names of the visible folders in `folder`, in natural order, and those of its files and of links that
+    lead back to it.
+    """
     classes, files = [], []
     for entry in _entries(folder):
-        if not entry.is_dir():
+        if not entry.is_dir() or entry.is_symlink() and _lies_in(os.path.realpath(folder), os.path.realpath(entry)):
             files.append(entry.name)
         elif not entry.name.startswith('.'):  # .ipynb_checkpoints is no class
             classes.append(entry.name)

@@ -394,7 +394,8 @@ def test_a_list_of_splits_that_is_none(tmp_path, cache, content):
 
 @pytest.mark.parametrize('name, split', [
     ('imagenet1k-train-0000.tar', 'train'), ('val_000.tar', 'val'), ('x.valid.3.tar', 'val'),
-    ('Validation00.tar', 'val'), ('i1k-testing-1.tar', 'test'), ('constrained-0.tar', None), ('000.tar', None)])
+    ('Validation00.tar', 'val'), ('i1k-testing-1.tar', 'test'), ('test-pictures-train-2.tar', 'train'),
+    ('constrained-0.tar', None), ('000.tar', None)])
 def test_the_split_in_a_name(name, split):
     assert split_of(name) == split
 

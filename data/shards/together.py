@@ -50,9 +50,9 @@ def splits_together(place: Place, read: Callable[[str], bytes]) -> dict[str, Pla
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that a name tells: 'imagenet1k-validation-00.tar' → 'val'."""
+    """Return the split that a name tells by its last such word: 'imagenet1k-validation-00.tar' → 'val'."""
     words = re.split(r'[^a-z]+', name.lower())
-    return next((_SPLIT_OF[word] for word in words if word in _SPLIT_OF), None)
+    return next((_SPLIT_OF[word] for word in reversed(words) if word in _SPLIT_OF), None)
 
 
 def _read_info(content: bytes, where: str) -> dict[str, list[str]]:

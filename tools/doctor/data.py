@@ -12,7 +12,7 @@ from timm.utils.misc import natural_key
 from data import ImageDataset
 from data.classes import name_some
 from data.decode import EXTENSIONS
-from data.folders import ImageFiles, ImageFolder, is_annotated, scan_class
+from data.folders import ImageFiles, ImageFolder, is_annotated, list_classes, scan_class
 from data.pipeline import open_evaluation_data, open_training_data
 from data.places import EVAL_SPLITS
 from options.datasets import DATASETS
@@ -47,10 +47,11 @@ def survey(folder: str) -> Survey:
         dataset = ImageFolder(folder)
         counts = np.bincount(dataset.targets, minlength=len(dataset.classes)).tolist()
         return found._replace(counts=dict(zip(dataset.classes, counts, strict=True)))
+    classes = set(list_classes(folder))
     for entry in os.scandir(folder):
         if entry.name.startswith('.'):
             continue
-        if not entry.is_dir():
+        if entry.name not in classes:
             (found.loose if _is_image(entry.name) else found.stray).append(entry.path)
             continue
         scanned = scan_class(folder, entry.name)
