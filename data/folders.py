@@ -1,6 +1,7 @@
 """Images in class folders, split/class/…/image.jpg, found in one scan; and images by their paths."""
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -53,10 +54,10 @@ class ImageFolder(ImageDataset):
             raise UserError(_explain_no_classes(self.folder, loose))
         paths, targets, empty = [], [], []
         loops = [name for name in loose if os.path.isdir(os.path.join(self.folder, name))]
-        self.num_ignored = len(loose) - len(loops)
+        ignored = [name for name in loose if name not in loops]
         for target, name in enumerate(classes):
             found = scan_class(self.folder, name)
-            self.num_ignored += len(found.others)
+            ignored += found.others
             paths += found.images
             targets += [target] * len(found.images)
             loops += found.loops
@@ -68,11 +69,13 @@ class ImageFolder(ImageDataset):
                 f', but {other}' if other else
                 f'; class folders with {", ".join(EXTENSIONS)} files are expected directly in it'))
         super().__init__(classes, targets)
-        self._paths = PathList(paths)
+        self._paths, self.num_ignored = PathList(paths), len(ignored)
         _logger.info('%s: %d images of %d classes', self.folder, len(self), len(classes))
         if self.num_ignored:
-            _logger.warning('%s: ignored %d files that are no images or lie outside of class folders',
-                            self.folder, self.num_ignored)
+            endings = Counter(os.path.splitext(path)[1].lower() or 'without ending' for path in ignored)
+            _logger.warning('%s: ignored %d files that are no images or lie outside of class folders: %s',
+                            self.folder, self.num_ignored,
+                            ', '.join(f'{count} {ending}' for ending, count in endings.most_common(5)))
         _warn_of_loops(self.folder, loops)
         if empty:
             _logger.warning('%s: %d class folders without images: %s', self.folder, len(empty), name_some(empty))

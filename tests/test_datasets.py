@@ -134,13 +134,14 @@ def test_oddities_are_counted_and_logged(root, caplog):
     (root / 'train' / 'README.txt').touch()
     (root / 'train' / 'ant' / 'Thumbs.db').touch()
     (root / 'train' / 'ant' / '._0.png').touch()
+    (root / 'train' / 'bee' / 'copy.DB').touch()
     (root / 'train' / '.ipynb_checkpoints').mkdir()
     (root / 'train' / 'dog').mkdir()
     (root / 'val' / 'dog').mkdir()
     with caplog.at_level(logging.INFO):
         train, val = open_train_val('folder', root)
-    assert train.classes == val.classes == ['ant', 'bee', 'cat', 'dog'] and train.num_ignored == 3
-    for part in ('9 images of 4 classes', 'ignored 3 files', "1 class folders without images: 'dog'"):
+    assert train.classes == val.classes == ['ant', 'bee', 'cat', 'dog'] and train.num_ignored == 4
+    for part in ('9 images of 4 classes', 'ignored 4 files', ': 2 .db, 1 ', "1 class folders without images: 'dog'"):
         assert part in caplog.text
 
 
