@@ -49,7 +49,7 @@ def main():
     model, args, known_classes = open_trained_model(args)
     check_layers(model, args.layers or ())
     config = resolve_input(args, model.pretrained_cfg)
-    dataset = open_images(args, known_classes, model.num_classes, world)
+    dataset = open_images(args, known_classes, model.num_classes, world, needs_classes='mistakes' in args.figures)
     classes = name_classes(args, known_classes or dataset.classes or None, model.num_classes)
     if args.max_bad_val_images is None:
         args = args.replacing(max_bad_val_images=len(dataset) if args.images else 0)

@@ -1,8 +1,9 @@
 """What a data set is: a numbered list of images with targets, and the names of the classes."""
 import contextlib
+import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -44,6 +45,24 @@ class ImageDataset(ABC):
     @abstractmethod
     def path(self, index: int) -> str:
         """Return where sample `index` is, for messages."""
+
+    def name(self, index: int) -> str:
+        """Return what sample `index` is called in its data set, wherever that is."""
+        return self.path(index)
+
+    def fingerprint(self) -> str:
+        """Return the number of images, with a checksum of their names and targets in their order.
+
+        It is the same for the same data set at another place, and tells whether two runs read the same images.
+        """
+        digest = hashlib.sha256(self.targets.tobytes())
+        for part in self._names():
+            digest.update(part)
+        return f'{len(self)} images with the checksum {digest.hexdigest()[:16]}'
+
+    def _names(self) -> Iterable[bytes]:
+        """Return what tells the images and their order, in parts; nothing if their numbers alone do."""
+        return ()
 
     def shard_offsets(self) -> np.ndarray | None:
         """Return the first sample of each shard to be fetched, then the number of samples: int64 [shards + 1].
@@ -89,6 +108,17 @@ class Part(ImageDataset):
     def path(self, index: int) -> str:
         return self._dataset.path(int(self._indices[index]))
 
+    def name(self, index: int) -> str:
+        return self._dataset.name(int(self._indices[index]))
+
+    def _names(self) -> Iterable[bytes]:
+        return (*self._dataset._names(), self._indices.tobytes())
+
+    def shard_offsets(self) -> np.ndarray | None:
+        starts = self._dataset.shard_offsets()
+        is_in_order = bool((np.diff(self._indices) >= 0).all())
+        return np.searchsorted(self._indices, starts) if starts is not None and is_in_order else None
+
     def ahead(self, indices: np.ndarray) -> AbstractContextManager[Callable[[int], None]]:
         return self._dataset.ahead(self._indices[indices])
 
@@ -105,10 +135,6 @@ class ClassView(Part):
         targets = renumbered[dataset.targets]
         super().__init__(dataset, np.flatnonzero(targets >= 0))
         self.classes, self.targets = list(classes), targets[self._indices]
-
-    def shard_offsets(self) -> np.ndarray | None:
-        starts = self._dataset.shard_offsets()
-        return None if starts is None else np.searchsorted(self._indices, starts)
 
 
 def evenly_spaced(dataset: ImageDataset, count: int) -> ImageDataset:
@@ -140,6 +166,10 @@ class PathList(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self._ends) - 1
+
+    def parts(self) -> tuple[bytes, bytes]:
+        """Return where the paths end, int64 [paths + 1], and their bytes."""
+        return self._ends.tobytes(), self._bytes
 
     def __getitem__(self, index):
         return os.fsdecode(self._bytes[self._ends[index]:self._ends[index + 1]])

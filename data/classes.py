@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from timm.data import ImageNetInfo
 
 from data.base import ClassView, ImageDataset
+from utils.disk import read_text
 from utils.errors import UserError
 
 
@@ -24,8 +25,7 @@ def read_class_map(path: str | os.PathLike) -> list[str]:
     if path == 'imagenet':
         return ImageNetInfo('imagenet-1k').label_names()
     try:
-        with open(path, encoding='utf-8') as file:
-            lines = [line.strip() for line in file if line.strip()]
+        lines = [line.strip() for line in read_text(path).split('\n') if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, 'strerror', None) or 'not UTF-8 text'
         raise UserError(f'class map {path}: {reason}; give a text file, one class name per line') from None
@@ -101,8 +101,13 @@ def match_classes(dataset: ImageDataset, classes: Sequence[str], *, where: str, 
                         f'({len(classes)} classes): {name_some(extra)}; remove them or use its class map')
     if missing and not allow_missing:
         raise UserError(f'{where}: lacks {_count_classes(missing)} of {map_source}: {name_some(missing)}; '
-                        'complete it, or evaluate apart, with validate.py')
+                        'complete it (the folder of a class may be empty), or evaluate apart, with validate.py')
     return ClassView(dataset, classes)
+
+
+def are_positions(names: Sequence[str], count: int) -> bool:
+    """Return whether all names are numbers from 0 up to, but not including, `count`, as in ImageNet-V2."""
+    return all(name.isdecimal() and len(name) < 10 and int(name) < count for name in names)
 
 
 def _count_classes(names: list[str]) -> str:

@@ -5,8 +5,9 @@
 
 | name | what it reads |
 |---|---|
-| folder, imagenet, '' | root/train/CLASS/….jpg, and the same below root/val, root/validation or root/test |
+| folder, imagenet, '' | root/train/CLASS/….jpg, and the same below root/val, or another of EVAL_SPLITS |
 | | or shards in root/train, root/val …; with root = 'wds:ADDRESS' also from a web server or an object store |
+| | or root/CLASS/….jpg alone, of which `val_fraction` is held out |
 | any other | what its opener in options/datasets.py reads |
 """
 import logging
@@ -15,13 +16,16 @@ from collections.abc import Sequence
 from os import PathLike
 
 from data.base import ImageDataset, Request
-from data.classes import match_classes, select_classes
+from data.classes import are_positions, match_classes, select_classes
 from data.folders import ImageFolder, has_class_folders, require_folder
-from data.places import EVAL_SPLITS, Place, parse_place
+from data.held_out import hold_out
+from data.places import EVAL_SPLITS, SPLITS, Place, parse_place
 from data.shards.cache import Cache
 from data.shards.dataset import Shards, open_shards, reader
 from data.shards.manifest import MANIFEST, Manifest
 from data.shards.remote import NotFoundError
+from data.shards.together import split_of, splits_together
+from data.shards.verifying import has_split
 from options.datasets import DATASETS
 from utils.errors import UserError, did_you_mean
 
@@ -34,6 +38,7 @@ def open_train_val(
     *,
     train_split: str = 'train',
     val_split: str | None = None,
+    val_fraction: float | None = None,
     only_classes: str | None = None,
     allow_missing_classes: bool = False,
     cache: Cache | None = None,
@@ -43,23 +48,28 @@ def open_train_val(
 
     name: one of DATASETS, or '' for 'folder'. root: the folder with the data, or 'wds:' and its path or address.
     train_split, val_split: folders of the splits, or patterns of tar files; None tries EVAL_SPLITS.
+    val_fraction: instead of an evaluation split, this share of root/train, or of root itself (see `hold_out`).
     only_classes: a subset such as '0-4' or 'cat,dog', renumbered from 0 (see `select_classes`).
     allow_missing_classes: let the evaluation split lack classes.
     cache: where remote shards are stored.
     options: `download`, `num_images` … of a `Request`, for data sets with an opener.
     Raises UserError for an unknown name, a folder that is not laid out as expected, splits whose classes
-    differ, a training split of fewer than two classes, or a failed download.
+    differ, a training split of fewer than two classes, a failed download, or a `val_fraction` of a data set that has an
+    evaluation split.
     """
     place = parse_place(root)
     name = _resolve_name(name, place)
     request = Request(name, place.path, **options)
+    if val_fraction:
+        train, val = _open_parts(name, place, train_split, val_split, val_fraction, cache or Cache())
+        return select_classes(train, only_classes), select_classes(val, only_classes)
     if DATASETS[name].opener:
         train, val = (_open_part(request, split) for split in (train_split, val_split))
         return select_classes(train, only_classes), select_classes(val, only_classes)
     place.require()
     if place.is_pattern:
         raise UserError(f'{place}: one split, but two are needed: give its folder, with --train-split and '
-                        '--val-split for the patterns')
+                        '--val-split for the patterns, or --val-fraction 0.1')
     cache = cache or Cache()
     trained = _open_split(_find_split(place, train_split, cache), cache)
     found = _find_split(place, val_split, cache) if val_split else _find_eval_split(place, cache, or_itself=False)
@@ -77,6 +87,7 @@ def open_eval(
     root: str | PathLike | None = None,
     *,
     split: str | None = None,
+    val_fraction: float | None = None,
     classes: Sequence[str] | None = None,
     only_classes: str | None = None,
     allow_missing_classes: bool = False,
@@ -90,12 +101,15 @@ def open_eval(
     model trained on a subset is evaluated with the same option.
 
     split: the split's folder; None tries EVAL_SPLITS, then `root` itself if it holds class folders.
+    val_fraction: instead, the images that `open_train_val` holds out.
     The other arguments and the errors are those of `open_train_val`.
     """
     place = parse_place(root)
     name = _resolve_name(name, place)
     request = Request(name, place.path, **options)
-    if DATASETS[name].opener:
+    if val_fraction:
+        _, dataset = _open_parts(name, place, 'train', split, val_fraction, cache or Cache(), classes)
+    elif DATASETS[name].opener:
         dataset = _open_part(request, split)
     else:
         place.require()
@@ -103,9 +117,22 @@ def open_eval(
     dataset = select_classes(dataset, only_classes)
     if classes is not None:
         where = name if DATASETS[name].opener else str(place)
+        if not set(dataset.classes) & set(classes) and are_positions(dataset.classes, len(classes)):
+            _logger.info('%s: its classes are numbers, taken for positions in the class map of the model', where)
+            dataset.classes = [classes[int(number)] for number in dataset.classes]
         dataset = match_classes(dataset, classes, where=where, map_source='the model',
                                 allow_missing=allow_missing_classes)
     return dataset
+
+
+def has_eval_split(root: str | PathLike, *, cache: Cache) -> bool:
+    """Return whether a data set of class folders or shards has an evaluation split of a usual name.
+
+    Raises UserError for an address that is not read.
+    """
+    place = parse_place(root)
+    place.require()
+    return not place.is_class_folders() and any(split in EVAL_SPLITS for split in _splits_in(place, cache))
 
 
 def _resolve_name(name: str, place: Place) -> str:
@@ -114,7 +141,7 @@ def _resolve_name(name: str, place: Place) -> str:
     if name not in DATASETS:
         hint = did_you_mean(name, DATASETS) or f'; choose from {", ".join(DATASETS)}'
         raise UserError(f'unknown dataset {name!r}{hint}')
-    if DATASETS[name].folder and place.path and (place.is_shards or place.has_splits()):
+    if DATASETS[name].folder and place.path and (place.is_shards or place.has_splits() or place.is_class_folders()):
         return 'folder'
     if place.is_shards and DATASETS[name].opener:
         raise UserError(f'dataset {name!r} and {place.shards_address}: only the dataset folder has shards; leave out '
@@ -148,6 +175,38 @@ def _open_split(place: Place, cache: Cache) -> ImageFolder | Shards:
     return ImageFolder(place.path)
 
 
+def _open_parts(name: str, place: Place, train_split: str, val_split: str | None, val_fraction: float, cache: Cache,
+                classes: Sequence[str] | None = None) -> tuple[ImageDataset, ImageDataset]:
+    """Return both parts of the training split in `place`, or of `place` itself, as `hold_out` divides it."""
+    given = f'--val-fraction {val_fraction:g}'
+    if DATASETS[name].opener:
+        raise UserError(f'{given}: the dataset {name} has an evaluation split; leave the option out')
+    if val_split:
+        raise UserError(f'{given} beside --val-split {val_split}; leave one of them out')
+    place.require()
+    train, splits = place, _splits_in(place, cache)
+    if not place.is_class_folders():  # else 'train' or 'test' may be the name of a class
+        train = splits.get(train_split, place)
+        if found := next((splits[split] for split in EVAL_SPLITS if split in splits), None):
+            raise UserError(f'{given}: {place} has an evaluation split, {found}; leave the option out'
+                            + (f', or give {train} to hold out a part of that' if train.is_folder() else ''))
+    whole = _open_split(train, cache)
+    _name_numbers(whole, classes, 'the model')
+    _check_two_classes(whole)
+    return hold_out(whole, val_fraction, where=whole.folder)
+
+
+def _splits_in(place: Place, cache: Cache) -> dict[str, Place]:
+    """Return the splits in `place` that have a usual name: folders in it, or tar files that lie together."""
+    if place.is_pattern:
+        return {}
+    if place.is_remote:
+        found = {split: place.join(split) for split in SPLITS if has_split(place.join(split), cache.opening_patience)}
+    else:
+        found = {split: folder for split in SPLITS if (folder := place.join(split)).is_folder()}
+    return found or _find_together(place, cache)
+
+
 def _open_eval_split(place: Place, split: str | None, classes: Sequence[str] | None, allow_missing: bool,
                      cache: Cache) -> ImageDataset:
     """Return the evaluation split in `place`, or `place` itself, with the class numbers of place/train if there is one.
@@ -155,6 +214,8 @@ def _open_eval_split(place: Place, split: str | None, classes: Sequence[str] | N
     train, train_classes, found = place.join('train'), None, place
     if not place.is_pattern:
         found = _find_split(place, split, cache) if split else _find_eval_split(place, cache, or_itself=True)
+        if found.files:
+            train = _find_together(place, cache).get('train', train)
         if classes is None and found not in (place, train):
             train_classes = _read_train_classes(train, cache)
     dataset = _open_split(found, cache)
@@ -172,6 +233,10 @@ def _open_eval_split(place: Place, split: str | None, classes: Sequence[str] | N
 
 def _read_train_classes(train: Place, cache: Cache) -> list[str] | None:
     """Return the class names of the training split if there is one."""
+    if train.files:
+        dataset = _open_split(train, cache)
+        _name_numbers(dataset, None, '')
+        return dataset.classes
     if train.is_remote or train.has_manifest():
         try:
             return Manifest.read_classes(reader(train, cache.opening_patience), str(train))
@@ -195,26 +260,43 @@ def _find_split(place: Place, split: str, cache: Cache) -> Place:
     if found.is_pattern or found.is_folder():
         return found
     if place.is_remote:
-        return _find_remote([found], cache)
+        return _find_remote([found], place, (split_of(split) or split,), cache)
+    if tars := _find_together(place, cache).get(split_of(split) or split):
+        return tars
     raise UserError(f'{place}: no folder {split!r} in it{place.describe_content()}')
+
+
+def _find_together(place: Place, cache: Cache) -> dict[str, Place]:
+    """Return the splits whose tar files lie together in `place`, which the user calls shards; {} if none do."""
+    if place.is_pattern or not place.is_shards or place.has_manifest():
+        return {}
+    return splits_together(place, reader(place, cache.opening_patience))
 
 
 def _find_eval_split(place: Place, cache: Cache, *, or_itself: bool) -> Place:
     """Return the first of EVAL_SPLITS in `place`, or with `or_itself` a `place` that is a split."""
     splits = [place.join(split) for split in EVAL_SPLITS]
     if place.is_remote:
-        return _find_remote(splits + [place] * or_itself, cache)
+        return _find_remote(splits + [place] * or_itself, place, EVAL_SPLITS, cache)
     for split in splits:
         if split.is_folder():
             return split
+    together = _find_together(place, cache)
+    if tars := next((together[split] for split in EVAL_SPLITS if split in together), None):
+        return tars
     if or_itself and (place.has_manifest() or not place.join('train').is_folder()):
         return place
+    train = place.join('train')
+    remedy = '; --val-fraction 0.1 holds out a tenth of train' if train.is_folder() or 'train' in together else ''
     raise UserError(f'{place}: no folder {", ".join(EVAL_SPLITS[:-1])} or {EVAL_SPLITS[-1]} in it'
-                    f'{place.describe_content()}')
+                    f'{place.describe_content()}{remedy}')
 
 
-def _find_remote(splits: list[Place], cache: Cache) -> Place:
-    """Return the first split with a manifest. Some stores refuse access instead of reporting that nothing is there."""
+def _find_remote(splits: list[Place], place: Place, names: Sequence[str], cache: Cache) -> Place:
+    """Return the first of `splits` with a manifest, else the first of `names` among the tar files of `place`.
+
+    Some stores refuse access instead of reporting that nothing is there.
+    """
     reasons = []
     for split in splits:
         try:
@@ -222,6 +304,9 @@ def _find_remote(splits: list[Place], cache: Cache) -> Place:
             return split
         except NotFoundError as error:
             reasons.append(str(error))
+    together = _find_together(place, cache)
+    if tars := next((together[name] for name in names if name in together), None):
+        return tars
     raise UserError(f'{reasons[0]}; give the address of a folder that tools/pack.py has written, or name the split')
 
 

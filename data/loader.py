@@ -94,6 +94,10 @@ class Loader:
         """Return the number of batches of a whole epoch on this rank."""
         return len(self.sampler)
 
+    def fingerprint(self) -> str:
+        """Return that of the data set."""
+        return self._dataset.fingerprint()
+
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
         """Let the next iteration start at batch `start_batch` of `epoch`; required before each epoch of training."""
         assert isinstance(self.sampler, TrainSampler), 'evaluation always starts at the beginning'

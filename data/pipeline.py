@@ -1,4 +1,5 @@
 """From options to the engine's input: data sets, then the loaders and preparers of training and evaluation."""
+import logging
 from collections import Counter
 from typing import NamedTuple
 
@@ -6,17 +7,22 @@ from timm.data import ImageNetInfo, resolve_data_config
 
 from data.base import ImageDataset, evenly_spaced
 from data.batch import BatchPreparer, TrainBatchPreparer
-from data.classes import read_class_map
-from data.datasets import open_eval, open_train_val
+from data.classes import are_positions, read_class_map
+from data.datasets import has_eval_split, open_eval, open_train_val
 from data.folders import ImageFiles
 from data.loader import Loader, create_loader
+from data.places import address_of_shards, is_same_place
 from data.samplers import EvalSampler, TrainSampler
 from data.shards.cache import Cache
+from data.shards.dataset import open_without_classes
+from data.shards.foreign import NoClassError
 from data.transforms import create_eval_transform, create_train_transform
 from options.checks import check_images
 from options.datasets import DATASETS
 from utils.distributed import World, one_per_machine_first
 from utils.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 # Statistics of CIFAR's pixels, under the names of timm's configurations.
 CIFAR_STATS = {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)}
@@ -56,6 +62,7 @@ def open_training_data(args, world: World):
     root, download = _locate(args)
     with one_per_machine_first(world):
         return open_train_val(args.dataset, root, train_split=args.train_split, val_split=args.val_split,
+                              val_fraction=args.val_fraction,
                               download=download and world.local_rank == 0, only_classes=args.only_classes,
                               num_classes=args.num_classes or 1000, image_size=args.img_size, cache=_cache(args, world))
 
@@ -69,17 +76,22 @@ def open_evaluation_data(args, classes: list[str] | None, num_classes: int | Non
     Raises UserError as open_eval, or if nothing maps the data set's classes to the model's `num_classes`.
     """
     root, download = _locate(args)
+    val_fraction = args.val_fraction or _recorded_fraction(args, root, world)
     if args.class_map:
         classes = read_class_map(args.class_map)
 
     def open_with(classes):
         # Missing classes are no mistake: the map is the model's.
-        return open_eval(args.dataset, root, split=args.val_split, classes=classes, only_classes=args.only_classes,
+        return open_eval(args.dataset, root, split=args.val_split, val_fraction=val_fraction,
+                         classes=classes, only_classes=args.only_classes,
                          download=download and world.local_rank == 0, allow_missing_classes=True,
                          num_classes=num_classes or 1000, image_size=args.img_size, cache=_cache(args, world))
 
     with one_per_machine_first(world):
         dataset = open_with(classes)
+    if classes is None and num_classes and len(dataset.classes) < num_classes and are_positions(dataset.classes,
+                                                                                              num_classes):
+        return open_with([str(number) for number in range(num_classes)])
     if classes is None and num_classes == 1000 and len(dataset.classes) < 1000:
         synsets = ImageNetInfo().label_names()
         if set(dataset.classes) <= set(synsets):
@@ -91,13 +103,41 @@ def open_evaluation_data(args, classes: list[str] | None, num_classes: int | Non
     return dataset
 
 
-def open_images(args, classes: list[str] | None, num_classes: int | None, world: World) -> ImageDataset:
+def _recorded_fraction(args, root: str, world: World) -> float | None:
+    """Return the --val-fraction that the checkpoint was trained with, if it belongs to the data set of the options.
+
+    Raises UserError if nobody can tell: evaluating images of the training would be wrong without a word.
+    """
+    data, val_fraction = getattr(args, 'trained_on', (None, None))
+    if not val_fraction or args.val_split or DATASETS[args.dataset].opener or has_eval_split(
+            root, cache=_cache(args, world)):
+        return None
+    if not (data and is_same_place(data, root)):
+        raise UserError(f'the checkpoint was trained with --val-fraction {val_fraction:g} of '
+                        f'{data or "a folder it does not name"}; if {root} is that data set, give --val-fraction '
+                        f'{val_fraction:g}; to evaluate all its images, --val-split .')
+    _logger.info('the checkpoint was trained with --val-fraction %g: the images held out then are evaluated',
+                 val_fraction)
+    return val_fraction
+
+
+def open_images(args, classes: list[str] | None, num_classes: int | None, world: World, *,
+                needs_classes: bool = False) -> ImageDataset:
     """Return the images of the options: files, with unknown targets of -1, or the evaluation images of a data set.
 
+    needs_classes: False also opens tar files whose images have none, with targets of -1.
     Raises UserError if neither or both are given, or as ImageFiles and open_evaluation_data.
     """
     check_images(args)
-    dataset = ImageFiles(args.images) if args.images else open_evaluation_data(args, classes, num_classes, world)
+    if address := next(filter(None, map(address_of_shards, args.images)), ''):
+        raise UserError(f'{address}: images in tar files are a data set; give --data {address}')
+    dataset: ImageDataset
+    try:
+        dataset = ImageFiles(args.images) if args.images else open_evaluation_data(args, classes, num_classes, world)
+    except NoClassError as error:
+        if needs_classes:
+            raise
+        dataset = open_without_classes(error.files)
     return evenly_spaced(dataset, args.samples) if args.samples else dataset
 
 

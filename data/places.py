@@ -5,13 +5,15 @@
 """
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from timm.utils.misc import natural_key
 
 from data.classes import name_some
-from data.folders import has_class_folders, require_folder
+from data.folders import describe_other_formats, has_class_folders, list_classes, require_folder
 from data.shards.manifest import FORMAT, MANIFEST
+from utils.console import plural
 from utils.errors import UserError
 
 # An address with this prefix consists of shards.
@@ -19,7 +21,8 @@ PREFIX = 'wds:'
 # Not all that fsspec knows: some of those open files of this machine, or run programs.
 SCHEMES = ('http', 'https', 's3', 'gs', 'gcs', 'az', 'abfs')
 # Folders that are tried, in this order, if no evaluation split is named.
-EVAL_SPLITS = ('val', 'validation', 'test')
+EVAL_SPLITS = ('val', 'valid', 'validation', 'test')
+SPLITS = ('train', *EVAL_SPLITS)
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,13 @@ class Place:
     scheme: of a remote address, such as 'https'; '' on this machine.
     is_pattern: `path` names tar files, possibly with braces, and not a folder.
     is_shards: the user said that it consists of shards.
+    files: the paths of the tar files of a split that lie beside those of other splits; `path` is for messages alone.
     """
     path: str
     scheme: str = ''
     is_pattern: bool = False
     is_shards: bool = False
+    files: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.path
@@ -51,10 +56,15 @@ class Place:
     def join(self, name: str) -> 'Place':
         """Return the split, file or pattern `name` in this place."""
         name = name.rstrip('/')
-        if not name:
+        if name in ('', '.'):
             return self
         path = f'{self.path}/{name}' if self.scheme else os.path.join(self.path, name)
         return replace(self, path=path, is_pattern=_is_pattern(name))
+
+    def with_files(self, split: str, names: Iterable[str]) -> 'Place':
+        """Return the split whose tar files `names` lie in this place."""
+        return replace(self, path=f'{self.path} ({split})', is_pattern=True, is_shards=True,
+                       files=tuple(self.join(name).path for name in names))
 
     def is_folder(self) -> bool:
         """Return whether this is a folder on this machine."""
@@ -66,7 +76,7 @@ class Place:
             require_folder(self.path)
 
     def has_splits(self) -> bool:
-        return any(self.join(split).is_folder() for split in ('train', *EVAL_SPLITS))
+        return any(self.join(split).is_folder() for split in SPLITS)
 
     def has_manifest(self) -> bool:
         """Return whether this is a split on this machine that tools/pack.py wrote; other data sets have manifests, too.
@@ -80,7 +90,7 @@ class Place:
     def tars(self) -> list['Place']:
         """Return the tar files of a pattern in its order, or those in a folder on this machine in natural order."""
         if self.is_pattern:
-            return [replace(self, path=path) for path in expand(self.path)]
+            return [replace(self, path=path, files=()) for path in self.files or expand(self.path)]
         try:
             names = [name for name in os.listdir(self.path) if name.endswith('.tar') and not name.startswith('.')]
         except OSError:
@@ -95,17 +105,36 @@ class Place:
         """Return whether this split is read as shards, not as class folders."""
         return bool(self.scheme or self.is_pattern or self.has_manifest() or (self.is_shards and self.tars()))
 
+    def is_class_folders(self) -> bool:
+        """Return whether this is a split of class folders on this machine, not a folder of splits.
+
+        A class may have the name of a split, and a split may hold images outside of class folders.
+        """
+        splits = [folder.path for split in SPLITS if (folder := self.join(split)).is_folder()]
+        return self.is_folder() and has_class_folders(self.path) and not any(map(has_class_folders, splits))
+
     def describe_content(self) -> str:
         """Return what to say of a folder that lacks a split: the usual mistake, or what it holds."""
-        if self.has_manifest() or has_class_folders(self.path):
-            looks = 'is' if self.has_manifest() else 'looks like'
-            return f'; it {looks} a split itself: give {os.path.dirname(os.path.abspath(self.path))!r} instead'
+        if self.has_manifest() or self.is_class_folders():
+            above, name = os.path.split(os.path.abspath(self.path))
+            if name in SPLITS and any(os.path.isdir(os.path.join(above, split)) for split in SPLITS if split != name):
+                looks = 'is' if self.has_manifest() else 'looks like'
+                return f'; it {looks} a split itself: give {above!r} instead'
+            found = 'the shards of one split'
+            if not self.has_manifest():
+                classes = list_classes(self.path)
+                found = f'{plural(len(classes), "class folder")} ({name_some(classes, 3)})'
+            return f', but {found}; to hold out a tenth of the images for evaluation give --val-fraction 0.1'
+        if not self.is_shards and (tars := self.tars()):
+            return f', but {plural(len(tars), "tar file")}; to read them as shards give {self.shards_address}'
+        if other := describe_other_formats(self.path):
+            return f', but {other}'
         content = sorted(name for name in os.listdir(self.path) if not name.startswith('.'))
         for inner in map(self.join, content):
             if inner.has_splits():
                 return f'; did you mean {inner.path!r}?'
         found = name_some(content) if content else 'nothing'
-        return f', but {found}; give the folder that holds the splits, or name the split'
+        return f', but {found}; give the folder that holds the splits, or name them (--train-split, --val-split)'
 
 
 def parse_place(address: str | os.PathLike | Place | None, *, is_shards: bool = False) -> Place:
@@ -126,6 +155,18 @@ def parse_place(address: str | os.PathLike | Place | None, *, is_shards: bool = 
                         + f'; give shards as {PREFIX}/data/imagenet or {PREFIX}https://host/imagenet')
     place = parse_folder(path)
     return replace(place, is_pattern=_is_pattern(path), is_shards=is_shards)
+
+
+def address_of_shards(path: str) -> str:
+    """Return the address of the shards that `path`, which was given as an image, names; '' if it names none."""
+    return PREFIX + path.removeprefix(PREFIX) if path.startswith(PREFIX) or path.endswith('.tar') else ''
+
+
+def is_same_place(one: str, other: str) -> bool:
+    """Return whether two addresses of data sets, as users give them, lead to the same place."""
+    places = [parse_place(address) for address in (one, other)]
+    first, second = (place.path if place.is_remote else os.path.realpath(place.path) for place in places)
+    return first == second
 
 
 def parse_folder(address: str) -> Place:

@@ -58,6 +58,7 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
     world = state.world
     loss = create_loss(args, soft_targets=loaders.prepare_train.mixing)
     state.order = loaders.train_loader.sampler.order
+    state.images = {'training': loaders.train_loader.fingerprint(), 'evaluation': loaders.val_loader.fingerprint()}
     steps_per_epoch = len(loaders.train_loader) // args.accum_steps
     schedule, num_epochs = create_schedule(state.optimizer, args, steps_per_epoch)
     size = 'x'.join(str(s) for s in dict.fromkeys(loaders.img_size))

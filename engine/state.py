@@ -1,6 +1,7 @@
 """TrainState: everything that a resumed run needs."""
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class TrainState:
     classes: list[str]  # their names
     world: World
     order: str = ''  # what determines the order of images beside the options (see TrainSampler); '' if unknown
+    images: dict[str, str] = field(default_factory=dict)  # of 'training' and 'evaluation' (ImageDataset.fingerprint)
     epoch: int = 0  # the current one
     step: int = 0  # optimizer steps taken in the epoch
     global_step: int = 0  # optimizer steps taken in the run
@@ -95,6 +97,7 @@ class TrainState:
             'args': self.options,
             'classes': self.classes,
             'order': self.order,
+            'images': self.images,
         }
 
     def _statistics(self) -> list[torch.Tensor]:
@@ -128,6 +131,9 @@ class TrainState:
         before = state['global_step'] * _images_per_step(state['args'], len(state['ranks']))
         self.images_seen = state.get('images_seen', before)
         self._load_rank(state['ranks'])
+        for kind, saved in self._changed_images(state) if self.world.is_main else ():
+            _logger.warning('the %s images are others than in the checkpoint, or in another order: %s, before %s', kind,
+                            self.images[kind], saved)
 
     def _load_optimizer(self, saved: dict, name: str | None, source) -> None:
         # Options take precedence over the checkpoint, so a changed decay or momentum applies to the rest of the run.
@@ -183,6 +189,11 @@ class TrainState:
         if state['classes'] != self.classes:
             raise UserError(f'{source}: trained on {_named(state["classes"])}, this data set has '
                             f'{_named(self.classes)}; resume with the same data, or start a new run with transfer.py')
+        before, now = (options.get('val_fraction') for options in (state['args'], self.options))
+        if before != now:
+            raise UserError(f'{source}: trained {_with_fraction(before)}, this run is {_with_fraction(now)}: images '
+                            'held out for evaluation would change sides; '
+                            + (f'give --val-fraction {before}' if before else 'leave the option out'))
         per_step = (_images_per_step(state['args'], len(state['ranks'])),
                     _images_per_step(self.options, self.world.size))
         if state['step'] and per_step[0] != per_step[1]:
@@ -193,8 +204,21 @@ class TrainState:
             raise UserError(f"{source}: stands in the middle of an epoch of {state['order']}, this run has "
                             f'{self.order}, in another order: some images would be repeated, others left out; resume '
                             'with the same data, or from a checkpoint at the end of an epoch')
+        changed = dict(self._changed_images(state))
+        if state['step'] and 'training' in changed:
+            raise UserError(f"{source}: stands in the middle of an epoch of {changed['training']}, this run has "
+                            f"{self.images['training']}: other names, or in another order; some images would be "
+                            'repeated, others left out; resume with the same data, or from a checkpoint at the end of '
+                            'an epoch')
         for entry in ('state_dict', 'state_dict_ema') if self.ema and state['state_dict_ema'] else ('state_dict',):
             self._check_weights(state[entry], source)
+
+    def _changed_images(self, state: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yield the kinds of images that differ from those of a checkpoint, with what these were."""
+        before = state.get('images')  # earlier versions lack it
+        for kind, now in self.images.items():
+            if isinstance(before, dict) and isinstance(before.get(kind), str) and before[kind] != now:
+                yield kind, before[kind]
 
     def _check_weights(self, theirs: dict[str, torch.Tensor], source) -> None:
         ours = self.model.state_dict()
@@ -212,6 +236,10 @@ class TrainState:
 def batch_norm_buffers(model: nn.Module) -> list[torch.Tensor]:
     return [buffer for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
             for buffer in module.buffers()]
+
+
+def _with_fraction(val_fraction: float | None) -> str:
+    return f'with --val-fraction {val_fraction}' if val_fraction else 'without --val-fraction'
 
 
 def _images_per_step(options: dict, processes: int) -> int:

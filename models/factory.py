@@ -272,6 +272,8 @@ class TrainedModel(NamedTuple):
     classes: list[str] | None  # names in the order of the logits; None if the checkpoint has none
 
 
+# Options of the training that tell which images it held out.
+RECORDED_SPLIT = ('data', 'val_fraction')
 # Options of images and model that are read from the checkpoint unless they are given.
 RECORDED = ('gp', 'model_kwargs', 'crop_pct', 'mean', 'std', 'interpolation')
 
@@ -300,6 +302,7 @@ def open_trained_model(args) -> TrainedModel:
     if args.model and resolve_name(args.model) != (recorded_arch(checkpoint) or '').lower():
         recorded = {name: recorded[name] for name in recorded.keys() - {'model_kwargs', 'gp'}}  # of another model
 
+    trained_on = _split_of_training(recorded_options(checkpoint))
     name, size = args.model or 't2t_vit_14', None
     if checkpoint and not (args.model and args.img_size):
         identity = identify(state_dict_of(checkpoint, args.use_ema, source), recorded_img_size(checkpoint))
@@ -307,7 +310,7 @@ def open_trained_model(args) -> TrainedModel:
     name = resolve_name(name)
     height, width = size or published_config(name).input_size[-2:]
     args = args.replacing(model=name, img_size=args.img_size or (height if height == width else (height, width)),
-                          **recorded)
+                          trained_on=trained_on, **recorded)
     _check_channels_of_options(args)
     num_classes = args.num_classes or count_classes(name, checkpoint, args.use_ema, source=source)
     if not num_classes:
@@ -343,6 +346,13 @@ def _check_channels_of_weights(name: str, checkpoint: Mapping[str, Any], use_ema
     if channels not in (None, 1, 3):
         raise UserError(f'{source}: the weights take images of {channels} channels; images are read as RGB, with 3; '
                         'give weights for RGB or grey images')
+
+
+def _split_of_training(options: Mapping[str, Any]) -> tuple[str | None, float | None]:
+    """Return --data and --val-fraction as a training recorded them; None for what it did not."""
+    data, val_fraction = map(options.get, RECORDED_SPLIT)
+    return (data if isinstance(data, str) else None,
+            val_fraction if isinstance(val_fraction, float) and 0 < val_fraction < 1 else None)
 
 
 def _model_of(checkpoint: Mapping[str, Any], identity: Architecture, source: str) -> str:

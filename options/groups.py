@@ -2,7 +2,19 @@
 import argparse
 
 from options.datasets import DATASETS
-from options.types import count, fraction, image_size, keyword, positive, positive_int, probability, rate, real, seed
+from options.types import (
+    count,
+    fraction,
+    image_size,
+    keyword,
+    positive,
+    positive_int,
+    probability,
+    rate,
+    real,
+    seed,
+    share,
+)
 
 FLAG = argparse.BooleanOptionalAction
 
@@ -29,7 +41,10 @@ def _add_dataset_options(add):
     add('--dataset', default='folder', choices=DATASETS,
         help='kind of data set; digits (embedded) and synthetic (for measuring) need no DIR')
     add('--download', action=FLAG, help='download CIFAR if it is missing (default: only if no DIR is given)')
-    add('--val-split', metavar='NAME', help='folder of the evaluation images (default: val, validation or test)')
+    add('--val-split', metavar='NAME',
+        help='folder of the evaluation images in DIR (default: val, valid, validation or test)')
+    add('--val-fraction', type=share, metavar='SHARE',
+        help='instead: hold out this share of the images, such as 0.1; the same ones every time')
     add('--only-classes', metavar='CLASSES', help="use only these classes: '0-4', or names such as 'cat,dog'")
     add('-j', '--workers', type=count, default=8, metavar='N', help='data loader workers per process')
     add('--pin-mem', action=FLAG, default=True, help='page-locked memory: a GPU copies batches while it computes')
@@ -71,6 +86,7 @@ def trained_model_options(parser):
     add = parser.add_argument_group('Trained model').add_argument
     add('--eval-checkpoint', '--checkpoint', metavar='PATH',
         help="weights: a file, a run's folder, output/train/latest, a folder of timm, hf-hub:MODEL or a URL")
+    parser.set_defaults(trained_on=(None, None))  # --data and --val-fraction of the training, from the checkpoint
     add('--class-map', metavar='FILE', help='text file with one class folder per line, in the order of the labels')
     add('-b', '--b', '--batch-size', dest='batch_size', type=positive_int, default=64, metavar='N',
         help='images per batch and process')

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from options.elsewhere import ELSEWHERE
+from utils.disk import read_text
 from utils.errors import UserError, did_you_mean
 
 # What the Python types of values are called in messages.
@@ -65,7 +66,7 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser, *, complete: bool =
         UserError: it names the file, the key and the nearest right name, or the value and what was expected.
     """
     try:
-        values = yaml.load(path.read_text(encoding='utf-8'), _RecipeLoader)
+        values = yaml.load(read_text(path), _RecipeLoader)
     except OSError as error:
         raise UserError(f'-c {path}: {error.strerror}: give a recipe such as configs/t2t_vit_14.yaml') from None
     except Exception as error:  # PyYAML raises more than its own errors: ValueError, RecursionError, …

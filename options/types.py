@@ -56,6 +56,7 @@ rate = number(float, low=0)
 positive = number(float, above=0)
 probability = number(float, low=0, high=1)
 fraction = number(float, low=0, below=1)
+share = number(float, above=0, below=1)
 seed = number(int, low=0, high=2**32 - 1)
 
 

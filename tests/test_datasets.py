@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -14,8 +15,11 @@ from data import open_eval, open_train_val, read_class_map
 from data.arrays import ArrayImages, SyntheticImages
 from data.base import ClassView, PathList
 from data.classes import select_classes
-from data.folders import ImageFolder
+from data.folders import ImageFiles, ImageFolder
 from data.places import parse_place
+from options.recipes import read_recipe
+from options.scripts import train_parser
+from tools.doctor.data import survey
 from utils.errors import UserError
 
 
@@ -63,7 +67,7 @@ def test_folders_give_images_targets_and_paths(root, name):
     assert contents(open_eval(name, str(root))) == contents(val)
 
 
-@pytest.mark.parametrize('split', ['validation', 'test'])
+@pytest.mark.parametrize('split', ['valid', 'validation', 'test'])
 def test_the_evaluation_split_is_found(root, split):
     (root / 'val').rename(root / split)
     assert contents(open_train_val('folder', root)[1]) == contents(open_eval('folder', root))
@@ -98,17 +102,46 @@ def test_a_link_to_a_class_folder_is_followed_and_a_circle_ends(root, tmp_path):
     assert len(open_train_val('folder', root)[0]) == 9
 
 
+def test_links_within_class_folders_are_followed_and_loops_are_named(root, caplog):
+    store = root.parent / f'{root.name}-store'
+    make_split(store, ['deep'], 2)
+    ant, bee = root / 'train' / 'ant', root / 'train' / 'bee'
+    (ant / 'more').symlink_to(store)  # ant/more/deep/0.png
+    (ant / 'linked.png').symlink_to(store / 'deep' / '0.png')
+    (store / 'deep' / 'back').symlink_to(store)
+    (store / 'home').symlink_to(root)  # over ant back to the link
+    (bee / 'first').symlink_to(store / 'deep')
+    (bee / 'again').symlink_to(store / 'deep')  # twice, as the user has it
+    (root / 'train' / 'cat' / 'itself').symlink_to('.')
+    (root / 'train' / 'all').symlink_to('../train')  # no class
+    train, val = open_train_val('folder', root)
+    assert np.bincount(train.targets).tolist() == [3 + 1 + 2, 3 + 2 * 2, 3] and len(val) == 6
+    relative = [os.path.relpath(train.path(index), ant) for index in range(6)]
+    assert relative == ['0.png', '1.png', '2.png', 'linked.png', 'more/deep/0.png', 'more/deep/1.png']
+    assert contents(train)[4:6] == [(0, 0), (1, 0)]
+    assert "6 links are not followed, since they lead back to themselves: 'all', 'ant/more/deep/back'" in caplog.text
+    assert train.classes == ['ant', 'bee', 'cat']
+    assert survey(root / 'train').counts == {'ant': 6, 'bee': 7, 'cat': 3}
+    (root / 'train' / 'all').unlink()
+    shutil.rmtree(root / 'train' / 'bee')
+    ImageFolder(root / 'train')
+    assert "3 links are not followed, since they lead back to themselves: 'ant/more/deep/back', 'ant/more/home', " \
+        "'cat/itself'" in caplog.text
+    assert len(ImageFiles([ant])) == 6
+
+
 def test_oddities_are_counted_and_logged(root, caplog):
     (root / 'train' / 'README.txt').touch()
     (root / 'train' / 'ant' / 'Thumbs.db').touch()
     (root / 'train' / 'ant' / '._0.png').touch()
+    (root / 'train' / 'bee' / 'copy.DB').touch()
     (root / 'train' / '.ipynb_checkpoints').mkdir()
     (root / 'train' / 'dog').mkdir()
     (root / 'val' / 'dog').mkdir()
     with caplog.at_level(logging.INFO):
         train, val = open_train_val('folder', root)
-    assert train.classes == val.classes == ['ant', 'bee', 'cat', 'dog'] and train.num_ignored == 3
-    for part in ('9 images of 4 classes', 'ignored 3 files', "1 class folders without images: 'dog'"):
+    assert train.classes == val.classes == ['ant', 'bee', 'cat', 'dog'] and train.num_ignored == 4
+    for part in ('9 images of 4 classes', 'ignored 4 files', ': 2 .db, 1 ', "1 class folders without images: 'dog'"):
         assert part in caplog.text
 
 
@@ -123,6 +156,9 @@ def test_a_class_that_one_split_lacks_is_an_error_that_names_it(root):
     (root / 'val' / 'dog').rename(root / 'train' / 'dog')
     for call in (open_train_val, open_eval):
         assert "'dog'" in (message := error_of(call, 'folder', root)) and 'lacks 1 class of' in message
+        assert 'may be empty' in message
+    (root / 'val' / 'dog').mkdir()
+    assert contents(open_train_val('folder', root)[1]) == contents(open_eval('folder', root))
 
 
 def test_missing_classes_can_be_allowed_and_keep_the_targets_of_the_others(root):
@@ -174,10 +210,66 @@ def test_a_flat_validation_folder_is_explained(root):
 def test_missing_splits_are_explained(root):
     (root / 'val').rename(root / 'holdout')
     message = error_of(open_train_val, 'folder', root)
-    assert 'val, validation or test' in message and "'holdout'" in message
+    assert 'val, valid, validation or test' in message and "'holdout'" in message and '--val-fraction' in message
     assert "no folder 'typo'" in error_of(open_train_val, 'folder', root, val_split='typo')
     assert "no folder 'typo'" in error_of(open_eval, 'folder', root, split='typo')
-    assert 'val, validation or test' in error_of(open_eval, 'folder', root)
+    assert 'val, valid, validation or test' in error_of(open_eval, 'folder', root)
+
+
+@pytest.mark.parametrize('name, named', [
+    ('train-00000-of-00002.parquet', '1 file in the Parquet format'), ('data.mdb', 'LMDB'), ('x.tfrecord', 'TFRecord'),
+    ('train.ZIP', 'unpack them first'), ('a.tar.gz', 'unpack them first')])
+@pytest.mark.parametrize('inner', ['', 'data'])
+def test_data_sets_in_other_formats_are_explained(tmp_path, name, named, inner):
+    (tmp_path / inner).mkdir(exist_ok=True)
+    (tmp_path / inner / name).touch()
+    (tmp_path / 'README.md').touch()
+    for call in (open_train_val, open_eval):
+        assert named in error_of(call, 'folder', tmp_path)
+
+
+def test_tiny_imagenet(tmp_path, caplog):
+    """train/CLASS/images/NAME.JPEG, val/images/NAME.JPEG and val/val_annotations.txt."""
+    for split in ('train', 'val'):
+        make_split(tmp_path / split, ['n02', 'n01', 'n10'], 2)
+    for folder in (tmp_path / 'train').iterdir():
+        (folder / 'images').mkdir()
+        for image in list(folder.glob('*.png')):
+            image.rename(folder / 'images' / image.name)
+        (folder / f'{folder.name}_boxes.txt').touch()
+    (tmp_path / 'val/images').mkdir()
+    lines = []
+    for number, (name, image) in enumerate([('n10', '0'), ('n01', '0'), ('n01', '1'), ('n02', '1')]):
+        (tmp_path / 'val' / name / f'{image}.png').rename(tmp_path / 'val/images' / f'val_{number}.png')
+        lines.append(f'val_{number}.png\t{name}\t0\t32\t44\t62\n')
+    for name in ('n01', 'n02', 'n10'):
+        shutil.rmtree(tmp_path / 'val' / name)
+    (tmp_path / 'val/val_annotations.txt').write_text(''.join(lines))
+    train, val = open_train_val('folder', tmp_path)
+    assert contents(train) == [(10, 0), (11, 0), (0, 1), (1, 1), (20, 2), (21, 2)]
+    assert contents(val) == [(10, 0), (11, 0), (1, 1), (20, 2)] == contents(open_eval('folder', tmp_path))
+    assert val.path(0) == f'{tmp_path}/val/images/val_1.png'
+    assert [found.counts for found in map(survey, (tmp_path / 'train', str(tmp_path / 'val')))] == [
+        {'n01': 2, 'n02': 2, 'n10': 2}, {'n01': 2, 'n02': 1, 'n10': 1}]
+    for text, named in ((''.join(lines[1:]), "no class for 1 image ('images/val_0.png')"), ('val_0.png n10\n', 'a tab'),
+                        ('val_0.png\t../x\n', 'a tab')):
+        (tmp_path / 'val/val_annotations.txt').write_text(text)
+        assert named in error_of(open_eval, 'folder', tmp_path)
+
+
+def test_folders_named_by_number_are_positions_in_the_class_map_of_a_model(tmp_path, caplog):
+    make_split(tmp_path / 'v2', ['2', '0', '11'], 1)
+    classes = [f'class{number}' for number in range(12)]
+    caplog.set_level(logging.INFO)
+    dataset = open_eval('folder', tmp_path / 'v2', classes=classes, allow_missing_classes=True)
+    assert dataset.classes == classes and contents(dataset) == [(10, 0), (0, 2), (20, 11)]
+    assert 'its classes are numbers, taken for positions in the class map of the model' in caplog.text
+    assert contents(open_eval('folder', tmp_path / 'v2', classes=[*classes, '2', '0', '11'],
+                              allow_missing_classes=True)) == [(10, 13), (0, 12), (20, 14)]  # names before positions
+    assert 'not in the class map' in error_of(open_eval, 'folder', tmp_path / 'v2', classes=classes[:11])
+    make_split(tmp_path / 'both' / 'train', ['ant', 'bee'], 1)
+    make_split(tmp_path / 'both' / 'val', ['0', '1'], 1)
+    assert 'not in the class map' in error_of(open_train_val, 'folder', tmp_path / 'both')
 
 
 def test_folders_without_images_are_explained(tmp_path):
@@ -238,6 +330,18 @@ def test_class_map_files(tmp_path, text, expected):
     path = tmp_path / 'map.txt'
     path.write_text(text)
     assert read_class_map(path) == expected
+
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16', 'utf-8'])
+def test_text_files_of_other_programs(tmp_path, encoding):
+    """Notepad and Excel begin UTF-8 with a byte order mark, PowerShell writes UTF-16."""
+    (tmp_path / 'map.txt').write_bytes('zürich\r\nbee\r\n'.encode(encoding))
+    assert read_class_map(tmp_path / 'map.txt') == ['zürich', 'bee']
+    (tmp_path / 'map.txt').write_bytes('zürich 1\nbee 0'.encode(encoding))
+    assert read_class_map(tmp_path / 'map.txt') == ['bee', 'zürich']
+    (tmp_path / 'recipe.yaml').write_bytes('epochs: 7\r\nmodel: t2t_vit_7\r\n'.encode(encoding))
+    recipe = read_recipe(tmp_path / 'recipe.yaml', train_parser())
+    assert recipe == {'epochs': 7, 'model': 't2t_vit_7'}
 
 
 @pytest.mark.parametrize('content, named', [
@@ -409,6 +513,22 @@ def test_a_path_list_is_a_list_of_paths():
     assert list(packed) == paths and len(packed) == 5
     with pytest.raises(IndexError):
         packed[5]
+
+
+def test_a_fingerprint_tells_images_and_their_order_wherever_they_are(root, tmp_path):
+    before = ImageFolder(root / 'train').fingerprint()
+    assert before.startswith('9 images with the checksum ')
+    shutil.copytree(root / 'train', root / 'copy')
+    assert ImageFolder(root / 'copy').fingerprint() == before
+    seen = {before, open_eval('folder', root).fingerprint()}
+    for before, after in (('ant/0', 'ant/3'), ('ant/3', 'ant/03'), ('ant/1', 'bee/01'), ('ant/2', '../out')):
+        (root / 'copy' / f'{before}.png').rename(root / 'copy' / f'{after}.png')
+        seen.add(ImageFolder(root / 'copy').fingerprint())
+    assert len(seen) == 6
+    train = open_eval('folder', root, split='train')
+    parts = [select_classes(train, text) for text in ('0-1', '1-2')]
+    assert len({part.fingerprint() for part in (train, *parts)}) == 3
+    assert len({dataset.fingerprint() for dataset in open_train_val('digits')}) == 2
 
 
 def test_a_view_numbers_by_the_given_names():

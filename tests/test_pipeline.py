@@ -1,4 +1,7 @@
 """From options to data: whose classes number an evaluation, where CIFAR is, what a model's input is."""
+import io
+import tarfile
+
 import pytest
 import timm
 import torch
@@ -21,6 +24,33 @@ def test_a_part_of_imagenet_is_numbered_as_imagenet(tmp_path):
     synsets = ('n01440764', 'n01443537', 'n15075141')  # the first two and the last
     dataset = evaluation_data(write_images(tmp_path, {'val': 2}, classes=synsets), num_classes=1000)
     assert len(dataset.classes) == 1000 and sorted(dataset.targets.tolist()) == [0, 0, 1, 1, 999, 999]
+
+
+def test_numbered_folders_are_positions_for_a_model_without_names(tmp_path):
+    dataset = evaluation_data(write_images(tmp_path, {'val': 1}, classes=('4', '332')), num_classes=1000)
+    assert len(dataset.classes) == 1000 and sorted(dataset.targets.tolist()) == [4, 332]
+    with pytest.raises(UserError, match='nothing says which is which'):
+        evaluation_data(tmp_path, num_classes=332)
+
+
+def test_images_in_tar_files_may_have_no_class_where_none_is_needed(tmp_path):
+    with tarfile.open(tmp_path / 'a.tar', 'w') as tar:
+        for number, name in enumerate(('x/1.jpg', 'x/1.cls', 'x/2.jpg')):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b'%d' % number))
+    args = parse('--data', f'wds:{tmp_path}', script='predict')
+    dataset = pipeline.open_images(args, ['ant', 'bee'], 2, ONE)
+    assert dataset.targets.tolist() == [-1, -1] and dataset.classes == []
+    assert [dataset.read_bytes_or_image(k) for k in (0, 1)] == [b'0', b'2']
+    assert dataset.path(1) == f'{tmp_path}/a.tar::x/2.jpg'
+    with pytest.raises(UserError, match="'x/2.jpg' has no class"):
+        pipeline.open_images(args, ['ant', 'bee'], 2, ONE, needs_classes=True)
+    with pytest.raises(UserError, match="'x/2.jpg' has no class"):
+        evaluation_data(f'wds:{tmp_path}')
+    for image in (f'{tmp_path}/a.tar', f'wds:{tmp_path}/a.tar'):
+        with pytest.raises(UserError, match=f'give --data wds:{tmp_path}/a.tar'):
+            pipeline.open_images(parse('photo.jpg', image, script='predict'), None, 2, ONE)
 
 
 def test_classes_come_from_the_map_then_the_checkpoint_then_the_folders(tmp_path):

@@ -1,12 +1,16 @@
 """A resumed run ends in the same bytes as one that never stopped: two ranks, everything random switched on."""
 import json
+import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.run import _report_differences
-from tests.conftest import assert_same, launch, succeeded
+from engine.state import TrainState
+from tests.conftest import assert_same, launch, run_script, succeeded, write_images
 from utils.checkpoint_reader import read_checkpoint
 
 # Every source of randomness: crops, flips, RandAugment, erasing, Mixup, CutMix, dropout, drop path.
@@ -113,3 +117,34 @@ def test_a_run_that_began_before_images_were_augmented_as_tensors_says_that_they
     caplog.clear()
     _report_differences({'lr': 0.1}, now | {'fast_transform': False})
     assert not caplog.messages
+
+
+def test_other_images_are_refused_within_an_epoch_and_said_at_its_end(tmp_path):
+    write_images(tmp_path / 'data', {'train': 8, 'val': 2}, size=(16, 16))
+    bee = tmp_path / 'data/train/bee'
+    run = ('data', '--model', 't2t_vit_7', '--model-kwargs', 'embed_dim=32', 'depth=1', 'num_heads=2',
+           '--img-size', '16', '--device', 'cpu', '-b', '8', '-j', '0', '--epochs', '2', '--warmup-epochs', '0',
+           '--cooldown-epochs', '0', '--no-tensorboard', '--output', 'runs', '--experiment', 'a', '--resume')
+    stopped = run_script('train.py', *run[:-1], cwd=tmp_path, T2T_FAULTS='step@5=term')
+    assert stopped.returncode == 75
+    (bee / 'bee_3.jpg').rename(bee / 'a.jpg')
+    refused = run_script('train.py', *run, 'auto', cwd=tmp_path)
+    assert refused.returncode == 2
+    assert 'stands in the middle of an epoch of 24 images with the checksum' in refused.stderr
+    assert 'in another order' in refused.stderr and refused.stderr.count('\n') == 1
+    shutil.copy(bee / 'a.jpg', bee / 'new.jpg')
+    val = tmp_path / 'data/val/bee/bee_0.jpg'
+    val.rename(val.with_name('other.jpg'))
+    out = succeeded(run_script('train.py', *run, 'runs/train/a/checkpoint-00000003.pth.tar', cwd=tmp_path))
+    for kind, now, before in (('training', 25, 24), ('evaluation', 6, 6)):
+        assert re.search(f'warning: the {kind} images are others than in the checkpoint.*: {now} images with the '
+                         f'checksum [0-9a-f]+, before {before} images', out)
+
+
+def test_a_checkpoint_of_an_earlier_version_knows_no_images(uninterrupted):
+    before = read_checkpoint(uninterrupted / 'runs/train/whole/last.pth.tar')
+    assert before['images']['training'].startswith('430 images with the checksum ')
+    state = SimpleNamespace(images={'training': '24 images'})
+    for saved in ({}, {'images': None}, {'images': {}}, {'images': {'training': 7}}):
+        assert not list(TrainState._changed_images(state, saved))
+    assert list(TrainState._changed_images(state, before)) == [('training', before['images']['training'])]

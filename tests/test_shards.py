@@ -1,7 +1,9 @@
 """data/shards: shards give what the folder gave that they were packed from, wherever they are."""
+import contextlib
 import errno
 import fcntl
 import io
+import json
 import os
 import pickle
 import socket
@@ -30,6 +32,8 @@ from data.shards.cache import Cache
 from data.shards.dataset import open_shards
 from data.shards.manifest import INDEX, member_key
 from data.shards.remote import RemoteFile, describe_remote
+from data.shards.together import split_of
+from data.shards.verifying import index_folder
 from data.transforms import create_eval_transform, create_train_transform
 from tests.conftest import run_script, succeeded, write_images
 from tests.store import Store, write_shards
@@ -268,6 +272,8 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 @pytest.mark.parametrize('labels, classes, targets', [
     ([{'cls': b'2'}, {'cls': b'0\n'}, {'cls': b'2'}], ['0', '1', '2'], [2, 0, 2]),
     ([{'cls': b'dog'}, {'cls': b'cat10'}, {'cls': b'cat9'}], ['cat9', 'cat10', 'dog'], [2, 1, 0]),
+    ([{'cls': b'\xef\xbb\xbfdog\r\n'}, {'json': b'\xef\xbb\xbf{"label": "dog"}'}, {'cls': b'cat'}], ['cat', 'dog'],
+     [1, 1, 0]),
     ([{'json': b'{"label": 1}'}, {'json': b'{"cls": 0, "url": ""}'}, {'txt': b'', 'cls': b'1'}], ['0', '1'], [1, 0, 1]),
 ])
 def test_labels_of_tar_files_from_elsewhere(tmp_path, cache, labels, classes, targets):
@@ -318,6 +324,80 @@ def test_numbers_are_positions_in_the_class_map(tmp_path, cache):
     assert open_eval('', f'wds:{tmp_path}', cache=cache, classes=['ant', 'bee', 'cat']).targets.tolist() == [0, 1]
     with pytest.raises(UserError, match='not in the class map'):
         open_eval('', f'wds:{tmp_path}/train/s.tar', cache=cache, classes=['ant', 'bee'])
+
+
+TOGETHER = ('imagenet-train-0000.tar', 'imagenet-train-0001.tar', 'imagenet-validation-00.tar')
+
+
+def write_together(folder: Path, labels=(b'0', b'2', b'1'), names=TOGETHER) -> Path:
+    """Tar files of two samples each, of two splits in one folder; the class, which is the image too, tells the file."""
+    for number, name in enumerate(names):
+        write_tar(folder / name, {f'{k}{number}.{ending}': labels[number] for k in 'ab' for ending in ('jpg', 'cls')})
+    return folder
+
+
+def test_splits_that_lie_together_are_told_by_the_names_of_their_tar_files(tmp_path, cache):
+    root = f'wds:{write_together(tmp_path)}'
+    train, val = open_train_val('', root, cache=cache)
+    assert [train.read_bytes_or_image(k) for k in range(len(train))] == [b'0', b'0', b'2', b'2']
+    assert [val.read_bytes_or_image(k) for k in range(len(val))] == [b'1', b'1'] and val.targets.tolist() == [1, 1]
+    for dataset in (open_eval('', root, cache=cache, classes=['a', 'b', 'c']),
+                    open_eval('', root, cache=cache, split='validation', classes=['a', 'b', 'c'])):
+        assert [dataset.path(k) for k in range(len(dataset))] == [
+            f'{tmp_path}/imagenet-validation-00.tar::{k}2.jpg' for k in 'ab']
+    assert len(open_eval('', root, cache=cache, split='train')) == 4
+    assert len(open_eval('', f'{root}/imagenet-{{train-0000,validation-00}}.tar', cache=cache)) == 4  # as it is named
+    with pytest.raises(UserError, match='3 tar files; to read them as shards give wds:'):
+        open_train_val('', tmp_path, cache=cache)
+    with pytest.raises(UserError, match='2 splits \\(train, val\\) lie together, .*own, or use them as they are: wds:'):
+        index_folder(str(tmp_path), jobs=1)
+    assert not (tmp_path / 'manifest.json').exists()
+    with pytest.raises(UserError, match='has an evaluation split'):
+        open_train_val('', root, cache=cache, val_fraction=0.5)
+    write_tar(tmp_path / 'more.tar', {'x.jpg': b'0', 'x.cls': b'0'})
+    with pytest.raises(UserError, match="others do not \\('more.tar'\\)"):
+        open_train_val('', root, cache=cache)
+
+
+def test_classes_of_splits_that_lie_together_are_those_of_the_training_split(tmp_path, cache):
+    root = f'wds:{write_together(tmp_path, (b"ant", b"cat", b"cat"))}'
+    assert open_eval('', root, cache=cache, allow_missing_classes=True).targets.tolist() == [1, 1]
+
+
+def test_one_split_in_a_folder_is_evaluated_whole(tmp_path, cache):
+    for name in ('train', 'val', 'part'):
+        root = write_together(tmp_path / name, names=[f'{name}-{k}.tar' for k in range(3)])
+        assert len(open_eval('', f'wds:{root}', cache=cache)) == 6
+        assert len(index_folder(str(root), jobs=1).index) == 6
+
+
+@pytest.mark.parametrize('is_remote', [False, True])
+def test_splits_that_lie_together_are_those_of_timms_list(tmp_path, cache, is_remote):
+    write_together(tmp_path)
+    # The list has the last word, here against the names.
+    listed = {'train': {'filenames': TOGETHER[1:]}, 'validation': {'filenames': TOGETHER[:1], 'shard_lengths': [2]}}
+    (tmp_path / '_info.json').write_text(json.dumps({'splits': listed}))
+    with Store(tmp_path) if is_remote else contextlib.nullcontext(SimpleNamespace(url=tmp_path)) as place:
+        train, val = open_train_val('', f'wds:{place.url}', cache=cache)
+        alone = open_eval('', f'wds:{place.url}', cache=cache, classes=['a', 'b', 'c'])
+        assert [len(train), len(val), len(alone)] == [4, 2, 2]
+        assert {dataset.read_bytes_or_image(1) for dataset in (val, alone)} == {b'0'}
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{"splits": {"train": 1}}', '{"splits": {"train": {"filenames": [1]}}}',
+                                     '{"splits": {"train": {"filenames": ["../x.tar"]}}}'])
+def test_a_list_of_splits_that_is_none(tmp_path, cache, content):
+    (write_together(tmp_path) / '_info.json').write_text(content)
+    with pytest.raises(UserError, match='_info.json.*; ?.*correct it'):
+        open_train_val('', f'wds:{tmp_path}', cache=cache)
+
+
+@pytest.mark.parametrize('name, split', [
+    ('imagenet1k-train-0000.tar', 'train'), ('val_000.tar', 'val'), ('x.valid.3.tar', 'val'),
+    ('Validation00.tar', 'val'), ('i1k-testing-1.tar', 'test'), ('test-pictures-train-2.tar', 'train'),
+    ('constrained-0.tar', None), ('000.tar', None)])
+def test_the_split_in_a_name(name, split):
+    assert split_of(name) == split
 
 
 def test_a_thousand_numbers_are_those_of_imagenet(tmp_path, cache):

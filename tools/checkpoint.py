@@ -125,7 +125,7 @@ class Checkpoint:
         from models.weights.formats import recorded_input
         entries = {'arch': name, 'classes': self.classes, 'img_size': self.identity.img_size,
                    'label_descriptions': self.content.get('label_descriptions'),
-                   'pretrained_cfg': recorded_input(self.content), 'args': self.options()}
+                   'pretrained_cfg': recorded_input(self.content), 'args': {**self.options(), **self.split()}}
         return {entry: list(value) if isinstance(value, tuple) else value for entry, value in entries.items() if value}
 
     def options(self) -> dict:
@@ -135,6 +135,13 @@ class Checkpoint:
         options = recorded_options(self.content)
         return {name: list(value) if isinstance(value, tuple) else value
                 for name in RECORDED if (value := options.get(name))}
+
+    def split(self) -> dict:
+        """Return what tells held-out images from training images, if --val-fraction has split the data."""
+        from models.factory import RECORDED_SPLIT
+        from models.weights.formats import recorded_options
+        options = recorded_options(self.content)
+        return {name: options.get(name) for name in RECORDED_SPLIT} if options.get('val_fraction') else {}
 
     def in_chans(self, name: str) -> int | None:
         """Return the channels of the images; None for the model's own."""

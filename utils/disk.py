@@ -1,4 +1,5 @@
-"""Files that are either whole or absent, and survive a loss of power."""
+"""Files that are either whole or absent, and survive a loss of power; text files of people."""
+import codecs
 import os
 import tempfile
 from pathlib import Path
@@ -6,6 +7,17 @@ from pathlib import Path
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]  # the folder of this project
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Return the text of a file that people edit. Raises OSError or UnicodeDecodeError.
+
+    It is UTF-8, with or without a byte order mark, or UTF-16 with one, as PowerShell writes it.
+    """
+    content = Path(path).read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode('utf-16' if is_utf16 else 'utf-8-sig')
+    return text.replace('\r\n', '\n').replace('\r', '\n')
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

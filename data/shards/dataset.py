@@ -78,6 +78,12 @@ class Shards(ImageDataset):
     def path(self, index: int) -> str:
         return f'{self._files.names[self._shard(index)]}::{self._index.name(index)}'
 
+    def name(self, index: int) -> str:
+        return self._index.name(index)
+
+    def _names(self):
+        return self._index.name_ends.tobytes(), self._index.names.tobytes()
+
     def shard_offsets(self) -> np.ndarray | None:
         return self._starts if self._files.remote else None
 
@@ -148,6 +154,14 @@ def open_shards(place: Place | str, cache: Cache) -> Shards:
         files = Files([str(place.join(shard.name)) for shard in manifest.shards])
         _check_lengths(files.names, manifest)
     return _log(Shards(str(place), manifest, files))
+
+
+def open_without_classes(files: Files) -> Shards:
+    """Return the images of tar files without a manifest whose classes nobody knows: all targets are -1."""
+    dataset = Shards(f'{len(files.names)} tar files', index_shards(files, with_classes=False), files)
+    dataset.classes, dataset.targets = [], np.full(len(dataset), -1)
+    _logger.info('%s: %d images without classes', dataset.folder, len(dataset))
+    return dataset
 
 
 def reader(place: Place, patience: float) -> Callable[[str], bytes]:

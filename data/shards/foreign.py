@@ -21,19 +21,31 @@ NUMBERED = 'tar files without a manifest, whose classes are numbers'
 MAX_LABEL = 1 << 20
 
 
-def index_shards(files: Files) -> Manifest:
+class NoClassError(UserError):
+    """An image in the tar files `files` has no class."""
+
+    files: Files
+
+
+def index_shards(files: Files, *, with_classes: bool = True) -> Manifest:
     """Return a manifest of WebDataset's tar files from their headers: images with their class in a .cls or .json.
 
     Classes are names, in natural order, or numbers from 0, which `Shards.name_numbers` may name.
-    Raises UserError as `scan_tar`, for an image without a class, and for a mixture of names and numbers.
+
+    with_classes: False gives all images one class, whatever is said of them.
+    Raises UserError as `scan_tar`, NoClassError for an image without a class, and UserError for a mixture of names and
+    numbers.
     """
     shards, members, labels = [], [], []
     with progress_bar(desc='scanning shards', total=len(files.names), unit='shard') as bar:
         for number, where in enumerate(files.names):
             try:
                 with files.open(number) as file:
-                    found = _index_tar(file, where)
+                    found = _index_tar(file, where, with_classes)
                     size = file.seek(0, os.SEEK_END)
+            except NoClassError as error:
+                error.files = files
+                raise
             except OSError as error:
                 raise UserError(f'{where} cannot be read ({error.strerror or error}); check the file') from None
             shards.append(Shard(_plain_name(number), size, len(found), ''))
@@ -63,8 +75,8 @@ def _plain_name(number: int) -> str:
     return f'{number:06d}.tar'
 
 
-def _index_tar(file: BinaryIO, where: str) -> list[tuple]:
-    """Return the images of a tar file with their labels: [(Member, int or str)]."""
+def _index_tar(file: BinaryIO, where: str, with_classes: bool) -> list[tuple]:
+    """Return the images of a tar file with their labels, or 'unknown': [(Member, int or str)]."""
     found, done = [], set()
     members = [(*key_of(member.name), member) for member in scan_tar(file, where)]
     # A hidden file, or one without ending, belongs to no sample.
@@ -75,7 +87,7 @@ def _index_tar(file: BinaryIO, where: str) -> list[tuple]:
             raise refusal(where, next(iter(parts.values())).name, 'apart from the others of its key')
         done.add(key)
         if image := _image_of(parts, where):
-            found.append((image, _label_of(parts, file, where, image)))
+            found.append((image, _label_of(parts, file, where, image) if with_classes else 'unknown'))
     return found
 
 
@@ -96,7 +108,7 @@ def _label_of(group: dict, file: BinaryIO, where: str, image) -> int | str:
                 raise refusal(where, member.name, f'{member.size:,} bytes long, which is no label')
             file.seek(member.offset)
             try:
-                text = file.read(member.size).decode().strip()
+                text = file.read(member.size).decode('utf-8-sig').strip()
                 if ending == 'json':
                     content = json.loads(text)
                     text = next((content[name] for name in ('cls', 'label', 'class') if name in content), '')
@@ -105,7 +117,7 @@ def _label_of(group: dict, file: BinaryIO, where: str, image) -> int | str:
                                 '{"label": …} in a .json') from None
             label = str(text) if isinstance(text, str | int) and str(text).isprintable() and str(text) else None
     if label is None:
-        raise UserError(f'{where}: {image.name!r} has no class, neither as .cls nor as "label" in a .json; '
+        raise NoClassError(f'{where}: {image.name!r} has no class, neither as .cls nor as "label" in a .json; '
                         'training and evaluation need one')
     if not label.isdecimal():
         return label

@@ -21,6 +21,7 @@ from data.shards.foreign import NUMBERED, index_shards
 from data.shards.manifest import MANIFEST, Index, Manifest, Shard, key_of
 from data.shards.remote import NotFoundError, RemoteFile
 from data.shards.tar import Member, scan_tar
+from data.shards.together import splits_together
 from utils.errors import UserError
 from utils.parallel import in_processes
 
@@ -185,6 +186,10 @@ def index_folder(place: Place | str, *, jobs: int, classes: Sequence[str] | None
     place = parse_place(place, is_shards=True)
     if os.path.exists(os.path.join(place.path, MANIFEST)):
         raise UserError(f'{place} has a {MANIFEST} already; remove it first if it is to be made anew')
+    if len(splits := splits_together(place, reader(place, 0))) > 1:
+        raise UserError(f'{place}: tar files of {len(splits)} splits ({", ".join(splits)}) lie together, and a '
+                        'manifest is for one; move those of each split into a folder of its own, or use them as they '
+                        f'are: {place.shards_address}')
     paths = [tar.path for tar in place.tars()]
     if not paths:
         raise UserError(f'{place}: no .tar files in it; give the folder of the shards themselves')

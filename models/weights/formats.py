@@ -239,12 +239,15 @@ def _format_of(checkpoint: Mapping[str, Any], bare: Mapping[str, str], weights: 
 
 def _shared_prefix(keys: Iterable[str]) -> str:
     """Return the names of the modules that all keys are in: 'model.' of a LightningModule; '' if there are none."""
-    keys, prefix = list(keys), ''
+    rest, prefix = list(keys), ''
     while True:
-        starts = {key.removeprefix(prefix).partition('.')[:2] for key in keys}
-        if len(starts) != 1 or not all(next(iter(starts))) or next(iter(starts))[0].isdecimal():
+        names = {key.partition('.')[0] for key in rest}
+        name = next(iter(names), '')
+        rest = [key.partition('.')[2] for key in rest]
+        # A single layer is no model.
+        if len(names) != 1 or name.isdecimal() or not all(rest) or not any('.' in key for key in rest):
             return prefix
-        prefix += ''.join(next(iter(starts)))
+        prefix += f'{name}.'
 
 
 def has_ema(checkpoint: Mapping[str, Any]) -> bool:

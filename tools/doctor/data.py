@@ -12,7 +12,7 @@ from timm.utils.misc import natural_key
 from data import ImageDataset
 from data.classes import name_some
 from data.decode import EXTENSIONS
-from data.folders import ImageFiles
+from data.folders import ImageFiles, ImageFolder, is_annotated, list_classes, scan_class
 from data.pipeline import open_evaluation_data, open_training_data
 from data.places import EVAL_SPLITS
 from options.datasets import DATASETS
@@ -43,22 +43,21 @@ class Survey(NamedTuple):
 def survey(folder: str) -> Survey:
     """Count as data.folders reads: it skips hidden folders and files."""
     found = Survey(folder, {}, [], [])
+    if is_annotated(folder):
+        dataset = ImageFolder(folder)
+        counts = np.bincount(dataset.targets, minlength=len(dataset.classes)).tolist()
+        return found._replace(counts=dict(zip(dataset.classes, counts, strict=True)))
+    classes = set(list_classes(folder))
     for entry in os.scandir(folder):
         if entry.name.startswith('.'):
             continue
-        if not entry.is_dir():
+        if entry.name not in classes:
             (found.loose if _is_image(entry.name) else found.stray).append(entry.path)
             continue
-        found.counts[entry.name] = 0
-        for parent, folders, files in os.walk(entry.path):
-            folders[:] = [name for name in folders if not name.startswith('.')]
-            for name in files:
-                if name.startswith('.'):
-                    continue
-                if _is_image(name):
-                    found.counts[entry.name] += 1
-                else:
-                    found.stray.append(os.path.join(parent, name))
+        scanned = scan_class(folder, entry.name)
+        found.counts[entry.name] = len(scanned.images)
+        found.stray.extend(os.path.join(folder, path) for path in scanned.others
+                           if not os.path.basename(path).startswith('.'))
     return found
 
 
@@ -70,10 +69,14 @@ def split_folders(args) -> tuple[str, str | None] | None:
     """Return the folders of the training and the evaluation split; None unless the data set is folders of images."""
     root = os.path.expanduser(args.data or '')
     train = os.path.join(root, args.train_split)
+    if args.val_fraction and not os.path.isdir(train):
+        train = root
     if not root or not os.path.isdir(train) or DATASETS[args.dataset].folder == '':
         return None
     if not any(entry.is_dir() for entry in os.scandir(train)):  # a folder of shards
         return None
+    if args.val_fraction:
+        return train, None
     names = (args.val_split,) if args.val_split else EVAL_SPLITS
     return train, next((path for name in names if os.path.isdir(path := os.path.join(root, name))), None)
 
@@ -87,7 +90,8 @@ def open_splits(case: Case) -> Splits:
     args = case.args
 
     def open_alone(split: str | None) -> ImageDataset:
-        return open_evaluation_data(args.replacing(val_split=split, class_map=None), None, None, case.world)
+        alone = args.replacing(val_split=split, val_fraction=None, class_map=None)
+        return open_evaluation_data(alone, None, None, case.world)
 
     try:
         return Splits(*open_training_data(args, case.world))
