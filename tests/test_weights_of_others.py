@@ -68,6 +68,8 @@ LOADED = {
     'lightning, compiled': (lambda s: lightning(wrapped(s, 'net._orig_mod.')), 'state_dict', 'prefix net. removed'),
     'lightning with a loss': (lambda s: lightning({**wrapped(s, 'model.'), 'criterion.weight': torch.ones(5)}),
                               'state_dict', 'criterion.weight'),
+    'lightning with a metric': (lambda s: lightning({**wrapped(s, 'net.'), 'metric.total': torch.ones(5)}),
+                                'state_dict', 'prefix net. removed'),
     'transformers': (lambda s: wrapped(s, 'timm_model.'), None, 'prefix timm_model. removed'),
     'two prefixes': (lambda s: wrapped(s, 'backbone.model.'), None, 'prefix backbone.model. removed'),
     'tutorial': (lambda s: {'epoch': 5, 'model_state_dict': s, 'optimizer_state_dict': optimizer_of(tiny_model()),
@@ -164,7 +166,9 @@ def test_a_script_finds_the_classes_of_such_weights(image_folder, tmp_path):
 
 BESIDE = {
     'numpy scalar': np.float64(83.2), 'numpy bool': np.bool_(True), 'array': np.arange(3.),
-    'array of objects': np.array(['a', 1], dtype=object), 'deque': collections.deque([1.], maxlen=3),
+    'array of objects': np.array(['a', 1], dtype=object), 'texts': np.array(['a', 'bc']),
+    'dates': np.array(['2026-01-01'], 'M8[D]'), 'records': np.zeros(2, 'i4,f8'),
+    'deque': collections.deque([1.], maxlen=3),
     'defaultdict': collections.defaultdict(list, {'a': [1]}), 'path': pathlib.Path('out/run'), 'set': {1},
     'frozenset': frozenset([1]), 'date': datetime.datetime(2026, 1, 1), 'namespace': types.SimpleNamespace(a=1),
     'args': argparse.Namespace(output_dir=pathlib.Path('out')), 'counter': collections.Counter('aab'),
@@ -181,10 +185,13 @@ def test_harmless_data_beside_the_weights_keeps_nothing_out(what, is_zip, state,
 
 
 def test_numbers_and_paths_keep_their_values(tmp_path):
-    torch.save({name: BESIDE[name] for name in ('numpy scalar', 'array', 'deque', 'defaultdict', 'path', 'date')},
+    torch.save({name: BESIDE[name] for name in ('numpy scalar', 'array', 'array of objects', 'texts',
+                                                   'dates', 'deque', 'defaultdict', 'path', 'date')},
                tmp_path / 'a.pth')
     read = read_checkpoint(tmp_path / 'a.pth')
     assert read['numpy scalar'] == 83.2 and read['array'].tolist() == [0, 1, 2] and read['deque'] == [1.]
+    for name in ('array of objects', 'texts', 'dates'):
+        assert read[name].tolist() == BESIDE[name].tolist()
     assert read['defaultdict'] == {'a': [1]} and str(read['path']) == 'out/run'
     assert read['date'] == datetime.datetime(2026, 1, 1)
 
@@ -216,6 +223,24 @@ def test_a_stand_in_does_nothing(tmp_path):
     assert pickle.loads(call) is argparse.Namespace.__init__
 
 
+def test_bytes_never_become_addresses_of_objects(tmp_path):
+    """numpy takes bytes for addresses if a pickle's dtype says that it holds none; those here are null."""
+    dtype = (b'cnumpy\ndtype\nX\x01\x00\x00\x00O\x89\x88\x87R'
+             b'(K\x03X\x01\x00\x00\x00|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb')
+    no_address = b'c_codecs\nencode\nX\x08\x00\x00\x00' + bytes(8) + b'X\x06\x00\x00\x00latin1\x86R'
+    array = (b'cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85X\x01\x00\x00\x00b\x87R'
+             b'(K\x01K\x01\x85' + dtype + b'\x89' + no_address + b'tb')
+    write_pickle(tmp_path / 'a.pth', b'\x80\x02}X\x01\x00\x00\x00a' + array + b's.')
+    assert read_checkpoint(tmp_path / 'a.pth')['a'].size == 0
+
+
+def test_what_is_called_cannot_take_forever(tmp_path):
+    """The text of nested tuples, and the list of an expanded tensor, can be endless."""
+    for name in ('torch.torch_version\nTorchVersion', 'collections\ndeque'):
+        write_pickle(tmp_path / 'a.pth', b'\x80\x02}X\x01\x00\x00\x00ac' + name.encode() + b'\n}\x85Rs.')
+        assert read_checkpoint(tmp_path / 'a.pth')['a'] in ('', [])
+
+
 # --- Files of other kinds ---------------------------------------------------------------------------------------------
 
 def test_files_of_other_kinds_are_named(tmp_path):
@@ -229,7 +254,7 @@ def test_files_of_other_kinds_are_named(tmp_path):
     (tmp_path / 'sharded/.metadata').write_bytes(b'x')
     for name, said in (('jax.npz', 'numpy arrays'), ('script.pt', 'TorchScript'), ('program.pt2', 'exported program'),
                        ('keras.h5', 'HDF5'), ('packed.gz', 'gzip'), ('__0_0.distcp', 'dcp_to_torch'),
-                       ('sharded', 'dcp_to_torch')):
+                       ('sharded', 'dcp_to_torch'), ('sharded/.metadata', 'dcp_to_torch')):
         with pytest.raises(UserError, match=said) as caught:
             read_checkpoint(tmp_path / name)
         assert '\n' not in str(caught.value) and 'damaged' not in str(caught.value)

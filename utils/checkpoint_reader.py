@@ -9,7 +9,7 @@ import pathlib
 import pickle
 import re
 import zipfile
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors
@@ -49,12 +49,21 @@ SEAL = b'sha256:'
 SEAL_LENGTH = len(SEAL) + 2 * hashlib.sha256().digest_size
 END_OF_ARCHIVE = b'PK\5\6'
 
+# Codes of the dtypes of numbers, texts and dates.
+DTYPE = re.compile(r'b1|[iu][1248]|f(2|4|8|16)|c(8|16)|[SU][0-9]{1,6}|[mM]8')
 
 
 # --- What may stand beside weights ------------------------------------------------------------------------------------
 
-def _as_list(items=(), *_) -> list:
-    return list(items)
+def _as_list(items: Any = (), *_) -> list:
+    return list(items) if isinstance(items, list | tuple | set) else []  # of a tensor it could take forever
+
+
+class _Text(str):
+    """A text; empty for anything else, whose text could be endless. A pickle makes it with `__new__`."""
+
+    def __new__(cls, text: Any = '', *_):
+        return str(text) if isinstance(text, str) else ''
 
 
 def _as_dict(*_) -> dict:
@@ -65,8 +74,56 @@ def _as_nothing(*_) -> None:
     return None
 
 
-def _empty_array(*_) -> np.ndarray:
-    return np.empty(0, np.int8)  # its state, which follows, gives it shape, dtype and numbers
+class _DType:
+    """A dtype of a pickle. numpy's own takes flags from the pickle, and then bytes for the addresses of objects."""
+
+    def __init__(self, code: Any = '', *_):
+        self.code, self.order, self.unit = code, '=', ''
+
+    def __setstate__(self, state: Any) -> None:
+        """Take the byte order, and the unit of dates."""
+        self.order = state[1]
+        if len(state) > 8:  # (metadata, (unit, number of units, …))
+            unit, count = state[8][1][:2]
+            self.unit = f'[{int(count)}{bytes(unit).decode()}]' if isinstance(unit, bytes) else ''
+
+    def is_of_objects(self) -> bool:
+        return self.code in ('O', 'O8')
+
+    def read(self, content: Any) -> np.ndarray:
+        """Return the numbers or texts in bytes; none if they are of another kind, such as records."""
+        known = isinstance(self.code, str) and DTYPE.fullmatch(self.code)
+        if not known or self.order not in ('<', '>', '=', '|') or not isinstance(content, bytes):
+            return np.empty(0, np.int8)
+        return np.frombuffer(content, np.dtype(self.order + self.code + self.unit))
+
+
+class _Array(np.ndarray):
+    """An array of a pickle: empty until its state gives it shape and content."""
+
+    def __new__(cls, *_):
+        return super().__new__(cls, 0, np.int8)
+
+    def __setstate__(self, state: Any) -> None:
+        """Take the content, or raise ValueError unless it has as many items as the shape."""
+        _, shape, dtype, is_fortran, content = state
+        if dtype.is_of_objects():
+            items = np.fromiter(_as_list(content), object)
+        else:
+            items = dtype.read(content)
+        array = items.reshape(shape, order='F' if is_fortran else 'C') if items.size else items
+        kept = list(array.flat) if array.dtype.hasobject else array.tobytes()
+        super().__setstate__(cast(Any, (1, array.shape, array.dtype, False, kept)))
+
+    def __reduce__(self):
+        return np.asarray(self).__reduce__()
+
+
+def _as_scalar(dtype: Any = None, content: Any = None, *_) -> Any:
+    """Return a number of numpy, or None if it is of another kind."""
+    if not isinstance(dtype, _DType) or dtype.is_of_objects():
+        return content
+    return next(iter(dtype.read(content)), None)
 
 
 # Names that pickles of other programs hold → what stands for them here: never what could do anything. Dicts of options
@@ -83,16 +140,14 @@ STAND_INS: dict[str, Any] = {
     'datetime.date': datetime.date,
     'datetime.datetime': datetime.datetime,
     'datetime.timedelta': datetime.timedelta,
-    'torch.torch_version.TorchVersion': str,
+    'torch.torch_version.TorchVersion': _Text,
     **{f'{module}.{name}': path for module in ('pathlib', 'pathlib._local')
        for name, path in (('PosixPath', pathlib.PurePosixPath), ('PurePosixPath', pathlib.PurePosixPath),
                           ('WindowsPath', pathlib.PureWindowsPath), ('PureWindowsPath', pathlib.PureWindowsPath))},
-    'numpy.dtype': np.dtype,
-    'numpy.ndarray': np.ndarray,
+    'numpy.dtype': _DType,
+    'numpy.ndarray': _Array,
     **{f'{module}.multiarray.{name}': function for module in ('numpy.core', 'numpy._core')
-       for name, function in (('scalar', np.float64(0).__reduce__()[0]), ('_reconstruct', _empty_array))},
-    # torch builds no instance of a class that is not listed.
-    **{f'numpy.dtypes.{name}': getattr(np.dtypes, name) for name in np.dtypes.__all__},
+       for name, function in (('scalar', _as_scalar), ('_reconstruct', _Array))},
     **dict.fromkeys((
         'addict.addict.Dict', 'easydict.EasyDict', 'yacs.config.CfgNode', 'mmcv.utils.config.ConfigDict',
         'mmengine.config.config.ConfigDict', 'lightning.fabric.utilities.data.AttributeDict',
@@ -208,7 +263,7 @@ def _file_start(path: str) -> bytes:
             raise UserError(f'{path} is a sharded checkpoint of torch.distributed.checkpoint; write it as one file: '
                             f'{_gather_command(path)}')
         raise UserError(f'{path} is a folder; give the path of a checkpoint file in it')
-    if path.endswith('.distcp'):
+    if path.endswith('.distcp') or os.path.basename(path) == '.metadata':
         folder = os.path.dirname(path) or '.'
         raise UserError(f'{path} is one part of a sharded checkpoint of torch.distributed.checkpoint; write its folder '
                         f'as one file: {_gather_command(folder)}')

@@ -119,12 +119,13 @@ def load_weights(model: nn.Module, path_or_checkpoint: str | os.PathLike | Mappi
         checkpoint = read_weights(source)
     try:
         given = extract(checkpoint, use_ema)
-        own, dropped = select_module(given.state, model, use_ema)
+        own, dropped, prefix = select_module(given.state, model, use_ema)
         named, phrase = name_as_timm(own, model)
         weights, adapted = fit_to_model(named, model, img_size, recorded=recorded_img_size(checkpoint))
     except UserError as error:
         raise UserError(f'{source}: {error}') from error
-    adapted = (*given.adapted, *([phrase] if phrase else []), *adapted)
+    found = f'prefix {prefix} removed' if prefix else None
+    adapted = (*given.adapted, *filter(None, (found, phrase)), *adapted)
 
     target = model.state_dict()
     head_conflict, classifier = _compare_heads(model, weights, target)
@@ -148,8 +149,9 @@ def load_weights(model: nn.Module, path_or_checkpoint: str | os.PathLike | Mappi
                       (*given.dropped, *dropped), adapted, head_conflict, tuple(missing), tuple(unexpected))
 
 
-def select_module(weights: StateDict, model: nn.Module, use_ema: bool = True) -> tuple[StateDict, tuple[str, ...]]:
-    """Return the weights of the one module in a state dict that is the model, and the keys of everything else.
+def select_module(weights: StateDict, model: nn.Module, use_ema: bool = True
+                  ) -> tuple[StateDict, tuple[str, ...], str]:
+    """Return the weights of the one module that is the model, the keys of everything else, and the module's prefix.
 
     A LightningModule also saves its losses and metrics, and often a second, averaged model.
 
@@ -158,7 +160,7 @@ def select_module(weights: StateDict, model: nn.Module, use_ema: bool = True) ->
     """
     needed = _needed(model)
     if needed <= weights.keys():
-        return weights, ()
+        return weights, (), ''
     prefixes = {'.'.join(key.split('.')[:depth]) + '.' for key in weights for depth in (1, 2)
                 if key.count('.') >= depth}
     found = sorted(prefix for prefix in prefixes if all(prefix + key in weights for key in needed))
@@ -166,12 +168,12 @@ def select_module(weights: StateDict, model: nn.Module, use_ema: bool = True) ->
     if averages and (use_ema or len(averages) < len(found)):
         found = averages if use_ema else [prefix for prefix in found if prefix not in averages]
     if not found:
-        return weights, ()
+        return weights, (), ''
     if len(found) > 1:
         raise UserError(f'the checkpoint holds the model several times: {", ".join(found)}; save the one you want '
                         'by itself')
     return ({key.removeprefix(found[0]): value for key, value in weights.items() if key.startswith(found[0])},
-            tuple(key for key in weights if not key.startswith(found[0])))
+            tuple(key for key in weights if not key.startswith(found[0])), found[0])
 
 
 def name_as_timm(weights: StateDict, model: nn.Module) -> tuple[StateDict, str | None]:
