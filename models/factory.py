@@ -85,9 +85,9 @@ def create_model(name: str, *, pretrained: bool = False, num_classes: int | None
         # Leaving out an image size, or a rate of 0, changes nothing.
         level = logging.WARNING if argument != 'img_size' and arguments[argument] else logging.INFO
         _logger.log(level, '%s takes no %s: %r is not used', name, argument, arguments.pop(argument))
-    _logger.info('model %s: %.2f M parameters, %s weights%s', name,
+    _logger.info('model %s: %.2f M parameters%s%s', name,
                  sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-                 'pretrained' if pretrained else 'random',
+                 ', pretrained weights' if pretrained else '',
                  ''.join(f', {argument} {value!r}' for argument, value in arguments.items()))
     return model
 
@@ -138,13 +138,15 @@ def _create(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[Tim
             raise UserError(f'model {name}: {error}') from error
 
 
-def create_model_from_options(args, *, num_classes: int, transfer_from: str | None = None) -> TimmModel:
+def create_model_from_options(args, *, num_classes: int, transfer_from: str | None = None,
+                              weights_follow: bool = False) -> TimmModel:
     """Return the model that options name, with the weights of --initial-checkpoint or `transfer_from`, if given.
 
     Args:
         args: options of options.groups.model_options; for training also regularization and batch norm.
         num_classes: outputs of the classifier.
         transfer_from: checkpoint whose classifier may have another size.
+        weights_follow: the caller loads weights; otherwise a line says if the model's are random.
 
     Raises:
         UserError: as create_model and load_weights.
@@ -154,6 +156,8 @@ def create_model_from_options(args, *, num_classes: int, transfer_from: str | No
         raise UserError(f'--model-kwargs {argument}: use --{OPTIONS_OF_ARGUMENTS[argument].replace("_", "-")}')
     arguments = {argument: getattr(args, option, None) for argument, option in OPTIONS_OF_ARGUMENTS.items()}
     model = create_model(args.model, **{**arguments, **further, 'num_classes': num_classes})
+    if not (args.pretrained or args.initial_checkpoint or transfer_from or weights_follow):
+        _logger.info('it starts from random weights')
     for path, replace_head in ((args.initial_checkpoint, False), (transfer_from, True)):
         if path:
             _logger.info('%s', load_weights(model, path, use_ema=args.use_ema, replace_head=replace_head))
@@ -233,7 +237,7 @@ def open_trained_model(args) -> TrainedModel:
     num_classes = args.num_classes or count_classes(name, checkpoint, args.use_ema, source=source)
     if not num_classes:
         raise UserError(f'{source or name} holds no classifier; give weights that have one')
-    model = create_model_from_options(args, num_classes=num_classes)
+    model = create_model_from_options(args, num_classes=num_classes, weights_follow=bool(checkpoint))
     if checkpoint:
         _logger.info('%s', load_weights(model, checkpoint, use_ema=args.use_ema, source=source))
     return TrainedModel(model.eval(), args, recorded_classes(checkpoint))

@@ -459,7 +459,7 @@ def test_evaluation_lines_read_as_users_know_them(caplog):
     evaluate_share(10, 0, 1)
     number = r'\s*\d+\.\d{4}'
     line = (
-        rf'Test: \[   0/2\]  Time: \d\.\d{{3}} \(\d\.\d{{3}}\)  Loss: {number} \({number}\)  '
+        rf'Test: \[   1/3\]  Time: \d\.\d{{3}} \(\d\.\d{{3}}\)  Loss: {number} \({number}\)  '
         rf'Acc@1: {number} \({number}\)  Acc@5: {number} \({number}\)'
     )
     import re

@@ -189,7 +189,7 @@ def test_summary_has_a_column_for_each_number_of_any_epoch(tmp_path):
     log.epoch({'epoch': 0, 'top1': 1.0})
     log.epoch({'epoch': 1, 'top1': 2.0, 'bad_images': 3})
     rows = list(csv.DictReader(open(tmp_path / 'summary.csv', newline='')))
-    assert rows == [{'epoch': '0', 'top1': '1.0', 'bad_images': ''}, {'epoch': '1', 'top1': '2.0', 'bad_images': '3'}]
+    assert rows == [{'epoch': '1', 'top1': '1.0', 'bad_images': ''}, {'epoch': '2', 'top1': '2.0', 'bad_images': '3'}]
 
 
 def test_each_start_of_a_run_is_recorded_with_what_it_ran_on(tmp_path):
@@ -385,4 +385,4 @@ def test_the_console_says_that_a_loss_is_missing(tmp_path, caplog):
     log = RunLog(tmp_path, options={'tensorboard': False})
     log.train({'epoch': 0, 'global_step': 2, 'images_seen': 8, 'loss': None, 'lr': 0.1, 'rates': {}},
               step=2, steps_per_epoch=9)
-    assert caplog.messages == ['Train: 0 [   2/9]  Loss: none  LR: 1.000e-01']
+    assert caplog.messages == ['Train: 1 [   2/9]  Loss: none  LR: 1.000e-01']

@@ -14,7 +14,8 @@ from utils.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 # Names and defaults of the authors' main.py, without removed options. num_classes was 1000, but now follows from the
-# data set; the learning rate schedule 'plateau' was removed.
+# data set; the learning rate schedule 'plateau' was removed. model_ema_decay was 0.99996, which is now that of runs long
+# enough for it.
 PUBLISHED = dict(
     pretrained=False, initial_checkpoint='', resume='', gp=None, img_size=224, crop_pct=None, mean=None, std=None,
     interpolation='', batch_size=64, validation_batch_size_multiplier=1, opt='adamw', opt_eps=None, opt_betas=None,
@@ -25,7 +26,7 @@ PUBLISHED = dict(
     remode='pixel', recount=1, resplit=False, mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0,
     mixup_switch_prob=0.5, mixup_mode='batch', mixup_off_epoch=0, smoothing=0.1, train_interpolation='random', drop=0.0,
     drop_path=0.1, drop_block=None, bn_momentum=None, bn_eps=None, sync_bn=False, dist_bn='', model_ema=True,
-    model_ema_force_cpu=False, model_ema_decay=0.99996, seed=42, log_interval=50, workers=8, save_images=False,
+    model_ema_force_cpu=False, model_ema_decay=None, seed=42, log_interval=50, workers=8, save_images=False,
     amp=False, channels_last=False, eval_metric='top1', model='t2t_vit_14')
 
 

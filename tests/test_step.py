@@ -242,12 +242,12 @@ def test_skipped_steps_are_told_of_when_they_are_settled(caplog):
         step(iter([batch(1, value)]))
     assert not caplog.messages and state.skipped_steps == 0
     step.sync_skipped_steps()
-    assert [message[:16] for message in caplog.messages] == [f'epoch 0, step {n}:' for n in (1, 2, 4)]
+    assert [message[:16] for message in caplog.messages] == [f'epoch 1, step {n}:' for n in (2, 3, 5)]
     assert caplog.messages[1].endswith('the step is skipped (2 so far, 2 in a row)')
     assert (state.skipped_steps, state.skipped_in_a_row) == (3, 1)
     for value in (torch.nan, torch.nan, torch.nan):
         step(iter([batch(1, value)]))
-    with pytest.raises(NotFiniteError, match='not finite in 3 steps in a row, up to epoch 0, step 6; none of them'):
+    with pytest.raises(NotFiniteError, match='not finite in 3 steps in a row, up to epoch 1, step 7; none of them'):
         step.sync_skipped_steps()
     step.sync_skipped_steps()
 

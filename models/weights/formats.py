@@ -90,17 +90,20 @@ class Weights:
     dropped: tuple[str, ...] = ()  # keys in the file
 
 
-def extract(checkpoint: Mapping[str, Any], use_ema: bool = True) -> Weights:
+def extract(checkpoint: Mapping[str, Any], use_ema: bool | None = None) -> Weights:
     """Return the weights of a checkpoint in any of FORMATS.
 
     Args:
         checkpoint: as returned by `read_checkpoint`.
-        use_ema: prefer the averaged weights; False never takes them.
+        use_ema: prefer the averaged weights; False never takes them. None takes those that a training run recorded as
+            the better ones, else the averaged ones.
 
     Raises:
         UserError: it has no weights, or only averaged ones and use_ema is False.
     """
-    wanted = [entry for entry in CONTAINERS if use_ema or entry not in EMA_CONTAINERS]
+    wanted = [entry for entry in CONTAINERS if use_ema is not False or entry not in EMA_CONTAINERS]
+    if use_ema is None and (preferred := preferred_entry(checkpoint)):
+        wanted.insert(0, preferred)
     entry = next((entry for entry in wanted if _has_weights(checkpoint, entry)), None)
     if entry is None and has_ema(checkpoint):
         raise UserError('the checkpoint holds averaged weights (EMA) only; use them (use_ema=True)')
@@ -198,6 +201,12 @@ def shortened(items: Iterable[str], limit: int = 3) -> str:
 
 
 # --- Other content of checkpoints -------------------------------------------------------------------------------------
+
+def preferred_entry(checkpoint: Mapping[str, Any]) -> str | None:
+    """Return the entry that a training run recorded as that of the better weights, if it did."""
+    entry = checkpoint.get('preferred')
+    return entry if isinstance(entry, str) and entry in CONTAINERS else None
+
 
 def recorded_options(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that a training saved with its checkpoint; {} if there are none."""
