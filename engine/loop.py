@@ -248,7 +248,7 @@ class Trainer:
                 sheets[name] = self.loaders.prepare_val.denormalize(images), [
                     f'{self._short_name(target)}\n→ {self._short_name(guess)}, {probability:.1%}'
                     for target, guess, probability in zip(*(other.tolist() for other in others), strict=True)]
-        self.log.wrong_predictions(sheets, self.state.epoch)
+        self.log.wrong_predictions(sheets, self.state.images_seen)
 
     def _short_name(self, label: int, length: int = 20) -> str:
         name = self.loaders.class_names[label]
