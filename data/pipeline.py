@@ -71,7 +71,7 @@ def open_training_data(args, world: World):
 
 def is_same_split(train: ImageDataset, val: ImageDataset) -> bool:
     """Tell whether both splits are the same folder of images or shards, whatever its names."""
-    if len(train) != len(val):
+    if not len(val) or len(train) != len(val):
         return False
     one, other = (dataset.path(len(dataset) - 1) for dataset in (train, val))
     is_file = '::' in one or os.path.exists(one)  # in a shard, or by itself

@@ -44,7 +44,7 @@ def best_record(records: Iterable[dict], metric: str) -> tuple[dict, Result] | N
     best: tuple[dict, Result] | None = None
     for record in records:
         found = {result.of: result for result in _results(record, metric)}
-        result = found.get(record.get('better')) or found.get(AVERAGED) or found.get(WEIGHTS)
+        result = found.get(record.get('better', '')) or found.get(AVERAGED) or found.get(WEIGHTS)
         if result and result.is_better_than(*(best[1][1:3] if best else (None, None))):
             best = record, result
     return best

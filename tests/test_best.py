@@ -106,7 +106,7 @@ def test_curves_mark_the_best(tmp_path, monkeypatch):
     assert drawn['Loss']['model_best: epoch 2, weights'] == [[2.0, 2.0]]
 
 
-# --- Runs ---------------------------------------------------------------------------------------------------------------
+# --- Runs -------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def runs(image_folder, tmp_path_factory):
@@ -182,7 +182,8 @@ def test_a_finished_run_is_no_mistake_for_a_queue(runs, image_folder, tmp_path):
     (tmp_path / RUN / 'curves.png').unlink()
     again = (image_folder, *TRAIN, '--epochs', '10', '--experiment', 'run', '--resume')
     out = succeeded(run_script('train.py', *again, 'auto', cwd=tmp_path))
-    assert 'nothing is left to train: all 11 epochs are done' in out and '*** Best metric' in out and 'Train:' not in out
+    assert 'nothing is left to train: all 11 epochs are done' in out and 'Train:' not in out
+    assert '*** Best metric' in out and out.count('\n  python ') == 3
     assert (tmp_path / RUN / 'curves.png').stat().st_size > 10_000, 'its folder is complete'
     assert epochs_of(tmp_path / RUN) == epochs_of(folder / RUN)
     asked = run_script('train.py', *again, RUN / 'last.pth.tar', cwd=tmp_path)

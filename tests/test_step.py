@@ -27,7 +27,7 @@ from models import create_model
 from tests.conftest import assert_same
 from utils import distributed
 from utils.distributed import AsyncMax, World
-from utils.errors import NotFiniteError
+from utils.errors import NotFiniteError, UserError
 from utils.runtime import Precision
 
 CPU = torch.device('cpu')
@@ -481,3 +481,17 @@ def test_bytes_are_what_the_helper_compares():
     with pytest.raises(AssertionError):
         assert_same_bytes(zero, {'x': -torch.zeros(1)})
     assert np.signbit(make()[0].ema.module.norm.running_mean.numpy()).all()
+
+
+def test_a_norm_with_a_single_value_says_what_helps():
+    """Instance norms have the same rule, of the values of one image. Other mistakes keep their own message."""
+    state, step = make()
+    for size, norm, batch_size, said in ((1, nn.BatchNorm2d(3), 1, 'a --batch-size of at least 2, or a larger'),
+                                         (1, nn.InstanceNorm2d(3), 2, 'give a larger --img-size')):
+        step._model = nn.Sequential(nn.AdaptiveAvgPool2d(size), norm)
+        images, targets = batch(0)
+        with pytest.raises(UserError, match=f'single value for each channel, from a batch of {batch_size} .*{said}'):
+            step(iter([(images[:batch_size], targets[:batch_size])]))
+    step._model = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match='shapes'):
+        step(iter([batch(0)]))

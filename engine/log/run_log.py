@@ -105,7 +105,8 @@ class RunLog:
         """
         if not self.wants(WRONG_PREDICTIONS) or not of:
             return
-        self._pending = {model: (_shrink(images).cpu(), captions) for model, (images, captions) in of.items()}, images_seen
+        sheets = {model: (_shrink(images).cpu(), captions) for model, (images, captions) in of.items()}
+        self._pending = sheets, images_seen
         if time.monotonic() - self._drawn_at > SECONDS_BETWEEN_DRAWINGS:
             self._show_pending()
 
