@@ -102,7 +102,7 @@ class TrainState:
             'arch': self.arch,
             **{name: getattr(self, name) for name in (*PLAIN, *RECENT)},
             # For scripts that use the checkpoint: the entry of the better weights.
-            'preferred': ENTRIES[self.better] if self.better else None,
+            'preferred': ENTRIES.get(self.better or ''),
             'images_seen': self.images_seen,
             'state_dict': self.model.state_dict(),
             'state_dict_ema': self.ema.module.state_dict() if self.ema else None,

@@ -125,8 +125,9 @@ def epochs_of(run: Path) -> list[dict]:
 
 
 def validated(images, checkpoint, folder, *options) -> dict:
-    succeeded(run_script('validate.py', images, '--checkpoint', checkpoint, '--device', 'cpu', '-j', '0', *options,
-                         '--results-file', 'result', cwd=folder))
+    out = succeeded(run_script('validate.py', images, '--checkpoint', checkpoint, '--device', 'cpu', '-j', '0', *options,
+                               '--results-file', 'result', cwd=folder))
+    assert 'tensors loaded from' in out and 'random' not in out
     return json.loads((folder / 'result.json').read_text())
 
 
