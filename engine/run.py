@@ -80,7 +80,8 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
         if args.resume != 'auto' and not job.was_restarted():
             raise UserError(f'nothing is left to train: {plural(state.epoch, "epoch")} of {num_epochs} are done; '
                             'give more --epochs')
-        _logger.info('nothing is left to train: all %s are done', plural(num_epochs, 'epoch'))
+        _logger.info('nothing is left to train in %s: all %s are done (another --experiment starts a new run)', folder,
+                     plural(num_epochs, 'epoch'))
     if state.step > steps_per_epoch:
         raise UserError(f'the checkpoint is at step {state.step} of its epoch, but an epoch now has {steps_per_epoch}; '
                         'use the --batch-size, --accum-steps and number of processes of the checkpoint')

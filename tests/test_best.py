@@ -125,8 +125,8 @@ def epochs_of(run: Path) -> list[dict]:
 
 
 def validated(images, checkpoint, folder, *options) -> dict:
-    out = succeeded(run_script('validate.py', images, '--checkpoint', checkpoint, '--device', 'cpu', '-j', '0', *options,
-                               '--results-file', 'result', cwd=folder))
+    words = ('--checkpoint', checkpoint, '--device', 'cpu', '-j', '0', '--results-file', 'result', *options)
+    out = succeeded(run_script('validate.py', images, *words, cwd=folder))
     assert 'tensors loaded from' in out and 'random' not in out
     return json.loads((folder / 'result.json').read_text())
 
@@ -183,7 +183,7 @@ def test_a_finished_run_is_no_mistake_for_a_queue(runs, image_folder, tmp_path):
     (tmp_path / RUN / 'curves.png').unlink()
     again = (image_folder, *TRAIN, '--epochs', '10', '--experiment', 'run', '--resume')
     out = succeeded(run_script('train.py', *again, 'auto', cwd=tmp_path))
-    assert 'nothing is left to train: all 11 epochs are done' in out and 'Train:' not in out
+    assert f'nothing is left to train in {RUN}: all 11 epochs are done' in out and 'Train:' not in out
     assert '*** Best metric' in out and out.count('\n  python ') == 3
     assert (tmp_path / RUN / 'curves.png').stat().st_size > 10_000, 'its folder is complete'
     assert epochs_of(tmp_path / RUN) == epochs_of(folder / RUN)

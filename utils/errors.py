@@ -13,6 +13,7 @@ Exit codes of all scripts and of distributed_train.sh:
   128+n  killed by signal n
 """
 import difflib
+import re
 import signal
 from collections.abc import Iterable
 
@@ -81,7 +82,8 @@ def explain_memory(error: BaseException) -> UserError | None:
 
     torch has a class of its own for GPUs alone, and names no kind for the rest.
     """
-    text = next(iter(str(error).splitlines()), '')
+    wanted = re.search(r'tried to allocate [\d.]+ \w+', str(error), re.IGNORECASE)
+    text = wanted[0] if wanted else next(iter(str(error).splitlines()), '')
     is_full = isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError' or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY))
     if not is_full:
