@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 WEIGHTS, AVERAGED = 'weights', 'averaged weights'
 PREFIXES = {WEIGHTS: '', AVERAGED: 'ema_'}
 ENTRIES = {WEIGHTS: 'state_dict', AVERAGED: 'state_dict_ema'}
+IN_WORDS = {'top1': 'top-1', 'top5': 'top-5', 'macro_f1': 'macro F1'}
 
 
 class Result(NamedTuple):
@@ -27,7 +28,9 @@ class Result(NamedTuple):
         return sign * self.value > sign * value or (self.value == value and loss is not None and self.loss < loss)
 
     def __str__(self) -> str:
-        return f'loss {self.value:.4f}' if self.metric == 'loss' else f'{self.value:.2f} % top-{self.metric[-1]}'
+        if self.metric == 'loss':
+            return f'loss {self.value:.4f}'
+        return f'{self.value:.2f} % {IN_WORDS.get(self.metric) or self.metric.replace("_", " ")}'
 
 
 def better_result(results: Mapping[str, Any], metric: str) -> Result:

@@ -76,6 +76,9 @@ def test_the_best_epoch_of_a_record():
     assert best(a, b, c, metric='loss') == (1, 1.4, AVERAGED)
     earlier = {name: value for name, value in a.items() if name != 'better'}
     assert best(earlier) == (0, 10.0, AVERAGED), 'earlier versions always took the average'
+    others = {'epoch': 0, 'macro_f1': 60.0, 'ema_macro_f1': 61.5, 'loss': 1.0, 'ema_loss': 1.25, 'better': AVERAGED}
+    said = {metric: str(best_record([others], metric)[1]) for metric in ('macro_f1', 'loss')}
+    assert said == {'macro_f1': '61.50 % macro F1', 'loss': 'loss 1.2500'}
     assert best() is None and best({'epoch': 0, 'top1': math.nan}) is None
 
 

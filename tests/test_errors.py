@@ -79,7 +79,7 @@ run_script(lambda: {call})
                            PYTHONPATH=str(ROOT))
     assert (launched.returncode, launched.stdout.count('started')) == (2, 1)
     assert launched.stderr.startswith('train.py: error: out of memory (')
-    of_torch = "[enforce fail at a.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 128 bytes. x"
+    of_torch = "[enforce fail at a.cpp:1] . can't allocate memory: you tried to allocate 128 bytes."
     assert str(explain_memory(RuntimeError(of_torch))).startswith(
         'out of memory (tried to allocate 128 bytes); a smaller --batch-size needs less')
     assert explain_memory(RuntimeError('mat1 and mat2 shapes cannot be multiplied')) is None
