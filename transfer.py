@@ -2,11 +2,12 @@
 
     python transfer.py --dataset cifar10 --model t2t_vit_19 --lr 0.05 --b 64 --num-classes 10 --img-size 224 \
         --transfer-learning True --transfer-model path/to/checkpoint
-    python transfer.py /data/flowers --model t2t_vit_14 --transfer-learning True --transfer-model path/to/checkpoint
+    python transfer.py /data/flowers --model t2t_vit_14 --transfer-model path/to/checkpoint
 
-The classifier learns at --lr, everything else at --transfer-ratio times --lr, in every epoch. Without
---transfer-learning the whole model trains from random weights at --lr. CIFAR is downloaded into ./data_cifar unless a
-folder is given. The defaults are the published recipe, except that biases and norms do not decay.
+The classifier learns at --lr, everything else at --transfer-ratio times --lr, in every epoch. Without --transfer-model
+and --transfer-learning the whole model trains at --lr, from random weights unless --pretrained is given. Without DIR
+and --dataset, CIFAR-10 is downloaded into ./data_cifar. The defaults are the published recipe, except that biases and
+norms do not decay.
 """
 from options.checks import resolve_num_classes, share_global_batch
 from options.parser import parse_options
@@ -21,8 +22,8 @@ def main():
     if args.transfer_learning and not (args.transfer_model or args.pretrained):
         raise UserError('--transfer-learning True: from what? give --transfer-model PATH or --pretrained')
     if args.transfer_model and not args.transfer_learning:
-        raise UserError(f'--transfer-model {args.transfer_model} is given, but transfer learning is off; '
-                        'add --transfer-learning True, or leave the checkpoint out to train from scratch')
+        raise UserError(f'--transfer-model {args.transfer_model} beside --transfer-learning False; leave one of the '
+                        'two out')
 
     from data.pipeline import CIFAR_STATS, check_training_input, create_training_input, open_training_data
     from engine.checks import check_run_options

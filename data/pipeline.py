@@ -1,5 +1,6 @@
 """From options to the engine's input: data sets, then the loaders and preparers of training and evaluation."""
 import logging
+import os
 from collections import Counter
 from typing import NamedTuple
 
@@ -61,10 +62,24 @@ def open_training_data(args, world: World):
     """Return the training and the evaluation split of the options, with the training split's class numbers."""
     root, download = _locate(args)
     with one_per_machine_first(world):
-        return open_train_val(args.dataset, root, train_split=args.train_split, val_split=args.val_split,
-                              val_fraction=args.val_fraction,
-                              download=download and world.local_rank == 0, only_classes=args.only_classes,
-                              num_classes=args.num_classes or 1000, image_size=args.img_size, cache=_cache(args, world))
+        train, val = open_train_val(
+            args.dataset, root, train_split=args.train_split, val_split=args.val_split,
+            val_fraction=args.val_fraction,
+            download=download and world.local_rank == 0, only_classes=args.only_classes,
+            num_classes=args.num_classes or 1000, image_size=args.img_size, cache=_cache(args, world))
+    if world.is_main and is_same_split(train, val):
+        _logger.warning('the training images are the evaluation images too (%s): the accuracy says nothing about '
+                        'others; name another --val-split', os.path.dirname(os.path.dirname(val.path(0))))
+    return train, val
+
+
+def is_same_split(train: ImageDataset, val: ImageDataset) -> bool:
+    """Tell whether both splits are the same folder of images or shards, whatever its names."""
+    if not len(val) or len(train) != len(val):
+        return False
+    one, other = (dataset.path(len(dataset) - 1) for dataset in (train, val))
+    is_file = '::' in one or os.path.exists(one)  # in a shard, or by itself
+    return is_file and os.path.realpath(one) == os.path.realpath(other)
 
 
 def open_evaluation_data(args, classes: list[str] | None, num_classes: int | None, world: World):

@@ -188,6 +188,25 @@ def go_on_from(resumed: Path, folder: Path) -> None:
         sync_folder(folder)
 
 
+def copy_best(folder: Path, resumed: Path, *, best_epoch: int) -> bool:
+    """Give the folder in which a run goes on the best checkpoint so far, and tell whether it has one.
+
+    Args:
+        resumed: the checkpoint that the run resumes from. It is the best one itself, or has it beside it.
+        best_epoch: the epoch of the best one.
+    """
+    if (folder / BEST).exists():
+        return True
+    for path in (resumed, resumed.parent / BEST):
+        with contextlib.suppress(UserError):
+            content = read_checkpoint(path, verified=True)
+            if (content.get('epoch'), content.get('step')) == (best_epoch + 1, 0):
+                _point(folder / BEST, path)
+                sync_folder(folder)
+                return True
+    return False
+
+
 def set_aside_later(folder: Path, global_step: int) -> None:
     """Rename the checkpoints of later steps. A run that went back left them, and must not resume from them."""
     for path in (path for path in newest_first(folder) if (_step(path) or 0) > global_step):

@@ -1,7 +1,26 @@
-"""The moving average of the weights, with updates that a flag on the device can skip."""
+"""The moving average of the weights: its decay, and updates that a flag on the device can skip."""
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+
+# Decay of the published recipe, which takes 775,620 steps.
+PUBLISHED_DECAY = 0.99996
+# Share of the average that may still be the initial weights at the end of a run.
+FORGOTTEN = 0.01
+
+
+def initial_share(decay: float, steps: int) -> float:
+    """Return the share of the initial weights in an average of constant `decay` after so many steps."""
+    return decay ** steps
+
+
+def needs_warmup(asked: float | None, steps: int) -> bool:
+    """Tell whether the decay warms up in a run of so many steps.
+
+    A decay that the user or a recipe asks for is constant. So is the published one in a run that is long enough to
+    forget the initial weights.
+    """
+    return asked is None and initial_share(PUBLISHED_DECAY, steps) > FORGOTTEN
 
 
 class ModelEma(ModelEmaV3):
@@ -13,11 +32,16 @@ class ModelEma(ModelEmaV3):
 
     Args:
         model: is copied to `module`; its tensors must stay where they are afterwards.
+        decay: of the average, per step; with `use_warmup`, the highest one.
+        use_warmup: raise the decay from 0 as 1 - (1 + steps taken) ** -0.75, so that the average covers a share of the
+            run from its beginning. It passes 0.999 after 10,000 steps.
         device: the average's device, if not the model's.
     """
 
-    def __init__(self, model: nn.Module, *, decay: float, device: str | None = None):
-        super().__init__(model, decay=decay, device=None if device is None else torch.device(device))
+    def __init__(self, model: nn.Module, *, decay: float, use_warmup: bool = False, device: str | None = None):
+        # The power that timm advises for less than a million steps.
+        super().__init__(model, decay=decay, use_warmup=use_warmup, warmup_power=0.75,
+                         device=None if device is None else torch.device(device))
         self._averages, self._counts = _tensors(self.module)
         self._sgd = torch.optim.SGD(self._averages, lr=1 - decay, fused=True)
         self._of_model: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
@@ -25,12 +49,15 @@ class ModelEma(ModelEmaV3):
 
     @torch.no_grad()
     def update(  # type: ignore[override]  # timm's second argument is a step number
-            self, model: nn.Module, skip: torch.Tensor | None = None) -> None:
+            self, model: nn.Module, skip: torch.Tensor | None = None, steps: int = 0) -> None:
         """Move the average towards the weights of `model`, which must be the same model in every call.
 
         Args:
             skip: bool [] on the model's device; if it is True, nothing changes.
+            steps: optimizer steps of the run before this one, for the warm-up.
         """
+        if self.use_warmup:
+            self._sgd.param_groups[0]['lr'] = 1 - self.get_decay(steps + 1)
         self._of_model = self._of_model or _tensors(model)
         weights, counts = self._of_model
         if self.device is not None:

@@ -139,5 +139,5 @@ def _log_line(name, index, total, batch, sums, seconds, mean_seconds):
     """Log the line that users of timm know: the value of this batch, and the mean so far, of this rank."""
     (loss, top1, top5, n), (loss_sum, top1_sum, top5_sum, count, _) = batch.tolist(), sums.tolist()
     _logger.info('%s: [%4d/%d]  Time: %.3f (%.3f)  Loss: %7.4f (%6.4f)  Acc@1: %7.4f (%7.4f)  Acc@5: %7.4f (%7.4f)',
-                 name, index, total - 1, seconds, mean_seconds, loss / n, loss_sum / count,
+                 name, index + 1, total, seconds, mean_seconds, loss / n, loss_sum / count,
                  100 * top1 / n, 100 * top1_sum / count, 100 * top5 / n, 100 * top5_sum / count)

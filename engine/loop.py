@@ -13,6 +13,7 @@ from timm.utils import distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from engine.best import AVERAGED, PREFIXES, WEIGHTS, better_result
 from engine.evaluate import METRICS, MostConfidentErrors, evaluate
 from engine.log.run_log import IMAGES_SHOWN, RunLog
 from engine.log.sink import FIRST_BATCH, SAVED_BATCH, WRONG_PREDICTIONS
@@ -114,8 +115,10 @@ class Trainer:
                 self._run_epoch()
         state = self.state
         if state.best_metric is not None:
-            _logger.info('*** Best metric: %.4f (%s, epoch %d)', state.best_metric, self.args.eval_metric,
-                         state.best_epoch)
+            # Checkpoints of earlier versions do not say what the best is of.
+            of = f', of the {state.best_of}' if state.best_of else ''
+            _logger.info('*** Best metric: %.4f (%s, epoch %d%s)', state.best_metric, self.args.eval_metric,
+                         (state.best_epoch or 0) + 1, of)
 
     def _run_epoch(self) -> None:
         state = self.state
@@ -145,7 +148,7 @@ class Trainer:
         self.model.train()
         loader.set_position(state.epoch, state.step * args.accum_steps)
         batches = iter(loader)
-        bar = progress_bar(total=self.steps_per_epoch, initial=state.step, desc=f'Epoch {state.epoch}')
+        bar = progress_bar(total=self.steps_per_epoch, initial=state.step, desc=f'Epoch {state.epoch + 1}')
         started = time.perf_counter(), state.loss_sums.clone(), state.step
         while state.step < self.steps_per_epoch:
             self.schedule.step_update(state.global_step)
@@ -171,14 +174,14 @@ class Trainer:
         bar.close()
         loss, count, bad = sum_over_ranks(torch.cat((state.loss_sums, state.bad_images))).tolist()
         if not count:
-            raise NotFiniteError(f'the gradient was not finite in any step of epoch {state.epoch}. {ADVICE}')
+            raise NotFiniteError(f'the gradient was not finite in any step of epoch {state.epoch + 1}. {ADVICE}')
         return {'train_loss': loss / count, 'train_bad_images': int(bad)}
 
     def _denormalize(self, images: torch.Tensor) -> torch.Tensor:
         return self.loaders.prepare_train.denormalize(images[:IMAGES_SHOWN])
 
     def _interrupted(self, number: int) -> InterruptedRun:
-        return InterruptedRun(number, epoch=self.state.epoch, step=self.state.step, folder=self.folder)
+        return InterruptedRun(number, position=self.state.position(), folder=self.folder)
 
     def _log_line(self, bar, started: float, sums: torch.Tensor, step: int) -> None:
         """Log the loss since the last line, and the speed of this process since `started`, at `sums` and `step`."""
@@ -222,18 +225,19 @@ class Trainer:
         Errors are collected on rank 0 only, and only if the log shows them.
         """
         state, args, loaders = self.state, self.args, self.loaders
-        models = {'weights': state.model}
+        models = {WEIGHTS: state.model}
         if state.ema and not args.model_ema_force_cpu:
-            models['averaged weights'] = state.ema.module
+            models[AVERAGED] = state.ema.module
         errors = {name: MostConfidentErrors() for name in models} if self.log.wants(WRONG_PREDICTIONS) else {}
         # Eager: the same numbers as validate.py's, without compiling a second graph.
         found = {name: evaluate(model, loaders.val_loader, loaders.prepare_val, precision=self.precision,
                                 log_interval=args.log_interval, errors=errors.get(name), eager=True,
-                                name='Test' if name == 'weights' else 'Test (EMA)').as_dict()
+                                name='Test' if name == WEIGHTS else 'Test (EMA)').as_dict()
                  for name, model in models.items()}
-        results = found['weights']
-        if of_ema := found.get('averaged weights'):
-            results |= {f'ema_{name}': of_ema[name] for name in METRICS}
+        results = found[WEIGHTS]
+        if of_average := found.get(AVERAGED):
+            results |= {PREFIXES[AVERAGED] + name: of_average[name] for name in METRICS}
+            results['better'] = better_result(results, args.eval_metric).of
         return results, errors
 
     def _show_errors(self, errors: dict[str, MostConfidentErrors]) -> None:
@@ -244,21 +248,20 @@ class Trainer:
                 sheets[name] = self.loaders.prepare_val.denormalize(images), [
                     f'{self._short_name(target)}\n→ {self._short_name(guess)}, {probability:.1%}'
                     for target, guess, probability in zip(*(other.tolist() for other in others), strict=True)]
-        self.log.wrong_predictions(sheets, self.state.epoch)
+        self.log.wrong_predictions(sheets, self.state.images_seen)
 
     def _short_name(self, label: int, length: int = 20) -> str:
         name = self.loaders.class_names[label]
         return name if len(name) <= length else f'{name[:length - 1]}…'
 
     def _note_metric(self, results: dict) -> bool:
-        """Record the --eval-metric, of the average if there is one; tell whether it is the best so far."""
-        state, name = self.state, self.args.eval_metric
-        metric = state.metric = results.get(f'ema_{name}', results[name])
-        sign = -1 if name == 'loss' else 1
-        is_better = state.best_metric is None or sign * metric > sign * state.best_metric
-        if not is_better or not math.isfinite(metric):
+        """Record the --eval-metric of the better weights; tell whether it is the best so far."""
+        state, result = self.state, better_result(results, self.args.eval_metric)
+        state.metric, state.better = result.value, result.of
+        if not result.is_better_than(state.best_metric, state.best_loss):
             return False
-        state.best_metric, state.best_epoch = metric, state.epoch
+        state.best_metric, state.best_loss, state.best_epoch, state.best_of = (
+            result.value, result.loss, state.epoch, result.of)
         return True
 
     def _save(self, *, is_best: bool = False, must_succeed: bool = False) -> None:
@@ -279,4 +282,4 @@ class Trainer:
                   for tensor in model.state_dict().values() if tensor.is_floating_point())
         if sum_over_ranks(bad.double()).item():
             raise NotFiniteError(
-                f'a weight is not finite at epoch {state.epoch}, step {state.step}; this state was not saved. {ADVICE}')
+                f'a weight is not finite {state.position()}; this state was not saved. {ADVICE}')

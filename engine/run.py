@@ -1,21 +1,26 @@
 """One run from its options: its initial state, and its training to the last epoch."""
 import logging
+import shlex
+import sys
 from pathlib import Path
 
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
+from engine.checkpoint import BEST, LAST, copy_best
 from engine.compile import compile_model
-from engine.ema import ModelEma
+from engine.ema import PUBLISHED_DECAY, ModelEma, needs_warmup
 from engine.log.run_log import RunLog
 from engine.loop import Trainer, wrap_model
 from engine.loss import create_loss
 from engine.optimizer import create_schedule
+from engine.recipe import warn
 from engine.run_folder import RunLock, check_all_see, lock_patience, resolve_run
 from engine.state import TrainState
 from engine.writer import CheckpointWriter
 from utils import job, signals
 from utils.checkpoint_reader import read_checkpoint
+from utils.console import plural
 from utils.distributed import World, broadcast_from_main, from_main, hang_explained, raise_on_all_ranks
 from utils.errors import UserError
 from utils.runtime import Precision, describe_environment, move_model
@@ -26,7 +31,7 @@ _logger = logging.getLogger(__name__)
 RESUME_SAFE_OPTIONS = {
     'data', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download', 'checkpoint_steps',
     'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier', 'max_bad_images',
-    'max_bad_val_images', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'timeout'}
+    'max_bad_val_images', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'timeout', 'use_ema'}
 
 
 def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str],
@@ -39,7 +44,8 @@ def create_state(args, model: nn.Module, optimizer, precision: Precision, classe
     broadcast_from_main(model.state_dict().values())
     ema = None
     if args.model_ema:
-        ema = ModelEma(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
+        decay = PUBLISHED_DECAY if args.model_ema_decay is None else args.model_ema_decay
+        ema = ModelEma(model, decay=decay, device='cpu' if args.model_ema_force_cpu else None)
     return TrainState(arch=args.model.lower(), model=model, optimizer=optimizer, scaler=precision.scaler, ema=ema,
                       options=args.as_dict(), classes=classes, world=world)
 
@@ -53,7 +59,8 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
     Returns:
         `state`, at its end.
     Raises:
-        UserError: no epoch is left, or an epoch of these loaders does not have the step of the checkpoint.
+        UserError: no epoch is left of a run that --resume names, or an epoch of these loaders does not have the step
+            of the checkpoint.
     """
     world = state.world
     loss = create_loss(args, soft_targets=loaders.prepare_train.mixing)
@@ -67,10 +74,15 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
             output=args.output, kind=kind, experiment=args.experiment, resume=args.resume,
             name=f'{state.arch}-{size}', restarted=job.was_restarted()) if world.is_main else None
     folder, checkpoint = from_main(found)
+    _describe_schedule(args, state, loaders, precision, num_epochs, steps_per_epoch)
     _go_to_start(args, state, checkpoint, steps_per_epoch)
     if state.epoch >= num_epochs:
-        raise UserError(f'nothing is left to train: epoch {state.epoch} of {num_epochs} would be next; '
-                        'give more --epochs')
+        # A queue that starts a run again until it ends with 0 is done; so is a launcher, but for the files at the end.
+        if args.resume != 'auto' and not job.was_restarted():
+            raise UserError(f'nothing is left to train: {plural(state.epoch, "epoch")} of {num_epochs} are done; '
+                            'give more --epochs')
+        _logger.info('nothing is left to train in %s: all %s are done (another --experiment starts a new run)', folder,
+                     plural(num_epochs, 'epoch'))
     if state.step > steps_per_epoch:
         raise UserError(f'the checkpoint is at step {state.step} of its epoch, but an epoch now has {steps_per_epoch}; '
                         'use the --batch-size, --accum-steps and number of processes of the checkpoint')
@@ -81,6 +93,7 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
         patience = lock_patience(args) if job.was_restarted() else 0
         lock = RunLock(folder, patience=patience) if world.is_main else None
     check_all_see(folder, world)
+    _keep_best(state, folder, checkpoint)
     writer = CheckpointWriter(folder, keep=args.checkpoint_hist, resumed=checkpoint) if world.is_main else None
     signals.install()
     _logger.info('run folder: %s', folder)
@@ -103,7 +116,59 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
         if lock:
             lock.release()
     _logger.info('checkpoints, curves.png and summary.csv are in %s', folder)
+    if world.is_main:
+        _logger.info('next:\n%s', '\n'.join(f'  {command}' for command in _next_commands(args, folder)))
     return state
+
+
+def _describe_schedule(args, state: TrainState, loaders, precision: Precision, num_epochs: int,
+                       steps_per_epoch: int) -> None:
+    """Say how long the run is and what its average is of, and warn of options that do not go together."""
+    world, steps = state.world, num_epochs * steps_per_epoch
+    if state.ema:
+        state.ema.use_warmup = needs_warmup(args.model_ema_decay, steps)
+    if not world.is_main:
+        return
+    parts = [f'{num_epochs - args.cooldown_epochs} of the schedule']
+    parts += [f'the first {args.warmup_epochs} to warm up'] if args.warmup_epochs else []
+    parts += [f'then {args.cooldown_epochs} to cool down'] if args.cooldown_epochs else []
+    _logger.info('%s of %s: %s', plural(num_epochs, 'epoch'), plural(steps_per_epoch, 'step'), ', '.join(parts))
+    sampler = loaders.train_loader.sampler
+    per_step = args.batch_size * args.accum_steps * world.size
+    if left := sampler.num_samples - steps_per_epoch * per_step:
+        _logger.info('a step takes %s: %d of %s are left out in each epoch, others every time',
+                     plural(per_step, 'image'), left, plural(sampler.num_samples, 'training image'))
+    if state.ema:
+        _logger.info('the average of the weights has the decay %g%s', state.ema.decay,
+                     ', to which it warms up' if state.ema.use_warmup else '')
+    warn(args, images=sampler.num_samples, processes=world.size, steps=steps, device=world.device,
+         dtype=precision.dtype)
+
+
+def _keep_best(state: TrainState, folder: Path, resumed: Path | None) -> None:
+    """Bring the best checkpoint along if the run goes on in another folder; else the best is found anew."""
+    found = True
+    if state.world.is_main and resumed and state.best_epoch is not None:
+        found = copy_best(folder, resumed, best_epoch=state.best_epoch)
+    if not from_main(found):
+        _logger.warning('the best checkpoint so far, of epoch %d, is not beside %s; the best is chosen from here on',
+                        (state.best_epoch or 0) + 1, resumed)
+        state.forget_best()
+
+
+def _next_commands(args, folder: Path) -> list[str]:
+    """Return the commands that use a run's result, as they are typed where this one was."""
+    scripts = Path(sys.argv[0]).parent
+    best = folder / BEST if (folder / BEST).exists() else folder / LAST
+    with_model = ['--checkpoint', best]
+    for name, default in (('dataset', 'folder'), ('val_split', None), ('only_classes', None), ('device', 'auto')):
+        if (value := getattr(args, name)) != default:
+            with_model += [f'--{name.replace("_", "-")}', value]
+    data = [args.data] if args.data else []
+    return [shlex.join(['python', *map(str, words)]) for words in (
+        [scripts / 'validate.py', *data, *with_model],
+        [scripts / 'predict.py', *(['--data', *data] if data else []), '--samples', 20, *with_model],
+        [scripts / 'tools/report', folder])]
 
 
 def _go_to_start(args, state: TrainState, checkpoint: Path | None, steps_per_epoch: int) -> None:
@@ -117,7 +182,7 @@ def _go_to_start(args, state: TrainState, checkpoint: Path | None, steps_per_epo
         state.load_state_dict(content, source=checkpoint, with_optimizer=with_optimizer)
         if state.world.is_main:
             _report_differences(before, state.options)
-        _logger.info('resumed from %s: epoch %d, step %d', checkpoint, state.epoch, state.step)
+        _logger.info('resumed from %s, %s', checkpoint, state.position())
         if restarted and before.get('start_epoch') == start_epoch:
             return
     if start_epoch is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.best import ENTRIES
 from engine.ema import ModelEma
 from utils.distributed import World, gather
 from utils.errors import UserError
@@ -21,6 +22,8 @@ KINDS = {'version': int, 'arch': str, 'epoch': int, 'step': int, 'global_step': 
          'args': dict, 'classes': list}
 # Attributes that a checkpoint stores as they are.
 PLAIN = ('epoch', 'step', 'global_step', 'metric', 'best_metric', 'best_epoch', 'skipped_steps', 'skipped_in_a_row')
+# The same, which checkpoints of earlier versions lack.
+RECENT = ('better', 'best_loss', 'best_of')
 # Attributes of which every rank has its own.
 SUMS = ('loss_sums', 'window_sums', 'bad_images')
 
@@ -45,9 +48,12 @@ class TrainState:
     # Steps whose gradient was not finite, in the run and since the last good one, as TrainingStep counts them.
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    metric: float | None = None  # of the last evaluation
+    metric: float | None = None  # of the last evaluation, the better one of the weights and their average
+    better: str | None = None  # the one that it is of
     best_metric: float | None = None
+    best_loss: float | None = None
     best_epoch: int | None = None
+    best_of: str | None = None  # the weights or their average
 
     def __post_init__(self):
         # Of this rank in the epoch so far: sum of losses and number of images; images that could not be decoded.
@@ -73,6 +79,15 @@ class TrainState:
         self.images_seen = self.global_step * _images_per_step(self.options, self.world.size)
         self._reset_sums()
 
+    def position(self) -> str:
+        """Return where the run stands, as people count: 'in epoch 1, after step 7', or 'after epoch 1'."""
+        if self.step == 0 and self.epoch:
+            return f'after epoch {self.epoch}'
+        return f'in epoch {self.epoch + 1}, after step {self.step}'
+
+    def forget_best(self) -> None:
+        self.best_metric = self.best_loss = self.best_epoch = self.best_of = None
+
     def _reset_sums(self) -> None:
         for name in SUMS:
             getattr(self, name).zero_()
@@ -87,7 +102,9 @@ class TrainState:
         return {
             'version': VERSION,
             'arch': self.arch,
-            **{name: getattr(self, name) for name in PLAIN},
+            **{name: getattr(self, name) for name in (*PLAIN, *RECENT)},
+            # For scripts that use the checkpoint: the entry of the better weights.
+            'preferred': ENTRIES.get(self.better or ''),
             'images_seen': self.images_seen,
             'state_dict': self.model.state_dict(),
             'state_dict_ema': self.ema.module.state_dict() if self.ema else None,
@@ -125,8 +142,8 @@ class TrainState:
         if self.ema:
             # The average of a run that had none starts at the weights.
             self.ema.module.load_state_dict(state['state_dict_ema'] or state['state_dict'])
-        for name in PLAIN:
-            setattr(self, name, state[name])
+        for name in (*PLAIN, *RECENT):
+            setattr(self, name, state.get(name))
         # Checkpoints of earlier versions lack images_seen.
         before = state['global_step'] * _images_per_step(state['args'], len(state['ranks']))
         self.images_seen = state.get('images_seen', before)

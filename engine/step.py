@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.optimizer import FUSED
 from engine.state import TrainState, batch_norm_buffers
 from utils.distributed import note_progress
-from utils.errors import NotFiniteError
+from utils.errors import NotFiniteError, UserError
 from utils.faults import fault_point
 from utils.runtime import Precision
 
@@ -70,7 +70,7 @@ class TrainingStep:
         self._step_optimizer(skip)
         self._statistics.restore(skip)
         if state.ema:
-            state.ema.update(state.model, skip)
+            state.ema.update(state.model, skip, state.global_step)
         state.loss_sums += sums.masked_fill(skip, 0)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
@@ -106,8 +106,12 @@ class TrainingStep:
             unaveraged = self._model if not is_last and isinstance(self._model, DistributedDataParallel) else None
             with unaveraged.no_sync() if unaveraged is not None else contextlib.nullcontext():
                 with self._precision.autocast():
+                    try:
+                        logits = self._model(images)
+                    except ValueError as error:
+                        raise _explain_norm(error, images) or error from error
                     # On CPUs autocast would compute the loss in bfloat16.
-                    loss = self._loss(self._model(images).float(), targets)
+                    loss = self._loss(logits.float(), targets)
                 if fault_point('loss') == 'nan':
                     loss = loss * math.nan
                 state.scaler.scale(loss / args.accum_steps).backward()
@@ -131,12 +135,22 @@ class TrainingStep:
         state.skipped_in_a_row += 1
         if state.skipped_in_a_row > self._args.max_skipped_steps:
             raise NotFiniteError(
-                f'the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to epoch {epoch}, '
-                f'step {step}; none of them changed a weight. {ADVICE}')
+                f'the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to epoch {epoch + 1}, '
+                f'step {step + 1}; none of them changed a weight. {ADVICE}')
         if state.world.is_main:
             _logger.warning(
                 'epoch %d, step %d: the gradient is not finite, the step is skipped (%d so far, %d in a row)',
-                epoch, step, state.skipped_steps, state.skipped_in_a_row)
+                epoch + 1, step + 1, state.skipped_steps, state.skipped_in_a_row)
+
+
+def _explain_norm(error: ValueError, images: torch.Tensor) -> UserError | None:
+    """Return what to do if a norm got a single value to compute a variance from; None for another error."""
+    if 'Expected more than 1' not in str(error):
+        return None
+    count, _, height, width = images.shape
+    remedy = 'a --batch-size of at least 2, or a larger --img-size' if count == 1 else 'a larger --img-size'
+    return UserError(f'a norm of the model gets a single value for each channel, from a batch of {count} and images of '
+                     f'{height} × {width} pixels, and cannot normalise it; give {remedy}')
 
 
 class _Statistics:

@@ -93,9 +93,9 @@ def create_model(name: str, *, pretrained: bool = False, num_classes: int | None
         # Leaving out an image size, or a rate of 0, changes nothing.
         level = logging.WARNING if argument != 'img_size' and arguments[argument] else logging.INFO
         _logger.log(level, '%s takes no %s: %r is not used', name, argument, arguments.pop(argument))
-    _logger.info('model %s: %.2f M parameters, %s weights%s', name,
+    _logger.info('model %s: %.2f M parameters%s%s', name,
                  sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-                 'pretrained' if pretrained else 'random',
+                 ', pretrained weights' if pretrained else '',
                  ''.join(f', {argument} {value!r}' for argument, value in arguments.items()))
     return model
 
@@ -155,13 +155,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def create_model_from_options(args, *, num_classes: int, transfer_from: str | None = None) -> TimmModel:
+def create_model_from_options(args, *, num_classes: int, transfer_from: str | None = None,
+                              weights_follow: bool = False) -> TimmModel:
     """Return the model that options name, with the weights of --initial-checkpoint or `transfer_from`, if given.
 
     Args:
         args: options of options.groups.model_options; for training also regularization and batch norm.
         num_classes: outputs of the classifier.
         transfer_from: checkpoint whose classifier may have another size.
+        weights_follow: the caller loads weights; otherwise a line says if the model's are random.
 
     Raises:
         UserError: as create_model and load_weights.
@@ -169,6 +171,8 @@ def create_model_from_options(args, *, num_classes: int, transfer_from: str | No
     model = _create_from_options(args, num_classes)
     if args.model_kwargs:
         _check_logits(model, args)
+    if not (args.pretrained or args.initial_checkpoint or transfer_from or weights_follow):
+        _logger.info('it starts from random weights')
     for path, replace_head in ((args.initial_checkpoint, False), (transfer_from, True)):
         if path:
             _logger.info('%s', load_weights(model, path, use_ema=args.use_ema, replace_head=replace_head))
@@ -315,7 +319,7 @@ def open_trained_model(args) -> TrainedModel:
     num_classes = args.num_classes or count_classes(name, checkpoint, args.use_ema, source=source)
     if not num_classes:
         raise UserError(f'{source or name} holds no classifier; give weights that have one')
-    model = create_model_from_options(args, num_classes=num_classes)
+    model = create_model_from_options(args, num_classes=num_classes, weights_follow=bool(checkpoint))
     for setting, value in recorded_input(checkpoint).items():
         is_grey = setting in ('mean', 'std') and len(value) == 1
         model.pretrained_cfg[setting] = value * 3 if is_grey else value

@@ -71,7 +71,9 @@ def model_options(parser):
     add('--pretrained', action=FLAG, default=False, help="start from the model's published weights")
     add('--initial-checkpoint', default='', metavar='PATH',
         help='start from these weights: a file, a folder, hf-hub:MODEL or a URL')
-    add('--use-ema', action=FLAG, default=True, help='use the averaged weights if a checkpoint holds both')
+    add('--use-ema', action=FLAG,
+        help='use the averaged weights of a checkpoint that holds both, or the others (default: those that did better '
+             'in its evaluation, if it says so, else the averaged ones)')
     add('--num-classes', type=positive_int, metavar='N',
         help="size of the classifier (default: the data set's classes, 1000 for ImageNet)")
     add('--gp', metavar='POOL', help="global pooling (default: the model's)")
@@ -135,10 +137,12 @@ def schedule_options(parser):
     add('--warmup-lr', type=rate, default=1e-6, metavar='LR', help='learning rate of the first warm-up epoch')
     add('--min-lr', type=rate, default=1e-5, metavar='LR', help='learning rate at the end of the schedule')
     add('--epochs', type=positive_int, default=300, metavar='N', help='epochs of the schedule')
-    add('--start-epoch', type=count, metavar='N', help='number of the first epoch')
+    add('--start-epoch', type=count, metavar='N', help='start behind the first N epochs')
     add('--decay-epochs', type=positive, default=30, metavar='N', help='epochs between steps (step schedule)')
-    add('--warmup-epochs', type=count, default=10, metavar='N', help='epochs of linear warm-up')
-    add('--cooldown-epochs', type=count, default=10, metavar='N', help='epochs at --min-lr after the schedule')
+    add('--warmup-epochs', type=count, metavar='N',
+        help='epochs of linear warm-up, the first of --epochs (default: 10, at most a tenth of --epochs)')
+    add('--cooldown-epochs', type=count, metavar='N',
+        help='further epochs at --min-lr after the schedule (default: 10, at most a tenth of --epochs)')
     add('--sched-on-updates', action=FLAG, default=False, help='change the rate after every step, not every epoch')
     add('--decay-rate', '--dr', type=positive, default=0.1, metavar='RATE', help='factor of each step (step schedule)')
 
@@ -167,7 +171,7 @@ def augmentation_options(parser):
     add('--mixup-prob', type=probability, default=1.0, metavar='P', help='probability of mixing a batch')
     add('--mixup-switch-prob', type=probability, default=0.5, metavar='P', help='share of these that use CutMix')
     add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='mix once per batch, pair or image')
-    add('--mixup-off-epoch', type=count, default=0, metavar='N', help='stop mixing at this epoch; 0: never')
+    add('--mixup-off-epoch', type=count, default=0, metavar='N', help='stop mixing after N epochs; 0: never')
     add('--smoothing', type=fraction, default=0.1, metavar='S', help='label smoothing')
     add('--train-interpolation', default='random', choices=['random', 'bilinear', 'bicubic'],
         help='interpolation for training images')
@@ -188,9 +192,11 @@ def batch_norm_options(parser):
 
 def ema_options(parser):
     add = parser.add_argument_group('Moving average of the weights').add_argument
-    add('--model-ema', action=FLAG, default=True, help='keep averaged weights, and evaluate them')
+    add('--model-ema', action=FLAG, default=True, help='keep averaged weights, and evaluate them too')
     add('--model-ema-force-cpu', action=FLAG, default=False, help='keep them in CPU memory, and do not evaluate them')
-    add('--model-ema-decay', type=probability, default=0.99996, metavar='D', help='decay of the average, per step')
+    add('--model-ema-decay', type=probability, metavar='D',
+        help='constant decay of the average, per step (default: 0.99996, as published; it warms up in runs of less '
+             'than 115,127 steps)')
 
 
 def device_options(parser):

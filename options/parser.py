@@ -9,6 +9,7 @@ names. A mistake raises UserError before anything slow is imported: this module 
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from options.elsewhere import ELSEWHERE
@@ -53,6 +54,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *, formatter_class=_Help, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=formatter_class, **kwargs)
+        # Defaults that follow from other options: changes a dict of all values, for `parse_options`.
+        self.complete: Callable[[dict], None] = lambda values: None
 
     def error(self, message):
         unknown = re.match(r'unrecognized arguments: (.*)', message)
@@ -118,6 +121,7 @@ def parse_options(parser: Parser, argv=None) -> Options:
     take_recipe(parser, argv)
     values = vars(parser.parse_intermixed_args(argv))  # images may follow options
     values.pop('local_rank', None)
+    parser.complete(values)
     check_timm()
     return Options(**values)
 

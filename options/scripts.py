@@ -2,6 +2,8 @@
 
     args = parse_options(train_parser())
 """
+from pathlib import Path
+
 from options import groups
 from options.parser import Parser, create_parser
 from options.types import boolean, count, positive, positive_int, rate
@@ -18,29 +20,51 @@ FROM_CHECKPOINT = {'model': None, 'img_size': None}
 # --- train.py ---------------------------------------------------------------------------------------------------------
 
 def train_parser() -> Parser:
-    return create_parser('Train a T2T-ViT or any model of timm.', TRAINING, gone={
+    parser = create_parser('Train a T2T-ViT or any model of timm.', TRAINING, gone={
         '--eval-checkpoint': 'evaluation is: python validate.py DIR --model MODEL --eval-checkpoint PATH'})
+    parser.complete = _fit_lengths
+    return parser
+
+
+def _fit_lengths(values: dict) -> None:
+    """Set the lengths that were not given: those of the published 300 epochs, less in runs of fewer than 100."""
+    for name in ('warmup_epochs', 'cooldown_epochs'):
+        if values[name] is None:
+            values[name] = min(10, values['epochs'] // 10)
 
 
 # --- transfer.py ------------------------------------------------------------------------------------------------------
 
+# The folder that the download of CIFAR-10 makes.
+CIFAR_10 = 'cifar-10-batches-py'
 # The published recipe: SGD with plain momentum (timm's 'sgd' is Nesterov's), a cosine schedule without warm-up, padded
 # crops and flips, plain cross-entropy.
 TRANSFER_DEFAULTS = dict(
-    dataset='cifar10', opt='momentum', lr=0.01, weight_decay=5e-4, batch_size=128,
+    dataset=None, opt='momentum', lr=0.01, weight_decay=5e-4, batch_size=128,
     epochs=60, warmup_epochs=0, cooldown_epochs=0, min_lr=2e-4, train_crop_mode='pad', train_interpolation='bilinear',
     interpolation='bilinear', crop_pct=1.0, aa='', color_jitter=0.0, reprob=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0,
     model_ema=False)
 
 
 def transfer_parser() -> Parser:
-    return create_parser('Transfer a model to another data set.', (*TRAINING, _transfer_options), TRANSFER_DEFAULTS)
+    parser = create_parser('Transfer a model to another data set.', (*TRAINING, _transfer_options), TRANSFER_DEFAULTS)
+    parser.complete = _follow_from_weights_and_data
+    return parser
+
+
+def _follow_from_weights_and_data(values: dict) -> None:
+    """Set what was not given: a checkpoint to start from means transfer learning, a folder means its own images."""
+    if values['transfer_learning'] is None:
+        values['transfer_learning'] = bool(values['transfer_model'])
+    if values['dataset'] is None:
+        is_folder = values['data'] and not (Path(values['data']).expanduser() / CIFAR_10).is_dir()
+        values['dataset'] = 'folder' if is_folder else 'cifar10'
 
 
 def _transfer_options(parser: Parser) -> None:
     add = parser.add_argument_group('Transfer').add_argument
-    add('--transfer-learning', type=boolean, nargs='?', const=True, default=False, metavar='True|False',
-        help='start from --transfer-model or --pretrained weights')
+    add('--transfer-learning', type=boolean, nargs='?', const=True, metavar='True|False',
+        help='start from --transfer-model or --pretrained weights (default: if --transfer-model is given)')
     add('--transfer-model', metavar='PATH', help='checkpoint to start from; its classifier may have any size')
     add('--transfer-ratio', type=rate, default=0.01, metavar='R',
         help='learning rate of all but the classifier, as a share of --lr')
@@ -140,7 +164,9 @@ SAMPLES, QUICK_SAMPLES = 1000, 200
 
 
 def doctor_parser() -> Parser:
-    return create_parser('Check a long run before it starts.', (*TRAINING, _doctor_options))
+    parser = create_parser('Check a long run before it starts.', (*TRAINING, _doctor_options))
+    parser.complete = _fit_lengths
+    return parser
 
 
 def _doctor_options(parser: Parser) -> None:

@@ -408,7 +408,8 @@ RUN_BY = {
     'engine/loop.py::wrap_model': [ddp_is_told_its_gpu],
     'models/layers.py::attention': [attention_on_a_gpu_is_one_kernel],
     'tools/doctor/__main__.py::main': [DOCTOR + 'test_processes_of_the_run_are_the_gpus'],
-    'tools/doctor/recipe.py::_precision': [DOCTOR + 'test_recipe'],
+    'engine/recipe.py::_gpu': [DOCTOR + 'test_recipe'],
+    'engine/recipe.py::advise': [DOCTOR + 'test_recipe'],
     'tools/doctor/processes.py::look_at_processes': [
         DOCTOR + 'test_gpu_memory_is_given_back_before_other_processes_start'],
     'tools/doctor/schedule.py::look_at_schedule': [DOCTOR + 'test_schedule_counts_gpu_hours'],

@@ -16,6 +16,7 @@ from data.batch import BatchPreparer
 from data.loader import create_loader
 from data.samplers import EvalSampler
 from engine import checkpoint as checkpoint_files, run_folder
+from engine.best import better_result
 from engine.checkpoint import BEST, LAST, save_checkpoint
 from engine.checks import check_run_options
 from engine.evaluate import MostConfidentErrors, evaluate
@@ -276,6 +277,20 @@ def test_state_round_trip_through_a_file_continues_to_the_same_bytes(tmp_path):
     assert_same(state.state_dict(), other.state_dict())
 
 
+def test_a_checkpoint_of_an_earlier_version_goes_on_without_what_it_did_not_record():
+    state = tiny_state()
+    state.best_metric, state.best_epoch, state.epoch = 12.5, 1, 2
+    content = state.state_dict()
+    for entry in ('better', 'best_loss', 'best_of', 'preferred', 'images_seen'):
+        del content[entry]
+    other = tiny_state()
+    other.best_loss, other.best_of, other.better = 1.0, 'weights', 'weights'
+    other.load_state_dict(content, source='file')
+    assert (other.best_metric, other.best_epoch, other.best_loss, other.best_of) == (12.5, 1, None, None)
+    assert other.state_dict()['preferred'] is None
+    assert not better_result({'top1': 12.5, 'loss': 0.1}, 'top1').is_better_than(other.best_metric, other.best_loss)
+
+
 @pytest.mark.parametrize(
     ('change', 'said'),
     [
@@ -459,7 +474,7 @@ def test_evaluation_lines_read_as_users_know_them(caplog):
     evaluate_share(10, 0, 1)
     number = r'\s*\d+\.\d{4}'
     line = (
-        rf'Test: \[   0/2\]  Time: \d\.\d{{3}} \(\d\.\d{{3}}\)  Loss: {number} \({number}\)  '
+        rf'Test: \[   1/3\]  Time: \d\.\d{{3}} \(\d\.\d{{3}}\)  Loss: {number} \({number}\)  '
         rf'Acc@1: {number} \({number}\)  Acc@5: {number} \({number}\)'
     )
     import re

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command, run_script
+from utils.errors import UserError, explain_memory
 
 SCRIPT = """
 from utils.script import run_script
@@ -51,3 +52,35 @@ def test_other_broken_pipes_are_errors(tmp_path):
     result = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True, timeout=60,
                             env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert result.returncode == 1 and 'BrokenPipeError' in result.stderr
+
+
+def test_memory_that_is_too_small_is_one_line_and_nothing_starts_again(tmp_path):
+    """Asked for by torch on a CPU, by a GPU and by numpy; whichever rank it is, under the launcher too."""
+    for name, call in (('torch', 'torch.empty(1 << 60)'), ('numpy', 'numpy.empty(1 << 50)'),
+                       ('a GPU', 'throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\\nx"))'),
+                       ('cuBLAS', 'throw(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"))')):
+        # Under the name of a script that the launcher starts again after a crash.
+        script = tmp_path / 'train.py'
+        script.write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import numpy, torch
+from utils.script import run_script
+
+def throw(error):
+    raise error
+
+print('started', flush=True)
+run_script(lambda: {call})
+""")
+        result = run_script(script, cwd=tmp_path)
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, f'{name}: {result.stderr}'
+        assert result.stderr.startswith('train.py: error: out of memory (') and '--batch-size' in result.stderr, name
+    launched = run_command([sys.executable, '-m', 'launch.launcher', 1, script, '--device', 'cpu'], tmp_path,
+                           PYTHONPATH=str(ROOT))
+    assert (launched.returncode, launched.stdout.count('started')) == (2, 1)
+    assert launched.stderr.startswith('train.py: error: out of memory (')
+    of_torch = "[enforce fail at a.cpp:1] . can't allocate memory: you tried to allocate 128 bytes."
+    assert str(explain_memory(RuntimeError(of_torch))).startswith(
+        'out of memory (tried to allocate 128 bytes); a smaller --batch-size needs less')
+    assert explain_memory(RuntimeError('mat1 and mat2 shapes cannot be multiplied')) is None
+    assert explain_memory(UserError('torch is out of memory')) is None

@@ -189,7 +189,7 @@ def test_summary_has_a_column_for_each_number_of_any_epoch(tmp_path):
     log.epoch({'epoch': 0, 'top1': 1.0})
     log.epoch({'epoch': 1, 'top1': 2.0, 'bad_images': 3})
     rows = list(csv.DictReader(open(tmp_path / 'summary.csv', newline='')))
-    assert rows == [{'epoch': '0', 'top1': '1.0', 'bad_images': ''}, {'epoch': '1', 'top1': '2.0', 'bad_images': '3'}]
+    assert rows == [{'epoch': '1', 'top1': '1.0', 'bad_images': ''}, {'epoch': '2', 'top1': '2.0', 'bad_images': '3'}]
 
 
 def test_each_start_of_a_run_is_recorded_with_what_it_ran_on(tmp_path):
@@ -207,7 +207,7 @@ def test_each_start_of_a_run_is_recorded_with_what_it_ran_on(tmp_path):
 # ----------------------------------------------------------------------------------------------------------
 # TensorBoard: what it reads, not how it shows it, for which see test_tensorboard.py
 
-LOSS, TOP1 = 'training by images seen/loss', 'evaluation by epoch/top1'
+LOSS, TOP1 = 'training by images seen/loss', 'evaluation by images seen/top1'
 
 
 def test_each_number_is_drawn_against_what_its_name_says(tmp_path):
@@ -215,10 +215,9 @@ def test_each_number_is_drawn_against_what_its_name_says(tmp_path):
     assert points(tmp_path, LOSS) == pytest.approx({8: 1, 16: 1 / 2, 24: 1 / 3, 32: 1 / 4, 40: 1 / 5, 48: 1 / 6})
     assert points(tmp_path, 'learning rate by images seen/body, decayed')[48] == pytest.approx(0.01)
     assert points(tmp_path, 'evaluation by images seen/top1') == {48: 3}
-    assert points(tmp_path / 'epochs', TOP1) == {1: 3}
-    assert points(tmp_path / 'epochs', 'run by epoch/train_loss') == {1: 1}
-    tags = board(tmp_path).Tags()['scalars'] + board(tmp_path / 'epochs').Tags()['scalars']
-    assert all(tag.split('/')[0].endswith((' by epoch', ' by images seen')) for tag in tags)
+    assert points(tmp_path, 'run by images seen/train_loss') == points(tmp_path, 'run by images seen/epoch') == {48: 1}
+    assert all(tag.split('/')[0].endswith(' by images seen') for tag in board(tmp_path).Tags()['scalars'])
+    assert not [path for path in tmp_path.rglob('*tfevents*') if path.parent != tmp_path], 'TensorBoard lists it once'
 
 
 def test_a_resumed_run_has_each_point_once(tmp_path):
@@ -230,7 +229,7 @@ def test_a_resumed_run_has_each_point_once(tmp_path):
             log.train(line(step))
         log.close()
         assert list(points(tmp_path, LOSS)) == [8 * step for step in range(1, last + 1)]
-        assert points(tmp_path / 'epochs', TOP1) == {}  # the epoch has not ended again
+        assert points(tmp_path, TOP1) == {}  # the epoch has not ended again
 
 
 def test_what_came_before_a_checkpoint_is_on_the_disk(tmp_path, monkeypatch):
@@ -243,18 +242,18 @@ def test_what_came_before_a_checkpoint_is_on_the_disk(tmp_path, monkeypatch):
     log.epoch(results(0))
     log.sync()
     assert list(points(tmp_path, LOSS)) == [8, 16, 24, 32]
-    assert points(tmp_path / 'epochs', TOP1) == {1: 3}
+    assert points(tmp_path, TOP1) == {48: 3}
     log.close()
 
 
 def test_wrong_predictions_are_drawn_of_the_first_and_the_last_epoch_if_epochs_are_short(tmp_path):
     log = RunLog(tmp_path, options={})
     for epoch in range(4):
-        log.wrong_predictions({'weights': (torch.rand(3, 3, 500, 300), ['ant\n→ bee, 90 %'] * 3)}, epoch)
-    log.wrong_predictions({}, 4)  # no errors
+        log.wrong_predictions({'weights': (torch.rand(3, 3, 500, 300), ['ant\n→ bee, 90 %'] * 3)}, 48 * (epoch + 1))
+    log.wrong_predictions({}, 240)  # no errors
     log.close()
-    sheets = board(tmp_path / 'epochs').Images('evaluation by epoch/wrong predictions of the weights')
-    assert [sheet.step for sheet in sheets] == [1, 4]
+    sheets = board(tmp_path).Images('evaluation by images seen/wrong predictions of the weights')
+    assert [sheet.step for sheet in sheets] == [48, 192]
     assert all(sheet.width > 300 and len(sheet.encoded_image_string) < 400_000 for sheet in sheets)
 
 
@@ -360,11 +359,12 @@ def test_a_resumed_run_is_compared_by_the_options_it_has_now(tmp_path):
         ended = int(time.time())
         while int(time.time()) == ended:
             time.sleep(0.02)
-    events = EventAccumulator(str(tmp_path / 'epochs')).Reload()
+    events = EventAccumulator(str(tmp_path)).Reload()
     content = events.SummaryMetadata('_hparams_/session_start_info').plugin_data.content
     start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
     assert start.hparams['lr'].number_value == 0.03
-    assert [point.step for point in events.Scalars('evaluation by epoch/top1')] == [1, 2]
+    assert len(start.hparams) <= 25 and 'log_interval' not in start.hparams
+    assert [point.step for point in events.Scalars('evaluation by images seen/top1')] == [1, 2]
 
 
 def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path, warnings_of, monkeypatch):
@@ -385,4 +385,4 @@ def test_the_console_says_that_a_loss_is_missing(tmp_path, caplog):
     log = RunLog(tmp_path, options={'tensorboard': False})
     log.train({'epoch': 0, 'global_step': 2, 'images_seen': 8, 'loss': None, 'lr': 0.1, 'rates': {}},
               step=2, steps_per_epoch=9)
-    assert caplog.messages == ['Train: 0 [   2/9]  Loss: none  LR: 1.000e-01']
+    assert caplog.messages == ['Train: 1 [   2/9]  Loss: none  LR: 1.000e-01']

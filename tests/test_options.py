@@ -14,7 +14,8 @@ from utils.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 # Names and defaults of the authors' main.py, without removed options. num_classes was 1000, but now follows from the
-# data set; the learning rate schedule 'plateau' was removed.
+# data set; the learning rate schedule 'plateau' was removed. model_ema_decay was 0.99996, now that of runs long enough
+# for it.
 PUBLISHED = dict(
     pretrained=False, initial_checkpoint='', resume='', gp=None, img_size=224, crop_pct=None, mean=None, std=None,
     interpolation='', batch_size=64, validation_batch_size_multiplier=1, opt='adamw', opt_eps=None, opt_betas=None,
@@ -25,7 +26,7 @@ PUBLISHED = dict(
     remode='pixel', recount=1, resplit=False, mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0,
     mixup_switch_prob=0.5, mixup_mode='batch', mixup_off_epoch=0, smoothing=0.1, train_interpolation='random', drop=0.0,
     drop_path=0.1, drop_block=None, bn_momentum=None, bn_eps=None, sync_bn=False, dist_bn='', model_ema=True,
-    model_ema_force_cpu=False, model_ema_decay=0.99996, seed=42, log_interval=50, workers=8, save_images=False,
+    model_ema_force_cpu=False, model_ema_decay=None, seed=42, log_interval=50, workers=8, save_images=False,
     amp=False, channels_last=False, eval_metric='top1', model='t2t_vit_14')
 
 
@@ -59,6 +60,35 @@ def test_transfer_and_validate_command_lines_as_published():
     assert parse('--transfer-learning', script='transfer').transfer_learning
     for spelling in ('--eval_checkpoint', '--eval-checkpoint'):
         assert parse('/data', '-b', '100', spelling, 'x/y_z', script='validate').eval_checkpoint == 'x/y_z'
+
+
+@pytest.mark.parametrize('script', ['train', 'transfer'])
+def test_lengths_that_are_not_given_follow_from_the_epochs(script):
+    def lengths(*options):
+        args = parse('/data', *options, script=script)
+        return args.warmup_epochs, args.cooldown_epochs
+
+    if script == 'transfer':
+        assert lengths('--epochs', '300') == (0, 0), 'as published'
+        return
+    for epochs, length in ((1000, 10), (300, 10), (100, 10), (99, 9), (30, 3), (10, 1), (9, 0), (1, 0)):
+        assert lengths('--epochs', str(epochs)) == (length, length)
+    assert lengths('--epochs', '1', '--warmup-epochs', '3', '--cooldown-epochs', '2') == (3, 2)
+    assert lengths('-c', str(ROOT / 'configs/t2t_vit_14.yaml')) == (10, 10)
+
+
+def test_what_is_given_to_transfer_says_what_is_meant(tmp_path):
+    def meant(*options):
+        args = parse(*map(str, options), script='transfer')
+        return args.dataset, args.transfer_learning
+
+    assert meant() == ('cifar10', False) and meant('/data/flowers') == ('folder', False)
+    assert meant('/data/flowers', '--transfer-model', 'a.pth') == ('folder', True)
+    assert meant('--transfer-model', 'a.pth', '--transfer-learning', 'False') == ('cifar10', False)
+    assert meant('--pretrained') == ('cifar10', False) and meant('--transfer-learning') == ('cifar10', True)
+    (tmp_path / 'cifar-10-batches-py').mkdir()
+    assert meant(tmp_path) == ('cifar10', False) and meant(tmp_path, '--dataset', 'cifar100') == ('cifar100', False)
+    assert meant('/data', '-c', ROOT / 'configs/cifar100_t2t_vit_14.yaml') == ('cifar100', True)
 
 
 def test_options_are_read_only_and_plain():

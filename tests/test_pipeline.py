@@ -1,5 +1,6 @@
 """From options to data: whose classes number an evaluation, where CIFAR is, what a model's input is."""
 import io
+import shutil
 import tarfile
 
 import pytest
@@ -7,7 +8,7 @@ import timm
 import torch
 
 from data import pipeline
-from tests.conftest import write_images
+from tests.conftest import run_script, succeeded, write_images
 from tests.test_options import parse
 from utils.distributed import World
 from utils.errors import UserError
@@ -65,7 +66,7 @@ def test_classes_come_from_the_map_then_the_checkpoint_then_the_folders(tmp_path
 
 def test_where_cifar_is_looked_for(monkeypatch):
     asked = []
-    monkeypatch.setattr(pipeline, 'open_train_val', lambda *a, **k: asked.append((a, k['download'])))
+    monkeypatch.setattr(pipeline, 'open_train_val', lambda *a, **k: asked.append((a, k['download'])) or ((), ()))
     for argv in ('--dataset cifar10', '/data/c --dataset cifar10', '/data/c --dataset cifar100 --download',
                  '--dataset cifar10 --no-download'):
         pipeline.open_training_data(parse(*argv.split()), ONE)
@@ -74,6 +75,27 @@ def test_where_cifar_is_looked_for(monkeypatch):
         (('cifar10', './data_cifar'), False)]
     with pytest.raises(UserError, match='no data: give the folder'):
         pipeline.open_training_data(parse(), ONE)
+
+
+def test_training_on_the_evaluation_images_is_said(tmp_path, caplog):
+    """Whatever the folder is called; as files or in shards; and not of splits that only look alike."""
+    root = write_images(tmp_path / 'data', {'train': 2, 'val': 2})
+    (root / 'linked').symlink_to('train')
+    packed = tmp_path / 'packed'
+    succeeded(run_script('tools/pack.py', root / 'train', packed / 'train', cwd=tmp_path))
+    shutil.copytree(packed / 'train', packed / 'val')
+    (packed / 'linked').symlink_to('train')
+
+    def said(*options) -> bool:
+        caplog.clear()
+        pipeline.open_training_data(parse(*map(str, options)), ONE)
+        return any('the training images are the evaluation images too' in message for message in caplog.messages)
+
+    for place in (root, packed):
+        assert not said(place) and not said(place, '--only-classes', '0-1')
+        assert said(place, '--val-split', 'train') and said(place, '--val-split', 'linked', '--only-classes', '0-1')
+        assert said(place, '--train-split', 'val')
+    assert not said('--dataset', 'digits') and not said('--dataset', 'synthetic')
 
 
 def test_input_is_the_models_own_unless_said_otherwise():

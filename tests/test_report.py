@@ -74,12 +74,12 @@ def test_page_says_what_the_run_recorded(written, visit):
     page = visit(written.as_uri()).page
     summary = dict(zip(page.locator('#summary dt').all_inner_texts(), page.locator('#summary dd').all_inner_texts(),
                        strict=True))
-    assert summary['Best'] == '75.50 % top-1 after epoch 2' and summary['Epochs'] == '2 of 3'
+    assert summary['Best'] == '75.50 % top-1 after epoch 2 (weights)' and summary['Epochs'] == '2 of 3'
     assert summary['Images seen'] == '1,234' and summary['Time of the epochs'] == '0:01:00'
     assert summary['Parameters'] == '3,999,465' and summary['Image size'] == '32'
     marked = page.locator('#epochs tr.marked').all_inner_texts()
     assert [text.split() for text in marked] == [
-        ['2', 'best', '1.2500', '1.2500', '75.50', '100.00', '1.00e-03', '30.0']]
+        ['2', 'best:', 'weights', '1.2500', '1.2500', '75.50', '100.00', '1.00e-03', '30.0']]
     changed = {text.split('\t')[0]: text.split('\t')[1:3] for text in
                page.locator('#options tr.marked').all_inner_texts()}
     assert changed['lr'] == ['0.001', '0.0005'] and changed['model_ema'] == ['off', 'on']
@@ -117,7 +117,8 @@ def test_what_is_missing_is_said_and_the_rest_is_there(run, tmp_path, monkeypatc
 
 def test_best_epoch_is_that_of_the_metric_that_decides():
     def best(metric, *epochs):
-        return report_sections.best_epoch(report_sections.Run(None, {'eval_metric': metric}, list(epochs), [], []))
+        found = report_sections.best_of(report_sections.Run(None, {'eval_metric': metric}, list(epochs), [], []))
+        return found and found[0]
 
     a = {'epoch': 0, 'top1': 9.0, 'ema_top1': 1.0, 'loss': 3.0}
     b = {'epoch': 1, 'top1': 2.0, 'ema_top1': 5.0, 'loss': 4.0}

@@ -43,22 +43,22 @@ def test_a_run_leaves_everything_in_its_folder(trained):
     args = yaml.safe_load((run / 'args.yaml').read_text())
     assert (args['model'], args['epochs'], args['mixup'], args['img_size']) == ('t2t_vit_7', 2, 0.8, 32)
     rows = list(csv.DictReader(open(run / 'summary.csv')))
-    assert [row['epoch'] for row in rows] == ['0', '1'] and all(float(row['train_loss']) > 0 for row in rows)
+    assert [row['epoch'] for row in rows] == ['1', '2'] and all(float(row['train_loss']) > 0 for row in rows)
     assert {row['count'] for row in rows} == {'15'}
     records = [json.loads(line) for line in open(run / 'metrics.jsonl')]
     assert {r['kind'] for r in records} == {'train', 'epoch'}
     out = (trained / 'stdout').read_text()
-    assert '1 process(es), cpu, bfloat16' in out and 'Left: 0:00:0' in out and 'Test: [   0/2]' in out
+    assert '1 process(es), cpu, bfloat16' in out and 'Left: 0:00:0' in out and 'Test: [   1/3]' in out
 
 
 def test_tensorboard_holds_scalars_options_and_a_batch_of_each_epoch(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events, by_epoch = (EventAccumulator(str(folder)).Reload() for folder in (trained / RUN, trained / RUN / 'epochs'))
+    events = EventAccumulator(str(trained / RUN)).Reload()
     seen = 'training by images seen'
     assert {f'{seen}/{name}' for name in ('loss', 'gradient_norm', 'images_per_second', 'skipped_steps')} | {
-        'learning rate by images seen/decayed', 'evaluation by images seen/top1'} <= set(events.Tags()['scalars'])
-    assert {'evaluation by epoch/top1', 'evaluation by epoch/ema_top1'} <= set(by_epoch.Tags()['scalars'])
+        'learning rate by images seen/decayed', 'evaluation by images seen/top1',
+        'evaluation by images seen/ema_top1'} <= set(events.Tags()['scalars'])
     # 36 images in steps of 6.
     assert [point.step for point in events.Scalars(f'{seen}/loss')] == [6, 12, 24, 36, 42, 48, 60, 72]
     assert [image.step for image in events.Images(f'{seen}/first batch of the epoch')] == [6, 42]
@@ -87,7 +87,7 @@ def test_validate_finds_the_accuracy_that_training_reported(trained, image_folde
     assert {'top1', 'top5', 'loss', 'count', 'images_per_second', 'parameters', 'crop_pct', 'interpolation'} <= set(row)
     assert float(row['top1']) == result['top1'] and int(row['parameters']) == result['parameters']
 
-    succeeded(launch(2, *options, '--results-file', 'two', cwd=tmp_path, SCRIPT='validate.py'))
+    succeeded(launch(2, *options, '--use-ema', '--results-file', 'two', cwd=tmp_path, SCRIPT='validate.py'))
     on_two = json.loads((tmp_path / 'two.json').read_text())
     assert (on_two['count'], on_two['processes'], on_two['top1']) == (15, 2, reported['ema_top1'])
     assert on_two['loss'] == pytest.approx(reported['ema_loss'], rel=1e-2)
@@ -100,8 +100,8 @@ def test_validate_finds_model_and_size_in_the_checkpoint(trained, image_folder, 
     torch.save({'state_dict_ema': state}, runs['release'])
     results = {}
     for name, path in runs.items():
-        succeeded(run_script('validate.py', image_folder, *SMALL[4:], '--eval-checkpoint', path, '--results-file', name,
-                             cwd=tmp_path))
+        succeeded(run_script('validate.py', image_folder, *SMALL[4:], '--eval-checkpoint', path, '--use-ema',
+                             '--results-file', name, cwd=tmp_path))
         results[name] = json.loads((tmp_path / f'{name}.json').read_text())
         assert (results[name]['model'], results[name]['img_size']) == ('t2t_vit_7', [32, 32])
     assert results['ours']['loss'] == results['release']['loss']
@@ -122,7 +122,7 @@ def test_any_timm_model_trains_and_validates(image_folder, tmp_path, name):
     options = ('--model', name, *SMALL[2:], '-b', '6')
     out = succeeded(run_script('train.py', image_folder, *options, '--epochs', '1', '--cooldown-epochs', '0',
                                '--no-model-ema', '--warmup-epochs', '0', '--experiment', 'run', cwd=tmp_path))
-    assert 'Epoch 0: Acc@1' in out
+    assert 'Epoch 1: Acc@1' in out
     succeeded(run_script('validate.py', image_folder, *options, '--eval-checkpoint', tmp_path / RUN / 'last.pth.tar',
                          cwd=tmp_path))
 
@@ -165,7 +165,7 @@ def test_gradient_accumulation_equals_the_larger_batch(image_folder, tmp_path):
 
 def test_weights_that_are_not_finite_are_never_saved(image_folder, tmp_path):
     result = run_script('train.py', image_folder, *TRAIN, '--lr', '1e30', '--checkpoint-steps', '1', cwd=tmp_path)
-    assert result.returncode == 3 and 'the gradient was not finite in any step of epoch 1. A lower' in result.stderr
+    assert result.returncode == 3 and 'the gradient was not finite in any step of epoch 2. A lower' in result.stderr
     for checkpoint in (tmp_path / RUN).glob('*.pth.tar'):
         weights = read_checkpoint(checkpoint)['state_dict'].values()
         assert all(w.isfinite().all() for w in weights), checkpoint
@@ -175,7 +175,7 @@ def test_augmix_splits_train(image_folder, tmp_path):
     out = succeeded(run_script('train.py', image_folder, *TRAIN, '--epochs', '1', '--aug-splits', '3', '--jsd', '--aa',
                                'augmix-m3', '--resplit', '--mixup', '0', '--cutmix', '0', '--sched', 'step',
                                cwd=tmp_path))
-    assert 'Epoch 0: Acc@1' in out
+    assert 'Epoch 1: Acc@1' in out
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------------
@@ -238,7 +238,8 @@ def mistakes(tmp: Path, images: Path, checkpoint: Path) -> dict:
         'class map': ('validate.py', (images, *SMALL, '--eval-checkpoint', checkpoint, '--class-map', 'no.txt'),
                       'no.txt'),
         'transfer from what': ('transfer.py', (images, *SMALL, '--transfer-learning', 'True'), 'from what?'),
-        'transfer off': ('transfer.py', (images, *SMALL, '--transfer-model', checkpoint), 'transfer learning is off'),
+        'transfer off': ('transfer.py', (images, *SMALL, '--transfer-model', checkpoint, '--transfer-learning', 'no'),
+                         'leave one of the two out'),
         'truth': ('transfer.py', (images, *SMALL, '--transfer-learning', 'maybe'), "'maybe' is neither True nor False"),
     }
 
@@ -332,7 +333,7 @@ def test_two_nodes_on_one_machine_make_one_run(tmp_path, image_folder):
         for node in nodes:
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert sorted(('2 process(es), cpu' in out, 'Epoch 0: Acc@1' in out) for out, _ in outputs) == [
+    assert sorted(('2 process(es), cpu' in out, 'Epoch 1: Acc@1' in out) for out, _ in outputs) == [
         (False, False), (True, True)]  # rank 0 speaks for both, whichever it is
 
 

@@ -27,7 +27,7 @@ from models import create_model
 from tests.conftest import assert_same
 from utils import distributed
 from utils.distributed import AsyncMax, World
-from utils.errors import NotFiniteError
+from utils.errors import NotFiniteError, UserError
 from utils.runtime import Precision
 
 CPU = torch.device('cpu')
@@ -242,12 +242,12 @@ def test_skipped_steps_are_told_of_when_they_are_settled(caplog):
         step(iter([batch(1, value)]))
     assert not caplog.messages and state.skipped_steps == 0
     step.sync_skipped_steps()
-    assert [message[:16] for message in caplog.messages] == [f'epoch 0, step {n}:' for n in (1, 2, 4)]
+    assert [message[:16] for message in caplog.messages] == [f'epoch 1, step {n}:' for n in (2, 3, 5)]
     assert caplog.messages[1].endswith('the step is skipped (2 so far, 2 in a row)')
     assert (state.skipped_steps, state.skipped_in_a_row) == (3, 1)
     for value in (torch.nan, torch.nan, torch.nan):
         step(iter([batch(1, value)]))
-    with pytest.raises(NotFiniteError, match='not finite in 3 steps in a row, up to epoch 0, step 6; none of them'):
+    with pytest.raises(NotFiniteError, match='not finite in 3 steps in a row, up to epoch 1, step 7; none of them'):
         step.sync_skipped_steps()
     step.sync_skipped_steps()
 
@@ -481,3 +481,17 @@ def test_bytes_are_what_the_helper_compares():
     with pytest.raises(AssertionError):
         assert_same_bytes(zero, {'x': -torch.zeros(1)})
     assert np.signbit(make()[0].ema.module.norm.running_mean.numpy()).all()
+
+
+def test_a_norm_with_a_single_value_says_what_helps():
+    """Instance norms have the same rule, of the values of one image. Other mistakes keep their own message."""
+    state, step = make()
+    for size, norm, batch_size, said in ((1, nn.BatchNorm2d(3), 1, 'a --batch-size of at least 2, or a larger'),
+                                         (1, nn.InstanceNorm2d(3), 2, 'give a larger --img-size')):
+        step._model = nn.Sequential(nn.AdaptiveAvgPool2d(size), norm)
+        images, targets = batch(0)
+        with pytest.raises(UserError, match=f'single value for each channel, from a batch of {batch_size} .*{said}'):
+            step(iter([(images[:batch_size], targets[:batch_size])]))
+    step._model = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match='shapes'):
+        step(iter([batch(0)]))

@@ -51,7 +51,8 @@ def create_parser() -> argparse.ArgumentParser:
     def add_command(name: str, run, help: str):
         command = commands.add_parser(name, help=help)
         command.set_defaults(run=run)
-        command.add_argument('--use-ema', action=FLAG, default=True, help='use the averaged weights, if there are any')
+        command.add_argument('--use-ema', action=FLAG, help='use the averaged weights, or the others (default: those '
+                             'that the run recorded as the better ones, else the averaged ones)')
         if run is not inspect_checkpoint:
             command.add_argument('--force', action='store_true', help='overwrite existing files')
         if run is not average_checkpoints:
@@ -84,7 +85,7 @@ def create_parser() -> argparse.ArgumentParser:
 class Checkpoint:
     """A checkpoint, its weights, and what these are of."""
 
-    def __init__(self, path: str, use_ema: bool, img_size: int | tuple[int, int] | None = None):
+    def __init__(self, path: str, use_ema: bool | None, img_size: int | tuple[int, int] | None = None):
         from models.weights.formats import extract, recorded_classes, recorded_img_size
         from models.weights.identity import identify
         from utils.weight_sources import find_weights, read_weights

@@ -13,6 +13,7 @@ Exit codes of all scripts and of distributed_train.sh:
   128+n  killed by signal n
 """
 import difflib
+import re
 import signal
 from collections.abc import Iterable
 
@@ -28,6 +29,10 @@ EXIT_CTRL_C = 130
 
 # Exit codes after which starting the processes again would change nothing.
 DECISIONS = (EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_INTERRUPTED, EXIT_CTRL_C)
+
+# In the messages of torch's errors, of its CPU allocator, of CUDA and of its libraries.
+OUT_OF_MEMORY = ("can't allocate memory", 'not enough memory', 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED',
+                 'CUDNN_STATUS_ALLOC_FAILED', 'std::bad_alloc')
 
 
 class UserError(ValueError):
@@ -60,16 +65,31 @@ class InterruptedRun(UserError):
 
     Args:
         number: of the signal.
-        epoch, step: the point of the saved state.
+        position: of the saved state, such as 'in epoch 1, after step 7'.
         folder: the run's folder, or one of its checkpoints.
     """
 
     label = ''
 
-    def __init__(self, number: int, *, epoch: int, step: int, folder):
-        super().__init__(f'interrupted by {signal.Signals(number).name}; the state is saved, at epoch {epoch}, step '
-                         f'{step}. To go on: {job.resume_command(folder)}')
+    def __init__(self, number: int, *, position: str, folder):
+        super().__init__(f'interrupted by {signal.Signals(number).name}; the state is saved, {position}. '
+                         f'To go on: {job.resume_command(folder)}')
         self.exit_code = EXIT_CTRL_C if number == signal.SIGINT else EXIT_INTERRUPTED
+
+
+def explain_memory(error: BaseException) -> UserError | None:
+    """Return what to do if an error is about memory that this machine or its GPU lacks; None for any other error.
+
+    torch has a class of its own for GPUs alone, and names no kind for the rest.
+    """
+    wanted = re.search(r'tried to allocate [\d.]+ \w+', str(error), re.IGNORECASE)
+    text = wanted[0] if wanted else next(iter(str(error).splitlines()), '')
+    is_full = isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError' or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY))
+    if not is_full:
+        return None
+    return UserError(f'out of memory ({text[:200] or type(error).__name__}); a smaller --batch-size needs less; '
+                     'in training, --global-batch-size keeps the images of a step')
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

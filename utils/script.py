@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 
 from utils import signals
-from utils.errors import EXIT_BUG, EXIT_CTRL_C, UserError
+from utils.errors import EXIT_BUG, EXIT_CTRL_C, UserError, explain_memory
 from utils.exits import fail, leave_at_once, report
 
 
@@ -29,6 +29,8 @@ def run_script(main) -> None:
     except KeyboardInterrupt:
         report(f'{name}: interrupted; the same command starts it again', EXIT_CTRL_C)
     except Exception as error:
+        if explained := explain_memory(error):
+            fail(explained)
         # Only a process that has imported torch can have peers. This module must not import it.
         distributed = sys.modules.get('utils.distributed')
         if distributed is None or not distributed.is_distributed():

@@ -32,8 +32,9 @@ from utils.script import run_script
 
 RUN = ('--dataset', 'digits', '--only-classes', '0-1', '--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu',
        '--model-kwargs', 'embed_dim=32', 'depth=2', 'num_heads=2', 'token_dim=16',
-       '-b', '16', '-j', '1', '--warmup-epochs', '2', '--lr', '1e-3', '--model-ema-decay', '0.99', '--drop', '0.1',
-       '--log-interval', '4', '--checkpoint-steps', '5', '--keep', '3', '--no-tensorboard', '--timeout', '60')
+       '-b', '16', '-j', '1', '--warmup-epochs', '2', '--cooldown-epochs', '10', '--lr', '1e-3',
+       '--model-ema-decay', '0.99', '--drop', '0.1', '--log-interval', '4', '--checkpoint-steps', '5', '--keep', '3',
+       '--no-tensorboard', '--timeout', '60')
 EXPECTED_CODES = {0, 75, 130, 137, 143}  # done, interrupted, Ctrl-C, killed
 TIMES = {'epoch_seconds', 'images_per_second'}
 WHERE_KILLED = ('step', 'evaluate', 'save.started', 'save.written', 'save.synced', 'save.renamed', 'save.linked_last')

@@ -3,6 +3,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+from engine.best import AVERAGED, PREFIXES, WEIGHTS, best_record
 from engine.log.metrics import CURVES
 from engine.log.sink import EPOCH, Run, Sink
 from utils.faults import fault_point
@@ -25,11 +26,15 @@ class Curves(Sink):
     def close(self, finished: bool) -> None:
         self._drawn_at = time.monotonic()  # also if drawing fails, so that no epoch pays for the attempt
         fault_point('log.curves')
-        draw_curves(self.run.records, self.run.folder / CURVES)
+        draw_curves(self.run.records, self.run.folder / CURVES, self.run.options.get('eval_metric', 'top1'))
 
 
-def draw_curves(records: list[dict], path: Path | IO[bytes]) -> None:
-    """Draw the records of a metrics.jsonl as a PNG file. Epoch 1 is the first one that ended."""
+def draw_curves(records: list[dict], path: Path | IO[bytes], metric: str = 'top1') -> None:
+    """Draw the records of a metrics.jsonl as a PNG file. Epoch 1 is the first one that ended.
+
+    Args:
+        metric: decides which epoch, and which of its weights, are marked as the best.
+    """
     from matplotlib.ticker import MaxNLocator
 
     from utils.pictures import BLUE, GREEN, ORANGE, new_figure
@@ -43,16 +48,24 @@ def draw_curves(records: list[dict], path: Path | IO[bytes]) -> None:
 
     loss.plot([r['epoch_progress'] for r in steps], [r['loss'] for r in steps], color=BLUE, alpha=0.3, linewidth=1)
     loss.plot(ended, [r['train_loss'] for r in epochs], color=BLUE, marker=marker, markersize=3, label='training')
-    for prefix, name, color in (('', 'weights', ORANGE), ('ema_', 'averaged weights', GREEN)):
+    for name, color in ((WEIGHTS, ORANGE), (AVERAGED, GREEN)):
+        prefix = PREFIXES[name]
         have = [r for r in epochs if f'{prefix}top1' in r]
         if not have:
             continue
-        best = max(have, key=lambda r: r[f'{prefix}top1'])
+        highest = max(have, key=lambda r: r[f'{prefix}top1'])
         style = {'color': color, 'marker': marker, 'markersize': 3}
         x = [r['epoch'] + 1 for r in have]
         loss.plot(x, [r[f'{prefix}loss'] for r in have], **style, label=f'evaluation, {name}')
         accuracy.plot(x, [r[f'{prefix}top1'] for r in have], **style,
-                      label=f"{name}: best {best[prefix + 'top1']:.2f} % (epoch {best['epoch'] + 1})")
+                      label=f"{name}: highest {highest[prefix + 'top1']:.2f} % (epoch {highest['epoch'] + 1})")
+    if best := best_record(epochs, metric):
+        record, result = best
+        prefix = PREFIXES[result.of]
+        for axes, value in ((loss, record.get(f'{prefix}loss')), (accuracy, record.get(f'{prefix}top1'))):
+            if value is not None:
+                axes.plot(record['epoch'] + 1, value, '*', color='black', markersize=10, zorder=3,
+                          label=f"model_best: epoch {record['epoch'] + 1}, {result.of}")
     rate.plot([r['epoch_progress'] for r in steps], [r['lr'] for r in steps], color=BLUE)
 
     for axes, title in ((loss, 'Loss'), (accuracy, 'Top-1 accuracy, %'), (rate, 'Learning rate')):

@@ -51,7 +51,7 @@ class RunLog:
         self._sinks: list[Sink] = []
         self._failing: set[str] = set()
         self._finished = False
-        # Wrong predictions that are not drawn yet, with their epoch.
+        # Wrong predictions that are not drawn yet, with their images seen.
         self._pending: tuple[dict, int] | None = None
         self._drawn_at = -math.inf
         if folder is None:
@@ -97,7 +97,7 @@ class RunLog:
         if self.wants(SAVED_BATCH):
             self._call('image', SAVED_BATCH, SAVED_BATCH, _grid(images[:IMAGES_SHOWN].float()), global_step)
 
-    def wrong_predictions(self, of: dict[str, tuple[torch.Tensor, Sequence[str]]], epoch: int) -> None:
+    def wrong_predictions(self, of: dict[str, tuple[torch.Tensor, Sequence[str]]], images_seen: int) -> None:
         """Show wrong predictions of each model: {its name: (images [n, 3, H, W] in 0…1, n captions)}.
 
         Drawing them takes longer than some epochs. A process draws its first and last epoch, and between them those
@@ -105,7 +105,8 @@ class RunLog:
         """
         if not self.wants(WRONG_PREDICTIONS) or not of:
             return
-        self._pending = {model: (_shrink(images).cpu(), captions) for model, (images, captions) in of.items()}, epoch
+        sheets = {model: (_shrink(images).cpu(), captions) for model, (images, captions) in of.items()}
+        self._pending = sheets, images_seen
         if time.monotonic() - self._drawn_at > SECONDS_BETWEEN_DRAWINGS:
             self._show_pending()
 
@@ -129,18 +130,19 @@ class RunLog:
     def _show_pending(self) -> None:
         if not self._pending or not self.wants(WRONG_PREDICTIONS):
             return
-        (sheets, epoch), self._pending = self._pending, None
+        (sheets, images_seen), self._pending = self._pending, None
         for model, (images, captions) in sheets.items():
-            self._attempt(WRONG_PREDICTIONS, self._draw, f'{WRONG_PREDICTIONS} of the {model}', images, captions, epoch)
+            self._attempt(WRONG_PREDICTIONS, self._draw, f'{WRONG_PREDICTIONS} of the {model}', images, captions,
+                          images_seen)
         self._drawn_at = time.monotonic()
 
-    def _draw(self, name: str, images: torch.Tensor, captions: Sequence[str], epoch: int) -> None:
+    def _draw(self, name: str, images: torch.Tensor, captions: Sequence[str], images_seen: int) -> None:
         from utils.pictures import image_sheet, to_array
         # Two columns, so that the text can be read on TensorBoard's narrow cards.
         figure = image_sheet(list(images.permute(0, 2, 3, 1).numpy()), captions, columns=2).figure
         width, height = figure.get_size_inches()
         figure.set_size_inches(0.8 * width, 0.8 * height)
-        self._call('image', WRONG_PREDICTIONS, name, to_array(figure).transpose(2, 0, 1), epoch)
+        self._call('image', WRONG_PREDICTIONS, name, to_array(figure).transpose(2, 0, 1), images_seen)
 
     def _note_start(self, entry: dict) -> None:
         fault_point('log.environment')

@@ -29,7 +29,7 @@ class Sink:
 
         record(record)              numbers by name; record['kind'] is TRAIN (a log line) or EPOCH (its results)
         image(name, pixels, point)  pixels [3, H, W], uint8 or float in 0…1; `name` begins with the kind; `point` counts
-                                    images seen of FIRST_BATCH, steps of SAVED_BATCH, epochs of WRONG_PREDICTIONS
+                                    images seen, but steps of SAVED_BATCH
         flush()                     returns when everything so far is on the disk
         close(finished)             the process is about to end; `finished`: the schedule is complete
 

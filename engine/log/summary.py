@@ -1,4 +1,4 @@
-"""summary.csv: one row per epoch, with a column for each number of any epoch."""
+"""summary.csv: one row per epoch, counted from 1, with a column for each number of any epoch."""
 import csv
 import io
 
@@ -12,7 +12,8 @@ class Summary(Sink):
     name, kinds = SUMMARY, (EPOCH,)
 
     def record(self, record: dict) -> None:
-        epochs = [{k: v for k, v in r.items() if k != 'kind'} for r in self.run.records if r['kind'] == EPOCH]
+        epochs = [{k: v for k, v in r.items() if k != 'kind'} | {'epoch': r['epoch'] + 1}
+                  for r in self.run.records if r['kind'] == EPOCH]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(dict.fromkeys(name for r in epochs for name in r)))
         writer.writeheader()

@@ -135,12 +135,13 @@ class Weights:
     adapted: tuple[str, ...] = ()  # a phrase for each change of the numbers
 
 
-def extract(checkpoint: Mapping[str, Any], use_ema: bool = True) -> Weights:
+def extract(checkpoint: Mapping[str, Any], use_ema: bool | None = None) -> Weights:
     """Return the weights of a checkpoint in any of FORMATS.
 
     Args:
         checkpoint: as returned by `read_checkpoint`.
-        use_ema: prefer the averaged weights; False never takes them.
+        use_ema: prefer the averaged weights; False never takes them. None takes those that a training run recorded as
+            the better ones, else the averaged ones.
 
     Raises:
         UserError: it has no weights, or only averaged ones and use_ema is False.
@@ -189,12 +190,14 @@ def extract(checkpoint: Mapping[str, Any], use_ema: bool = True) -> Weights:
     return Weights(kind.name, entry, state, tuple(renamed), tuple(transposed), tuple(dropped), tuple(adapted))
 
 
-def _choose_entry(checkpoint: Mapping[str, Any], use_ema: bool) -> str | None:
+def _choose_entry(checkpoint: Mapping[str, Any], use_ema: bool | None) -> str | None:
     """Return the entry of a checkpoint that holds its weights; None if it is a state dict itself."""
     entries = _entries(checkpoint)
-    wanted = [entry for entry in entries if use_ema or not is_average(entry)]
+    wanted = [entry for entry in entries if use_ema is not False or not is_average(entry)]
     if entries and not wanted:
         raise UserError('the checkpoint holds averaged weights (EMA) only; use them (use_ema=True)')
+    if use_ema is None and (preferred := preferred_entry(checkpoint)) in wanted:
+        return preferred
     if not wanted or wanted[0] in CONTAINERS:
         return wanted[0] if wanted else None
     averages = [entry for entry in wanted if is_average(entry)]
@@ -321,6 +324,12 @@ def shortened(items: Iterable[str], limit: int = 3) -> str:
 
 
 # --- Other content of checkpoints -------------------------------------------------------------------------------------
+
+def preferred_entry(checkpoint: Mapping[str, Any]) -> str | None:
+    """Return the entry that a training run recorded as that of the better weights, if it did."""
+    entry = checkpoint.get('preferred')
+    return entry if isinstance(entry, str) and entry in CONTAINERS else None
+
 
 def recorded_options(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that a training saved with its checkpoint, as ours are written; {} if there are none."""

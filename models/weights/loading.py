@@ -40,7 +40,7 @@ COUNTED = '.num_batches_tracked'
 LISTED_KEYS = 20  # keys of a kind that an error lists; 3 for weights of another architecture
 
 
-def state_dict_of(checkpoint: Mapping[str, Any], use_ema: bool = True, source: str | None = None) -> StateDict:
+def state_dict_of(checkpoint: Mapping[str, Any], use_ema: bool | None = None, source: str | None = None) -> StateDict:
     """Return the weights of a checkpoint as `extract` does, without the report; messages begin with `source`."""
     try:
         return extract(checkpoint, use_ema).state
@@ -88,9 +88,9 @@ class LoadReport:
         return f'{len(self.loaded)} tensors loaded from {self.source} ({kind})'
 
 
-def load_weights(model: nn.Module, path_or_checkpoint: str | os.PathLike | Mapping[str, Any], *, use_ema: bool = True,
-                 strict: bool = True, replace_head: bool = False, img_size: tuple[int, int] | None = None,
-                 source: str = 'checkpoint in memory') -> LoadReport:
+def load_weights(model: nn.Module, path_or_checkpoint: str | os.PathLike | Mapping[str, Any], *,
+                 use_ema: bool | None = None, strict: bool = True, replace_head: bool = False,
+                 img_size: tuple[int, int] | None = None, source: str = 'checkpoint in memory') -> LoadReport:
     """Load weights from a file or a checkpoint into any timm model.
 
     A position embedding of another grid is resampled; the first layer of a T2T-ViT is adapted to other channels. If
@@ -100,7 +100,8 @@ def load_weights(model: nn.Module, path_or_checkpoint: str | os.PathLike | Mappi
         model: target; the name of its classifier is read from `model.pretrained_cfg`.
         path_or_checkpoint: file or other address of `find_weights`, dict as returned by `read_checkpoint`, or state
             dict.
-        use_ema: prefer averaged weights; False never takes them.
+        use_ema: prefer averaged weights; False never takes them; None takes those that a run recorded as the better
+            ones, else averaged ones.
         strict: refuse missing and unexpected keys. Other shapes are always refused.
         replace_head: keep the model's classifier if the weights have none, or another number of classes (transfer
             learning), instead of raising.
@@ -149,7 +150,7 @@ def load_weights(model: nn.Module, path_or_checkpoint: str | os.PathLike | Mappi
                       (*given.dropped, *dropped), adapted, head_conflict, tuple(missing), tuple(unexpected))
 
 
-def select_module(weights: StateDict, model: nn.Module, use_ema: bool = True
+def select_module(weights: StateDict, model: nn.Module, use_ema: bool | None = None
                   ) -> tuple[StateDict, tuple[str, ...], str]:
     """Return the weights of the one module that is the model, the keys of everything else, and the module's prefix.
 
@@ -165,8 +166,8 @@ def select_module(weights: StateDict, model: nn.Module, use_ema: bool = True
                 if key.count('.') >= depth}
     found = sorted(prefix for prefix in prefixes if all(prefix + key in weights for key in needed))
     averages = [prefix for prefix in found if is_average(prefix.removesuffix('.'))]
-    if averages and (use_ema or len(averages) < len(found)):
-        found = averages if use_ema else [prefix for prefix in found if prefix not in averages]
+    if averages and (use_ema is not False or len(averages) < len(found)):
+        found = averages if use_ema is not False else [prefix for prefix in found if prefix not in averages]
     if not found:
         return weights, (), ''
     if len(found) > 1:
@@ -207,7 +208,7 @@ def _fitting(weights: Mapping[str, Any], target: StateDict, needed: set[str]) ->
     return all(key in weights and weights[key].shape == target[key].shape for key in needed)
 
 
-def load_for_transfer_learning(model: nn.Module, checkpoint_path: str | os.PathLike, use_ema: bool = True,
+def load_for_transfer_learning(model: nn.Module, checkpoint_path: str | os.PathLike, use_ema: bool | None = None,
                                strict: bool = False, num_classes: int = 1000) -> LoadReport:
     """Load weights for fine-tuning, with the name and arguments of the function in the authors' repository.
 
@@ -340,7 +341,7 @@ def _explain_mismatch(weights: StateDict, checkpoint: Mapping[str, Any], model: 
     return '; '.join(parts)
 
 
-def count_classes(model_name: str, checkpoint: Mapping[str, Any], use_ema: bool = True,
+def count_classes(model_name: str, checkpoint: Mapping[str, Any], use_ema: bool | None = None,
                   source: str = 'checkpoint in memory') -> int | None:
     """Return the number of classes in a checkpoint of `model_name`; None if it has no classifier.
 

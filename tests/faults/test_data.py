@@ -302,7 +302,7 @@ def test_a_killed_worker_ends_the_run_with_one_line(image_folder, tmp_path):
     watchdog = threading.Timer(120, process.kill)
     watchdog.start()
     try:
-        next(line for line in process.stdout if line.startswith('Train: 0 [   2'))
+        next(line for line in process.stdout if line.startswith('Train: 1 [   2'))
         os.kill(children_of(process.pid)[0], signal.SIGKILL)
         started = time.monotonic()
         _, err = process.communicate()

@@ -204,7 +204,7 @@ def test_a_signal_loses_no_step(uninterrupted, tmp_path, whom, name, exit_code, 
     code, said = interrupt(tmp_path, getattr(signal, name), whom=whom)
     run = tmp_path / 'runs/train/run'
     assert code == exit_code, said
-    assert f'interrupted by {name}; the state is saved, at epoch 0, step {STOP}. To go on: ' in said
+    assert f'interrupted by {name}; the state is saved, in epoch 1, after step {STOP}. To go on: ' in said
     assert 'Traceback' not in said and said.count('interrupted by') == 1
     assert_nothing_lost(run)
     go_on(tmp_path, said)

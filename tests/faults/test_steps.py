@@ -37,7 +37,7 @@ def test_one_bad_step_of_one_rank_is_skipped_by_all(tmp_path):
     """Whichever rank it is, the same step changes nothing, so that both runs end in the same bytes."""
     for rank in (0, 1):
         out = succeeded(launch(2, *RUN, '--experiment', f'rank{rank}', cwd=tmp_path, T2T_FAULTS=f'loss@3#{rank}=nan'))
-        assert 'epoch 0, step 2: the gradient is not finite, the step is skipped (1 so far, 1 in a row)' in out
+        assert 'epoch 1, step 3: the gradient is not finite, the step is skipped (1 so far, 1 in a row)' in out
     zero, one = (state_of(tmp_path / f'runs/train/rank{rank}') for rank in (0, 1))
     assert_finite(zero)
     assert zero['skipped_steps'] == one['skipped_steps'] == 1 and zero['skipped_in_a_row'] == 0
@@ -61,7 +61,7 @@ def test_nan_that_stays_ends_the_run_and_is_never_saved(tmp_path):
     result = launch(2, *RUN, '--checkpoint-steps', '1', '--keep', '100', '--max-skipped-steps', '3',
                     '--experiment', 'run', cwd=tmp_path, T2T_FAULTS='loss@4+#1=nan')
     assert result.returncode == 3, result.stdout + result.stderr
-    assert 'the gradient was not finite in 4 steps in a row, up to epoch 0, step 6' in result.stderr
+    assert 'the gradient was not finite in 4 steps in a row, up to epoch 1, step 7' in result.stderr
     assert '--amp-dtype bfloat16 helps; --resume auto' in result.stderr and 'Traceback' not in result.stderr
     run = tmp_path / 'runs/train/run'
     checkpoints = sorted(run.glob('checkpoint-*.pth.tar'))
@@ -70,7 +70,7 @@ def test_nan_that_stays_ends_the_run_and_is_never_saved(tmp_path):
         assert_finite(state_of(run, path.name))
     # What was wrong has gone: the same command goes on, from weights that no bad step has touched.
     out = succeeded(launch(2, *RUN, '--experiment', 'run', '--resume', 'auto', cwd=tmp_path))
-    assert 'epoch 0, step 6' in out
+    assert 'in epoch 1, after step 6' in out
     assert state_of(run)['skipped_in_a_row'] == 0
 
 

@@ -1,6 +1,5 @@
 """The sections of tools/report, from a run's folder, its checkpoint and its data. They say what is missing."""
 import io
-import math
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from markupsafe import Markup
 from data import ImageDataset, Numbered, evenly_spaced
 from data.base import Part
 from data.pipeline import create_eval_loader, name_classes, open_evaluation_data, resolve_input
+from engine.best import Result, best_record
 from engine.log.curves import draw_curves
 from engine.log.metrics import ARGS, METRICS, read_environment, read_metrics
 from engine.predict import Predictions, predict
@@ -25,7 +25,7 @@ from figures.mistakes import (
     shorten,
 )
 from models import open_trained_model
-from options.parser import Options
+from options.parser import Options, parse_options
 from options.recipes import read_recipe
 from options.scripts import SCRIPTS, recorded_parser, validate_parser
 from tools.report.page import facts, image, note, picture, table
@@ -123,37 +123,21 @@ def headline(run: Run) -> tuple[str, str]:
     """Return the title of the page, and the line below it."""
     data = run.options.get('data')
     data = Path(data).name if data else run.options.get('dataset', 'unknown data')
-    best = best_epoch(run)
+    best = best_of(run)
     model = run.options.get('model', 'model')
-    result = f': {describe_best(run, best)}' if best else ''
+    result = f': {best[1]}' if best else ''
     return f'{model} on {data}{result}', f'Run {run.folder.name}, report of {datetime.now():%Y-%m-%d %H:%M}.'
 
 
-def best_epoch(run: Run) -> dict | None:
-    """Return the record of the epoch that the run's best checkpoint is of."""
-    metric = run.options.get('eval_metric', 'top1')
-    sign = -1 if metric == 'loss' else 1
-    values = [(deciding_value(record, metric), record) for record in run.epochs]
-    finite = [(value, record) for value, record in values if isinstance(value, int | float) and math.isfinite(value)]
-    return max(finite, key=lambda pair: sign * pair[0], default=(None, None))[1]
-
-
-def deciding_value(record: dict, metric: str):
-    """Return the metric by which training decides what is best: of the averaged weights if these were evaluated."""
-    return record.get(f'ema_{metric}', record.get(metric))
-
-
-def describe_best(run: Run, best: dict) -> str:
-    metric = run.options.get('eval_metric', 'top1')
-    value = deciding_value(best, metric)
-    return f'loss {value:.4f}' if metric == 'loss' else f'{value:.2f} % top-{metric[-1]}'
+def best_of(run: Run) -> tuple[dict, Result] | None:
+    """Return the record of the epoch that the run's best checkpoint is of, and the result that made it the best."""
+    return best_record(run.epochs, run.options.get('eval_metric', 'top1'))
 
 
 def summary(run: Run, model) -> Markup:
-    best, last = best_epoch(run), (run.steps or run.epochs or [{}])[-1]
+    best, last = best_of(run), (run.steps or run.epochs or [{}])[-1]
     size = run.options.get('img_size', 'unknown')
-    weights = ' (averaged weights)' if best and any(name.startswith('ema_') for name in best) else ''
-    pairs = [('Best', f'{describe_best(run, best)} after epoch {best["epoch"] + 1}{weights}' if best
+    pairs = [('Best', f'{best[1]} after epoch {best[0]["epoch"] + 1} ({best[1].of})' if best
               else 'no epoch has ended'),
              ('Epochs', f'{len(run.epochs)} of {run.options.get("epochs") or "unknown"}'),
              ('Images seen', f'{last["images_seen"]:,}' if 'images_seen' in last else 'not recorded'),
@@ -169,7 +153,7 @@ def curves(run: Run) -> Markup:
     if not run.steps and not run.epochs:
         return note('The run has recorded nothing yet.')
     buffer = io.BytesIO()
-    draw_curves([*run.steps, *run.epochs], buffer)
+    draw_curves([*run.steps, *run.epochs], buffer, run.options.get('eval_metric', 'top1'))
     return image(buffer.getvalue(), 'Curves of loss, top-1 accuracy and learning rate against epochs', wide=True)
 
 
@@ -177,8 +161,8 @@ def epochs(run: Run) -> Markup:
     if not run.epochs:
         return note('No epoch has ended yet.')
     names = [name for name in COLUMNS if any(name in record for record in run.epochs)]
-    best = best_epoch(run)
-    rows = [[record['epoch'] + 1, 'best' if record is best else '',
+    best, result = best_of(run) or (None, None)
+    rows = [[record['epoch'] + 1, f'best: {result.of}' if result and record is best else '',
              *(format(record[name], COLUMNS[name][1]) if isinstance(record.get(name), int | float) else '–'
                for name in names)] for record in run.epochs]
     marked = [number for number, record in enumerate(run.epochs) if record is best]
@@ -189,7 +173,7 @@ def used_options(run: Run) -> Markup:
     if not run.options:
         return note('The run has no args.yaml.')
     script = 'transfer' if 'transfer_ratio' in run.options else 'train'
-    defaults = vars(SCRIPTS[script]().parse_args([]))
+    defaults = vars(parse_options(SCRIPTS[script](), []))
     changed = [name for name, value in run.options.items() if value != defaults.get(name)]
     ordered = sorted(run.options, key=lambda name: name not in changed)
     rows = [[name, describe_value(run.options[name]), describe_value(defaults.get(name)),
