@@ -279,7 +279,8 @@ def _prepare_worker(worker_id: int) -> None:
     gc.freeze()  # collecting inherited objects takes time, and copies shared pages
     keep_freed_memory()
     # A batch that cannot be sent would be lost, with a traceback, and the main process would wait for it forever.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+    queue: Any = multiprocessing.queues.Queue
+    queue._on_queue_feeder_error = staticmethod(_end_worker)
     _shield_worker()
 
 

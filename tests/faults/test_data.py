@@ -340,10 +340,10 @@ def test_batches_of_workers_take_no_room_of_dev_shm():
 def test_training_with_less_of_dev_shm_than_a_batch_takes(tmp_path):
     """As in a container, but smaller: 512 KiB, where a batch takes 648. With 16 KiB, no worker can be started."""
     write_images(tmp_path / 'data', {'train': 12, 'val': 4}, classes=('a', 'b'))
-    options = (*SMALL, *SHORT, '--img-size', 96, '-b', 24, '-j', 2, '--output', tmp_path)
+    options = (*SMALL, *SHORT, '--img-size', 96, '-b', 24, '-j', 2)
     command = ' '.join(map(str, (sys.executable, ROOT / 'train.py', tmp_path / 'data', *options)))
     results = [run_command(['unshare', '-m', 'sh', '-c', f'mount -t tmpfs -o size={size} tmpfs /dev/shm || exit 77; '
-                            f'exec {command}'], cwd=tmp_path) for size in ('512k', '16k')]
+                            f'exec {command} --output {size}'], cwd=tmp_path) for size in ('512k', '16k')]
     if results[0].returncode == 77:
         pytest.skip('this machine mounts nothing')
     assert '/dev/shm has only 0 MiB: the batches of --workers are in other memory' in succeeded(results[0])
