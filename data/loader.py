@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -162,10 +163,7 @@ class Loader:
 
 
 def explain_worker_death(error: RuntimeError) -> UserError | None:
-    """Return a UserError with advice if `error` is PyTorch's RuntimeError for a worker that died or is cut off."""
-    if str(error).startswith('Too many open files'):
-        return UserError('too many open files for the loader workers; use fewer --workers, or allow more files: '
-                         'ulimit -n 4096')
+    """Return a UserError with advice if `error` is PyTorch's RuntimeError for a worker that died."""
     if not str(error).startswith('DataLoader worker'):
         return None
     event = str(error).splitlines()[0].rstrip('. ')
@@ -188,11 +186,19 @@ def _explain_worker_deaths() -> None:
         try:
             handler(number, frame)
         except RuntimeError as error:
+            if _is_in(frame, '_shutdown_workers'):
+                return  # the loader is ending them, after an error of its own
             if explanation := explain_worker_death(error):
                 raise explanation from error
             raise
 
     signal.signal(signal.SIGCHLD, explaining_handler)
+
+
+def _is_in(frame: FrameType | None, function: str) -> bool:
+    while frame and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return frame is not None
 
 
 class BatchSource(Dataset):

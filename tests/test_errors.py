@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, run_command, run_script
-from utils.errors import UserError, explain_memory
+from utils.errors import UserError, explain_limit
 
 SCRIPT = """
 from utils.script import run_script
@@ -80,7 +80,24 @@ run_script(lambda: {call})
     assert (launched.returncode, launched.stdout.count('started')) == (2, 1)
     assert launched.stderr.startswith('train.py: error: out of memory (')
     of_torch = "[enforce fail at a.cpp:1] . can't allocate memory: you tried to allocate 128 bytes."
-    assert str(explain_memory(RuntimeError(of_torch))).startswith(
+    assert str(explain_limit(RuntimeError(of_torch))).startswith(
         'out of memory (tried to allocate 128 bytes); a smaller --batch-size needs less')
-    assert explain_memory(RuntimeError('mat1 and mat2 shapes cannot be multiplied')) is None
-    assert explain_memory(UserError('torch is out of memory')) is None
+    assert explain_limit(RuntimeError('mat1 and mat2 shapes cannot be multiplied')) is None
+    assert explain_limit(UserError('torch is out of memory')) is None
+
+
+@pytest.mark.parametrize(('error', 'words'), [
+    (OSError(24, 'Too many open files'), 'ulimit -n'),
+    (RuntimeError('Too many open files. Communication …'), 'ulimit -n'),
+    (BlockingIOError(11, 'Resource temporarily unavailable'), 'ulimit -u'),
+    (RuntimeError("can't start new thread"), 'ulimit -u'),
+    (ImportError('libtorch_cpu.so: failed to map segment from shared object'), 'ulimit -v')])
+def test_limits_of_the_system_are_named_with_how_to_raise_them(error, words):
+    assert words in str(explain_limit(error))
+    assert explain_limit(OSError(2, 'No such file')) is None
+
+
+def test_a_small_address_space_is_one_line(tmp_path):
+    result = run_command(['sh', '-c', f'ulimit -v 600000; exec {sys.executable} {ROOT}/train.py --dataset digits'],
+                         cwd=tmp_path)
+    assert (result.returncode, result.stderr.count('\n')) == (2, 1) and 'ulimit -v' in result.stderr

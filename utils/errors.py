@@ -13,6 +13,7 @@ Exit codes of all scripts and of distributed_train.sh:
   128+n  killed by signal n
 """
 import difflib
+import errno
 import re
 import signal
 from collections.abc import Iterable
@@ -33,6 +34,12 @@ DECISIONS = (EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_INTERRUPTED, EXIT_CTRL_C)
 # In the messages of torch's errors, of its CPU allocator, of CUDA and of its libraries.
 OUT_OF_MEMORY = ("can't allocate memory", 'not enough memory', 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED',
                  'CUDNN_STATUS_ALLOC_FAILED', 'std::bad_alloc')
+# What a system refuses at a limit that the user can raise, by words in the messages of Python's errors.
+LIMITS = {
+    'Too many open files': 'too many open files; use fewer --workers, or raise the limit: ulimit -n 4096',
+    "can't start new thread": 'too many processes and threads; use fewer --workers, or raise the limit: ulimit -u',
+    'failed to map segment': 'too little address space for the libraries; raise the limit: ulimit -v unlimited',
+}
 
 
 class UserError(ValueError):
@@ -77,11 +84,15 @@ class InterruptedRun(UserError):
         self.exit_code = EXIT_CTRL_C if number == signal.SIGINT else EXIT_INTERRUPTED
 
 
-def explain_memory(error: BaseException) -> UserError | None:
-    """Return what to do if an error is about memory that this machine or its GPU lacks; None for any other error.
+def explain_limit(error: BaseException) -> UserError | None:
+    """Return what to do if an error is about memory, files or processes that this machine lacks; None for any other.
 
-    torch has a class of its own for GPUs alone, and names no kind for the rest.
+    torch has a class of its own for the memory of GPUs alone, and names no kind for the rest.
     """
+    words = "can't start new thread" if getattr(error, 'errno', None) == errno.EAGAIN else next(
+        (words for words in LIMITS if words in str(error)), None)
+    if words and isinstance(error, OSError | RuntimeError | ImportError):
+        return UserError(LIMITS[words])
     wanted = re.search(r'tried to allocate [\d.]+ \w+', str(error), re.IGNORECASE)
     text = wanted[0] if wanted else next(iter(str(error).splitlines()), '')
     is_full = isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError' or (

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 
 from utils import signals
-from utils.errors import EXIT_BUG, EXIT_CTRL_C, UserError, explain_memory
+from utils.errors import EXIT_BUG, EXIT_CTRL_C, UserError, explain_limit
 from utils.exits import fail, leave_at_once, report
 
 
@@ -29,7 +29,7 @@ def run_script(main) -> None:
     except KeyboardInterrupt:
         report(f'{name}: interrupted; the same command starts it again', EXIT_CTRL_C)
     except Exception as error:
-        if explained := explain_memory(error):
+        if explained := explain_limit(error):
             fail(explained)
         # Only a process that has imported torch can have peers. This module must not import it.
         distributed = sys.modules.get('utils.distributed')

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from utils.console import ROOMS, plural
 from utils.disk import ROOT
-from utils.errors import UserError, explain_memory
+from utils.errors import UserError, explain_limit
 
 OK, LOOK, STOP, FAIL = 'ok', 'look', 'stop', 'fail'
 WIDTH = 100
@@ -69,7 +69,7 @@ def examine(section: Section, known: dict[type, Any], sections: Sequence[Section
     except UserError as error:
         found.append(refusal(title, error))
     except Exception as error:
-        explained = explain_memory(error)
+        explained = explain_limit(error)
         found.append(refusal(title, explained) if explained else _crash(title, error))
     return found
 
