@@ -119,6 +119,8 @@ def _checked(where: str, value, action: argparse.Action):
 def _scalar(where: str, value, action: argparse.Action):
     kinds = getattr(action.type, 'kinds', (str,))
     fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+    if isinstance(value, str) and re.search('[\0\ud800-\udc7f\udd00-\udfff]', value):
+        raise UserError(f'{where}: {value!r} holds a letter that no name can have')
     # bool is an int to Python, but `epochs: true` is a mistake.
     if not fits or (isinstance(value, bool) and bool not in kinds):
         raise UserError(f'{where}: {repr(value)[:80]} is not {" or ".join(KINDS[kind] for kind in kinds)}')

@@ -101,3 +101,17 @@ def test_a_small_address_space_is_one_line(tmp_path):
     result = run_command(['sh', '-c', f'ulimit -v 600000; exec {sys.executable} {ROOT}/train.py --dataset digits'],
                          cwd=tmp_path)
     assert (result.returncode, result.stderr.count('\n')) == (2, 1) and 'ulimit -v' in result.stderr
+
+
+TRAINED = ('train.py', '--dataset', 'digits', '--only-classes', '0-1', '--model', 't2t_vit_7', '--img-size', '32',
+           '--device', 'cpu', '-b', '64', '-j', '0', '--epochs', '1', '--no-model-ema', '--no-tensorboard')
+
+
+@pytest.mark.parametrize('closed', ['>/dev/full', '2>&-', '<&- >&- 2>&-'])
+def test_a_console_that_takes_nothing_ends_no_run(closed, tmp_path):
+    script, *options = TRAINED
+    result = run_command(['sh', '-c', f'{sys.executable} {ROOT / script} {" ".join(options)} --experiment a {closed}'],
+                         cwd=tmp_path)
+    assert result.returncode == 0 and (tmp_path / 'output/train/a/last.pth.tar').exists()
+    assert 'Traceback' not in result.stderr and result.stderr.count('standard output cannot be written') == (
+        closed == '>/dev/full')

@@ -111,6 +111,7 @@ def test_the_folder_of_a_run(tmp_path, caplog):
     (runs / 'a-newer' / BEST).unlink()
     assert evaluated(tmp_path / 'photo.png', '--checkpoint', 'output/train/latest') == pytest.approx(
         expected(last, image, {'crop_pct': CROP}), abs=1e-5)
+    caplog.clear()
     with caplog.at_level(logging.INFO):
         find_weights(runs / 'latest')
     assert caplog.messages == [f'{runs}/a-newer: taking last.pth.tar']

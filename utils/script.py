@@ -1,4 +1,5 @@
 """Run a script's `main()`: a user's mistake ends it with one line, a bug with a traceback."""
+import contextlib
 import io
 import os
 import select
@@ -14,9 +15,11 @@ from utils.exits import fail, leave_at_once, report
 def run_script(main) -> None:
     """Call a script's `main()`, and end the process with the exit code of errors.py if it fails."""
     name = Path(sys.argv[0]).name
+    _open_standard_files()
     signals.prepare()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # the console may lack letters of a name
+        sys.stdout = _Console(sys.stdout)
     try:
         main()
         if sys.stdout:
@@ -39,6 +42,47 @@ def run_script(main) -> None:
             fail(explained)
         traceback.print_exc()
         leave_at_once(EXIT_BUG)
+
+
+def _open_standard_files() -> None:
+    """Open what the parent process has closed, so that no file of the run gets its number, and libraries can write."""
+    for number, name, mode in ((0, 'stdin', 'r'), (1, 'stdout', 'w'), (2, 'stderr', 'w')):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+            setattr(sys, name, open(number, mode, closefd=False))
+
+
+class _Console:
+    """Standard output that ends no program: where it cannot be written, as on a full disk, a line says so once."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._tolerance():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._tolerance():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _tolerance(self):
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also for what is still in its buffer
+            print(f'warning: standard output cannot be written ({error.strerror}); the program goes on without it',
+                  file=sys.stderr)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
 
 
 def _nobody_reads() -> bool:

@@ -36,7 +36,7 @@ def main():
 
     from tools.report import sections
     from tools.report.page import note, page
-    from utils.disk import check_writable, make_folder
+    from utils.disk import check_writable, make_folder, write_whole
     from utils.runtime import start
     from utils.weight_sources import find_run
 
@@ -67,7 +67,7 @@ def main():
         parts[title] = section(evaluated) if evaluated else note(missing)
     make_folder(output.parent, '--output')
     try:
-        output.write_text(page(*sections.headline(run), parts), encoding='utf-8', errors='replace')
+        write_whole(output, page(*sections.headline(run), parts).encode('utf-8', errors='replace'))
     except OSError as error:
         raise UserError(f'--output {output} cannot be written ({error.strerror}); name another file') from None
     log.info('report: %s (%.1f MB)', output, output.stat().st_size / 1e6)
