@@ -68,6 +68,7 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
     # Restarted processes find the run's folder by the time of the first start.
     os.environ[job.STARTED] = nodes.agree('started', job.start_time() or f'{datetime.now():%Y%m%d-%H%M%S}')
     os.environ[job.LAUNCHER] = str(os.getpid())
+    os.environ[job.GRACE] = str(grace)
     os.environ.pop('RANK', None)  # a scheduler may set it to the machine's number
     # torch's agent reports a failed worker with a page of logs. The worker's own line is enough.
     logging.disable()

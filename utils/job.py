@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-STARTED, LAUNCHER, COMMAND = 'T2T_STARTED', 'T2T_LAUNCHER', 'T2T_COMMAND'
+STARTED, LAUNCHER, COMMAND, GRACE = 'T2T_STARTED', 'T2T_LAUNCHER', 'T2T_COMMAND', 'T2T_GRACE'
 OF_A_JOB = ('TORCHELASTIC', 'MASTER_', 'NNODES', 'RDZV_', 'PET_', 'T2T_')
 OF_A_PROCESS = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE')
 # Variables in which other programs tell each of their tasks how many there are.
@@ -107,6 +107,11 @@ def take_launcher() -> int | None:
 def is_orphan() -> bool:
     """Tell whether this process had a launcher and has outlived it."""
     return _launcher is not None and os.getppid() != _launcher
+
+
+def grace() -> float:
+    """Return the seconds that the launcher gives its processes to save after a signal."""
+    return float(os.environ.get(GRACE, 0))
 
 
 def without_job(environment: Mapping[str, str]) -> dict[str, str]:
