@@ -134,7 +134,7 @@ def _find_nodes():
     silence = _number('NODE_TIMEOUT', number(float, low=2), 15)
     patience = _number('RDZV_TIMEOUT', positive_int, 600)
     if high == 1:
-        if separate := job.separate_tasks(unless='NNODES'):
+        if separate := job.separate_tasks(launchers=True):
             raise UserError(f'{separate}; set NNODES and RDZV_ENDPOINT to join them (docs/many_machines.md), or say '
                             'NNODES=1 if separate ones are wanted')
         return nodes.alone(silence)

@@ -66,7 +66,7 @@ def init_process_group(device_name: str, timeout: timedelta = timedelta(minutes=
     global _host_group
     if mistake := job.mistake():
         raise UserError(mistake)
-    if separate := job.separate_tasks(unless='WORLD_SIZE'):
+    if separate := job.separate_tasks():
         raise UserError(f'{separate}; have it start one ./distributed_train.sh on each machine (launch/slurm.sbatch), '
                         'or say WORLD_SIZE=1 if separate ones are wanted')
     rank, size = job.rank(), job.world_size()

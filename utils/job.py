@@ -56,13 +56,13 @@ def mistake() -> str | None:
     return None
 
 
-def separate_tasks(unless: str) -> str | None:
-    """Return which program has started several tasks that know nothing of one another, as 'srun … 4 tasks', or None.
+def separate_tasks(*, launchers: bool = False) -> str | None:
+    """Return which program has started several tasks that know nothing of one another, in one line, or None.
 
     Args:
-        unless: the variable that says that the tasks know one another, or are to be separate.
+        launchers: the tasks are launchers, not processes.
     """
-    if os.environ.get(unless):
+    if os.environ.get('NNODES' if launchers else 'WORLD_SIZE'):  # they know one another, or are to be separate
         return None
     for name, program in TASKS.items():
         if (number := _number(name, 1)) > 1:
