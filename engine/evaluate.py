@@ -1,6 +1,7 @@
 """Exact evaluation, for train.py (weights and their average), validate.py and transfer.py."""
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from engine.confusion import Confusion, ConfusionCounter
 from utils.console import progress_bar
-from utils.distributed import sum_over_ranks
+from utils.distributed import gather, sum_over_ranks
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -77,7 +78,8 @@ class MostConfidentErrors:
 
 @torch.no_grad()
 def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name: str = 'Test',
-             errors: MostConfidentErrors | None = None, eager: bool = False) -> Evaluation:
+             errors: MostConfidentErrors | None = None, eager: bool = False,
+             after_batch: Callable[[], None] = lambda: None) -> Evaluation:
     """Evaluate `model` on all batches of `loader`; not wrapped in DDP, since ranks may have different numbers of them.
 
     Each rank sums up its images; one reduction and one division follow. So the result is exact for any number of
@@ -87,9 +89,11 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
         prepare: (uint8 images [B, C, H, W], targets [B]) → (normalised images, targets) on the device.
         errors: collects the wrong predictions of this rank.
         eager: run `model` uncompiled, even if it is compiled.
+        after_batch: called equally often on all ranks. What it raises ends the evaluation.
     Raises:
         UserError: no image could be decoded.
     """
+    most_batches = max(gather(len(loader)))
     was_training = model.training
     model.eval()
     # Sums of loss, top-1, top-5, images and bad images, in float64, which keeps large sums exact.
@@ -116,6 +120,9 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
         batch_time = time.perf_counter() - end
         end = time.perf_counter()
         bar.update()
+        after_batch()
+    for _ in range(len(loader), most_batches):
+        after_batch()
     bar.close()
     model.train(was_training)
     sums[4] = loader.take_bad_count()

@@ -1,10 +1,11 @@
 """The epoch loop of train.py and transfer.py: train, evaluate, log and save until the last epoch is done."""
 import contextlib
+import functools
 import inspect
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,10 @@ class Trainer:
         if self.args.mixup_off_epoch:
             self.loaders.prepare_train.mixup_enabled = state.epoch < self.args.mixup_off_epoch
         training = self._train_epoch()
+        own = [(buffer, buffer.clone()) for model in self._evaluated().values() for buffer in model.buffers()]
         self._share_buffers()
         fault_point('evaluate')
-        results, errors = self._evaluate()
+        results, errors = self._evaluate(functools.partial(self._stop_in_evaluation, own))
         is_best = self._note_metric(results)
         self.log.epoch({'epoch': state.epoch, 'images_seen': state.images_seen, **training, **results,
                         'lr': self._top_rate(), 'epoch_seconds': round(time.perf_counter() - epoch_started, 1)})
@@ -164,11 +166,9 @@ class Trainer:
                 self._log_line(bar, *started)
                 state.window_sums.copy_(state.loss_sums)
                 started = time.perf_counter(), state.loss_sums.clone(), state.step
-            # The evaluation after the last step may take longer than a signal leaves.
-            ask = self._signals.conclude if state.step == self.steps_per_epoch else self._signals.exchange
-            if number := ask(signals.received()):
-                self._save(must_succeed=True)
-                raise self._interrupted(number)
+            # No request is pending in the work after the last step.
+            self._stop_if_asked(self._signals.conclude if state.step == self.steps_per_epoch
+                                else self._signals.exchange)
             if args.checkpoint_steps and state.global_step % args.checkpoint_steps == 0:
                 self._save()
         bar.close()
@@ -179,6 +179,23 @@ class Trainer:
 
     def _denormalize(self, images: torch.Tensor) -> torch.Tensor:
         return self.loaders.prepare_train.denormalize(images[:IMAGES_SHOWN])
+
+    def _stop_if_asked(self, ask: Callable[[int], int]) -> None:
+        """Save and raise InterruptedRun if a signal asks any rank to stop."""
+        if number := ask(signals.received()):
+            self._save(must_succeed=True)
+            raise self._interrupted(number)
+
+    def _stop_in_evaluation(self, own: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Stop as after the last step, with the buffers that this rank had then, as a resumed run shares them again."""
+        def ask(number: int) -> int:
+            if number := self._signals.exchange(number):
+                for buffer, value in own:
+                    buffer.copy_(value)
+            return number
+
+        fault_point('evaluate.batch')
+        self._stop_if_asked(ask)
 
     def _interrupted(self, number: int) -> InterruptedRun:
         return InterruptedRun(number, position=self.state.position(), folder=self.folder)
@@ -213,26 +230,30 @@ class Trainer:
 
     def _share_buffers(self) -> None:
         """Give all ranks the buffers that are saved, since batch norms have seen other images on every rank."""
-        state = self.state
-        for model in [state.model] + ([state.ema.module] if state.ema and not self.args.model_ema_force_cpu else []):
-            if self.args.dist_bn == 'reduce' and state.world.size > 1:
-                distribute_bn(model, state.world.size, reduce=True)
+        world = self.state.world
+        for model in self._evaluated().values():
+            if self.args.dist_bn == 'reduce' and world.size > 1:
+                distribute_bn(model, world.size, reduce=True)
             broadcast_from_main(model.buffers())
 
-    def _evaluate(self) -> tuple[dict, dict[str, MostConfidentErrors]]:
+    def _evaluated(self) -> dict[str, nn.Module]:
+        """Return the weights, and their average if it is on the same device, by their names."""
+        models = {WEIGHTS: self.state.model}
+        if self.state.ema and not self.args.model_ema_force_cpu:
+            models[AVERAGED] = self.state.ema.module
+        return models
+
+    def _evaluate(self, after_batch: Callable[[], None]) -> tuple[dict, dict[str, MostConfidentErrors]]:
         """Return the results of the weights, of their average (`ema_…`) if it is on the same device, and the errors.
 
         Errors are collected on rank 0 only, and only if the log shows them.
         """
-        state, args, loaders = self.state, self.args, self.loaders
-        models = {WEIGHTS: state.model}
-        if state.ema and not args.model_ema_force_cpu:
-            models[AVERAGED] = state.ema.module
+        args, loaders, models = self.args, self.loaders, self._evaluated()
         errors = {name: MostConfidentErrors() for name in models} if self.log.wants(WRONG_PREDICTIONS) else {}
         # Eager: the same numbers as validate.py's, without compiling a second graph.
         found = {name: evaluate(model, loaders.val_loader, loaders.prepare_val, precision=self.precision,
                                 log_interval=args.log_interval, errors=errors.get(name), eager=True,
-                                name='Test' if name == WEIGHTS else 'Test (EMA)').as_dict()
+                                after_batch=after_batch, name='Test' if name == WEIGHTS else 'Test (EMA)').as_dict()
                  for name, model in models.items()}
         results = found[WEIGHTS]
         if of_average := found.get(AVERAGED):

@@ -98,6 +98,7 @@ class TrainState:
         Every rank must call it, since each has its own random generators and sums.
         """
         ranks = gather({'rng': get_rng_state(self.world.device), 'statistics': [b.cpu() for b in self._statistics()],
+                        'threads': torch.get_num_threads(),
                         **{name: getattr(self, name).cpu() for name in SUMS}})
         return {
             'version': VERSION,
@@ -177,6 +178,10 @@ class TrainState:
         if len(ranks) == self.world.size:
             mine = ranks[self.world.rank]
             set_rng_state(mine['rng'], self.world.device)
+            before, now = mine.get('threads'), torch.get_num_threads()  # earlier versions did not save them
+            if self.world.is_main and self.world.device.type == 'cpu' and before not in (None, now):
+                _logger.warning('the checkpoint is of processes with %d thread(s), these have %d: sums are rounded '
+                                'otherwise; OMP_NUM_THREADS=%d repeats the same bytes', before, now, before)
             for name in SUMS:
                 getattr(self, name).copy_(mine[name])
             for buffer, saved in zip(self._statistics(), mine['statistics'], strict=True):

@@ -50,8 +50,7 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
     restarts = _number('MAX_RESTARTS', count, 3 if Path(script).name in RESUMING else 0)
     grace = _number('GRACE', positive, 120)
     _check_global_batch(num_proc, script, options)
-    if _setting('NNODES') not in ('', '1'):
-        os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # silences warnings about addresses without a name
+    os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # silences warnings about addresses without a name
     import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -69,6 +68,7 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
     # Restarted processes find the run's folder by the time of the first start.
     os.environ[job.STARTED] = nodes.agree('started', job.start_time() or f'{datetime.now():%Y%m%d-%H%M%S}')
     os.environ[job.LAUNCHER] = str(os.getpid())
+    os.environ[job.GRACE] = str(grace)
     os.environ.pop('RANK', None)  # a scheduler may set it to the machine's number
     # torch's agent reports a failed worker with a page of logs. The worker's own line is enough.
     logging.disable()
@@ -134,7 +134,10 @@ def _find_nodes():
     silence = _number('NODE_TIMEOUT', number(float, low=2), 15)
     patience = _number('RDZV_TIMEOUT', positive_int, 600)
     if high == 1:
-        return ['--standalone'], nodes.alone(silence)
+        if separate := job.separate_tasks(launchers=True):
+            raise UserError(f'{separate}; set NNODES and RDZV_ENDPOINT to join them (docs/many_machines.md), or say '
+                            'NNODES=1 if separate ones are wanted')
+        return nodes.alone(silence)
     host, port = _meeting_place()
     # Processes print them in the command that resumes the run.
     os.environ.update(NNODES=_setting('NNODES'), RDZV_ENDPOINT=f'[{host}]:{port}' if ':' in host else f'{host}:{port}')

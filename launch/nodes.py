@@ -13,6 +13,7 @@ import struct
 import sys
 import threading
 import time
+import uuid
 from concurrent.futures import Future, wait
 from datetime import timedelta
 
@@ -33,13 +34,25 @@ LONG_SECONDS = 10.0
 HEARTBEATS = 5
 # How long an ended launcher, and its store, stay for the others to read how the job ended.
 HEARING_SECONDS = 5.0
+# The loopback interface of Linux and of macOS.
+LOOPBACKS = ('lo', 'lo0')
 # ioctl: the IPv4 address of an interface.
 SIOCGIFADDR = 0x8915
 
 
-def alone(silence: float) -> 'Nodes':
-    """Return the launchers of a job on one machine."""
-    return Nodes(dist.HashStore(), timeout=silence)
+def alone(silence: float) -> tuple[list[str], 'Nodes']:
+    """Return torchrun's options for a job on one machine, whose processes talk over its loopback interface.
+
+    The machine needs no name, and no other interface.
+
+    Raises:
+        UserError: there is no loopback interface.
+    """
+    address = _loopback_address()
+    _talk_over(next((name for _, name in socket.if_nameindex() if name in LOOPBACKS), None))
+    at = f'[{address}]' if ':' in address else address
+    return ['--rdzv-backend=c10d', f'--rdzv-endpoint={at}:0', f'--rdzv-id={uuid.uuid4()}',
+            f'--local-addr={address}'], Nodes(dist.HashStore(), timeout=silence)
 
 
 def find(host: str, port: int, *, name: str, patience: int, silence: float) -> tuple[list[str], 'Nodes']:
@@ -55,9 +68,7 @@ def find(host: str, port: int, *, name: str, patience: int, silence: float) -> t
     """
     with _said_if_long(f'waiting for the name {host} (RDZV_ENDPOINT) to be known'):
         address = _own_address(host, port, patience)
-    # gloo would take the interface of this machine's name. NCCL chooses well, and may use several.
-    if 'GLOO_SOCKET_IFNAME' not in os.environ and (interface := _interface_of(address)):
-        os.environ['GLOO_SOCKET_IFNAME'] = interface
+    _talk_over(_interface_of(address))
     hosted = _host_store(host, port)
     with _said_if_long(f'waiting for the launcher at {host}:{port}'):
         store = _connect(host, port, patience)
@@ -114,6 +125,25 @@ def _source_address(host: str, port: int) -> str:
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)
         return probe.getsockname()[0]
+
+
+def _loopback_address() -> str:
+    """Return the address under which this machine reaches itself, of IPv4 or else IPv6."""
+    for family, address in ((socket.AF_INET, '127.0.0.1'), (socket.AF_INET6, '::1')):
+        with contextlib.suppress(OSError), socket.create_server((address, 0), family=family) as server:
+            socket.create_connection(server.getsockname()[:2], timeout=2).close()
+            return address
+    raise UserError('this machine has no loopback interface (127.0.0.1 or ::1), over which its processes talk; turn it '
+                    'on, as by ip link set lo up')
+
+
+def _talk_over(interface: str | None) -> None:
+    """Have the processes use this network interface, unless the user has chosen one.
+
+    gloo would take the interface of this machine's name, which may be unknown. NCCL chooses well, and may use several.
+    """
+    if 'GLOO_SOCKET_IFNAME' not in os.environ and interface:
+        os.environ['GLOO_SOCKET_IFNAME'] = interface
 
 
 def _is_address(host: str) -> bool:

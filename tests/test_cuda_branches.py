@@ -245,7 +245,8 @@ def ranks_meet_over_nccl_each_on_its_gpu(gpu: Gpu):
     mine = torch.device('cuda', 1)
     gpu.answer(device_count=2, set_device=None)
     gpu.answer(dist, init_process_group=None, new_group=create_autospec(dist.ProcessGroup, instance=True))
-    with alone(RANK='3', WORLD_SIZE='4', LOCAL_RANK='1', LOCAL_WORLD_SIZE='2'), gpu.tensors(), \
+    with alone(RANK='3', WORLD_SIZE='4', LOCAL_RANK='1', LOCAL_WORLD_SIZE='2', MASTER_ADDR='node', MASTER_PORT='1'), \
+            gpu.tensors(), \
             patch.object(distributed, '_meet', lambda *_: dist.HashStore()), \
             patch.object(distributed, '_progress') as progress:
         world = distributed.init_process_group('auto', timedelta(seconds=5))
@@ -410,6 +411,7 @@ RUN_BY = {
     'tools/doctor/__main__.py::main': [DOCTOR + 'test_processes_of_the_run_are_the_gpus'],
     'engine/recipe.py::_gpu': [DOCTOR + 'test_recipe'],
     'engine/recipe.py::advise': [DOCTOR + 'test_recipe'],
+    'engine/state.py::TrainState._load_rank': ['tests/test_resume.py::test_another_number_of_threads_is_said'],
     'tools/doctor/processes.py::look_at_processes': [
         DOCTOR + 'test_gpu_memory_is_given_back_before_other_processes_start'],
     'tools/doctor/schedule.py::look_at_schedule': [DOCTOR + 'test_schedule_counts_gpu_hours'],

@@ -1,6 +1,9 @@
 """launch/launcher.py's settings, and the files of launch/: they say what the launcher reads."""
+import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
 
@@ -10,8 +13,9 @@ import yaml
 from data.pipeline import check_training_input
 from launch import launcher as launch, nodes
 from options.checks import share_global_batch
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, run_command, run_script
 from tests.test_options import parse
+from utils.distributed import init_process_group
 from utils.errors import UserError
 
 KUBERNETES = ROOT / 'launch/kubernetes.yaml'
@@ -146,6 +150,84 @@ def test_the_page_names_every_setting():
         num_proc, *words = shlex.split(command.replace('\\\n', ' '))
         args = parse(*words)
         assert num_proc == '8' and (args.global_batch_size or args.batch_size * 32 == 512)
+
+
+# --- Variables that other programs set --------------------------------------------------------------------------------
+
+QUICK = ('--dataset', 'digits', '--only-classes', '0-2', '--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu',
+         '--model-kwargs', 'embed_dim=32', 'depth=1', 'num_heads=2', '-b', '16', '--epochs', '1', '-j', '0',
+         '--warmup-epochs', '0', '--cooldown-epochs', '0', '--no-tensorboard')
+STARTERS = ['SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE', 'PMI_SIZE', 'JSM_NAMESPACE_SIZE',
+            'FLUX_JOB_SIZE']
+
+
+@pytest.mark.parametrize('name', STARTERS)
+def test_tasks_that_would_train_separately_are_refused(name, tmp_path):
+    refused = run_script('train.py', *QUICK, cwd=tmp_path, **{name: '2'})
+    assert refused.returncode == 2 and 'has started 2 tasks' in refused.stderr and name in refused.stderr
+    assert refused.stderr.count('\n') == 1 and not (tmp_path / 'output/train').exists()
+
+
+def test_launchers_that_would_be_separate_are_refused(monkeypatch):
+    monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '4')
+    with pytest.raises(UserError, match='srun has started 4 tasks .* set NNODES and RDZV_ENDPOINT'):
+        launch._find_nodes()
+    monkeypatch.setenv('NNODES', '1')
+    assert '--rdzv-endpoint=127.0.0.1:0' in launch._find_nodes()[0]
+
+
+@pytest.mark.parametrize('environment', [
+    {'SLURM_STEP_NUM_TASKS': '1', 'SLURM_NTASKS': '4', 'PMI_SIZE': ''},  # a batch script's own step
+    {'SLURM_STEP_NUM_TASKS': '4', 'WORLD_SIZE': '1'}, {'RANK': '', 'WORLD_SIZE': '', 'LOCAL_RANK': ''}])
+def test_one_process_is_one(environment, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert init_process_group('cpu').size == 1
+
+
+@pytest.mark.parametrize(('environment', 'said'), [
+    ({'WORLD_SIZE': '2'}, 'WORLD_SIZE=2, but RANK and MASTER_ADDR and MASTER_PORT not set'),
+    ({'WORLD_SIZE': '2', 'RANK': '0'}, 'MASTER_ADDR and MASTER_PORT not set'),
+    ({'LOCAL_RANK': 'x'}, 'LOCAL_RANK=x is not a number'), ({'RANK': '1'}, 'RANK=1, but WORLD_SIZE=(not set)'),
+    ({'WORLD_SIZE': '-2'}, 'WORLD_SIZE=-2 is not a number'), ({'WORLD_SIZE': '0'}, 'RANK=0, but WORLD_SIZE=0')])
+def test_variables_that_a_scheduler_leaves_behind_are_one_line(monkeypatch, environment, said):
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        init_process_group('cpu')
+    assert said in str(caught.value) and '\n' not in str(caught.value)
+
+
+WAIT = '''
+from utils.distributed import init_process_group
+from utils.script import run_script
+run_script(lambda: init_process_group('cpu'))
+'''
+
+
+@pytest.mark.parametrize(('number', 'exit_code'), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_wait_for_other_processes(number, exit_code):
+    """A store that accepts connections and never answers, as that of a job whose other processes never come."""
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        environment = {**os.environ, 'WORLD_SIZE': '2', 'RANK': '1', 'MASTER_ADDR': '127.0.0.1',
+                       'MASTER_PORT': str(silent.getsockname()[1])}
+        process = subprocess.Popen([sys.executable, '-c', WAIT], cwd=ROOT, env=environment, stderr=subprocess.PIPE,
+                                   preexec_fn=heed_signals)
+        silent.settimeout(60)
+        silent.accept()
+        process.send_signal(number)
+        try:
+            process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == exit_code
+
+
+def heed_signals() -> None:
+    """A test run that was started in the background ignores Ctrl-C, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # --- The end ----------------------------------------------------------------------------------------------------------

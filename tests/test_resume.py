@@ -3,15 +3,19 @@ import json
 import re
 import shutil
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import engine.state
 from engine.run import _report_differences
 from engine.state import TrainState
 from tests.conftest import assert_same, launch, run_script, succeeded, write_images
 from utils.checkpoint_reader import read_checkpoint
+from utils.distributed import World
+from utils.runtime import get_rng_state
 
 # Every source of randomness: crops, flips, RandAugment, erasing, Mixup, CutMix, dropout, drop path.
 RUN = ('--dataset', 'digits', '--only-classes', '0-2', '--model', 't2t_vit_7', '--img-size', '32', '--device', 'cpu',
@@ -78,6 +82,38 @@ def test_resumed_run_ends_in_the_same_bytes(uninterrupted, where, workers):
                                 or r['kind'] == 'train' and r['global_step'] > step]
 
 
+@pytest.mark.parametrize(('fault', 'exit_code'), [
+    ('evaluate.batch@1#1=term', 75), pytest.param('evaluate.batch@7#0=int', 130, marks=pytest.mark.slow)])
+def test_a_signal_in_an_evaluation_saves_and_loses_no_byte(uninterrupted, fault, exit_code):
+    """The first signal comes in the evaluation of the weights, the second in that of the average."""
+    whole = uninterrupted / 'runs/train/whole'
+    steps = read_checkpoint(whole / 'last.pth.tar')['global_step'] // 2
+    options = (*RUN, '-j', '1', '--experiment', fault.replace('=', '-'), '--resume', 'auto')
+    stopped = launch(2, *options, cwd=uninterrupted, T2T_FAULTS=fault)
+    assert stopped.returncode == exit_code, stopped.stderr
+    [line] = stopped.stderr.splitlines()
+    assert f'the state is saved, in epoch 1, after step {steps}. To go on: ' in line
+    run = uninterrupted / 'runs/train' / fault.replace('=', '-')
+    assert ('Test (EMA)' in stopped.stdout) == (exit_code == 130)
+    assert [r for r in records(run) if r['kind'] == 'epoch'] == []
+    succeeded(launch(2, *options, cwd=uninterrupted))
+    assert_same(final_state(whole), final_state(run))
+    assert records(run) == records(whole)
+
+
+@pytest.mark.slow
+def test_batch_norms_are_shared_once_although_an_evaluation_stopped(tmp_path):
+    """The mean of three equal numbers is not always that number."""
+    options = ('--dataset', 'digits', '--only-classes', '0-1', '--model', 'test_resnet', '--img-size', '32', '-j', '0',
+               '--device', 'cpu', '-b', '16', '--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '0',
+               '--no-tensorboard', '--output', 'runs', '--experiment')
+    succeeded(launch(3, *options, 'whole', cwd=tmp_path))
+    stopped = launch(3, *options, 'stopped', cwd=tmp_path, T2T_FAULTS='evaluate.batch#2=term')
+    assert stopped.returncode == 75, stopped.stderr
+    succeeded(launch(3, *options, 'stopped', '--resume', 'auto', cwd=tmp_path))
+    assert_same(final_state(tmp_path / 'runs/train/whole'), final_state(tmp_path / 'runs/train/stopped'))
+
+
 def test_resume_auto_continues_in_place_with_one_history(uninterrupted):
     """Cut the run's folder back to a middle, as a crash would leave it, and let --resume auto find its way."""
     whole = uninterrupted / 'runs/train/whole'
@@ -114,6 +150,18 @@ def test_a_run_that_began_before_images_were_augmented_as_tensors_says_that_they
     caplog.clear()
     _report_differences({'lr': 0.1}, now | {'fast_transform': False})
     assert not caplog.messages
+
+
+def test_another_number_of_threads_is_said(caplog):
+    """Its sums may be rounded otherwise. The line comes with the state of a rank, without a run."""
+    world = World(0, 0, 1, torch.device('cpu'))
+    state = SimpleNamespace(world=world, _statistics=list)
+    rank = {'rng': get_rng_state(world.device), 'statistics': []}
+    with patch.object(engine.state, 'SUMS', ()):
+        for threads in ({}, {'threads': torch.get_num_threads()}, {'threads': 63}):
+            TrainState._load_rank(state, [{**rank, **threads}])
+    [line] = caplog.messages
+    assert 'processes with 63 thread(s)' in line and 'OMP_NUM_THREADS=63' in line
 
 
 def test_other_images_are_refused_within_an_epoch_and_said_at_its_end(tmp_path):

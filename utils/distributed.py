@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -58,10 +59,16 @@ def init_process_group(device_name: str, timeout: timedelta = timedelta(minutes=
         device_name: 'auto', 'cuda', 'cuda:N' or 'cpu'.
         timeout: how long a rank waits for the others in a collective before it ends with an error.
     Raises:
-        UserError: there is no such device, or there are more processes here than GPUs.
+        UserError: the variables of the job contradict one another, there is no such device, or there are more processes
+            here than GPUs.
         PeerLostError: a process is missing.
     """
     global _host_group
+    if mistake := job.mistake():
+        raise UserError(mistake)
+    if separate := job.separate_tasks():
+        raise UserError(f'{separate}; have it start one ./distributed_train.sh on each machine (launch/slurm.sbatch), '
+                        'or say WORLD_SIZE=1 if separate ones are wanted')
     rank, size = job.rank(), job.world_size()
     local_rank, local_size = job.local_rank(), job.local_world_size()
     device = _device(device_name, local_rank, local_size)
@@ -69,7 +76,7 @@ def init_process_group(device_name: str, timeout: timedelta = timedelta(minutes=
         torch.cuda.set_device(device)
     if size > 1:
         try:
-            store = _meet(rank, size)
+            store = _in_thread(_meet, rank, size)
             _connect(store, rank, size, device, timeout)
         except RuntimeError as error:
             raise PeerLostError(f'the processes of the job did not find one another ({_first_line(error)})') from error
@@ -78,6 +85,20 @@ def init_process_group(device_name: str, timeout: timedelta = timedelta(minutes=
             _host_group = _gloo_group()
             _progress.watch(DeviceMarks(device))
     return World(rank, local_rank, size, device, local_size)
+
+
+def _in_thread(function, *args):
+    """Return or raise what `function(*args)` does, while signals are handled, which a long call into torch prevents."""
+    outcome: Future = Future()
+
+    def call():
+        try:
+            outcome.set_result(function(*args))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return outcome.result()
 
 
 def _meet(rank: int, size: int) -> dist.Store:

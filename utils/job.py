@@ -8,27 +8,66 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-STARTED, LAUNCHER, COMMAND = 'T2T_STARTED', 'T2T_LAUNCHER', 'T2T_COMMAND'
+STARTED, LAUNCHER, COMMAND, GRACE = 'T2T_STARTED', 'T2T_LAUNCHER', 'T2T_COMMAND', 'T2T_GRACE'
 OF_A_JOB = ('TORCHELASTIC', 'MASTER_', 'NNODES', 'RDZV_', 'PET_', 'T2T_')
 OF_A_PROCESS = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE')
+# Variables in which other programs tell each of their tasks how many there are.
+TASKS = {'SLURM_STEP_NUM_TASKS': 'srun', 'OMPI_COMM_WORLD_SIZE': 'mpirun', 'MV2_COMM_WORLD_SIZE': 'mpirun',
+         'PMI_SIZE': 'mpiexec', 'JSM_NAMESPACE_SIZE': 'jsrun', 'FLUX_JOB_SIZE': 'flux run'}
 
 _launcher: int | None = None
 
 
 def rank() -> int:
-    return int(os.environ.get('RANK', 0))
+    return _number('RANK', 0)
 
 
 def world_size() -> int:
-    return int(os.environ.get('WORLD_SIZE', 1))
+    return _number('WORLD_SIZE', 1)
 
 
 def local_rank() -> int:
-    return int(os.environ.get('LOCAL_RANK', 0))
+    return _number('LOCAL_RANK', 0)
 
 
 def local_world_size() -> int:
-    return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return _number('LOCAL_WORLD_SIZE', 1)
+
+
+def _number(name: str, default: int) -> int:
+    """Return the number in a variable; `default` if it is missing, empty or no number (see `mistake`)."""
+    value = os.environ.get(name, '')
+    return int(value) if value.isdecimal() else default
+
+
+def mistake() -> str | None:
+    """Return what is wrong with the variables that tell this process its rank, in one line, or None."""
+    given = {name: os.environ.get(name, '') for name in OF_A_PROCESS}
+    for name, value in given.items():
+        if value and not value.isdecimal():
+            return f'{name}={value} is not a number; unset it, or start the job by ./distributed_train.sh'
+    if rank() >= world_size():
+        return (f'RANK={rank()}, but WORLD_SIZE={given["WORLD_SIZE"] or "(not set)"}; unset both, or start the job by '
+                './distributed_train.sh')
+    needed = ('RANK', 'MASTER_ADDR', 'MASTER_PORT')
+    if world_size() > 1 and (missing := [name for name in needed if not os.environ.get(name)]):
+        return (f'WORLD_SIZE={world_size()}, but {" and ".join(missing)} not set; unset WORLD_SIZE, or start the job '
+                'by ./distributed_train.sh')
+    return None
+
+
+def separate_tasks(*, launchers: bool = False) -> str | None:
+    """Return which program has started several tasks that know nothing of one another, in one line, or None.
+
+    Args:
+        launchers: the tasks are launchers, not processes.
+    """
+    if os.environ.get('NNODES' if launchers else 'WORLD_SIZE'):  # they know one another, or are to be separate
+        return None
+    for name, program in TASKS.items():
+        if (number := _number(name, 1)) > 1:
+            return f'{program} has started {number} tasks ({name}), each of which would be a job of its own'
+    return None
 
 
 def is_launched() -> bool:
@@ -70,10 +109,15 @@ def is_orphan() -> bool:
     return _launcher is not None and os.getppid() != _launcher
 
 
+def grace() -> float:
+    """Return the seconds that the launcher gives its processes to save after a signal."""
+    return float(os.environ.get(GRACE, 0))
+
+
 def without_job(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment for a child that starts its own job."""
     return {name: value for name, value in environment.items()
-            if not name.startswith(OF_A_JOB) and name not in OF_A_PROCESS}
+            if not name.startswith(OF_A_JOB) and name not in (*OF_A_PROCESS, *TASKS)}
 
 
 def resume_command(folder) -> str:

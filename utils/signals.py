@@ -16,13 +16,17 @@ import threading
 import time
 
 from utils import job
-from utils.errors import EXIT_CTRL_C, EXIT_INTERRUPTED
+from utils.errors import EXIT_CTRL_C, EXIT_INTERRUPTED, EXIT_PEER_LOST
 from utils.exits import report
 
 # SIGUSR1 is Slurm's warning before the end of the time limit (--signal=USR1@120).
 STOPPING = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGQUIT')
 # A Ctrl-C reaches a process twice if the launcher passes on what the terminal or srun sends to everybody.
 ECHO_SECONDS = 1.0
+# How long a process whose launcher has died may take to save, if GRACE is not less.
+LAST_SECONDS = 30.0
+# Between two looks whether it has.
+ORPHAN_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 
 _received = 0
@@ -35,6 +39,8 @@ def prepare() -> None:
         return  # only tests call a script's main in another thread
     # Ctrl-C stays Python's KeyboardInterrupt, so that `finally` blocks run.
     _handle(_end_at_once, set(STOPPING) - {'SIGINT'})
+    if hasattr(signal, 'SIGIO'):  # tells of input or output that is ready, and would end the process
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
     faulthandler.enable()  # a crash in a library prints the stack
     if hasattr(signal, 'SIGUSR2'):
         faulthandler.register(signal.SIGUSR2, all_threads=True)
@@ -89,3 +95,14 @@ def _follow_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
         if job.is_orphan():  # the launcher died before the call
             _end_at_once(signal.SIGTERM, None)
+    threading.Thread(target=_end_after_launcher, name='orphan', daemon=True).start()
+
+
+def _end_after_launcher() -> None:
+    """End this process some time after its launcher. The main thread may wait in vain, in torch, without signals."""
+    while not job.is_orphan():
+        time.sleep(ORPHAN_SECONDS)
+    seconds = min(job.grace(), LAST_SECONDS)
+    time.sleep(seconds)
+    report(f'{os.path.basename(sys.argv[0])}: the launcher has ended, and the state could not be saved in {seconds:g} '
+           's; --resume auto goes on from the last checkpoint', EXIT_PEER_LOST)

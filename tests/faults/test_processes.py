@@ -350,3 +350,53 @@ def test_settings_of_the_launcher_are_checked(tmp_path, name, value):
     with Job(tmp_path, **{name: value}) as job:
         code, said = job.ended()
     assert code == 2 and said.startswith(f'launcher.py: error: {name}={value}: ') and said.count('\n') == 1, said
+
+
+@pytest.mark.faults
+def test_processes_that_wait_in_vain_end_after_their_launcher(tmp_path):
+    """As for data that never comes: one is stopped, and the other waits for it within a step."""
+    with Job(tmp_path, '-j', '0', '--experiment', 'run', GRACE='3', T2T_FAULTS=f'step@{STEP}#1=stop') as job:
+        stopped, waiting = job.stopped_rank(1), job.rank(0)
+        time.sleep(1)
+        os.kill(job.launcher.pid, signal.SIGKILL)
+        _eventually(lambda: _stat(waiting)[:1] in ([], ['Z']), 15)
+        os.kill(stopped, signal.SIGKILL)
+        _, said = job.ended()
+    assert 'the launcher has ended, and the state could not be saved in 3 s' in said and 'Traceback' not in said
+
+
+HARMLESS = ('SIGWINCH', 'SIGCONT', 'SIGURG', 'SIGCHLD', 'SIGIO')
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('whom', ['launcher', 'rank 1'])
+def test_signals_that_ask_for_nothing_change_nothing(uninterrupted, tmp_path, whom):
+    """As a terminal sends one that is resized, and a kernel for input or output that is ready."""
+    with Job(tmp_path, '-j', '1', '--experiment', 'run', T2T_FAULTS=f'step@{STEP}#1=stop') as job:
+        stopped = job.stopped_rank(1)
+        for name in HARMLESS:
+            os.kill(job.launcher.pid if whom == 'launcher' else stopped, getattr(signal, name))
+        os.kill(stopped, signal.SIGCONT)
+        code, said = job.ended()
+    assert code == 0 and 'ended by' not in said and 'interrupted' not in said, said
+    assert_ends_as(uninterrupted, tmp_path / 'runs/train/run')
+
+
+MACHINES = {
+    'without a name': ('-u', 'hostname no-such-host', 0),
+    'without a name or a network': ('-nu', 'hostname no-such-host; ip link set lo up', 0),
+    'without a name or IPv4': ('-nu', 'hostname no-such-host; ip link set lo up; ip addr del 127.0.0.1/8 dev lo', 0),
+    'without any interface': ('-n', 'true', 2)}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('machine', MACHINES)
+def test_two_processes_on_a_machine(tmp_path, machine):
+    flags, setup, expected = MACHINES[machine]
+    if subprocess.run(['unshare', flags, 'sh', '-c', setup], capture_output=True).returncode:
+        pytest.skip('namespaces of names and networks need root and iproute2')
+    inside = ('unshare', flags, 'sh', '-c', f'{setup}; exec "$@"', 'sh')
+    with Job(tmp_path, '-j', '0', '--experiment', 'run', inside=inside) as job:
+        code, said = job.ended()
+    assert code == expected, said
+    assert said.count('\n') == (1 if expected else 0) and ('no loopback interface' in said) == bool(expected), said

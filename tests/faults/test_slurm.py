@@ -15,7 +15,8 @@ from tests.faults.test_processes import STEP, STOP, Job, assert_ends_as, records
 pytestmark = pytest.mark.faults
 # As the real one: a task on each node, which gets the signals that srun gets; its end is the worst of theirs.
 SRUN = '''#!/usr/bin/env bash
-[ "$1" = --ntasks-per-node=1 ] && shift
+echo "$@" >>"$STARTED"
+while [[ "$1" = --* ]]; do shift; done
 for node in 1 2; do "$@" & tasks+=($!); done
 trap 'kill -USR1 "${tasks[@]}"' USR1
 trap 'kill -TERM "${tasks[@]}"' TERM
@@ -45,12 +46,13 @@ class Allocation(Job):
         for name, text in (('srun', SRUN), ('scontrol', SCONTROL), ('squeue', f'#!/usr/bin/env bash\necho {state}\n')):
             (tools / name).write_text(text)
             (tools / name).chmod(0o755)
-        self.requeued = cwd / 'requeued'
+        self.requeued, self.started = cwd / 'requeued', cwd / 'started'
         super().__init__(
             cwd, '-j', '0', '--output', str(cwd / 'runs'), command=('bash', ROOT / 'launch/slurm.sbatch'),
             PATH=f'{tools}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID=str(port - 20000),
             SLURM_JOB_NUM_NODES='2', SLURM_JOB_NODELIST='node[1-2]', SLURM_GPUS_ON_NODE='1',
-            SLURM_RESTART_COUNT=str(restarts), REQUEUED=str(self.requeued), **environment)
+            SLURM_RESTART_COUNT=str(restarts), REQUEUED=str(self.requeued),
+            STARTED=str(self.started), SLURM_CPUS_PER_TASK='1', **environment)
 
 
 @pytest.fixture
@@ -77,6 +79,9 @@ def test_a_job_saves_before_its_time_limit_and_goes_on_in_its_next_life(port, tm
         time.sleep(1.5)
         os.kill(stopped, signal.SIGCONT)
         code, said = job.ended()
+        steps, _, command = job.started.read_text().partition(' ./distributed_train.sh ')
+        assert steps == '--nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=1'
+        assert command.startswith(f'1 --experiment slurm-{port - 20000} --resume auto --dataset'), 'the user is last'
         assert code == 75 and 'interrupted by SIGUSR1; the state is saved' in said, said
         assert job.requeued.read_text() == f'{port - 20000}\n'
     run = tmp_path / f'runs/train/slurm-{port - 20000}'
