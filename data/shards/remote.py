@@ -68,7 +68,7 @@ def read_bytes(place: Place, start: int | None = None, end: int | None = None, *
     system = filesystem(place)
     if place.scheme not in ('http', 'https'):
         return system.cat_file(place.path, start=start, end=end)
-    headers = {} if start is None else {'Range': f'bytes={start}-{end - 1}'}
+    headers = {} if start is None or end is None else {'Range': f'bytes={start}-{end - 1}'}
     content = bytearray()
     # A stream, since cat_file reads an answer of any length. A size spares a request for it.
     with system.open(place.path, block_size=0, size=1, headers=system.kwargs['headers'] | headers) as answer:
