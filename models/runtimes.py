@@ -42,7 +42,7 @@ from utils.weight_sources import recorded_by_config
 INPUT, OUTPUT = 'image', 'logits'
 AXES = {0: 'batch', 2: 'height', 3: 'width'}
 CONFIG = 'config.json'
-# The folder in which a format is written until it is compared. One name, so that what a killed export leaves is removed.
+# The folder in which a format is written until it is compared. Its name is fixed, so the next export removes it.
 UNFINISHED = '.unfinished'
 TOLERANCE = 1e-4  # of logits, relative to the largest one if that exceeds 1
 TIMED, REPEATS = 4, 5  # images in the batch that is timed; times of which the median is taken

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.places import Place
+from utils.console import printable
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def warn_rarely(message: str) -> None:
         _logger.warning(message)
     elif sys.__stderr__:  # another thread may have held the console's locks at the fork
         with contextlib.suppress(OSError):
-            os.write(sys.__stderr__.fileno(), f'warning: {message}\n'.encode(errors='replace'))
+            os.write(sys.__stderr__.fileno(), printable(f'warning: {message}\n').encode(errors='replace'))
 
 
 def causes_of(error: BaseException | None) -> Iterator[BaseException]:
