@@ -13,8 +13,9 @@
 Each format is read back and compared on random images and on the given images. An exact format that differs from
 PyTorch by more than 1e-4 (relative to the largest logit, if that exceeds 1) is deleted. A failed format is reported in
 one line; it is an error if it differs or was named in --format. With a labelled data set, the accuracy of int8 is
-measured too.
+measured too. If an export is stopped, the same command makes the formats that are left.
 """
+import json
 import logging
 from pathlib import Path
 
@@ -71,10 +72,22 @@ def main():
     # --- Exports, each compared with PyTorch --------------------------------------------------------------------------
     checks = Checks(model, config.img_size, first_batch(args, dataset, config, world) if dataset else None)
     rows = {'pytorch': {'format': 'pytorch', 'ms_per_image': checks.milliseconds(model)}}
+    record = {
+        'model': args.model, 'checkpoint': args.eval_checkpoint or 'pretrained', 'img_size': list(config.img_size),
+        'real_images': checks.num_real, 'timed_images': len(checks.timed), 'threads': torch.get_num_threads(),
+        **describe_environment(world.device)}
+    begun = record | {'unfinished': {'options': args.as_dict(), 'weights': describe_file(args.eval_checkpoint)}}
+    kept = read_unfinished(folder, begun)
     bar = progress_bar(total=len(names))
     for name in names:
+        # Before each format, so that a folder with a file of ours always says so.
+        write_record(folder / 'export.json', begun | {'exports': [*rows.values()]})
         bar.set_description(f'Export {name}')
-        rows[name] = {'format': name, **write_format(name, traced, folder, checks)}
+        if name in kept and (folder / RUNTIME_FORMATS[name].file).exists():
+            log.info('%s is there, of an export that was stopped', RUNTIME_FORMATS[name].file)
+            rows[name] = kept[name]
+        else:
+            rows[name] = {'format': name, **write_format(name, traced, folder, checks)}
         bar.update()
     bar.close()
 
@@ -87,10 +100,7 @@ def main():
         loader.close()
 
     # --- Results ------------------------------------------------------------------------------------------------------
-    record = {
-        'model': args.model, 'checkpoint': args.eval_checkpoint or 'pretrained', 'img_size': list(config.img_size),
-        'real_images': checks.num_real, 'timed_images': len(checks.timed), 'threads': torch.get_num_threads(),
-        **describe_environment(world.device), 'exports': list(rows.values())}
+    record['exports'] = list(rows.values())
     columns = dict.fromkeys(name for row in rows.values() for name in row)
     write_results(folder / 'export', record, [columns | row for row in rows.values()], '--output-dir')
     print_table([row for row in rows.values() if 'failure' not in row])
@@ -100,6 +110,34 @@ def main():
         raise UserError(message)
     if failures:
         log.warning('%s', message)
+
+
+def describe_file(path: str | None) -> list | None:
+    """Return what changes with a file: its length and time; None if there is none, as for published weights."""
+    return [Path(path).stat().st_size, Path(path).stat().st_mtime_ns] if path and Path(path).exists() else None
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write what has been exported so far. Raises UserError if the file cannot be written."""
+    from utils.disk import write_whole
+    from utils.results import finite
+    try:
+        write_whole(path, json.dumps(finite(record)))
+    except OSError as error:
+        raise UserError(f'--output-dir: {path} cannot be written ({error.strerror})') from None
+
+
+def read_unfinished(folder: Path, begun: dict) -> dict[str, dict]:
+    """Return {format: row} of an earlier export into this folder that `begun` describes too and that was stopped."""
+    try:
+        before = json.loads((folder / 'export.json').read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(before, dict) or before.get('unfinished') is None:
+        return {}
+    rows = before.pop('exports', [])
+    is_same = before == json.loads(json.dumps(begun))
+    return {row['format']: row for row in rows if 'failure' not in row} if is_same else {}
 
 
 def label_classes(args, classes: list[str] | None, num_classes: int) -> dict:

@@ -13,6 +13,7 @@ from collections import Counter
 from options.checks import check_images, check_trained_model
 from options.parser import parse_options
 from options.scripts import predict_parser
+from utils import console
 from utils.console import plural
 from utils.errors import UserError
 from utils.script import run_script
@@ -131,7 +132,7 @@ def judge(entry: dict) -> str:
 
 def printable(text: str) -> str:
     """Return text as one line that a console can show, since file names may contain any bytes."""
-    return ' '.join(text.encode('utf-8', 'replace').decode().splitlines())
+    return console.printable(' '.join(text.encode('utf-8', 'replace').decode().splitlines()))
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ from pathlib import Path
 from options.checks import check_images, check_trained_model
 from options.parser import parse_options
 from options.scripts import FIGURES_OF_IMAGES, visualize_parser
+from utils.console import printable
 from utils.errors import UserError
 from utils.script import run_script
 
@@ -76,7 +77,7 @@ def main():
     if not files:
         raise UserError(f'model {args.model} can show none of these: {", ".join(args.figures)}')
     for file in files[:LINES]:
-        print(file)
+        print(printable(str(file)))
     if len(files) > LINES:
         print(f'… and {len(files) - LINES} more in {folder}')
     if left_out:

@@ -47,6 +47,8 @@ UPRIGHT_UNDONE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270}
+# JPEG files with more scans are refused, since each takes as long as a whole image. libjpeg's tools write at most 100.
+MAX_SCANS = 100
 # JPEG markers that may precede the first scan: frames, tables, applications, comments.
 SEGMENTS = frozenset((*range(0xc0, 0xd0), 0xdb, 0xdd, *range(0xe0, 0xf0), 0xfe))
 # libjpeg's message for data that it did not need.
@@ -85,6 +87,8 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
                     raise Image.DecompressionBombError
                 if max(image.size) > MAX_RATIO * min(image.size):
                     raise ValueError(f'{image.width} × {image.height} pixels: cut it to at most 1 × {MAX_RATIO}')
+                if (scans := count_scans(data)) > MAX_SCANS:
+                    raise ValueError(f'a JPEG of {scans:,} scans: save it anew, with at most {MAX_SCANS}')
                 if not isinstance(image, TiffImagePlugin.TiffImageFile):
                     image.load()
                     return _to_rgb(image)
@@ -151,8 +155,23 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     except Exception:  # KeyError for an unknown subsampling
         return None
     height, width = int(rows), int(columns)
-    within_limits = height * width <= MAX_PIXELS and max(height, width) <= MAX_RATIO * min(height, width)
+    within_limits = (height * width <= MAX_PIXELS and max(height, width) <= MAX_RATIO * min(height, width)
+                     and count_scans(data) <= MAX_SCANS)
     return (height, width) if colors in ('YCbCr', 'RGB', 'Gray') and within_limits else None
+
+
+def count_scans(data: bytes) -> int:
+    """Return how many scans of a JPEG file a decoder may read; 0 for a file of another format."""
+    if not data.startswith(b'\xff\xd8'):
+        return 0
+    at, components = 2, b''
+    while data[at:at + 1] == b'\xff' and int.from_bytes(data[at + 1:at + 2]) in SEGMENTS:
+        if data[at + 1] in (0xc0, 0xc1):  # the frame of sequential coding
+            components = data[at + 9:at + 10]
+        at += 2 + int.from_bytes(data[at + 2:at + 4])
+    # A decoder stops after a sequential scan of all components. Within a scan, no byte 0xff precedes this marker.
+    is_complete = components and data[at:at + 2] == b'\xff\xda' and data[at + 4:at + 5] == components
+    return 1 if is_complete else data.count(b'\xff\xda', at)
 
 
 def _with_rows(jpeg: bytes, height: int, rows: int) -> tuple[bytes, int]:

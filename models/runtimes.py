@@ -42,6 +42,8 @@ from utils.weight_sources import recorded_by_config
 INPUT, OUTPUT = 'image', 'logits'
 AXES = {0: 'batch', 2: 'height', 3: 'width'}
 CONFIG = 'config.json'
+# The folder in which a format is written until it is compared. Its name is fixed, so the next export removes it.
+UNFINISHED = '.unfinished'
 TOLERANCE = 1e-4  # of logits, relative to the largest one if that exceeds 1
 TIMED, REPEATS = 4, 5  # images in the batch that is timed; times of which the median is taken
 
@@ -347,6 +349,16 @@ RUNTIME_FORMATS = {
 }
 
 
+@contextlib.contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def check_overwrites(folder: Path, names: Iterable[str]) -> None:
     """Raise UserError if a file of these formats exists in a folder without an earlier export."""
     existing = [folder / RUNTIME_FORMATS[name].file for name in names if (folder / RUNTIME_FORMATS[name].file).exists()]
@@ -380,8 +392,8 @@ def write_format(name: str, traced: TracedModel, folder: Path, checks: 'Checks')
     try:
         # If a graph is not exact for images of other sizes, the next one is for the model's own size.
         for graph in form.graphs(traced):
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                written = Path(temporary, form.file)
+            with _temporary_folder(folder / UNFINISHED) as temporary:
+                written = temporary / form.file
                 with _quietly():
                     form.write(traced, written, graph)
                     seconds = time.perf_counter() - began

@@ -28,6 +28,14 @@ class Removed(argparse.Action):
 class _RecipeLoader(yaml.SafeLoader):
     """YAML with numbers as people write them (PyYAML reads 5e-4 as a string), and without duplicate keys."""
 
+    def compose_node(self, parent, index):
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if is_alias and not isinstance(node, yaml.ScalarNode):  # a few lines of them could grow without end
+            raise yaml.constructor.ConstructorError(None, None, 'an alias (*) of more than one value; write them out',
+                                                    node.start_mark)
+        return node
+
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:

@@ -307,3 +307,20 @@ def test_the_caps_hold_for_arrays(pixels, monkeypatch, name, value, reason):
     monkeypatch.setattr(decode, name, value)
     with pytest.raises(ImageError, match=reason):
         decode_array(content, 'image.jpg')
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_they_are_decoded(pixels):
+    """Each scan of a progressive file takes as long as a whole image, however few bytes it has."""
+    saved = io.BytesIO()
+    Image.fromarray(pixels).save(saved, 'JPEG', progressive=True)
+    jpeg = saved.getvalue()
+    last = jpeg.rindex(b'\xff\xda')
+    assert 5 < decode.count_scans(jpeg) < 20 and decode_rgb(jpeg, 'a.jpg').size == (32, 24)
+    many = jpeg[:last] + 100 * jpeg[last:-2] + jpeg[-2:]
+    assert decode.jpeg_size(many) is None
+    with pytest.raises(ImageError, match=r'image a.jpg: .*a JPEG of 1\d\d scans: save it anew, with at most 100'):
+        EncodedImage(many, 'a.jpg')
+    # Of a sequential file only the first scan is read. The marks of scans may stand in what precedes it.
+    saved = io.BytesIO()
+    Image.fromarray(pixels).save(saved, 'JPEG', icc_profile=b'\xff\xda' * 200)
+    assert decode.count_scans(saved.getvalue()) == 1 and decode.jpeg_size(saved.getvalue()) == (24, 32)

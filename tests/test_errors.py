@@ -4,9 +4,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from PIL import Image
 
 from tests.conftest import ROOT, run_command, run_script
 from utils.errors import UserError, explain_limit
+
+
+from utils.console import printable
+from utils.errors import UserError, explain_memory
 
 SCRIPT = """
 from utils.script import run_script
@@ -115,3 +121,24 @@ def test_a_console_that_takes_nothing_ends_no_run(closed, tmp_path):
     assert result.returncode == 0 and (tmp_path / 'output/train/a/last.pth.tar').exists()
     assert 'Traceback' not in result.stderr and result.stderr.count('standard output cannot be written') == (
         closed == '>/dev/full')
+
+
+    assert explain_memory(RuntimeError('mat1 and mat2 shapes cannot be multiplied')) is None
+    assert explain_memory(UserError('torch is out of memory')) is None
+
+
+def test_names_do_not_steer_a_terminal(tmp_path):
+    """Neither in lines of the log, nor in the line of an error, nor in a table."""
+    name = 'cat\x1b]0;owned\x07\x9b2J\r\u202egpj'
+    shown = r'cat\x1b]0;owned\x07\x9b2J\r\u202egpj'
+    assert printable(f'{name}\n\tcafé 猫') == f'{shown}\n\tcafé 猫' and printable(shown) == shown
+    Image.new('RGB', (8, 8)).save(tmp_path / f'{name}.png')
+    torch.save({'head.weight': torch.zeros(2, 3), name: torch.zeros(2)}, tmp_path / 'w.pth')
+    results = [run_script('predict.py', f'{name}.png', '--model', 'resnet10t', '--checkpoint', name, cwd=tmp_path),
+               run_script('tools/checkpoint.py', 'inspect', 'w.pth', '--keys', cwd=tmp_path),
+               run_command([sys.executable, '-c', 'import sys; from utils.console import setup_logging\n'
+                            'import logging; setup_logging(is_main=True); logging.warning(sys.argv[1])', name],
+                           cwd=tmp_path, PYTHONPATH=str(ROOT))]
+    for result in results:
+        assert shown in result.stdout + result.stderr
+        assert not set('\x1b\x07\x9b\r\u202e') & set(result.stdout + result.stderr)

@@ -3,7 +3,9 @@
     python -m pytest tests/test_export.py
 """
 import json
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -229,6 +231,42 @@ def test_what_no_export_has_written_is_left_alone(exported):
     assert [path.name for path in (cwd / 'mine').rglob('*')] == ['timm', 'patch.py']
     succeeded(run_script(*command[:-1], 'ours', cwd=cwd))
     succeeded(run_script(*command[:-1], 'ours', cwd=cwd))
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, ROOT)
+sys.argv = ['export.py', *sys.argv[1:]]
+from models import runtimes
+from utils.script import run_script
+import export
+
+def write(traced, path, _):
+    path.write_text('half of it')
+    os.kill(os.getpid(), signal.SIGKILL)
+
+runtimes.RUNTIME_FORMATS['int8'] = runtimes.RUNTIME_FORMATS['int8']._replace(write=write)
+run_script(export.main)
+"""
+
+
+def test_the_same_command_goes_on_after_an_export_that_was_killed(exported):
+    cwd: Path = exported[0]
+    command = ('--checkpoint', 'run.pth.tar', '--format', 'safetensors', 'int8', '-o', 'stopped')
+    killed = run_command([sys.executable, '-c', KILLED.replace('ROOT', repr(str(ROOT))), *command], cwd)
+    out, weights = cwd / 'stopped', cwd / 'stopped/timm/model.safetensors'
+    assert killed.returncode == -9 and {path.name for path in out.iterdir()} == {'timm', 'export.json', '.unfinished'}
+    (row,) = (row for row in json.loads((out / 'export.json').read_text())['exports'] if row['format'] == 'safetensors')
+    written = weights.stat().st_mtime_ns
+    shutil.copytree(out, cwd / 'stopped2')
+    assert 'timm is there, of an export that was stopped' in succeeded(run_script('export.py', *command, cwd=cwd))
+    assert weights.stat().st_mtime_ns == written
+    assert {path.name for path in out.iterdir()} == {'timm', 'model.int8.pth', 'export.json', 'export.csv'}
+    record = json.loads((out / 'export.json').read_text())
+    assert 'unfinished' not in record and record['exports'][1] == row
+    # Another checkpoint under the same name is exported anew.
+    os.utime(cwd / 'run.pth.tar')
+    assert 'is there' not in succeeded(run_script('export.py', *command[:-1], 'stopped2', cwd=cwd))
 
 
 def test_both_kinds_of_images_are_refused(tmp_path):

@@ -352,3 +352,18 @@ def test_the_parts_of_absurd_pickles_are_sound(tmp_path):
     path = tmp_path / 'a.pdparams'
     path.write_bytes(in_dict(an_array(), LARGE_ARRAY, an_array(initial=long(10 ** 12) + b'\x85')))
     assert [array.shape for array in read_checkpoint(path).values()] == [(1,), (LARGE // 8, 2), (1,)]
+
+
+def test_an_archive_that_grows_is_refused_before_it_is_unpacked(tmp_path):
+    """torch unpacks compressed parts: a megabyte of file could become a gigabyte of zeros."""
+    torch.save({'head.weight': torch.zeros(300, 1000)}, tmp_path / 'stored.pth')
+    with zipfile.ZipFile(tmp_path / 'stored.pth') as stored, zipfile.ZipFile(tmp_path / 'packed.pth', 'w',
+                                                                             zipfile.ZIP_DEFLATED) as packed:
+        for part in stored.infolist():
+            packed.writestr(part.filename, stored.read(part))
+    assert read_checkpoint(tmp_path / 'stored.pth')['head.weight'].shape == (300, 1000)
+    assert torch.load(tmp_path / 'packed.pth')['head.weight'].shape == (300, 1000)
+    tracemalloc.start()
+    assert_refused(tmp_path / 'packed.pth', r'has \d,\d{3} bytes, and would grow to 1,20\d,\d{3}; .* zip -0')
+    assert tracemalloc.get_traced_memory()[1] < MEGABYTE
+    tracemalloc.stop()

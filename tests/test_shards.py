@@ -30,8 +30,8 @@ from data.places import Place, expand, parse_place
 from data.samplers import EvalSampler, TrainSampler
 from data.shards.cache import Cache
 from data.shards.dataset import open_shards
-from data.shards.manifest import INDEX, member_key
-from data.shards.remote import RemoteFile, describe_remote
+from data.shards.manifest import INDEX, MANIFEST, member_key
+from data.shards.remote import RemoteFile, describe_remote, read_bytes
 from data.shards.together import split_of
 from data.shards.verifying import index_folder
 from data.transforms import create_eval_transform, create_train_transform
@@ -669,13 +669,25 @@ def test_a_full_disk_is_no_bad_image(store, cache):
     (ConnectionResetError('reset by peer'), 'no answer for'),
 ])
 def test_what_will_not_pass_is_told_from_what_may(cache, monkeypatch, cause, message):
-    def fail(url):
+    def fail(url, **_):
         raise FileNotFoundError(url) from cause  # as fsspec has it of any failure
 
     monkeypatch.setattr(data.shards.cache, 'OPENING_SECONDS', 0.1)
-    monkeypatch.setattr(data.shards.remote, 'filesystem', lambda place: SimpleNamespace(cat_file=fail))
+    monkeypatch.setattr(data.shards.remote, 'filesystem', lambda place: SimpleNamespace(
+        open=fail, kwargs={'headers': {}}))
     with pytest.raises(UserError, match=f'https://host/x/val/manifest.json: {message}'):
         open_eval('', 'wds:https://host/x', cache=cache)
+
+
+def test_an_answer_is_read_only_as_far_as_it_may_be_long(store, cache, monkeypatch):
+    file = parse_place(f'wds:{store.url}/val/{MANIFEST}')
+    whole = read_bytes(file, limit=1 << 20)
+    assert whole == (store.folder / 'val' / MANIFEST).read_bytes() and read_bytes(file, 3, 9, limit=6) == whole[3:9]
+    monkeypatch.setattr(data.shards.remote, 'CHUNK', 5)
+    assert read_bytes(file, limit=10) == whole[:15]
+    monkeypatch.setattr(data.shards.remote, 'MAX_SMALL', 10)
+    with pytest.raises(UserError, match='more than 0 MiB, which no file of this kind has'):
+        open_eval('', f'wds:{store.url}', cache=cache)
 
 
 def test_a_proxy_of_the_environment_is_used(store, cache, monkeypatch):

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from options.groups import FLAG
 from options.parser import Parser
 from options.types import image_size
+from utils.console import printable
 from utils.errors import UserError
 from utils.script import run_script
 
@@ -186,10 +187,10 @@ def inspect_checkpoint(args) -> None:
             facts['keys'] = keys
         print(json.dumps(_plain(facts), indent=2, default=str, allow_nan=False))
         return
-    print('\n'.join(f'{name:<15}{value}' for name, value in _rows(facts).items() if value not in (None, '')))
+    print(printable('\n'.join(f'{name:<15}{value}' for name, value in _rows(facts).items() if value not in (None, ''))))
     if args.keys:
         width = max(map(len, keys))
-        print('\n'.join(['', *(f'{key:<{width}}  {shape}' for key, shape in keys.items())]))
+        print(printable('\n'.join(['', *(f'{key:<{width}}  {shape}' for key, shape in keys.items())])))
 
 
 def _plain(value: object) -> object:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options.parser import Parser
 from options.types import count, number, positive, positive_int, seed
+from utils.console import printable
 from utils.errors import EXIT_CTRL_C, UserError
 from utils.exits import report
 from utils.script import run_script
@@ -213,10 +214,10 @@ def verify_all(splits: list, args) -> bool:
             size = sum(shard.bytes for shard in manifest.shards)
             what = (f'{len(manifest.index):,} images of {len(manifest.classes)} classes, {counts.min()} to '
                     f'{counts.max()} of each, in {_shards(manifest)} of {size / 1e6:,.1f} MB: {what}')
-        print(f'{split}: {what}')
+        print(printable(f'{split}: {what}'))
         width = max((len(file) for file, _ in faults), default=0)
         for file, fault in faults:
-            print(f'  {file:<{width}}  {fault}')
+            print(printable(f'  {file:<{width}}  {fault}'))
     return is_well
 
 

@@ -283,15 +283,21 @@ def _file_start(path: str) -> bytes:
 
 
 def _check_archive(path: str) -> None:
-    """Raise UserError for a zip archive of a known kind that is no checkpoint. A damaged one is found later."""
+    """Raise UserError for a zip archive of a known kind that is no checkpoint. A damaged one is found later.
+
+    Raise it also if the parts together are larger than the file: a few kilobytes could fill the memory.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+            names, grown = archive.namelist(), sum(part.file_size for part in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return
     for end, what, remedy in IMPOSTOR_ARCHIVES:
         if any(name.endswith(end) for name in names):
             raise UserError(f'{path} is {what}, not a checkpoint; {remedy}')
+    if grown > (size := os.path.getsize(path)):  # torch.save does not compress
+        raise UserError(f'{path} has {size:,} bytes, and would grow to {grown:,}; if you trust it, unpack it, and '
+                        'pack it without compression: zip -0')
 
 
 def _gather_command(folder: str) -> str:

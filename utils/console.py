@@ -1,5 +1,6 @@
 """Lines on the console, and progress bars. Rank 0 logs everything; other ranks log only warnings."""
 import logging
+import re
 import sys
 import warnings
 
@@ -9,6 +10,9 @@ from utils import job
 
 # The folders whose modules a script runs. Each is the name of a logger. launch/ runs in a process of its own.
 ROOMS = ('data', 'engine', 'figures', 'models', 'options', 'utils')
+
+# Control characters but for the end of a line and tab, and those that turn the direction of text.
+CONTROLS = re.compile('[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]')
 
 
 class _ConsoleHandler(logging.Handler):
@@ -41,7 +45,12 @@ def setup_logging(*, is_main: bool) -> None:
 class _Formatter(logging.Formatter):
     def format(self, record):
         text = super().format(record)
-        return text if record.levelno < logging.WARNING else f'{record.levelname.lower()}: {text}'
+        return printable(text if record.levelno < logging.WARNING else f'{record.levelname.lower()}: {text}')
+
+
+def printable(text: str) -> str:
+    """Return text with its control characters escaped: names of files, words of servers must not steer a terminal."""
+    return CONTROLS.sub(lambda found: found[0].encode('unicode_escape').decode(), text)
 
 
 def progress_bar(**kwargs) -> tqdm:

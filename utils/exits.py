@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from utils import job
+from utils.console import printable
 from utils.errors import UserError
 
 # Held by the reporting thread until the process ends. A signal handler may interrupt that thread and report too.
@@ -26,6 +27,7 @@ def report(line: str, exit_code: int) -> NoReturn:
     Under the launcher, the line goes into the file that its agent reads; the launcher prints the first one. A process
     without a launcher prints it itself, and so does rank 0 if the launcher is gone.
     """
+    line = printable(line)
     with _reporting:
         error_file = job.error_file()
         if error_file and not job.is_orphan():

@@ -32,6 +32,7 @@ from data.shards.remote import (
     describe_remote,
     filesystem,
     http_status,
+    read_bytes,
     warn_rarely,
 )
 from data.shards.tar import COPY_AGAIN
@@ -177,7 +178,7 @@ class Cache:
         """Return bytes start to end of a file; all from start on if the server does not support ranges."""
         system = filesystem(file.place)
         try:
-            content = system.cat_file(file.url, start=start, end=end)
+            content = read_bytes(file.place, start, end, limit=file.bytes)
         except Exception as error:
             if 416 not in map(http_status, causes_of(error)):
                 raise

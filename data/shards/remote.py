@@ -14,12 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.places import Place
+from utils.console import printable
 from utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
 NEEDS = {'http': 'aiohttp', 'https': 'aiohttp', 's3': 's3fs', 'gs': 'gcsfs', 'gcs': 'gcsfs', 'az': 'adlfs',
          'abfs': 'adlfs'}
+
+# A larger description of shards is refused before it fills the memory: 1 GiB is far more than any data set needs.
+MAX_SMALL = 1 << 30
+# Bytes of an answer that are read at once.
+CHUNK = 1 << 20
 
 # Seconds between attempts; the last one is repeated.
 PAUSES = (0.5, 1, 2, 4, 8, 15)
@@ -52,7 +58,24 @@ class FetchStopped(Exception):
 
 def read_remote(place: Place, patience: float) -> bytes:
     """Return the content of a small file. Raises NotFoundError, or UserError after `patience` seconds."""
-    return _persist(lambda: filesystem(place).cat_file(place.path), place.path, patience)
+    content = _persist(lambda: read_bytes(place, limit=MAX_SMALL), place.path, patience)
+    if len(content) > MAX_SMALL:
+        raise UserError(f'{place}: more than {MAX_SMALL >> 20} MiB, which no file of this kind has; check the address')
+    return content
+
+
+def read_bytes(place: Place, start: int | None = None, end: int | None = None, *, limit: int) -> bytes:
+    """Return bytes start to end of a file, or whatever else the server answers, but little more than `limit` bytes."""
+    system = filesystem(place)
+    if place.scheme not in ('http', 'https'):
+        return system.cat_file(place.path, start=start, end=end)
+    headers = {} if start is None or end is None else {'Range': f'bytes={start}-{end - 1}'}
+    content = bytearray()
+    # A stream, since cat_file reads an answer of any length. A size spares a request for it.
+    with system.open(place.path, block_size=0, size=1, headers=system.kwargs['headers'] | headers) as answer:
+        while len(content) <= limit and (chunk := answer.read(CHUNK)):
+            content += chunk
+    return bytes(content)
 
 
 def describe_remote(place: Place, patience: float) -> RemoteFile:
@@ -139,7 +162,7 @@ def warn_rarely(message: str) -> None:
         _logger.warning(message)
     elif sys.__stderr__:  # another thread may have held the console's locks at the fork
         with contextlib.suppress(OSError):
-            os.write(sys.__stderr__.fileno(), f'warning: {message}\n'.encode(errors='replace'))
+            os.write(sys.__stderr__.fileno(), printable(f'warning: {message}\n').encode(errors='replace'))
 
 
 def causes_of(error: BaseException | None) -> Iterator[BaseException]:

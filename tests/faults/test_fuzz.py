@@ -227,6 +227,8 @@ BAD_RECIPES = {
     'duplicate key far away': 'lr: 1\nepochs: 3\namp: true\nlr: 2',
     'bomb of anchors': 'a: &a [x, x, x, x, x, x, x, x, x]\n' + ''.join(
         f'{chr(98 + i)}: &{chr(98 + i)} [{", ".join(["*" + chr(97 + i)] * 9)}]\n' for i in range(12)),
+    'bomb of anchors in one list': 'model:\n- &a [x, x, x, x, x, x, x, x, x]\n' + ''.join(
+        f'- &{chr(98 + i)} [{", ".join(["*" + chr(97 + i)] * 9)}]\n' for i in range(5)),
     'anchor in itself': 'model: &a [*a]',
     'mapping in itself': '&a\nmodel: *a',
     'merge': '<<: {lr: 1}',
@@ -382,3 +384,11 @@ def test_damaged_pickles_are_read_or_refused(name, container, count, canary, tmp
             assert '\n' not in str(error), content
         assert not canary.exists(), content
     record_property('damaged pickles', count)
+
+
+def test_an_alias_is_one_value_never_a_list_that_could_grow(tmp_path):
+    (tmp_path / 'r.yaml').write_text(BAD_RECIPES['bomb of anchors in one list'])
+    with pytest.raises(UserError, match=r'line 2: not a recipe: an alias \(\*\) of more than one value'):
+        parse('-c', str(tmp_path / 'r.yaml'), '/data')
+    (tmp_path / 'r.yaml').write_text('lr: &rate 0.25\nwarmup_lr: *rate')
+    assert parse('-c', str(tmp_path / 'r.yaml'), '/data').warmup_lr == 0.25
