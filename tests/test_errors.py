@@ -8,11 +8,8 @@ import torch
 from PIL import Image
 
 from tests.conftest import ROOT, run_command, run_script
-from utils.errors import UserError, explain_limit
-
-
 from utils.console import printable
-from utils.errors import UserError, explain_memory
+from utils.errors import UserError, explain_limit
 
 SCRIPT = """
 from utils.script import run_script
@@ -123,8 +120,8 @@ def test_a_console_that_takes_nothing_ends_no_run(closed, tmp_path):
         closed == '>/dev/full')
 
 
-    assert explain_memory(RuntimeError('mat1 and mat2 shapes cannot be multiplied')) is None
-    assert explain_memory(UserError('torch is out of memory')) is None
+    assert explain_limit(RuntimeError('mat1 and mat2 shapes cannot be multiplied')) is None
+    assert explain_limit(UserError('torch is out of memory')) is None
 
 
 def test_names_do_not_steer_a_terminal(tmp_path):
