@@ -460,7 +460,7 @@ def test_memory_that_does_not_suffice(prepared, monkeypatch):
     assert '-b 6 --global-batch-size 8:' in memory.remedy
     # One worker: two batches that wait, one on its way and one in use, of uint8 pixels.
     assert batches.mark == OK and batches.numbers['bytes'] == 4 * loading.batch[0].nbytes == 4 * 8 * 3 * 32 * 32
-    monkeypatch.setattr(doctor_memory.shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=100))
+    monkeypatch.setattr(doctor_memory, 'total_memory', lambda device: 100)
     assert doctor_memory.shared_memory(case, setup, loading).mark == STOP
 
 

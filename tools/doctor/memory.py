@@ -1,6 +1,5 @@
 """Memory: of the step, of the device, and the largest batch that fits."""
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ MOST_MEMORY = 0.9
 
 
 def look_at_memory(case: Case, setup: Setup, loading: Loading, steps: Steps) -> Iterator[Finding]:
-    """Compare the memory of a step with the device's, and that of waiting batches with /dev/shm."""
+    """Compare the memory of a step with the device's, and that of waiting batches with the machine's."""
     yield device_memory(case, steps)
     yield shared_memory(case, setup, loading)
 
@@ -67,19 +66,17 @@ def largest_batch(peaks: dict[int, int], total: float) -> int | None:
 
 
 def shared_memory(case: Case, setup: Setup, loading: Loading) -> Finding:
-    """Tell whether /dev/shm has room for the batches that the workers of both loaders prepare ahead."""
+    """Tell whether the machine has room for the batches that the workers of both loaders prepare ahead."""
     loaders = ((setup.input.train_loader, loading.batch), (setup.input.val_loader, loading.eval_batch))
     sizes = [batch[0].nbytes for loader, batch in loaders if batch for _ in range(case.processes * loader.blocks)]
     need, figure = sum(sizes), f'Up to {plural(len(sizes), "batch", "batches")} wait in shared memory'
     if not need:
         return Finding(OK, 'Waiting batches', 'None: without --workers they are made one by one')
-    try:
-        free = shutil.disk_usage('/dev/shm').free
-    except OSError:
+    free = total_memory(torch.device('cpu'))
+    if not free:  # not Linux
         return Finding(OK, 'Waiting batches', f'{figure}: {gib(need)}', numbers={'bytes': need})
-    figure += f', for training and evaluation: {gib(need)} of /dev/shm, which has {gib(free)} free'
+    figure += f', for training and evaluation: {gib(need)} of {gib(free)}'
     mark, remedy = OK, ''
-    if need > free:
-        mark = STOP
-        remedy = 'Give /dev/shm more room (docker run --shm-size=16g, or --ipc=host), or use fewer --workers.'
+    if need > MOST_MEMORY * free:
+        mark, remedy = STOP, 'Use fewer --workers, or a smaller -b with the present --global-batch-size.'
     return Finding(mark, 'Waiting batches', figure, remedy, numbers={'bytes': need, 'free': free})
