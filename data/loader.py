@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -287,11 +287,19 @@ def _prepare_worker(worker_id: int) -> None:
     # A batch that cannot be sent would be lost, with a traceback, and the main process would wait for it forever.
     queue: Any = multiprocessing.queues.Queue
     queue._on_queue_feeder_error = staticmethod(_end_worker)
+    sys.excepthook = _end_worker_without_files
     _shield_worker()
 
 
 def _end_worker(error: Exception, batch: Any) -> None:
     os._exit(1)  # the main process notices, and says what helps
+
+
+def _end_worker_without_files(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End this worker if the thread that hands over its memory lacks open files; show any other error."""
+    if isinstance(error, OSError):
+        os._exit(1)
+    sys.__excepthook__(kind, error, trace)
 
 
 def _shield_worker() -> None:

@@ -103,7 +103,7 @@ def share(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     except (OSError, RuntimeError) as error:
         reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
         raise UserError(f'no memory for a batch of {size:,} bytes ({reason}); use fewer --workers, a smaller '
-                        f'--batch-size, or a larger {SHARED_MEMORY}') from error
+                        '--batch-size, or raise the limits on memory and open files (ulimit -n)') from error
     return torch.empty(0, dtype=dtype).set_(storage).view(tuple(shape))
 
 

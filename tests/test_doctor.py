@@ -570,14 +570,14 @@ def test_page_with_a_crash(image_folder, tmp_path):
     planted = tmp_path / 'planted.py'
     planted.write_text(f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch
+from tools.doctor import speed
 from tools.doctor.__main__ import main
 from utils.script import run_script
 
-def planted():
+def planted(device):
     raise OSError('planted')
 
-torch.get_num_threads = planted
+speed.device_name = planted
 run_script(main)
 """)
     ended = run_script(planted, image_folder, *SMALL, '--quick', '--processes', 1, '--results-file', 'r', cwd=tmp_path)

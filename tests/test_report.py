@@ -83,7 +83,8 @@ def test_page_says_what_the_run_recorded(written, visit):
     changed = {text.split('\t')[0]: text.split('\t')[1:3] for text in
                page.locator('#options tr.marked').all_inner_texts()}
     assert changed['lr'] == ['0.001', '0.0005'] and changed['model_ema'] == ['off', 'on']
-    assert set(changed) == {'data', 'epochs', 'experiment', 'img_size', 'lr', 'model', 'model_ema'}
+    assert set(changed) == {'data', 'epochs', 'experiment', 'img_size', 'lr', 'model', 'model_ema', 'warmup_epochs',
+                            'cooldown_epochs'}  # the last two follow from the epochs
     assert 'an <i>old</i> machine' in page.locator('#environment').inner_text()
     assert 'Of 12 evaluation images, with the weights of model_best' in page.locator('#mistakes').inner_text()
     told = page.locator('#sample-predictions img').evaluate_all('all => all.map(i => i.alt).join()')

@@ -224,7 +224,8 @@ def test_on_gpus_nccl_is_more_patient_than_the_watch_and_hosts_talk_over_gloo(mo
     monkeypatch.setattr(dist, 'destroy_process_group', calls.clear)
     monkeypatch.setattr(dist, 'new_group', lambda **kwargs: calls.update(host=kwargs) or gloo)
     monkeypatch.setattr(distributed, 'DeviceMarks', lambda device: calls.update(marked=device) or Device(stuck=0).mark)
-    for name, value in {'RANK': 1, 'WORLD_SIZE': 2, 'LOCAL_RANK': 1, 'LOCAL_WORLD_SIZE': 2}.items():
+    for name, value in {'RANK': 1, 'WORLD_SIZE': 2, 'LOCAL_RANK': 1, 'LOCAL_WORLD_SIZE': 2,
+                        'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': 29500}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv('TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC', '')  # so that it is as before when the test has ended
     monkeypatch.delenv('TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC')
