@@ -71,11 +71,9 @@ class ImageFolder(ImageDataset):
         super().__init__(classes, targets)
         self._paths, self.num_ignored = PathList(paths), len(ignored)
         _logger.info('%s: %d images of %d classes', self.folder, len(self), len(classes))
-        if self.num_ignored:
-            endings = Counter(os.path.splitext(path)[1].lower() or 'without ending' for path in ignored)
+        if ignored:
             _logger.warning('%s: ignored %d files that are no images or lie outside of class folders: %s',
-                            self.folder, self.num_ignored,
-                            ', '.join(f'{count} {ending}' for ending, count in endings.most_common(5)))
+                            self.folder, len(ignored), _count_endings(ignored))
         _warn_of_loops(self.folder, loops)
         if empty:
             _logger.warning('%s: %d class folders without images: %s', self.folder, len(empty), name_some(empty))
@@ -111,6 +109,9 @@ class ImageFiles(ImageDataset):
             if not found.images:
                 raise UserError(f'folder {path!r} holds no images ({", ".join(EXTENSIONS)})')
             _warn_of_loops(path, found.loops)
+            if found.others:
+                _logger.warning('%s: ignored %d files that are no images: %s', path, len(found.others),
+                                _count_endings(found.others))
             files += [os.path.join(path, name) for name in found.images]
         super().__init__([], np.full(len(files), -1))
         self._paths = PathList(files)
@@ -249,6 +250,11 @@ def scan_class(split: str, name: str) -> Scan:
 
 def _lies_in(path: str, folder: str) -> bool:
     return os.path.commonpath((path, folder)) == folder
+
+
+def _count_endings(paths: Sequence[str]) -> str:
+    endings = Counter(os.path.splitext(path)[1].lower() or 'without ending' for path in paths)
+    return ', '.join(f'{count} {ending}' for ending, count in endings.most_common(5))
 
 
 def _warn_of_loops(folder: str, loops: list[str]) -> None:

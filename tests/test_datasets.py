@@ -143,6 +143,9 @@ def test_oddities_are_counted_and_logged(root, caplog):
     assert train.classes == val.classes == ['ant', 'bee', 'cat', 'dog'] and train.num_ignored == 4
     for part in ('9 images of 4 classes', 'ignored 4 files', ': 2 .db, 1 ', "1 class folders without images: 'dog'"):
         assert part in caplog.text
+    caplog.clear()
+    assert len(ImageFiles([root / 'train'])) == 9
+    assert 'train: ignored 4 files that are no images: 2 .db, ' in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------------
