@@ -11,12 +11,10 @@ simplejpeg is not installed.
 import io
 import os
 import warnings
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, TiffTags, UnidentifiedImageError
 
 from utils.errors import UserError
 
@@ -25,11 +23,14 @@ try:
 except ImportError:
     simplejpeg = None  # type: ignore[assignment]  # what an import that failed leaves
 
+Image.init()  # PIL registers its formats; versions before 11.3 have no AVIF
 # PIL's names of the formats that are read; the most frequent is tried first.
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')
+FORMATS = tuple(name for name in ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')
+                if name in Image.OPEN)
 # Endings, in lower case, by which image files are found; decoding depends on the content alone.
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.pbm', '.pnm',
-              '.jpe', '.jfif', '.jif', '.mpo', '.apng', '.dib', '.avif', '.avifs', '.jp2', '.j2k', '.jpf', '.jpx')
+              '.jpe', '.jfif', '.jif', '.mpo', '.apng', '.dib', '.avif', '.avifs', '.jp2', '.j2k', '.jpf', '.jpx',
+              '.j2c', '.jpc')
 # Images with more pixels are refused: a quarter of a GiB as RGB, where PIL warns.
 MAX_PIXELS = 89_478_485
 # Larger files are refused before they are read: 256 MiB, more than `MAX_PIXELS` take uncompressed.
@@ -38,10 +39,18 @@ MAX_BYTES = 1 << 28
 MAX_RATIO = 200
 # The most that a PNG's colour profile and texts may grow to. PIL's own limit of 1 MiB stops healthy files.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26
+# PIL's own reader of uncompressed TIFF files takes colours in separate planes of 16 bits for others; libtiff does not.
+TiffImagePlugin.READ_LIBTIFF = True
+# Compressions of TIFF that PIL's table lacks, or that its libtiff is built without.
+OTHER_COMPRESSIONS = {33003: 'JPEG 2000', 33004: 'JPEG 2000', 33005: 'JPEG 2000', 34712: 'JPEG 2000', 34887: 'LERC',
+                      34933: 'PNG', 34934: 'JPEG XR', 50001: 'WebP', 50002: 'JPEG XL', 52546: 'JPEG XL'}
 # Beginnings of formats that are not read, at the offset given first, and their names.
-OTHER_FORMATS = ((4, b'ftyphei', 'HEIC'), (4, b'ftypmif1', 'HEIF'), (0, b'\xff\x0a', 'JPEG XL'),
-                 (4, b'JXL ', 'JPEG XL'), (0, b'<svg', 'SVG'), (0, b'8BPS', 'Photoshop'), (0, b'%PDF', 'PDF'),
+OTHER_FORMATS = ((4, b'ftyphei', 'HEIC'), (4, b'ftyphev', 'HEIC'), (4, b'ftypmif1', 'HEIF'), (4, b'ftypmsf1', 'HEIF'),
+                 (0, b'\xff\x0a', 'JPEG XL'), (4, b'JXL ', 'JPEG XL'), (0, b'II\xbc\x01', 'JPEG XR'),
+                 (0, b'<svg', 'SVG'), (0, b'8BPS', 'Photoshop'), (0, b'%PDF', 'PDF'), (0, b'qoif', 'QOI'),
                  (0, b'\x76\x2f\x31\x01', 'OpenEXR'), (128, b'DICM', 'DICOM'))
+# The remedy for healthy files of kinds that are not read.
+CONVERT = 'convert it to JPEG or PNG of 8 bits'
 # What PIL does to a TIFF image of each orientation, undone.
 UPRIGHT_UNDONE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -57,6 +66,10 @@ LEFT_OVER = 'extraneous bytes before marker'
 
 class ImageError(UserError):
     """An image file that cannot be decoded. The message names the file and says why."""
+
+
+class _NotReadError(ValueError):
+    """A healthy file that is not read. The message says why, and gives the remedy."""
 
 
 def read_file(path: str | os.PathLike) -> bytes:
@@ -76,7 +89,7 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
     """Decode the content of an image file to a PIL image of mode RGB; messages call it `name`.
 
     Raises ImageError if it is truncated, of none of `FORMATS`, of more than `MAX_PIXELS` pixels or edges of more than
-    1 : `MAX_RATIO`, or if its brightness has no defined scale.
+    1 : `MAX_RATIO`, or if its brightness has no defined scale. The message says what is wrong and what to do.
     """
     try:
         with warnings.catch_warnings():
@@ -86,17 +99,15 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 if max(image.size) > MAX_RATIO * min(image.size):
-                    raise ValueError(f'{image.width} × {image.height} pixels: cut it to at most 1 × {MAX_RATIO}')
+                    raise _NotReadError(f'{image.width} × {image.height} pixels; cut it to at most 1 × {MAX_RATIO}')
                 if (scans := count_scans(data)) > MAX_SCANS:
-                    raise ValueError(f'a JPEG of {scans:,} scans: save it anew, with at most {MAX_SCANS}')
-                if not isinstance(image, TiffImagePlugin.TiffImageFile):
-                    image.load()
-                    return _to_rgb(image)
-                orientation = _check_tiff(image)
+                    raise _NotReadError(f'a JPEG of {scans:,} scans; save it anew, with at most {MAX_SCANS}')
+                if isinstance(image, TiffImagePlugin.TiffImageFile):
+                    return _tiff_to_rgb(image)
+                if image.format == 'JPEG2000':
+                    _check_jpeg_2000(data, image.mode)
                 image.load()
-                rgb = _to_rgb(image, image.tag_v2)
-                undo = UPRIGHT_UNDONE.get(orientation or 1)
-                return rgb if undo is None else rgb.transpose(undo)
+                return _to_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # damaged files make PIL's readers raise nearly anything
@@ -196,32 +207,47 @@ def _with_rows(jpeg: bytes, height: int, rows: int) -> tuple[bytes, int]:
     return b''.join((jpeg[:frame + 5], shorter.to_bytes(2), jpeg[frame + 7:])), shorter
 
 
-def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> int | None:
-    """Return the orientation of an open TIFF image. Raise ValueError if PIL would misread its levels."""
+def _tiff_to_rgb(image: TiffImagePlugin.TiffImageFile) -> Image.Image:
+    """Return an open TIFF image in mode RGB, with its levels as the tags declare them, and as it is stored."""
     tags = image.tag_v2
+    orientation = tags.get(ExifTags.Base.Orientation)  # PIL removes it when it turns the image
     bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
-    if bits > 8 and tags.get(TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 2 and image.mode != 'I;16':
-        raise ValueError(f'colours in separate planes of {bits} bits: convert the file to 8 bits')
     if 2 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ()):
-        raise ValueError('signed brightness has no defined scale: convert the file to 8 bits')
-    return tags.get(ExifTags.Base.Orientation)
+        raise _NotReadError(f'signed brightness has no defined scale; {CONVERT}')
+    if bits > 16 and image.mode != 'F':
+        raise _NotReadError(f'brightness of {bits} bits has no common scale; {CONVERT}')
+    image.load()
+    # PIL inverts only up to 8 bits.
+    is_negative = bits > 8 and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    rgb = _to_rgb(image, 2**bits - 1, is_negative=is_negative)
+    undo = UPRIGHT_UNDONE.get(orientation or 1)
+    return rgb if undo is None else rgb.transpose(undo)
 
 
-def _to_rgb(image: Image.Image, tags: Mapping[int, Any] | None = None) -> Image.Image:
-    """Return the loaded `image`, with the `tags` of a TIFF file, in mode RGB: itself if it has that mode already."""
+def _check_jpeg_2000(data: bytes, mode: str) -> None:
+    """Raise an error for levels that PIL misreads: signed ones, and more than 8 bits if not as 16-bit greyscale."""
+    start = data.find(b'\xff\x4f\xff\x51') + 42  # the first component in the header of the codestream
+    depths = data[start:start + 3 * int.from_bytes(data[start - 2:start]):3]
+    if any(depth & 128 for depth in depths):
+        raise _NotReadError(f'signed brightness has no defined scale; {CONVERT}')
+    if mode != 'I;16' and (bits := max(depths, default=0) + 1) > 8:
+        raise _NotReadError(f'a JPEG 2000 file of {bits} bits, which Pillow misreads; {CONVERT}')
+
+
+def _to_rgb(image: Image.Image, white: int = 65_535, *, is_negative: bool = False) -> Image.Image:
+    """Return the loaded `image` in mode RGB: itself if it has that mode, as nearly every JPEG has.
+
+    white: the brightest level of greyscale of more than 8 bits. is_negative: this level is black.
+    """
     if image.mode == 'RGB':
         return image
     if image.mode == 'F':
-        raise ValueError('floating-point brightness has no defined scale: convert the file to 8 bits')
+        raise _NotReadError(f'floating-point brightness has no defined scale; {CONVERT}')
     if image.mode.startswith('I'):  # 'I;16' and its byte orders from PNG and TIFF, 'I' from PGM
-        levels, tags = np.asarray(image).astype(np.int64), tags or {}
-        white = 2 ** min(16, *tags.get(TiffImagePlugin.BITSPERSAMPLE, ())) - 1 if tags else 65_535
-        if levels.min() < 0 or levels.max() > white:
-            raise ValueError(f'brightness outside of 0…{white}: convert the file to 8 or 16 bits')
-        levels = (levels * 255 + white // 2) // white  # to the nearest
-        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero; PIL inverts only 8 bits
-            levels = 255 - levels
-        image = Image.fromarray(levels.astype(np.uint8))
+        levels = (np.asarray(image).astype(np.int64) * 255 + white // 2) // white  # to the nearest
+        image = Image.fromarray((255 - levels if is_negative else levels).astype(np.uint8))
+    if image.mode == 'La':  # grey, multiplied by its alpha
+        image = image.convert('LA')
     # convert('RGB') drops a palette's transparency, and warns if it is recorded.
     image.info.pop('transparency', None)
     return image.convert('RGB')
@@ -233,8 +259,12 @@ def _reason(data: bytes, error: Exception) -> str:
         return f'more than {MAX_PIXELS:,} pixels; scale it down or remove it'
     if not data:
         return 'the file is empty; restore or remove it'
+    if isinstance(error, _NotReadError):
+        return str(error)
+    if 'MAX_TEXT' in str(error):  # PIL's name of its limit
+        return f'more than {PngImagePlugin.MAX_TEXT_CHUNK >> 20} MiB of text or colour profile; save it without these'
     if kind := _kind_not_read(data, error):
-        return f'{kind} is not read; convert it to JPEG or PNG of 8 bits'
+        return f'{kind} is not read; {CONVERT}'
     if isinstance(error, UnidentifiedImageError):
         return f'damaged, or none of {", ".join(FORMATS)}; restore or remove it'
     return f'cannot be decoded ({" ".join(str(error).split()) or type(error).__name__}); restore or remove it'
@@ -268,20 +298,26 @@ def _kind_of_jpeg(data: bytes) -> str | None:
 
 def _kind_of_tiff(data: bytes, error: Exception) -> str | None:
     """Return the kind of a TIFF file if PIL has no way to read it, rather than none of its pixels."""
+    if data.startswith(b'MM\0+'):
+        return 'a BigTIFF of big-endian byte order'
     file = io.BytesIO(data)
     try:
-        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if data[2] == 43 or data[3] == 43 else 8))
-        file.seek(tags.next)
-        tags.load(file)
-        bits = '/'.join(map(str, dict.fromkeys(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))))
-        compression = tags.get(TiffImagePlugin.COMPRESSION, 1)
-        known = compression in TiffImagePlugin.COMPRESSION_INFO
-        if known and not isinstance(error, UnidentifiedImageError):
-            return None
-        if TiffImagePlugin.IMAGEWIDTH not in tags or TiffImagePlugin.IMAGELENGTH not in tags:
-            return None
+        with warnings.catch_warnings(action='ignore'):
+            tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if data[2] == 43 else 8))
+            file.seek(tags.next)
+            tags.load(file)
+            if TiffImagePlugin.IMAGEWIDTH not in tags or TiffImagePlugin.IMAGELENGTH not in tags:
+                return None
+            number = tags.get(TiffImagePlugin.COMPRESSION, 1)
+            if number not in OTHER_COMPRESSIONS and not isinstance(error, UnidentifiedImageError):
+                return None
+            compression = OTHER_COMPRESSIONS.get(number) or TiffImagePlugin.COMPRESSION_INFO.get(number, number)
+            photometric = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 0)
+            meanings = {value: name for name, value in TiffTags.lookup(262).enum.items()}
+            bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
+            samples = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
+            kind = 'floats' if 3 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ()) else 'levels'
     except Exception:  # the header is damaged
         return None
-    kind = 'floats' if 3 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ()) else 'samples'
-    name = TiffImagePlugin.COMPRESSION_INFO.get(compression, f'number {compression}')
-    return f'a TIFF with {kind} of {bits} bits and compression {name}'
+    return (f'a TIFF of {samples} × {bits}-bit {kind} ({meanings.get(photometric, photometric)}, '
+            f'compression {compression})')

@@ -318,7 +318,7 @@ def test_a_jpeg_of_many_scans_is_refused_before_they_are_decoded(pixels):
     assert 5 < decode.count_scans(jpeg) < 20 and decode_rgb(jpeg, 'a.jpg').size == (32, 24)
     many = jpeg[:last] + 100 * jpeg[last:-2] + jpeg[-2:]
     assert decode.jpeg_size(many) is None
-    with pytest.raises(ImageError, match=r'image a.jpg: .*a JPEG of 1\d\d scans: save it anew, with at most 100'):
+    with pytest.raises(ImageError, match=r'image a.jpg: .*a JPEG of 1\d\d scans; save it anew, with at most 100'):
         EncodedImage(many, 'a.jpg')
     # Of a sequential file only the first scan is read. The marks of scans may stand in what precedes it.
     saved = io.BytesIO()

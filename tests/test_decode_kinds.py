@@ -4,10 +4,10 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
-from data.decode import EXTENSIONS, ImageError, decode_rgb, read_file
+from data.decode import EXTENSIONS, FORMATS, ImageError, decode_rgb, read_file
 from tools.doctor.images import DEEP, TRANSPARENT, look_closely
 
 SEED = 11
@@ -23,7 +23,8 @@ def levels():
 def tiff(data: bytes, bits, **tags) -> bytes:
     """Return a TIFF file of 16 × 16 pixels: `tags` are those that differ from one plain strip of grey."""
     bits = bits if isinstance(bits, tuple) else (bits,)
-    numbers = {'photometric': 262, 'orientation': 274, 'planes': 284, 'format': 339, 'compression': 259}
+    numbers = {'photometric': 262, 'orientation': 274, 'planes': 284, 'format': 339, 'compression': 259,
+               'extra': 338}
     values = {256: SIDE, 257: SIDE, 259: 1, 262: 1, 277: len(bits), 278: SIDE} | {
         numbers[name]: value for name, value in tags.items()}
     strips = len(bits) if tags.get('planes') == 2 else 1
@@ -97,6 +98,35 @@ def test_colours_of_sixteen_bits():
     planes = COLOUR.transpose(2, 0, 1)
     read = np.asarray(decode_rgb(tiff(planes.tobytes(), (8, 8, 8), photometric=2, planes=2), 'a'))
     assert (read == COLOUR).all()
+    deep = planes.astype('<u2') * 257
+    read = np.asarray(decode_rgb(tiff(deep.tobytes(), (16, 16, 16), photometric=2, planes=2), 'a'))
+    assert (read == COLOUR).all()
+
+
+def test_a_single_plane_is_read_as_if_it_were_interleaved(levels):
+    assert (decoded(tiff((255 - levels).tobytes(), 8, photometric=0, planes=2)) == levels).all()
+    assert (decoded(tiff((levels.astype('<u2') * 257).tobytes(), 16, planes=2)) == levels).all()
+
+
+def test_grey_multiplied_by_alpha_is_read_as_colours_are(levels):
+    opaque = tiff(np.dstack([levels, np.full_like(levels, 255)]).tobytes(), (8, 8), extra=1)
+    assert Image.open(io.BytesIO(opaque)).mode == 'La' and (decoded(opaque) == levels).all()
+
+
+def jpeg_2000(levels: np.ndarray, depth: int) -> bytes:
+    """Return a JPEG 2000 file whose components claim `depth`: their bits less one, plus 128 if they are signed."""
+    file = io.BytesIO()
+    Image.fromarray(levels).save(file, 'JPEG2000', no_jp2=True)
+    content = bytearray(file.getvalue())
+    components = content[41]
+    content[42:42 + 3 * components:3] = bytes([depth]) * components
+    return bytes(content)
+
+
+def test_greyscale_of_jpeg_2000_keeps_its_levels(levels):
+    file = io.BytesIO()
+    Image.fromarray(levels.astype(np.uint16) * 257).save(file, 'JPEG2000')
+    assert Image.open(file).mode == 'I;16' and (decoded(file.getvalue()) == levels).all()
 
 
 def jpeg_of(bits: int, marker: int) -> bytes:
@@ -107,13 +137,18 @@ def jpeg_of(bits: int, marker: int) -> bytes:
 
 # What the file is, its content, words of the message.
 NOT_READ = {
-    'planes of 16 bits': (tiff(bytes(6 * SIDE * SIDE), (16, 16, 16), photometric=2, planes=2), 'planes of 16 bits'),
     'signed': (tiff(bytes(2 * SIDE * SIDE), 16, format=2), 'signed brightness'),
+    'signed, 8 bits': (tiff(bytes(SIDE * SIDE), 8, format=2), 'signed brightness'),
+    '32 bits': (tiff(bytes(4 * SIDE * SIDE), 32), 'brightness of 32 bits'),
     'floats': (tiff(bytes(4 * SIDE * SIDE), 32, format=3), 'floating-point brightness'),
-    'double': (tiff(bytes(8 * SIDE * SIDE), 64, format=3), 'floats of 64 bits.*convert it'),
-    'white is zero, 12 bits': (tiff(bytes(3 * SIDE * SIDE // 2), 12, photometric=0), 'samples of 12 bits.*convert it'),
-    'ten bits': (tiff(bytes(2 * SIDE * SIDE), 10), 'samples of 10 bits.*convert it'),
-    'JPEG 2000 in TIFF': (tiff(bytes(64), 8, compression=34712), 'compression number 34712.*convert it'),
+    'double': (tiff(bytes(8 * SIDE * SIDE), 64, format=3), '1 × 64-bit floats'),
+    'white is zero, 12 bits': (tiff(bytes(3 * SIDE * SIDE // 2), 12, photometric=0), '1 × 12-bit levels .WhiteIsZero'),
+    'ten bits': (tiff(bytes(2 * SIDE * SIDE), 10), '1 × 10-bit levels'),
+    'JPEG 2000 in TIFF': (tiff(bytes(64), 8, compression=34712), 'compression JPEG 2000. is not read'),
+    'WebP in TIFF': (tiff(bytes(64), 8, compression=50001), 'compression WebP. is not read'),
+    'big-endian BigTIFF': (b'MM\0+' + bytes(60), 'BigTIFF of big-endian byte order is not read'),
+    'JPEG 2000 of 12 bits': (jpeg_2000(COLOUR, 11), 'JPEG 2000 file of 12 bits, which Pillow misreads'),
+    'signed JPEG 2000': (jpeg_2000(COLOUR[..., 0].copy(), 7 + 128), 'signed brightness'),
     'JPEG of 12 bits': (jpeg_of(12, 0xc1), 'JPEG of 12 bits is not read; convert it'),
     'lossless JPEG': (jpeg_of(8, 0xc3), 'lossless JPEG is not read; convert it'),
     'JPEG-LS': (b'\xff\xd8\xff\xf7' + bytes(64), 'JPEG-LS file is not read; convert it'),
@@ -127,7 +162,9 @@ def test_a_healthy_file_that_is_not_read_is_not_called_damaged(kind):
     content, words = NOT_READ[kind]
     with pytest.raises(ImageError, match=words) as caught:
         decode_rgb(content, 'image')
-    assert 'damaged' not in str(caught.value) and '\n' not in str(caught.value)
+    message = str(caught.value)
+    assert message.endswith('; convert it to JPEG or PNG of 8 bits') and '\n' not in message
+    assert 'damaged' not in message and 'restore' not in message
 
 
 def test_damage_is_still_damage(levels):
@@ -137,7 +174,7 @@ def test_damage_is_still_damage(levels):
             decode_rgb(content, 'image')
 
 
-def test_metadata_of_some_mebibytes_keeps_no_image_out(levels):
+def test_metadata_of_some_mebibytes_keeps_no_image_out(levels, monkeypatch):
     image = Image.fromarray(levels)
     info = PngInfo()
     info.add_text('XML:com.adobe.xmp', 'x' * 3_000_000, zip=True)
@@ -145,6 +182,15 @@ def test_metadata_of_some_mebibytes_keeps_no_image_out(levels):
         file = io.BytesIO()
         image.save(file, 'PNG', **options)
         assert (decoded(file.getvalue()) == levels).all()
+        with monkeypatch.context() as patch:
+            patch.setattr(PngImagePlugin, 'MAX_TEXT_CHUNK', 1 << 20)
+            with pytest.raises(ImageError, match='more than 1 MiB of text or colour profile; save it without these'):
+                decoded(file.getvalue())
+
+
+def test_all_endings_of_pillow_are_known():
+    """It has one more, for floating-point pixels, which are refused."""
+    assert {ending for ending, name in Image.EXTENSION.items() if name in FORMATS} - {'.pfm'} < set(EXTENSIONS)
 
 
 @pytest.mark.parametrize(('ending', 'kind'), [
@@ -164,6 +210,9 @@ def test_doctor_notes_transparency_and_depth_of_every_format():
         file = io.BytesIO()
         palette.save(file, kind, transparency=palette.getpixel((0, 0)))
         assert TRANSPARENT in look_closely(file.getvalue(), 'a').notes, kind
+    turned = io.BytesIO()
+    Image.new('L', (8, 4)).save(turned, 'TIFF', tiffinfo={274: 6})
+    assert look_closely(turned.getvalue(), 'a').size == (8, 4), 'it is read as it is stored'
     deep = tiff((COLOUR.astype('<u2') * 257).tobytes(), (16, 16, 16), photometric=2)
     assert DEEP in look_closely(deep, 'a').notes
     file = io.BytesIO()

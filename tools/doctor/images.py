@@ -98,10 +98,9 @@ def look_closely(stored: bytes | Image.Image, path: str) -> Seen:
              COLOURS: NOTES.get(seen.mode) == COLOURS}
     seen = seen._replace(notes=tuple(note for note in UNUSUAL if signs[note]))
     try:
-        decode_rgb(stored, path)
+        return seen._replace(size=decode_rgb(stored, path).size)  # PIL announces the size of a turned TIFF
     except ImageError as error:
         return seen._replace(problem=_reason(error, path))
-    return seen
 
 
 def _digest(stored: bytes | Image.Image) -> bytes:
