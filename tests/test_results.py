@@ -33,6 +33,9 @@ def test_where_there_is_no_room_earlier_results_stay(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r'cannot be written \(No space left on device\); earlier results are as they'):
         write_results(stem, {'run': 2}, [{'run': 2}], '--results-file')
     assert json.loads((tmp_path / 'a.json').read_text())['run'] == 1
+    with pytest.raises(UserError):
+        write_results(tmp_path / '20260101-120000-t2t_vit_14-32', {'run': 3}, [{'run': 3}], '--results-file')
+    assert sorted(os.listdir(tmp_path)) == ['a.csv', 'a.json']
 
 
 def test_names_are_no_formulas(tmp_path):

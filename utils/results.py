@@ -48,7 +48,8 @@ def write_results(stem: Path, record: dict, rows: list[dict], option: str,
         UserError: the files cannot be written.
     """
     make_folder(stem.parent, option)
-    stem = _free(stem) if DATED.fullmatch(stem.name) else stem
+    is_dated = bool(DATED.fullmatch(stem.name))
+    stem = _free(stem) if is_dated else stem
     json_file = Path(f'{stem}.json')
     csv_files = {Path(f'{stem}.csv'): rows} | {Path(f'{stem}.{name}.csv'): table
                                                for name, table in (tables or {}).items()}
@@ -62,6 +63,8 @@ def write_results(stem: Path, record: dict, rows: list[dict], option: str,
             # Image names need not be valid UTF-8; their bytes stay the same.
             write_whole(csv_file, text.getvalue().encode('utf-8', errors='surrogateescape'))
     except OSError as error:
+        if is_dated and not json_file.stat().st_size:
+            json_file.unlink()  # it has only kept the name
         raise UserError(f'{option}: {stem} cannot be written ({error.strerror}); earlier results are as they were'
                         ) from None
     _logger.info('results: %s', ', '.join(str(file) for file in (json_file, *csv_files)))
