@@ -2,6 +2,7 @@
 
     weights = attention_weights(model, images)                # of every block [B, h, N, N]
     rollout = attention_rollout([w.mean(1) for w in weights])  # through all blocks [B, N, N]
+    reasons = class_relevance(model, image, classes=[281])     # what speaks for a class
 
 Models run unchanged: hooks observe them, or the values are recomputed. Nothing here draws.
 
@@ -9,7 +10,7 @@ Dimensions: B images, h heads, N tokens, C channels, D token dimension, m random
 """
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,47 +19,50 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from models.tokens_to_token import (
-    SOFT_SPLITS,
-    SoftSplit,
-    TokenPerformer,
-    TokenTransformer,
-    token_grid,
-    without_autocast,
-)
+from figures.places import Grid, NotSeen, Places, has_soft_splits, model_name, split_places, token_places
+from models.tokens_to_token import SOFT_SPLITS, TokenPerformer, TokenTransformer, without_autocast
 from utils.errors import UserError, did_you_mean
-
-Grid = tuple[int, int]
-
-
-class NotSeen(UserError):
-    """The model does not have what was to be shown; another model may have it."""
-
 
 # --- Attention of the backbone ----------------------------------------------------------------------------------------
 
-class _AttentionListener(TorchFunctionMode):
-    """Call `heard` with the arguments of every fused attention."""
+class BlockAttention(NamedTuple):
+    """Attention that a block has computed: queries, keys, values and outputs, [B, h, N, C / h] each."""
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
+    bias: torch.Tensor | None  # added to the scores
+    scale: float
 
-    def __init__(self, heard: Callable[..., None]):
+    def weights(self) -> torch.Tensor:
+        """Return the attention weights, [B, h, N, N], float32; rows sum to 1."""
+        with torch.no_grad(), torch.autocast(self.query.device.type, enabled=False):
+            scores = self.query.float() @ self.key.float().transpose(-2, -1) * self.scale
+            return (scores if self.bias is None else scores + self.bias).softmax(-1)
+
+
+class _AttentionListener(TorchFunctionMode):
+    """Pass every fused attention to `heard`: its output, then its arguments."""
+
+    def __init__(self, heard):
         super().__init__()
         self._heard = heard
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        output = func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
-            self._heard(*args, **kwargs)
-        return func(*args, **kwargs)
+            self._heard(output, *args, **(kwargs or {}))
+        return output
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module, *hooks: RemovableHandle) -> Iterator[None]:
-    """Run the model in evaluation mode, without gradients and mixed precision; remove the hooks at the end."""
+def _evaluating(model: nn.Module, *hooks: RemovableHandle, gradients: bool = False) -> Iterator[None]:
+    """Run the model in evaluation mode, without mixed precision, by default without gradients; remove the hooks."""
     was_training = model.training
     device_type = next((parameter.device.type for parameter in model.parameters()), 'cpu')
     model.eval()
     try:
-        with torch.no_grad(), without_autocast(device_type):
+        with torch.set_grad_enabled(gradients), without_autocast(device_type):
             yield
     finally:
         model.train(was_training)
@@ -66,9 +70,40 @@ def _evaluating(model: nn.Module, *hooks: RemovableHandle) -> Iterator[None]:
             hook.remove()
 
 
-def attention_weights(model: nn.Module, images: torch.Tensor,
-                      keep: Callable[[torch.Tensor], Any] = lambda weights: weights) -> list[Any]:
-    """Return keep(attention weights) of every block with attention, first block first.
+def _attend(model: nn.Module, images: torch.Tensor, num_tokens: int, *,
+            gradients: bool = False) -> tuple[torch.Tensor, list[BlockAttention]]:
+    """Return the model's output and the attention of every block over all tokens, or raise NotSeen."""
+    name = model_name(model)
+    attentions: dict[int, BlockAttention] = {}
+    current = None
+
+    def enter(index):
+        nonlocal current
+        current = index
+
+    def heard(output, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
+        if current is None:
+            return
+        whole = query.shape[-2] == key.shape[-2] == num_tokens and query.shape[-3] == key.shape[-3]
+        masked = is_causal or (attn_mask is not None and attn_mask.dtype == torch.bool)
+        if current in attentions or masked or not whole:
+            raise NotSeen(f'model {name}: block {current + 1} does not attend once over all tokens; its attention '
+                          'cannot be shown')
+        attentions[current] = BlockAttention(query, key, value, output, attn_mask, scale or query.shape[-1] ** -0.5)
+
+    hooks = []
+    for index, block in enumerate(model.get_submodule('blocks').children()):
+        hooks.append(block.register_forward_pre_hook(lambda *_, index=index: enter(index)))
+        hooks.append(block.register_forward_hook(lambda *_: enter(None)))
+    with _evaluating(model, *hooks, gradients=gradients), _AttentionListener(heard):
+        output = model(images)
+    if not attentions:
+        raise NotSeen(f'model {name} has no attention that can be shown')
+    return output, list(attentions.values())
+
+
+def attention_weights(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """Return the attention weights of every block with attention, first block first.
 
     The weights are [B, h, N, N], float32, with rows that sum to 1. Prefix tokens (class token, registers) come first,
     the grid follows row by row.
@@ -77,41 +112,12 @@ def attention_weights(model: nn.Module, images: torch.Tensor,
         model: T2TViT, its ablations or timm's VisionTransformer family: a model with `blocks` that each call torch's
             scaled_dot_product_attention once, over all tokens.
         images: normalised, [B, C, height, width].
-        keep: reduces the weights of a block, which saves memory for large images.
 
     Raises:
         NotSeen: the model has no such attention.
     """
-    name = _name(model)
-    num_tokens = _num_prefix_tokens(model) + math.prod(_backbone_grid(model, images))
-    kept: dict[int, Any] = {}
-    current = None
-
-    def enter(index):
-        nonlocal current
-        current = index
-
-    def heard(query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
-        if current is None:
-            return
-        whole = query.shape[-2] == key.shape[-2] == num_tokens and query.shape[-3] == key.shape[-3]
-        masked = is_causal or (attn_mask is not None and attn_mask.dtype == torch.bool)
-        if current in kept or masked or not whole:
-            raise NotSeen(f'model {name}: block {current + 1} does not attend once over all tokens; its attention '
-                            'cannot be shown')
-        with torch.autocast(query.device.type, enabled=False):
-            scores = query.float() @ key.float().transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
-            kept[current] = keep((scores if attn_mask is None else scores + attn_mask).softmax(-1))  # [B, h, N, N]
-
-    hooks = []
-    for index, block in enumerate(model.get_submodule('blocks').children()):
-        hooks.append(block.register_forward_pre_hook(lambda *_, index=index: enter(index)))
-        hooks.append(block.register_forward_hook(lambda *_: enter(None)))
-    with _evaluating(model, *hooks), _AttentionListener(heard):
-        model(images)
-    if not kept:
-        raise NotSeen(f'model {name} has no attention that can be shown')
-    return list(kept.values())
+    num_tokens = _num_prefix_tokens(model) + math.prod(token_places(model, images).grid)
+    return [attention.weights() for attention in _attend(model, images, num_tokens)[1]]
 
 
 def attention_rollout(averages: Sequence[torch.Tensor], tokens: Sequence[int] | None = None) -> torch.Tensor:
@@ -133,10 +139,11 @@ def attention_rollout(averages: Sequence[torch.Tensor], tokens: Sequence[int] | 
 
 
 class SeenAttention(NamedTuple):
-    """Attention of the classifier's input in one image, as maps over the image."""
+    """Attention of the classifier's input in one image, as maps over the grid of tokens."""
     blocks: torch.Tensor  # weights of each block and head, [depth, h, H, W]
     rollout: torch.Tensor  # through all blocks, [H, W]
     source: str  # 'class token', 'mean of all tokens', or 'all tokens, on average' for another pooling
+    places: Places  # of the tokens in the image
 
 
 def classifier_attention(model: nn.Module, image: torch.Tensor) -> SeenAttention:
@@ -144,43 +151,74 @@ def classifier_attention(model: nn.Module, image: torch.Tensor) -> SeenAttention
 
     If the classifier does not use the class token, return the mean over all tokens. Raises as `attention_weights`.
     """
-    H, W = _backbone_grid(model, image)
-    prefix = _num_prefix_tokens(model)
-    pooling = getattr(model, 'global_pool', 'token')
-    by_class = prefix > 0 and pooling == 'token'
-    rows = slice(0, 1) if by_class else slice(prefix, None)
-
-    def keep(weights):
-        return weights[0, :, rows, prefix:].mean(1).cpu(), weights.mean(1).cpu()  # [h, N - prefix], [1, N, N]
-
-    blocks, averages = zip(*attention_weights(model, image, keep), strict=True)
+    places = token_places(model, image)
+    prefix, rows, source = _classifier_input(model)
+    blocks, averages = [], []
+    for attention in _attend(model, image, prefix + math.prod(places.grid))[1]:
+        weights = attention.weights()  # one block at a time, since large images have many
+        blocks.append(weights[0, :, rows, prefix:].mean(1).cpu())  # [h, N - prefix]
+        averages.append(weights.mean(1).cpu())  # [1, N, N]
     N = averages[0].shape[-1]
     rollout = attention_rollout(averages, range(N)[rows]).mean(1)[0, prefix:]  # [N - prefix]
-    source = 'class token' if by_class else 'mean of all tokens' if pooling == 'avg' else 'all tokens, on average'
-    return SeenAttention(torch.stack(blocks).unflatten(2, (H, W)), rollout.unflatten(0, (H, W)), source)
+    return SeenAttention(torch.stack(blocks).unflatten(2, places.grid), rollout.unflatten(0, places.grid), source,
+                         places)
 
 
-def _backbone_grid(model: nn.Module, images: torch.Tensor) -> Grid:
-    """Return (rows, columns) of the backbone's tokens, or raise NotSeen for a model without a grid of tokens."""
-    patches: Any = getattr(model, 'patch_embed', None)
-    if not hasattr(model, 'blocks') or not (has_soft_splits(model) or hasattr(patches, 'patch_size')):
-        raise NotSeen(f'model {_name(model)} has no attention that can be shown; use a T2T-ViT or a ViT')
-    height, width = images.shape[-2:]
-    if has_soft_splits(model):
-        return token_grid(height, width)
-    if hasattr(patches, 'dynamic_feat_size'):  # of timm's layers; includes the strides of a hybrid's convolutions
-        return tuple(patches.dynamic_feat_size((height, width)))
-    size = patches.patch_size
-    rows, columns = (size, size) if isinstance(size, int) else size
-    return height // rows, width // columns
+class ClassRelevance(NamedTuple):
+    """How much each token of an image speaks for a class."""
+    number: int  # of the class
+    probability: float
+    tokens: torch.Tensor  # 0 or more, [H, W]; 0 everywhere if nothing speaks for the class
+
+
+def class_relevance(model: nn.Module, image: torch.Tensor,
+                    classes: Sequence[int] | None = None) -> list[ClassRelevance]:
+    """Return how much each token of one image speaks for each of some classes.
+
+    This is the rollout of Chefer et al. 2021 (Generic Attention-model Explainability, section 3.1) for self-attention:
+    in each block, every weight is multiplied by the gradient of the class's logit with respect to it; the positive
+    parts, averaged over the heads, are added to the residual.
+
+    Args:
+        model: as for `attention_weights`; its output is logits [1, number of classes].
+        image: normalised, [1, C, height, width].
+        classes: numbers of the classes, by default of the two most probable ones.
+    """
+    grid = token_places(model, image).grid
+    prefix, rows, _ = _classifier_input(model)
+    N = prefix + math.prod(grid)
+    image = image.detach().clone().requires_grad_()  # so that gradients reach the blocks if no parameter wants them
+    logits, attentions = _attend(model, image, N, gradients=True)
+    probabilities = logits.detach().float().softmax(1)[0]
+    if classes is None:
+        classes = probabilities.topk(min(2, len(probabilities))).indices.tolist()
+    shares = torch.eye(N, device=image.device)[rows].mean(0)  # of the tokens that the classifier sees, [N]
+    found = []
+    for number in classes:
+        chosen = torch.zeros_like(logits)
+        chosen[0, number] = 1
+        gradients = torch.autograd.grad(logits, [attention.output for attention in attentions], chosen,
+                                        retain_graph=True, materialize_grads=True)
+        relevance = shares
+        for attention, gradient in zip(reversed(attentions), reversed(gradients), strict=True):
+            of_weights = gradient.float() @ attention.value.detach().float().transpose(-2, -1)  # [1, h, N, N]
+            relevance = relevance + relevance @ (attention.weights() * of_weights).clamp(min=0).mean(1)[0]
+        found.append(ClassRelevance(number, float(probabilities[number]),
+                                    (relevance - shares)[prefix:].cpu().unflatten(0, grid)))
+    return found
+
+
+def _classifier_input(model: nn.Module) -> tuple[int, slice, str]:
+    """Return the number of prefix tokens, the tokens whose outputs the classifier takes, and their name."""
+    prefix = _num_prefix_tokens(model)
+    pooling = getattr(model, 'global_pool', 'token')
+    if prefix > 0 and pooling == 'token':
+        return prefix, slice(0, 1), 'class token'
+    return prefix, slice(prefix, None), 'mean of all tokens' if pooling == 'avg' else 'all tokens, on average'
 
 
 def _num_prefix_tokens(model: nn.Module) -> int:
     return getattr(model, 'num_prefix_tokens', 0)
-
-
-def _name(model: nn.Module) -> str:
-    return getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
 
 
 # --- Token layers -----------------------------------------------------------------------------------------------------
@@ -246,16 +284,11 @@ class Stage(NamedTuple):
     """Output of one of the three stages of a tokens-to-token module."""
     tokens: torch.Tensor  # re-structurized, [B, channels, H, W]
     weights: PerformerWeights | SoftmaxWeights | None  # of the token layer; None after the last split or a convolution
+    places: Places  # of the tokens in the image
 
     @property
     def grid(self) -> Grid:
-        H, W = self.tokens.shape[-2:]
-        return H, W
-
-
-def has_soft_splits(model: nn.Module) -> bool:
-    """Return whether the model has a tokens-to-token module, of soft splits or of convolutions."""
-    return hasattr(model, 'tokens_to_token')
+        return self.places.grid
 
 
 def token_stages(model: nn.Module, images: torch.Tensor) -> list[Stage]:
@@ -264,7 +297,7 @@ def token_stages(model: nn.Module, images: torch.Tensor) -> list[Stage]:
     `images` are normalised, [B, C, height, width].
     """
     if not has_soft_splits(model):
-        raise NotSeen(f'model {_name(model)} has no tokens-to-token module; use a T2T-ViT')
+        raise NotSeen(f'model {model_name(model)} has no tokens-to-token module; use a T2T-ViT')
     module = model.get_submodule('tokens_to_token')
     convolutions = not hasattr(module, 'attention1')
     names = ('soft_split0', 'soft_split1') if convolutions else ('attention1', 'attention2')
@@ -274,15 +307,14 @@ def token_stages(model: nn.Module, images: torch.Tensor) -> list[Stage]:
     def heard(step, given, result):
         inputs[step], outputs[step] = given[0], result
 
-    grids = _soft_split_grids((images.shape[-2], images.shape[-1]))
     with _evaluating(model, *(step.register_forward_hook(heard) for step in steps)):
         module(images)
         stages = []
-        for step, (H, W) in zip(steps, grids, strict=True):
+        for step, places in zip(steps, split_places((images.shape[-2], images.shape[-1])), strict=True):
             tokens = outputs[step].float()
             if not convolutions:
-                tokens = tokens.transpose(1, 2).unflatten(2, (H, W))  # [B, channels, H, W]
-            stages.append(Stage(tokens, _layer_weights(step, inputs[step])))
+                tokens = tokens.transpose(1, 2).unflatten(2, places.grid)  # [B, channels, H, W]
+            stages.append(Stage(tokens, _layer_weights(step, inputs[step]), places))
     return stages
 
 
@@ -298,15 +330,6 @@ def _layer_weights(layer: nn.Module, x: torch.Tensor) -> PerformerWeights | Soft
 
 # --- From a token of the last grid back to the pixels -----------------------------------------------------------------
 
-def _soft_split_grids(img_size: Grid) -> list[Grid]:
-    """Return (rows, columns) after each of the three soft splits."""
-    grids = []
-    for split in SOFT_SPLITS:
-        img_size = SoftSplit(*split).grid_size(*img_size)
-        grids.append(img_size)
-    return grids
-
-
 def receptive_field(token: Grid, img_size: Grid, splits: int = 3) -> torch.Tensor:
     """Return the number of paths from each pixel to a token of the last grid through the soft splits alone.
 
@@ -320,7 +343,7 @@ def receptive_field(token: Grid, img_size: Grid, splits: int = 3) -> torch.Tenso
     Returns:
         int64 [height, width] of the pixels or of that grid; 0 outside of the receptive field.
     """
-    sizes = [img_size, *_soft_split_grids(img_size)]
+    sizes = [img_size, *(places.grid for places in split_places(img_size))]
     paths = torch.zeros(sizes[-1], dtype=torch.float64)
     paths[token] = 1
     for split, size in list(zip(SOFT_SPLITS, sizes, strict=False))[:-splits - 1:-1]:
@@ -369,7 +392,7 @@ def default_layers(model: nn.Module) -> list[str]:
     """Return the names of an early, a middle and a late layer from timm's `feature_info`, or raise NotSeen."""
     modules = [info['module'] for info in getattr(model, 'feature_info', None) or ()]
     if not modules:
-        raise NotSeen(f'model {_name(model)} does not list its layers; name some (--layers), of '
+        raise NotSeen(f'model {model_name(model)} does not list its layers; name some (--layers), of '
                       f'{", ".join(name for name, _ in model.named_children())} and their parts')
     # In a T2T-ViT, lines and edges are found before the backbone (section 3, Figure 2).
     early = 'tokens_to_token.attention1' if has_soft_splits(model) else modules[0]
@@ -384,7 +407,7 @@ def check_layers(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             hint = did_you_mean(name, known) or f'; use {known[0]} or another name from model.named_modules()'
-            raise UserError(f'layer {name!r} does not exist in model {_name(model)}{hint}')
+            raise UserError(f'layer {name!r} does not exist in model {model_name(model)}{hint}')
 
 
 def layer_maps(model: nn.Module, images: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -417,7 +440,7 @@ def _as_map(model: nn.Module, output: Any, images: torch.Tensor, name: str) -> t
 
 def _no_map(model: nn.Module, name: str, reason: str) -> UserError:
     """Return the error for a layer that cannot be shown: NotSeen if it is a default one, else UserError."""
-    reason = f'layer {name!r} of model {_name(model)} {reason}'
+    reason = f'layer {name!r} of model {model_name(model)} {reason}'
     defaults = default_layers(model) if getattr(model, 'feature_info', None) else []
     if name in defaults:
         return NotSeen(f'{reason}; name other layers (--layers)')
@@ -440,7 +463,7 @@ def _grid_of(model: nn.Module, num_tokens: int, img_size: Grid) -> tuple[int, in
     """Return (rows, columns, prefix tokens) of N tokens: a grid of T2T-ViT, else the one closest to the image's."""
     prefixes = (_num_prefix_tokens(model), 0)
     if has_soft_splits(model):
-        for H, W in _soft_split_grids(img_size):
+        for H, W in (places.grid for places in split_places(img_size)):
             for prefix in prefixes:
                 if num_tokens == prefix + H * W:
                     return H, W, prefix

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import models  # noqa: F401, registers the architectures
 from figures.explain import (
@@ -13,6 +14,7 @@ from figures.explain import (
     attention_rollout,
     attention_weights,
     channel_health,
+    class_relevance,
     classifier_attention,
     default_layers,
     layer_features,
@@ -321,3 +323,59 @@ def test_many_dead_channels_do_not_make_the_others_look_right_or_wrong(share):
 def test_nothing_is_said_of_channels_with_one_value():
     assert not channel_health(torch.randn(1, 8, 1, 1)).dead.any()
     assert channel_health(torch.zeros(1, 8, 2, 2)).dead.all()
+
+
+# --- What speaks for a class ------------------------------------------------------------------------------------------
+
+def relevance_by_the_paper(model, x, number, rows):
+    """Chefer et al. 2021, equations 5 and 6, with the gradients of attention weights that are kept in the graph."""
+    kept = []
+
+    class Explicit(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is not F.scaled_dot_product_attention:
+                return func(*args, **(kwargs or {}))
+            q, k, v = args[:3]
+            scale = (kwargs or {}).get('scale') or q.shape[-1] ** -0.5
+            kept.append((q * scale @ k.mT).softmax(-1))
+            kept[-1].retain_grad()
+            return kept[-1] @ v
+
+    with Explicit():
+        model(x)[0, number].backward()
+    blocks = kept[-len(model.blocks):]  # token layers of a Transformer attend too, before the blocks
+    relevance = torch.eye(blocks[0].shape[-1])
+    for weights in blocks:
+        relevance = relevance + (weights.grad * weights).clamp(min=0).mean(1)[0] @ relevance
+    return (relevance - torch.eye(len(relevance)))[rows].mean(0)
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('t2t_vit_7', {}), ('t2t_vit_t_14', {}), ('t2t_vit_7', {'global_pool': 'avg'}), ('vit_tiny_patch16_224', {}),
+])
+def test_what_speaks_for_a_class_is_the_published_rollout(name, kwargs):
+    model, x = make(name, (48, 64), gain=3, **{**SMALL, 'depth': 3}), images(48, 64)
+    if kwargs:  # the classifier sees the mean of the tokens
+        model.global_pool = kwargs['global_pool']
+    prefix = model.num_prefix_tokens
+    rows = slice(prefix, None) if kwargs else slice(0, 1)
+    number = model(x)[0].argmax().item()
+    expected = {n: relevance_by_the_paper(model, x, n, rows)[prefix:] for n in range(2)}
+    model.requires_grad_(False)  # as in scripts; gradients are found all the same
+    with torch.no_grad():
+        for reason in class_relevance(model, x, [0, 1]):
+            torch.testing.assert_close(reason.tokens.flatten(), expected[reason.number], rtol=1e-4, atol=1e-7)
+            assert reason.tokens.shape == (3, 4)
+        likely = class_relevance(model, x)
+    assert likely[0].number == number and likely[0].probability >= likely[1].probability
+    assert likely[0].probability == pytest.approx(model(x).softmax(1)[0, number].item(), rel=1e-5)
+
+
+def test_what_speaks_for_a_class_depends_on_the_class():
+    model, x = make('vit_tiny_patch16_224', (32, 48), **SMALL), images(32, 48)
+    one, other = class_relevance(model, x, [0, 1])
+    assert not torch.equal(one.tokens, other.tokens)
+    with torch.no_grad():
+        model.head.weight[1] = 0  # nothing that the image holds raises it
+    one, other = class_relevance(model, x, [0, 1])
+    assert one.tokens.any() and not other.tokens.any()
