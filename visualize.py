@@ -3,12 +3,13 @@
     python visualize.py cat.jpg --checkpoint output/train/demo/model_best.pth.tar
     python visualize.py cat.jpg --checkpoint PATH --figures attention --blocks 4 5
     python visualize.py cat.jpg --checkpoint PATH --figures tokens --token 3 10
-    python visualize.py --dataset digits --samples 3 --checkpoint PATH --figures features --beside vit_s_16 resnet50
+    python visualize.py cat.jpg --checkpoint PATH --figures attention --target-class dog
     python visualize.py cat.jpg --checkpoint PATH --figures features --beside vit_s_16=vit.pth resnet50=pretrained
     python visualize.py --dataset digits --checkpoint PATH --figures mistakes
 
-cat.jpg becomes output/visualize/cat-attention.png and so on. Model and image size are read from the checkpoint. Files
-that cannot be decoded are reported and left out. The functions of figures/ draw the same in notebooks.
+cat.jpg becomes output/visualize/cat-t2t_vit_7-demo-model_best-attention.png and so on, named by image, model and
+weights. Model and image size are read from the checkpoint. Files that cannot be decoded are reported and left out. The
+functions of figures/ draw the same in notebooks.
 """
 import logging
 from pathlib import Path
@@ -17,7 +18,7 @@ from options.checks import check_images, check_trained_model
 from options.parser import parse_options
 from options.scripts import FIGURES_OF_IMAGES, visualize_parser
 from utils.console import printable
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
 from utils.script import run_script
 
 LINES = 20  # files listed on the console
@@ -36,7 +37,7 @@ def main():
     from data import evenly_spaced
     from data.pipeline import name_classes, open_images, resolve_input
     from figures.explain import check_layers
-    from figures.files import save_figure, unique
+    from figures.files import save_figure, unique, weights_name
     from models import open_trained_model
     from utils.disk import make_folder
     from utils.runtime import move_model, start
@@ -52,9 +53,10 @@ def main():
     config = resolve_input(args, model.pretrained_cfg)
     dataset = open_images(args, known_classes, model.num_classes, world, needs_classes='mistakes' in args.figures)
     classes = name_classes(args, known_classes or dataset.classes or None, model.num_classes)
+    target = find_target(args.target_class, classes, known_classes)
     if args.max_bad_val_images is None:
         args = args.replacing(max_bad_val_images=len(dataset) if args.images else 0)
-    beside = [open_beside(given, text, config) for text in args.beside]
+    beside = [open_beside(given, text) for text in args.beside]
     titles, opened, configs = zip((args.model, model, config), *beside, strict=True)
     models = dict(zip(unique(titles), opened, strict=True))
     for each in models.values():
@@ -66,11 +68,12 @@ def main():
     files: list[Path] = []
     left_out = 0
     if wanted:
-        files, left_out = draw_images(args, wanted, models, configs, shown, classes, folder, world, precision)
+        files, left_out = draw_images(args, wanted, models, configs, shown, classes, target, folder, world, precision)
 
     # --- Mistakes -----------------------------------------------------------------------------------------------------
     if 'mistakes' in args.figures:
-        files.append(folder / f'{Path(args.data).resolve().name if args.data else args.dataset}-mistakes.png')
+        data = Path(args.data).resolve().name if args.data else args.dataset
+        files.append(folder / f'{data}-{weights_name(args.model, args.eval_checkpoint)}-mistakes.png')
         save_figure(draw_mistakes(args, model, dataset, classes, config, world, precision), files[-1])
 
     # --- Results ------------------------------------------------------------------------------------------------------
@@ -86,33 +89,51 @@ def main():
 
 def check_figures(args) -> None:
     """Raise UserError for an option of a figure that is not drawn, and for a figure without its data."""
-    for option, figures in (('blocks', ['attention']), ('token', ['attention', 'tokens']), ('layers', ['features']),
-                            ('beside', ['features'])):
+    for option, figures in (('target_class', ['attention']), ('blocks', ['attention']),
+                            ('token', ['attention', 'tokens']), ('layers', ['features']), ('beside', ['features'])):
         if getattr(args, option) and not set(figures) & set(args.figures):
-            raise UserError(f'--{option} is for the figure {" or ".join(figures)}, which is not among --figures '
-                            f'{" ".join(args.figures)}; leave it out or add that figure')
+            raise UserError(f'--{option.replace("_", "-")} is for the figure {" or ".join(figures)}, which is not '
+                            f'among --figures {" ".join(args.figures)}; leave it out or add that figure')
+    for text in args.beside:
+        if not text.partition('=')[2]:
+            raise UserError(f'--beside {text}: which weights? Random ones show nothing; give {text}=CHECKPOINT or '
+                            f'{text}=pretrained')
     if 'mistakes' in args.figures and args.images:
         raise UserError('--figures mistakes needs images whose classes are known: give a data set (--data DIR, '
                         '--dataset digits)')
 
 
-def draw_images(args, wanted: list[str], models: dict, configs: tuple, dataset, classes: list[str], folder: Path, world,
-                precision) -> tuple[list[Path], int]:
+def find_target(text: str | None, names: list[str], known_classes: list[str] | None) -> int | None:
+    """Return the number of the class that --target-class names, as it is printed or as it was trained."""
+    from data.classes import class_number
+    if text is None:
+        return None
+    for classes in (names, known_classes or []):
+        if (number := class_number(text, classes)) is not None:
+            return number
+    raise UserError(f'--target-class {text}: the model has no such class{did_you_mean(text, names)}; give a name, such '
+                    f'as {names[0]!r}, or a number from 0 to {len(names) - 1}')
+
+
+def draw_images(args, wanted: list[str], models: dict, configs: tuple, dataset, classes: list[str], target: int | None,
+                folder: Path, world, precision) -> tuple[list[Path], int]:
     """Draw the wanted figures of every image; return the files, and the number of images that cannot be decoded.
 
-    The first of `models` (by title) is shown; `configs` has the data.pipeline.InputConfig of each. Figures that a model
-    cannot have are logged. Raises UserError if no image can be decoded.
+    The first of `models` (by title) is shown; `configs` has the data.pipeline.InputConfig of each. `target` is the
+    number of the class to explain. Figures that a model cannot have are logged. Raises UserError if no image can be
+    decoded.
     """
     import torch
 
     from data import Numbered
     from data.pipeline import create_eval_loader
-    from figures.explain import NotSeen
-    from figures.files import draw_figure, features_of_models, file_names, save_figure
+    from figures.files import draw_figure, features_of_models, file_names, save_figure, weights_name
+    from figures.places import NotSeen
     from utils.console import progress_bar
     model, numbered, wanted = next(iter(models.values())), Numbered(dataset), list(wanted)
     paths = [dataset.path(number) for number in range(len(dataset))]
-    stems = file_names(paths, in_class_folders=bool(args.data))
+    stems = [f'{name}-{weights_name(args.model, args.eval_checkpoint)}'
+             for name in file_names(paths, in_class_folders=bool(args.data))]
     files: list[Path] = []
     has_shares = False
     loading = args.replacing(workers=min(args.workers, len(dataset) // args.batch_size))
@@ -134,8 +155,8 @@ def draw_images(args, wanted: list[str], models: dict, configs: tuple, dataset, 
                             if not has_shares:
                                 print_shares(features, len(numbers))
                                 has_shares = True
-                        figure = draw_figure(name, args, model, images[0][index:index + 1], pictures[index], features,
-                                             index, title)
+                        figure = draw_figure(name, args, model, images[0][index:index + 1], pictures[index], classes,
+                                             target, features, index, title)
                     except NotSeen as reason:
                         log.warning('no picture of %s: %s', name, reason)
                         wanted.remove(name)
@@ -181,17 +202,15 @@ def draw_mistakes(args, model, dataset, classes: list[str], config, world, preci
                            lambda index: np.asarray(dataset.image(index)))
 
 
-def open_beside(args, text: str, config) -> tuple:
-    """Return (title, model, input) of a value of --beside; `config` is the input of the shown model.
+def open_beside(args, text: str) -> tuple:
+    """Return (title, model, input) of a value of --beside.
 
     `args` are the options as given, without those recorded in the checkpoint of the shown model.
     """
     from data.pipeline import resolve_input
-    from models import create_model, open_trained_model, resolve_name
+    from models import open_trained_model, resolve_name
     name, _, checkpoint = text.partition('=')
     name = resolve_name(name)
-    if not checkpoint:  # random weights have no input of their own, so both models see the same pictures
-        return f'{name} (random weights)', create_model(name, img_size=config.img_size).eval(), config
     pretrained = checkpoint == 'pretrained'
     own = args.replacing(model=name, eval_checkpoint=None if pretrained else checkpoint, pretrained=pretrained,
                          num_classes=None, gp=None, model_kwargs=None, class_map=None)

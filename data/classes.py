@@ -66,21 +66,22 @@ def select_classes(dataset: ImageDataset, only_classes: str | None) -> ImageData
 
 def _class_range(item: str, classes: list[str]) -> list[int]:
     """Return the targets of `item`: one class, or all from a first to a last class."""
-    if (target := _class_number(item, classes)) is not None:
+    if (target := class_number(item, classes)) is not None:
         return [target]
     # Names may contain hyphens, so every hyphen is tried as the one between first and last.
     for hyphen in re.finditer('-', item):
-        first = _class_number(item[:hyphen.start()].strip(), classes)
-        last = _class_number(item[hyphen.end():].strip(), classes)
+        first = class_number(item[:hyphen.start()].strip(), classes)
+        last = class_number(item[hyphen.end():].strip(), classes)
         if first is not None and last is not None and first <= last:
             return list(range(first, last + 1))
     raise UserError(f'--only-classes: {item!r} is none of the {len(classes)} classes ({name_some(classes)}); '
                     f'give names, numbers from 0 to {len(classes) - 1}, or ranges such as 0-4')
 
 
-def _class_number(text: str, classes: list[str]) -> int | None:
+def class_number(text: str, classes: Sequence[str]) -> int | None:
+    """Return the number of a class given by its name or its number, counted from 0; None for neither."""
     if text in classes:
-        return classes.index(text)
+        return list(classes).index(text)
     return int(text) if text.isdecimal() and int(text) < len(classes) else None
 
 

@@ -15,21 +15,24 @@ from figures.tokens import tokens_figure
 from utils.errors import UserError
 
 DPI = 110  # of the files
-NAME_BYTES = 200  # of a file name taken from the image's name; file systems allow 255
+NAME_BYTES = 110  # of the image's name, and of the model's, in a file name; file systems allow 255 in all
 
 
 def draw_figure(name: str, args, model: torch.nn.Module, image: torch.Tensor, picture: np.ndarray,
-                features: Mapping[str, list[LayerFeatures]], index: int, title: str) -> Figure:
+                classes: list[str], target: int | None, features: Mapping[str, list[LayerFeatures]], index: int,
+                title: str) -> Figure:
     """Return one of options.scripts.FIGURES_OF_IMAGES.
 
     Args:
         args: options of visualize.py, of which `blocks` and `token` are used.
         image: normalised [1, C, height, width]; `picture` is the same for people, uint8 [height, width, 3].
+        classes: names of the model's classes; `target` is the number of the one to explain.
         features: as returned by `features_of_models`; `index` is the image's number in that batch.
     """
     if name == 'attention':
         queries = [args.token] if args.token else None
-        return attention_figure(model, image, picture, blocks=args.blocks, queries=queries, title=title)
+        return attention_figure(model, image, picture, names=classes, target=target, blocks=args.blocks,
+                                queries=queries, title=title)
     if name == 'tokens':
         return tokens_figure(model, image, picture, token=args.token, title=title)
     return features_figure(features, index, title=title)
@@ -51,6 +54,17 @@ def save_figure(figure: Figure, path: Path) -> None:
         raise UserError(f'--output-dir: {path} cannot be written ({error.strerror or error})') from None
 
 
+def weights_name(model: str, checkpoint: str | None) -> str:
+    """Return a name for a model and its weights in file names, such as 't2t_vit_7-demo-model_best'."""
+    words = [model]
+    if checkpoint:
+        path = Path(checkpoint).resolve()
+        if (path.parent / 'args.yaml').exists():  # the folder of a run
+            words.append(path.parent.name)
+        words.append(re.sub(r'\.(tar|pth|pt|bin|ckpt|safetensors|pdparams)(?=\.|$)', '', path.name))
+    return _in_file_name('-'.join(words))
+
+
 def file_names(paths: list[str], in_class_folders: bool = False) -> list[str]:
     """Return unique names for the files of each image: its own name, after its folder's if `in_class_folders`."""
     stems = []
@@ -60,9 +74,13 @@ def file_names(paths: list[str], in_class_folders: bool = False) -> list[str]:
             stem = path
         elif in_class_folders:
             stem = f'{Path(path).parent.name}-{stem}'
-        stem = re.sub(r'[^\w.-]+', '-', stem).strip('-').encode()[:NAME_BYTES].decode(errors='ignore')
-        stems.append(stem or 'image')
+        stems.append(_in_file_name(stem) or 'image')
     return unique(stems)
+
+
+def _in_file_name(text: str) -> str:
+    """Return a text with letters and digits that every file system takes, cut at NAME_BYTES."""
+    return re.sub(r'[^\w.-]+', '-', text).strip('-').encode()[:NAME_BYTES].decode(errors='ignore')
 
 
 def unique(names: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN
 
 from figures.attention import WIDTH, add_colorbar, add_title, check_token, draw_overlay
 from figures.explain import Stage, pixel_relevance, receptive_field, token_stages
+from figures.places import split_places
 from models.tokens_to_token import SOFT_SPLITS
 from utils.pictures import ORANGE, SEQUENTIAL, new_figure
 
@@ -48,7 +49,7 @@ def tokens_figure(model: torch.nn.Module, image: torch.Tensor, picture: np.ndarr
     splits, grids, fields = figure.subfigures(3, 1, squeeze=False, height_ratios=heights).ravel()
     # The model pads normalised pixels with 0, which is the mean colour.
     mean = getattr(model, 'pretrained_cfg', {}).get('mean') or IMAGENET_DEFAULT_MEAN
-    _draw_splits(splits, picture, 255 * np.array(mean), token, (H, W), seen)
+    _draw_splits(splits, picture, 255 * np.array(mean), stages[-1].places.centre(token), seen)
     _draw_grids(grids, stages, token, size)
     _draw_fields(fields, picture, stages, token, seen)
     add_title(figure, title)
@@ -73,11 +74,11 @@ def main_components(tokens: torch.Tensor) -> np.ndarray:
     return colours.view(H, W, 3).numpy()
 
 
-def _draw_splits(part: SubFigure, picture: np.ndarray, border: np.ndarray, token: tuple[int, int],
-                 grid: tuple[int, int], seen: torch.Tensor):
+def _draw_splits(part: SubFigure, picture: np.ndarray, border: np.ndarray, centre: tuple[float, float],
+                 seen: torch.Tensor):
     """Draw the image with the token's receptive field framed, and separated patches of the first soft split.
 
-    `border` is the colour of the padding.
+    `border` is the colour of the padding, `centre` the pixel (y, x) at the token's centre.
     """
     kernel, stride, padding = SOFT_SPLITS[0]
     whole, patches = part.subplots(1, 2)
@@ -86,11 +87,12 @@ def _draw_splits(part: SubFigure, picture: np.ndarray, border: np.ndarray, token
     whole.set_axis_off()
     _frame(whole, seen > 0)
 
-    rows, columns = ((size + 2 * padding - kernel) // stride + 1 for size in picture.shape[:2])
-    shown = min(PATCHES_SHOWN, rows), min(PATCHES_SHOWN, columns)
-    first = [max(0, min(int((place + 0.5) / cells * total) - count // 2, total - count))
-             for place, cells, total, count in zip(token, grid, (rows, columns), shown, strict=True)]
     height, width = picture.shape[:2]
+    patch_places = split_places((height, width))[0]
+    rows, columns = patch_places.grid
+    shown = min(PATCHES_SHOWN, rows), min(PATCHES_SHOWN, columns)
+    first = [max(0, min(middle - count // 2, total - count))
+             for middle, count, total in zip(patch_places.nearest(centre), shown, (rows, columns), strict=True)]
     padded = np.empty((height + 2 * padding, width + 2 * padding, 3), np.uint8)
     padded[:] = border.round()
     padded[padding:-padding, padding:-padding] = picture
@@ -111,7 +113,6 @@ def _draw_splits(part: SubFigure, picture: np.ndarray, border: np.ndarray, token
 def _draw_grids(part: SubFigure, stages: list[Stage], token: tuple[int, int], size: tuple[int, int]):
     """Draw the tokens on their grids, as colours and by their norms, with the chosen token's receptive field framed."""
     panels = part.subplots(2, 3)
-    extent = (-0.5, size[1] - 0.5, size[0] - 0.5, -0.5)
     made_by = ['soft split, token layer', 'soft split, token layer', 'soft split, projection']
     if stages[0].weights is None:
         made_by = ['convolution'] * 3
@@ -119,16 +120,19 @@ def _draw_grids(part: SubFigure, stages: list[Stage], token: tuple[int, int], si
         H, W = stage.grid
         tokens = stage.tokens[0]
         window = receptive_field(token, size, splits=len(stages) - 1 - number) > 0
+
+        def at_pixels(values, places=stage.places):  # every pixel has the value of its nearest token
+            return places.spread(values, size, smooth=False)
+
         colours, lengths = panels[:, number]
-        colours.imshow(main_components(tokens), extent=extent, interpolation='nearest')
+        colours.imshow(at_pixels(main_components(tokens)), interpolation='nearest')
         colours.set_title(f'{H} × {W} tokens of {len(tokens)} channels\n({made_by[number]})', fontsize=9)
-        drawn = lengths.imshow(tokens.norm(dim=0).cpu().numpy(), extent=extent, interpolation='nearest',
-                               cmap=SEQUENTIAL)
+        drawn = lengths.imshow(at_pixels(tokens.norm(dim=0).cpu().numpy()), interpolation='nearest', cmap=SEQUENTIAL)
         lengths.set_title('length of each token', fontsize=9)
         add_colorbar(part, drawn, lengths, '', location='bottom', fraction=0.046, pad=0.02, aspect=30)
         for axes in (colours, lengths):
             axes.set_axis_off()
-            _frame(axes, window, size)
+            _frame(axes, torch.from_numpy(at_pixels(window.numpy())))
     part.suptitle('The tokens, re-structurized: their three main components as red, green and blue; their lengths. '
                   'Framed: what token '
                   f'({token[0]}, {token[1]}) is split from', fontsize=10)
@@ -139,8 +143,7 @@ def _draw_fields(part: SubFigure, picture: np.ndarray, stages: list[Stage], toke
     """Draw what the token has seen through the soft splits alone, and with the token layers."""
     has_layers = stages[0].weights is not None
     panels = part.subplots(1, 2)
-    paths = np.ma.masked_equal(seen.numpy(), 0)
-    drawn = draw_overlay(panels[0], picture, paths, alpha=0.75, vmin=0, vmax=paths.max())
+    drawn = draw_overlay(panels[0], picture, seen.numpy(), vmin=0, vmax=int(seen.max()))
     _frame(panels[0], seen > 0)
     rows, columns = (int((seen > 0).any(axis).sum()) for axis in (1, 0))
     panels[0].set_title(f'Receptive field of the soft splits alone: {rows} × {columns} pixels', fontsize=9)
@@ -154,20 +157,17 @@ def _draw_fields(part: SubFigure, picture: np.ndarray, stages: list[Stage], toke
     inside = float(relevance[seen > 0].sum() / relevance.sum())
     share = (relevance / relevance.mean()).numpy()
     low = max(share[share > 0].min(), share.max() / 1000)
-    drawn = draw_overlay(panels[1], picture, share.clip(low), alpha=0.75, norm=LogNorm(low, share.max()))
+    drawn = draw_overlay(panels[1], picture, share.clip(low), norm=LogNorm(low, share.max()))
     _frame(panels[1], seen > 0)
     panels[1].set_title(f'With the token layers, which are global: {100 * inside:.0f} % of the token\n'
                         'comes from inside the frame (in each layer the residual, and what is attended to)', fontsize=9)
     add_colorbar(part, drawn, panels[1], 'relevance over an even share', fraction=0.046, pad=0.02)
 
 
-def _frame(axes: Axes, where: torch.Tensor, size: tuple[int, int] | None = None) -> None:
-    """Frame the true part of a mask [H, W] on a picture of `size`, by default that of the mask."""
-    H, W = where.shape
-    height, width = size or (H, W)
-    rows, columns = (where.any(axis).nonzero().flatten() for axis in (1, 0))
-    top, left = int(rows[0]) / H * height, int(columns[0]) / W * width
-    corner = (left - 0.5, top - 0.5)
-    extent = ((int(columns[-1]) + 1) / W * width - left, (int(rows[-1]) + 1) / H * height - top)
+def _frame(axes: Axes, where: torch.Tensor) -> None:
+    """Frame the true part of a mask [height, width] on a picture of its size."""
+    top, left = (int(where.any(axis).nonzero()[0]) for axis in (1, 0))
+    bottom, right = (int(where.any(axis).nonzero()[-1]) + 1 for axis in (1, 0))
     for colour, line in (('white', 3), (ORANGE, 1.5)):
-        axes.add_patch(Rectangle(corner, *extent, fill=False, edgecolor=colour, linewidth=line, clip_on=False))
+        axes.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor=colour,
+                                 linewidth=line, clip_on=False))

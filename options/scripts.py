@@ -128,13 +128,15 @@ def _visualize_options(parser: Parser) -> None:
     add = parser.add_argument_group('Pictures').add_argument
     add('--figures', nargs='+', choices=FIGURES, default=FIGURES_OF_IMAGES, metavar='FIGURE',
         help='attention, tokens, features of each image (default: these three), or mistakes on a data set')
+    add('--target-class', metavar='CLASS',
+        help='attention: show what speaks for this class, a name or a number from 0 (default: the most probable one)')
     add('--blocks', type=positive_int, nargs='+', metavar='N',
         help='attention: show the heads of these blocks, counted from 1 (default: 4 5, as published)')
     add('--token', type=count, nargs=2, metavar=('ROW', 'COL'),
         help='attention, tokens: show this token of the last grid, counted from 0 (default: the middle)')
     add('--layers', nargs='+', metavar='NAME', help='features: layers (default: an early, a middle and a late one)')
-    add('--beside', nargs='+', default=[], metavar='MODEL[=CHECKPOINT|=pretrained]',
-        help='features: show these models too; without a checkpoint their weights are random')
+    add('--beside', nargs='+', default=[], metavar='MODEL=CHECKPOINT|MODEL=pretrained',
+        help='features: show these models too')
     add('-o', '--output-dir', default='output/visualize', metavar='DIR', help='folder for the pictures')
 
 

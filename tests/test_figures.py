@@ -5,14 +5,23 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import models  # noqa: F401, registers the architectures
 from figures.attention import attention_figure, check_blocks
-from figures.explain import ChannelHealth, LayerFeatures, NotSeen, classifier_attention, layer_features, token_stages
+from figures.explain import (
+    ChannelHealth,
+    LayerFeatures,
+    class_relevance,
+    classifier_attention,
+    layer_features,
+    token_stages,
+)
 from figures.features import features_figure
+from figures.places import NotSeen
 from figures.tokens import main_components, tokens_figure
 from utils.errors import UserError
 from utils.pictures import BLUE, ORANGE, to_array
@@ -74,32 +83,71 @@ def test_attention(size, kwargs):
     blocks = {2: [2], 4: [4], 5: [4, 5]}[depth]
     assert sum(text.startswith('block ') for text in found) == depth
     assert sum(' · head ' in text for text in found) == len(blocks) * heads
-    assert any(f'all {depth} blocks, class token' in text for text in found)
+    assert any('Attention rollout, class token' in text for text in found)
+    assert sum('What speaks for class ' in text for text in found) == 2
     layers = [text for text in found if text.startswith('stage')]
     assert len(layers) == 2 * (2 if size == (32, 32) else 3)
     assert any(('softmax' if 'tokens_type' in kwargs else 'Performer') in text for text in found)
 
 
-def test_attention_shows_the_values_it_names():
+def test_attention_shows_the_values_it_names_where_the_tokens_lie():
     model, (x, picture) = make(), image(48, 64)
-    figure = attention_figure(model, x, picture, blocks=[1], queries=[(2, 3)])
-    shown = {axes.get_title().split('  ')[0]: axes.get_images()[-1] for axes in figure.findobj() if
-             hasattr(axes, 'get_images') and axes.get_images()}
+    figure = attention_figure(model, x, picture, names=['ant', 'bee', 'cat'], blocks=[1], queries=[(2, 3)])
+    panels = {axes.get_title().split('  ')[0]: axes for axes in figure.findobj() if
+              hasattr(axes, 'get_images') and axes.get_images()}
+    shown = {name: axes.get_images()[-1] for name, axes in panels.items()}
     seen = classifier_attention(model, x)
+    drawn = shown['1 · head 3']
+    assert drawn.get_array().shape == (48, 64) and drawn.get_extent() == [-0.5, 63.5, 47.5, -0.5]
     expected = seen.blocks[0, 2] / seen.blocks[0, 2].max()
-    np.testing.assert_allclose(shown['1 · head 3'].get_array(), expected, rtol=1e-5)
-    assert shown['1 · head 3'].get_extent() == [-0.5, 63.5, 47.5, -0.5]
-    # Token (2, 3) of 3 × 4 has its middle on token (5, 7) of 6 × 8.
-    rows = token_stages(model, x)[1].weights.rows([5 * 8 + 7])[0].view(6, 8)
-    np.testing.assert_allclose(shown['stage two, A'].get_array(), rows / rows.max(), rtol=1e-5)
+    np.testing.assert_allclose(drawn.get_array()[1::16, 1::16], expected, rtol=1e-5)
+    # Token (2, 3) of 3 × 4 has the same centre as token (4, 6) of 6 × 8, and as (8, 12) of 12 × 16: pixel (33, 49).
+    for number, token, step in ((0, (8, 12), 4), (1, (4, 6), 8)):
+        stage = token_stages(model, x)[number]
+        row = stage.weights.rows([token[0] * stage.grid[1] + token[1]])[0].view(stage.grid)
+        name = ('stage one, A', 'stage two, A')[number]
+        np.testing.assert_allclose(shown[name].get_array()[1::step, 1::step], row / row.max(), rtol=1e-5)
+        assert [line.get_xydata().tolist() for line in panels[name].lines] == [[[49, 33]]] * 2
+    marked = next(axes for name, axes in panels.items() if name.startswith('The image'))
+    assert marked.lines[0].get_xydata().tolist() == [[49, 33]]
+    # A class's map is the one that is computed for it, above its name.
+    first, second = class_relevance(model, x)
+    for reason in (first, second):
+        name = f"What speaks for {('ant', 'bee', 'cat')[reason.number]}"
+        drawn, = (image for title, image in shown.items() if title.startswith(name))
+        np.testing.assert_allclose(drawn.get_array()[1::16, 1::16], reason.tokens / reason.tokens.max(), rtol=1e-4)
 
 
-def test_tokens_that_attend_to_nothing_are_not_drawn_as_if_they_did():
+def test_the_class_to_explain_can_be_chosen():
+    model, (x, picture) = make(), image(48, 64)
+    likely = model(x)[0].argsort(descending=True).tolist()
+    for target, expected in ((None, likely[:2]), (likely[0], likely[:2]), (likely[2], [likely[2], likely[0]])):
+        found = texts(attention_figure(model, x, picture, target=target, names=['ant', 'bee', 'cat']))
+        said = [text.split('\n')[0].removeprefix('What speaks for ') for text in found if 'speaks for' in text]
+        assert said == [('ant', 'bee', 'cat')[number] for number in expected]
+
+
+def test_the_photograph_stays_visible_where_little_is_attended_to():
+    model, (x, picture) = make(), image(48, 64)
+    figure = attention_figure(model, x, picture)
+    overlaid = next(axes for axes in figure.findobj(Axes) if len(axes.get_images()) == 2)
+    colours = overlaid.get_images()[1]
+    assert colours.get_alpha() is None and colours.cmap(0.)[3] == 0 and colours.cmap(1.)[3] <= 0.7
+
+
+def test_tokens_that_attend_to_nothing_are_named_and_not_drawn():
     model, (x, picture) = make(), image(32, 32)
     with torch.no_grad():
         model.tokens_to_token.attention2.kqv.weight *= 20
     figure = attention_figure(model, x, picture)
-    assert sum('nothing (sum 0)' in text for text in texts(figure)) == 2
+    found = texts(figure)
+    assert any('attend to nothing' in text and 'stage two, A · stage two, B' in text for text in found)
+    assert [text.split('  ')[0] for text in found if text.startswith('stage')] == ['stage one, A', 'stage one, B']
+    check_readable(figure)
+    with torch.no_grad():
+        model.tokens_to_token.attention1.kqv.weight *= 20
+    figure = attention_figure(model, x, picture)  # no panel is left
+    assert not any(text.startswith('stage') for text in texts(figure))
     check_readable(figure)
 
 
@@ -126,6 +174,20 @@ def test_tokens(name, size):
         assert f'{stage.grid[0]} × {stage.grid[1]} tokens of {stage.tokens.shape[1]} channels' in found
     assert f'{size[0] // 4} × {size[1] // 4} patches of 7 × 7 pixels' in found
     assert ('which are global' in found) == (name == 't2t_vit_7')
+
+
+def test_the_grids_are_drawn_where_the_tokens_lie():
+    model, (x, picture) = make(), image(48, 100)
+    figure = tokens_figure(model, x, picture, token=(1, 2))
+    panels = figure.subfigs[1].axes
+    for number, (stage, step, reach) in enumerate(zip(token_stages(model, x), (4, 8, 16), (13, 11, 7.5), strict=True)):
+        drawn = panels[number + 3].get_images()[0].get_array()
+        assert drawn.shape == (48, 100)
+        np.testing.assert_allclose(drawn[1::step, 1::step][:stage.grid[0], :stage.grid[1]], stage.tokens[0].norm(dim=0),
+                                   rtol=1e-5)
+        # The frame's middle is the token's centre, up to the half pixel of an even number of pixels.
+        x0, y0, width, height = panels[number + 3].patches[0].get_bbox().bounds
+        assert abs(y0 + height / 2 - 17) <= 0.5 and abs(x0 + width / 2 - 33) <= 0.5, (number, reach)
 
 
 def test_patches_are_padded_with_the_mean_colour():

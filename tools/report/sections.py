@@ -14,8 +14,8 @@ from engine.best import Result, best_record
 from engine.log.curves import draw_curves
 from engine.log.metrics import ARGS, METRICS, read_environment, read_metrics
 from engine.predict import Predictions, predict
-from figures.attention import draw_overlay
-from figures.explain import NotSeen, classifier_attention
+from figures.attention import draw_attention
+from figures.explain import class_relevance, classifier_attention
 from figures.mistakes import (
     accuracy_figure,
     confusion_figure,
@@ -24,6 +24,7 @@ from figures.mistakes import (
     reliability_figure,
     shorten,
 )
+from figures.places import NotSeen
 from models import open_trained_model
 from options.parser import Options, parse_options
 from options.recipes import read_recipe
@@ -259,24 +260,32 @@ def attention(evaluated: Evaluated) -> Markup:
     loader.close()
     try:
         figure = attention_sheet(model, prepare(images, targets)[0], images.permute(0, 2, 3, 1).numpy(),
-                                 [evaluated.names[target] for target in targets])
+                                 targets.tolist(), evaluated.names)
     except NotSeen as error:
         return note(f'{error}.')
-    return note('Attention rollout: how much of each part of the image reaches the classifier through all blocks, as a '
-                "share of the image's largest value.") + picture(
-        figure, f'Attention of {len(images)} images: each image above its attention rollout', wide=True)
+    return note('Attention rollout: how much of each part of the image reaches the classifier through all blocks. '
+                'Below it: how much each part speaks for the class that the model names. Both are shares of the '
+                "image's largest value.") + picture(
+        figure, f'Attention of {len(images)} images: each image above its attention rollout, and above what speaks for '
+                'the class that the model names', wide=True)
 
 
-def attention_sheet(model, images, pictures, names):
-    """Draw pictures [B, H, W, 3] in a row, and below each the rollout of its image in `images` [B, C, H, W]."""
+def attention_sheet(model, images, pictures, targets, names):
+    """Draw pictures [B, H, W, 3] in a row, and below each what its image in `images` [B, C, H, W] shows.
+
+    These are the attention rollout and what speaks for the class that the model names. `targets` are the true classes.
+    """
     height = 1.7 * pictures.shape[1] / pictures.shape[2]
-    figure = new_figure(11, 2 * height + 0.5)
-    axes = figure.subplots(2, len(pictures), squeeze=False)
+    figure = new_figure(11, 3 * height + 0.9)
+    axes = figure.subplots(3, len(pictures), squeeze=False)
     for k, shown in enumerate(pictures):
-        rollout = classifier_attention(model, images[k:k + 1]).rollout.float().cpu().numpy()
+        image = images[k:k + 1]
+        seen, reason = classifier_attention(model, image), class_relevance(model, image)[0]
         axes[0, k].imshow(shown, interpolation='nearest')
-        axes[0, k].set_title(shorten(names[k], 22), fontsize=9, parse_math=False)
+        axes[0, k].set_title(shorten(names[targets[k]], 22), fontsize=9, parse_math=False)
         axes[0, k].set_axis_off()
-        overlay = draw_overlay(axes[1, k], shown, rollout / rollout.max(), vmin=0, vmax=1)
-    figure.colorbar(overlay, ax=axes[1], fraction=0.02, pad=0.01)
+        overlay = draw_attention(axes[1, k], shown, seen.rollout, seen.places)
+        draw_attention(axes[2, k], shown, reason.tokens, seen.places)
+        axes[2, k].set_title(f'for {shorten(names[reason.number], 22)}', fontsize=9, parse_math=False)
+    figure.colorbar(overlay, ax=axes[1:], fraction=0.02, pad=0.01)
     return figure
