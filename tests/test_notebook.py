@@ -1,8 +1,12 @@
-"""docs/look_inside.ipynb: kept without outputs, and every cell of it runs."""
+"""docs/look_inside.ipynb: kept with the outputs of one run from top to bottom, and every cell of it runs."""
+import base64
+import io
 import json
+import re
 
 import pytest
 import torch
+from PIL import Image
 
 from models import create_model
 from tests.conftest import ROOT, write_checkpoint
@@ -11,9 +15,22 @@ NOTEBOOK = ROOT / 'docs/look_inside.ipynb'
 FIGURES = 5
 
 
-def test_notebook_is_kept_without_outputs():
-    for cell in json.loads(NOTEBOOK.read_text())['cells']:
-        assert cell['cell_type'] == 'markdown' or (cell['outputs'] == [] and cell['execution_count'] is None)
+def test_notebook_is_kept_with_its_outputs():
+    text = NOTEBOOK.read_text()
+    cells = [cell for cell in json.loads(text)['cells'] if cell['cell_type'] == 'code']
+    assert [cell['execution_count'] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell['outputs']]
+    assert {output['output_type'] for output in outputs} <= {'stream', 'execute_result', 'display_data'}
+    assert all(output.get('name') != 'stderr' for output in outputs)
+    pictures = [output['data']['image/png'] for output in outputs if 'image/png' in output.get('data', ())]
+    assert len(pictures) == FIGURES
+    for picture in pictures:
+        with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+            assert min(image.size) > 250 and len(image.convert('L').getcolors()) > 50
+    said = ''.join(''.join(output.get('text', ())) for output in outputs)
+    assert 't2t_vit_7 at 32 pixels' in said
+    assert not re.search(r'(^|[\s\'"])/\w', said), 'a path of the machine that ran it'
+    assert len(text) < 1_500_000
 
 
 @pytest.mark.slow
