@@ -261,7 +261,7 @@ def _draw_token_layers(part: SubFigure, picture: np.ndarray, layers: Sequence[_S
     sizes = ' and '.join('{} × {}'.format(*grid) for grid in dict.fromkeys(layer.places.grid for layer in layers))
     title = f'Token layers: {kind} of the marked tokens, on {sizes} tokens'
     if nothing:
-        title += f'\nThese attend to nothing (their weights sum to less than 0.01), so their values pass: {nothing}'
+        title += f'\nThese attend to nothing (their weights sum to less than 0.01) and pass unchanged: {nothing}'
     part.suptitle(title, fontsize=10)
     if not shown:
         return
