@@ -249,11 +249,14 @@ def test_files_of_other_kinds_are_named(tmp_path):
     torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), tmp_path / 'program.pt2')
     (tmp_path / 'keras.h5').write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(100))
     (tmp_path / 'packed.gz').write_bytes(b'\x1f\x8b' + bytes(100))
+    for name, start in (('flax.msgpack', b'\x81\xa6params'), ('wide.msgpack', b'\xde\0\x14\xd9\x2fbackbone')):
+        (tmp_path / name).write_bytes(start + bytes(100))
     (tmp_path / '__0_0.distcp').write_bytes(b'PK\x03\x04' + bytes(100))
     (tmp_path / 'sharded').mkdir()
     (tmp_path / 'sharded/.metadata').write_bytes(b'x')
     for name, said in (('jax.npz', 'numpy arrays'), ('script.pt', 'TorchScript'), ('program.pt2', 'exported program'),
-                       ('keras.h5', 'HDF5'), ('packed.gz', 'gzip'), ('__0_0.distcp', 'dcp_to_torch'),
+                       ('keras.h5', 'HDF5'), ('packed.gz', 'gzip'), ('flax.msgpack', 'msgpack'),
+                       ('wide.msgpack', 'msgpack'), ('__0_0.distcp', 'dcp_to_torch'),
                        ('sharded', 'dcp_to_torch'), ('sharded/.metadata', 'dcp_to_torch')):
         with pytest.raises(UserError, match=said) as caught:
             read_checkpoint(tmp_path / name)
@@ -292,6 +295,16 @@ def test_safetensors_of_paddlepaddle_are_transposed(state, model, tmp_path):
     report = load_weights(model, tmp_path / 'a.safetensors')
     assert_loaded(model, state)
     assert report.format == 'PASSL' and 'blocks.0.attn.proj.weight' in report.transposed
+
+
+def test_any_part_of_a_model_tells_how_paddlepaddle_stores_it(state):
+    from models.weights.formats import extract
+    for part in ('tokens_to_token.', 'blocks.0.mlp.', 'blocks.0.attn.', 'head.'):
+        own = {key: value for key, value in state.items() if key.startswith((part, 'cls_token'))}
+        theirs = {key: value.T if value.ndim == 2 and key.endswith('.weight') else value for key, value in own.items()}
+        assert extract(own).transposed == ()
+        given = extract(theirs)
+        assert given.format == 'PaddlePaddle' and all(torch.equal(given.state[key], own[key]) for key in own), part
 
 
 # --- Options of other programs ----------------------------------------------------------------------------------------

@@ -49,12 +49,27 @@ def _has_arrays(state: Mapping[str, Any]) -> bool:
 
 
 def _is_of_paddle(state: Mapping[str, Any]) -> bool:
-    """Return whether linear layers are stored as [in, out], as PaddlePaddle stores them, in whatever kind of file."""
+    """Return whether linear layers are stored as [in, out], as PaddlePaddle stores them, in whatever kind of file.
+
+    Their shapes tell: a bias has as many numbers as there are outputs, and queries, keys and values are three times as
+    many as inputs. Square layers tell nothing.
+    """
     if _has_arrays(state):
         return True
-    shapes = [value.shape for key, value in state.items()
-              if re.search(r'(^|\.)blocks\.\d+\.attn\.qkv\.weight$', key) and value.ndim == 2]
-    return any(columns == 3 * rows for rows, columns in shapes)
+    outputs_first = outputs_last = False
+    for key, value in state.items():
+        if not key.endswith('.weight') or value.ndim != 2 or value.shape[0] == value.shape[1]:
+            continue
+        bias = state.get(f'{key.removesuffix("weight")}bias')
+        if bias is not None and bias.ndim == 1:
+            outputs = len(bias)
+        elif re.search(r'(^|\.)blocks\.\d+\.attn\.qkv\.weight$', key):
+            outputs = 3 * min(value.shape)
+        else:
+            continue
+        outputs_first |= value.shape[0] == outputs
+        outputs_last |= value.shape[1] == outputs
+    return outputs_last and not outputs_first
 
 
 def _has_keys(state: Mapping[str, Any], start: str) -> bool:
