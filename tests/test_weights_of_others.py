@@ -110,8 +110,56 @@ def test_without_the_average_the_weights_beside_it_are_taken(state, model):
 
 
 def test_several_sets_of_weights_are_named(state, model):
-    assert_refused(model, {'student': state, 'teacher': state}, 'several sets of weights: student, teacher; save')
-    assert_refused(model, {**wrapped(state, 'a.'), **wrapped(state, 'b.')}, 'the model several times: a., b.; save')
+    assert_refused(model, {'student': state, 'teacher': state},
+                   'several sets of weights: student, teacher; say which one with --weights-key, such as .* student')
+    assert_refused(model, {**wrapped(state, 'a.'), **wrapped(state, 'b.')}, 'several sets of weights: a, b; say')
+
+
+@pytest.mark.parametrize(('key', 'content_of'), [
+    ('teacher', lambda own, other: {'student': other, 'teacher': own, 'epoch': 3}),
+    ('teacher', lambda own, other: {'student': other, 'teacher': wrapped(own, 'module.model.')}),
+    ('teacher', lambda own, other: {**wrapped(other, 'student.'), **wrapped(own, 'teacher.')}),
+    ('net.teacher', lambda own, other: lightning({**wrapped(other, 'net.student.'), **wrapped(own, 'net.teacher.')})),
+    ('state_dict.teacher', lambda own, other: lightning({**wrapped(other, 'student.'), **wrapped(own, 'teacher.')})),
+    ('dino.teacher', lambda own, other: {'dino': {'student': other, 'teacher': own}}),
+    ('v1.1', lambda own, other: {'v1.0': other, 'v1.1': own}),
+    ('model', lambda own, other: {'model': own, 'model_ema': other, 'preferred': 'model_ema'}),
+    ('fast', lambda own, other: {'fast': own, 'slow': other, 'ema': other})])
+def test_a_key_chooses_among_several_sets_of_weights(key, content_of, state, model, tmp_path):
+    torch.save(content_of(state, {name: value + 1 for name, value in state.items()}), tmp_path / 'a.pth')
+    load_weights(model, tmp_path / 'a.pth', weights_key=key)
+    assert_loaded(model, state)
+
+
+def test_a_key_without_weights_is_refused(state, model):
+    both = {'student': state, 'teacher': state, 'epoch': 3}
+    assert_refused(model, both, 'weights-key epoch: .* no weights of that name; it has student, teacher$',
+                   weights_key='epoch')
+    assert_refused(model, wrapped(state, 'a.'), 'it has a$', weights_key='b')
+    assert_refused(model, both, '--weights-key student beside --no-use-ema: which weights', weights_key='student',
+                   use_ema=False)
+
+
+def test_scripts_and_tools_take_the_key(image_folder, tmp_path):
+    state = tiny_model(num_classes=3, img_size=32).state_dict()
+    arguments = {'embed_dim': 32, 'depth': 2, 'num_heads': 2}
+    other = {key: value.flip(0) for key, value in state.items()}
+    recorded = argparse.Namespace(model='t2t_vit_7', model_kwargs=arguments)
+    torch.save({'student': other, 'teacher': state, 'arch': 't2t_vit_7', 'img_size': 32, 'args': recorded,
+                'classes': ['x', 'y', 'z']}, tmp_path / 'two.pth')
+    succeeded(run_script('tools/checkpoint.py', 'strip', 'two.pth', 'one.pth', '--weights-key', 'teacher', cwd=tmp_path))
+    stripped = read_checkpoint(tmp_path / 'one.pth')
+    assert stripped['classes'] == ['x', 'y', 'z']
+    assert all(torch.equal(stripped['state_dict'][key], value) for key, value in state.items())
+    options = (image_folder, '--device', 'cpu', '-j', '0')
+    out = succeeded(run_script('validate.py', *options, '--checkpoint', 'two.pth', '--weights-key', 'teacher',
+                               cwd=tmp_path))
+    assert '(checkpoint, teacher)' in out
+    kwargs = ('--model', 't2t_vit_7', '--img-size', '32', '--model-kwargs', *(f'{k}={v}' for k, v in arguments.items()))
+    out = succeeded(run_script('train.py', *options, *kwargs, '--initial-checkpoint', 'two.pth', '--weights-key',
+                               'student', '--epochs', '1', '--batch-size', '4', '--output', 'output', '--experiment',
+                               'a', cwd=tmp_path))
+    assert 'two.pth' in out and 'student)' in out
 
 
 def test_what_torch_fills_in_is_not_missing():

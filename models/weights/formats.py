@@ -27,6 +27,7 @@ AVERAGED = re.compile(r'(^|[_.])(ema|swa|avg|averaged?|shadow)([_.]|$)')
 # Entries of state dicts that are no weights: counters of torch's AveragedModel and of thop.
 COUNTERS = re.compile(r'(.*\.)?(n_averaged|total_ops|total_params)')
 
+LISTED_SETS = 20  # sets of weights that an error lists
 MAX_SIDE = 2 ** 16  # pixels; a larger recorded image size is ignored
 PADDLE_NAME_TABLE = 'StructuredToParameterName@@'  # entry that paddle.save adds to a state dict
 
@@ -218,9 +219,60 @@ def _choose_entry(checkpoint: Mapping[str, Any], use_ema: bool | None) -> str | 
     averages = [entry for entry in wanted if is_average(entry)]
     candidates = averages or wanted
     if len(candidates) > 1:
-        raise UserError(f'the checkpoint holds several sets of weights: {", ".join(candidates)}; '
-                        "save the one you want by itself: torch.save(checkpoint['…'], path)")
+        raise UserError(several_sets(candidates))
     return candidates[0]
+
+
+def several_sets(names: Iterable[str]) -> str:
+    """Return the message for a checkpoint that holds more than one set of weights."""
+    names = list(names)
+    return (f'the checkpoint holds several sets of weights: {", ".join(names)}; say which one with --weights-key, '
+            f'such as --weights-key {names[0]}')
+
+
+def choose_weights(checkpoint: Mapping[str, Any], key: str | None, use_ema: bool | None = None) -> Mapping[str, Any]:
+    """Return a checkpoint whose only weights are those under `key`, with everything else that it records.
+
+        choose_weights({'student': …, 'teacher': …, 'classes': …}, 'teacher')       # {'classes': …, 'teacher': …}
+
+    Args:
+        checkpoint: as returned by `read_checkpoint`.
+        key: the name of an entry or of a module in a state dict, or of one within the other, joined by dots; None
+            changes nothing.
+        use_ema: must be None beside a key, since it chooses too.
+
+    Raises:
+        UserError: there are no such weights, or both choices are made.
+    """
+    if key is None:
+        return checkpoint
+    if use_ema is not None:
+        raise UserError(f'--weights-key {key} beside --{"" if use_ema else "no-"}use-ema: which weights? leave one of '
+                        'them out')
+    entries = _entries(checkpoint)
+    found = _weights_under(key, checkpoint) or next(
+        filter(None, (_weights_under(key, checkpoint[entry]) for entry in entries)), None)
+    if found is None:
+        modules = {f'{str(name).partition(".")[0]}' for name in checkpoint} if _is_state_dict(checkpoint) else set()
+        raise UserError(f'--weights-key {key}: the checkpoint holds no weights of that name; it has '
+                        f'{shortened(entries or sorted(modules), LISTED_SETS) or "none"}')
+    beside = {name: value for name, value in checkpoint.items()
+              if name not in (*entries, 'preferred') and not _is_array(value)}
+    return {**beside, key: found}
+
+
+def _weights_under(key: str, content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the state dict that is an entry or a module of this name in a mapping; None if there is none."""
+    if _is_state_dict(content.get(key)):
+        return content[key]
+    bare = {_without_wrappers(str(name)): value for name, value in content.items()}
+    module = {name.removeprefix(f'{key}.'): value for name, value in bare.items() if name.startswith(f'{key}.')}
+    if _is_state_dict(module):
+        return module
+    dots = [place for place, letter in enumerate(key) if letter == '.']
+    inner = ((key[place + 1:], content.get(key[:place])) for place in dots)
+    return next((found for rest, part in inner if isinstance(part, Mapping)
+                 and (found := _weights_under(rest, part))), None)
 
 
 def _entries(checkpoint: Mapping[str, Any]) -> list[str]:
