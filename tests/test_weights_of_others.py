@@ -331,7 +331,45 @@ def test_one_share_of_the_weights_is_no_model(state, model, tmp_path):
     with pytest.raises(UserError, match='ShardedTensor, of FSDP'):
         read_checkpoint(tmp_path / 'a.pth')
     empty = {key: torch.empty(0) for key in state}
-    assert_refused(model, {'module': empty}, 'is empty, as in the files of one process of DeepSpeed')
+    assert_refused(model, {'module': empty}, 'is empty, as in .* ZeRO-3; .*: python zero_to_fp32.py')
+
+
+def save_zero(folder, state: dict, stage: int) -> None:
+    """Write the files that DeepSpeed writes for two processes, with its names and entries."""
+    step = folder / 'global_step1'
+    step.mkdir(parents=True)
+    (folder / 'latest').write_text(step.name)
+    module = state if stage < 3 else {key: torch.empty(0) for key in state}
+    common = {'ds_config': {'train_batch_size': 4}, 'ds_version': '0.19.8'}
+    for rank in range(2 if stage == 3 else 1):
+        name = f'zero_pp_rank_{rank}_mp_rank_00_model_states.pt' if stage == 3 else 'mp_rank_00_model_states.pt'
+        torch.save({'module': module, 'optimizer': None, 'buffer_names': [], 'param_shapes': [{}], **common},
+                   step / name)
+    # {'optimizer_state_dict': {'loss_scaler': an object, 'zero_stage': an enum}, 'ds_version': '0.19.8'}
+    text = lambda word: b'X' + len(word).to_bytes(4, 'little') + word  # noqa: E731
+    write_pickle(step / 'zero_pp_rank_0_mp_rank_00_optim_states.pt', (
+        b'\x80\x02}(' + text(b'optimizer_state_dict') + b'}(' + text(b'loss_scaler')
+        + b'cdeepspeed.runtime.fp16.loss_scaler\nLossScaler\n)\x81}' + text(b'cur_scale') + b'K\x01sb'
+        + text(b'zero_stage') + b'cdeepspeed.runtime.zero.config\nZeroStageEnum\nK\x02\x85R'
+        + text(b'base_optimizer_state') + b'}u' + text(b'ds_version') + text(b'0.19.8') + b'u.'))
+
+
+def test_files_of_deepspeed_load_or_say_how(state, model, tmp_path):
+    for stage in (2, 3):
+        save_zero(tmp_path / f'zero{stage}', state, stage)
+    for name in ('zero2', 'zero2/latest', 'zero2/global_step1', 'zero2/global_step1/mp_rank_00_model_states.pt'):
+        load_weights(model, tmp_path / name)
+        assert_loaded(model, state)
+    optimizer = tmp_path / 'zero2/global_step1/zero_pp_rank_0_mp_rank_00_optim_states.pt'
+    optimizer.rename(tmp_path / 'renamed.pt')
+    for name, said in (('renamed.pt', "share of DeepSpeed's optimizer, and no model.*mp_rank_00_model_states.pt"),
+                       ('zero3', 'is empty.*ZeRO-3.*: python zero_to_fp32.py . weights')):
+        with pytest.raises(UserError, match=said) as caught:
+            load_weights(model, tmp_path / name)
+        assert '\n' not in str(caught.value)
+    (tmp_path / 'zero2/global_step1/mp_rank_01_model_states.pt').write_bytes(b'')
+    with pytest.raises(UserError, match='several tensor-parallel processes .*save_16bit_model'):
+        load_weights(model, tmp_path / 'zero2')
 
 
 def test_safetensors_of_paddlepaddle_are_transposed(state, model, tmp_path):

@@ -161,6 +161,9 @@ STAND_INS: dict[str, Any] = {
         'omegaconf.dictconfig.DictConfig', 'omegaconf.listconfig.ListConfig', 'omegaconf.nodes.AnyNode',
         'omegaconf.nodes.BooleanNode', 'omegaconf.nodes.FloatNode', 'omegaconf.nodes.IntegerNode',
         'omegaconf.nodes.StringNode', 'typing.Any'), argparse.Namespace),
+    **{f'deepspeed.runtime.fp16.loss_scaler.{name}': argparse.Namespace for name in ('LossScaler', 'DynamicLossScaler')},
+    'deepspeed.runtime.zero.config.ZeroStageEnum': _as_nothing,
+    'deepspeed.utils.tensor_fragment.fragment_address': _as_nothing,
 }
 
 

@@ -27,6 +27,8 @@ AVERAGED = re.compile(r'(^|[_.])(ema|swa|avg|averaged?|shadow)([_.]|$)')
 # Entries of state dicts that are no weights: counters of torch's AveragedModel and of thop.
 COUNTERS = re.compile(r'(.*\.)?(n_averaged|total_ops|total_params)')
 
+# DeepSpeed's script lies in the folder that holds its folders global_stepN.
+PUT_TOGETHER = 'python zero_to_fp32.py . weights, beside the file latest'
 LISTED_SETS = 20  # sets of weights that an error lists
 MAX_SIDE = 2 ** 16  # pixels; a larger recorded image size is ignored
 PADDLE_NAME_TABLE = 'StructuredToParameterName@@'  # entry that paddle.save adds to a state dict
@@ -165,6 +167,9 @@ def extract(checkpoint: Mapping[str, Any], use_ema: bool | None = None) -> Weigh
     entry = _choose_entry(checkpoint, use_ema)
     given = checkpoint if entry is None else checkpoint[entry]
     if not _is_state_dict(given):
+        if _is_optimizer_of_deepspeed(checkpoint):
+            raise UserError("it holds one process's share of DeepSpeed's optimizer, and no model; with ZeRO-1 and 2 give "
+                            f'mp_rank_00_model_states.pt beside it, with ZeRO-3 put the shares together: {PUT_TOGETHER}')
         tried = [checkpoint[name] for name in CONTAINERS if isinstance(checkpoint.get(name), Mapping)]
         others = [str(key) for key, value in next(filter(None, tried), given).items() if not _is_array(value)]
         raise UserError('no weights found: looked for a state dict by itself or as an entry, '
@@ -283,6 +288,11 @@ def _entries(checkpoint: Mapping[str, Any]) -> list[str]:
         entry for entry, value in checkpoint.items() if isinstance(entry, str) and _is_state_dict(value)]
 
 
+def _is_optimizer_of_deepspeed(checkpoint: Mapping[str, Any]) -> bool:
+    state = checkpoint.get('optimizer_state_dict')
+    return 'ds_version' in checkpoint and isinstance(state, Mapping) and 'zero_stage' in state
+
+
 def is_average(entry: str) -> bool:
     """Return whether the name of an entry or a module says that its weights are averaged."""
     return entry in EMA_CONTAINERS or bool(AVERAGED.search(entry.lower()))
@@ -367,8 +377,8 @@ def _checked(key: str, tensor: torch.Tensor) -> torch.Tensor:
             raise UserError(share_of_a_tensor(f'{key} is', 'DTensor'))
         tensor = share
     if tensor.numel() == 0 and key.endswith('.weight'):
-        raise UserError(f'{key} is empty, as in the files of one process of DeepSpeed; put them together with '
-                        'zero_to_fp32.py, which lies beside them')
+        raise UserError(f"{key} is empty, as in the files of one process of DeepSpeed's ZeRO-3; put the "
+                        f'shares together: {PUT_TOGETHER}')
     if tensor.is_meta:
         raise UserError(f'{key} has a shape, but no numbers (device meta); save the model after loading its weights')
     if tensor.is_quantized:
