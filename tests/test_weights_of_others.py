@@ -147,7 +147,8 @@ def test_scripts_and_tools_take_the_key(image_folder, tmp_path):
     recorded = argparse.Namespace(model='t2t_vit_7', model_kwargs=arguments)
     torch.save({'student': other, 'teacher': state, 'arch': 't2t_vit_7', 'img_size': 32, 'args': recorded,
                 'classes': ['x', 'y', 'z']}, tmp_path / 'two.pth')
-    succeeded(run_script('tools/checkpoint.py', 'strip', 'two.pth', 'one.pth', '--weights-key', 'teacher', cwd=tmp_path))
+    succeeded(run_script('tools/checkpoint.py', 'strip', 'two.pth', 'one.pth', '--weights-key', 'teacher',
+                         cwd=tmp_path))
     stripped = read_checkpoint(tmp_path / 'one.pth')
     assert stripped['classes'] == ['x', 'y', 'z']
     assert all(torch.equal(stripped['state_dict'][key], value) for key, value in state.items())

@@ -161,7 +161,8 @@ STAND_INS: dict[str, Any] = {
         'omegaconf.dictconfig.DictConfig', 'omegaconf.listconfig.ListConfig', 'omegaconf.nodes.AnyNode',
         'omegaconf.nodes.BooleanNode', 'omegaconf.nodes.FloatNode', 'omegaconf.nodes.IntegerNode',
         'omegaconf.nodes.StringNode', 'typing.Any'), argparse.Namespace),
-    **{f'deepspeed.runtime.fp16.loss_scaler.{name}': argparse.Namespace for name in ('LossScaler', 'DynamicLossScaler')},
+    'deepspeed.runtime.fp16.loss_scaler.LossScaler': argparse.Namespace,
+    'deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler': argparse.Namespace,
     'deepspeed.runtime.zero.config.ZeroStageEnum': _as_nothing,
     'deepspeed.utils.tensor_fragment.fragment_address': _as_nothing,
 }

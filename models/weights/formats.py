@@ -168,8 +168,9 @@ def extract(checkpoint: Mapping[str, Any], use_ema: bool | None = None) -> Weigh
     given = checkpoint if entry is None else checkpoint[entry]
     if not _is_state_dict(given):
         if _is_optimizer_of_deepspeed(checkpoint):
-            raise UserError("it holds one process's share of DeepSpeed's optimizer, and no model; with ZeRO-1 and 2 give "
-                            f'mp_rank_00_model_states.pt beside it, with ZeRO-3 put the shares together: {PUT_TOGETHER}')
+            raise UserError("it holds one process's share of DeepSpeed's optimizer, and no model; with ZeRO-1 and 2 "
+                            'give mp_rank_00_model_states.pt beside it, with ZeRO-3 put the shares together: '
+                            f'{PUT_TOGETHER}')
         tried = [checkpoint[name] for name in CONTAINERS if isinstance(checkpoint.get(name), Mapping)]
         others = [str(key) for key, value in next(filter(None, tried), given).items() if not _is_array(value)]
         raise UserError('no weights found: looked for a state dict by itself or as an entry, '
