@@ -266,7 +266,7 @@ def read_model_config(address: str) -> dict[str, Any]:
 def _weight_map(index: Path) -> dict[str, str]:
     """Return the file of each key in an index of parts."""
     try:
-        parts = json.loads(index.read_text())['weight_map']
+        parts = json.loads(index.read_bytes())['weight_map']
         if not all(isinstance(name, str) and Path(name).name == name for name in parts.values()):
             raise ValueError('a part is not a file beside it')
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -296,7 +296,7 @@ def _read_parts(index: Path) -> dict[str, Any]:
 def _read_config(path: Path) -> dict[str, Any]:
     """Return what a config.json says, as `recorded_by_config`; {} if there is none or it cannot be read."""
     try:
-        config = json.loads(path.read_text(encoding='utf-8'))
+        config = json.loads(path.read_bytes())  # of any UTF, with a byte order mark or without
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
