@@ -194,7 +194,7 @@ def open_beside(args, text: str, config) -> tuple:
         return f'{name} (random weights)', create_model(name, img_size=config.img_size).eval(), config
     pretrained = checkpoint == 'pretrained'
     own = args.replacing(model=name, eval_checkpoint=None if pretrained else checkpoint, pretrained=pretrained,
-                         num_classes=None, gp=None, model_kwargs=None, class_map=None)
+                         weights_key=None, num_classes=None, gp=None, model_kwargs=None, class_map=None)
     model, own, _ = open_trained_model(own)
     return f'{name} ({Path(checkpoint).name})', model, resolve_input(own, model.pretrained_cfg)
 
