@@ -146,21 +146,21 @@ def test_scripts_and_tools_take_the_key(image_folder, tmp_path):
     other = {key: value.flip(0) for key, value in state.items()}
     recorded = argparse.Namespace(model='t2t_vit_7', model_kwargs=arguments)
     torch.save({'student': other, 'teacher': state, 'arch': 't2t_vit_7', 'img_size': 32, 'args': recorded,
-                'classes': ['x', 'y', 'z']}, tmp_path / 'two.pth')
+                'classes': ['ant', 'bee', 'cat']}, tmp_path / 'two.pth')
     succeeded(run_script('tools/checkpoint.py', 'strip', 'two.pth', 'one.pth', '--weights-key', 'teacher',
                          cwd=tmp_path))
     stripped = read_checkpoint(tmp_path / 'one.pth')
-    assert stripped['classes'] == ['x', 'y', 'z']
+    assert stripped['classes'] == ['ant', 'bee', 'cat']
     assert all(torch.equal(stripped['state_dict'][key], value) for key, value in state.items())
     options = (image_folder, '--device', 'cpu', '-j', '0')
     out = succeeded(run_script('validate.py', *options, '--checkpoint', 'two.pth', '--weights-key', 'teacher',
                                cwd=tmp_path))
-    assert '(checkpoint, teacher)' in out
+    assert ', teacher)' in out
     kwargs = ('--model', 't2t_vit_7', '--img-size', '32', '--model-kwargs', *(f'{k}={v}' for k, v in arguments.items()))
     out = succeeded(run_script('train.py', *options, *kwargs, '--initial-checkpoint', 'two.pth', '--weights-key',
                                'student', '--epochs', '1', '--batch-size', '4', '--output', 'output', '--experiment',
                                'a', cwd=tmp_path))
-    assert 'two.pth' in out and 'student)' in out
+    assert ', student)' in out
 
 
 def test_what_torch_fills_in_is_not_missing():
