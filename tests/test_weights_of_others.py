@@ -346,13 +346,16 @@ def save_zero(folder, state: dict, stage: int) -> None:
         name = f'zero_pp_rank_{rank}_mp_rank_00_model_states.pt' if stage == 3 else 'mp_rank_00_model_states.pt'
         torch.save({'module': module, 'optimizer': None, 'buffer_names': [], 'param_shapes': [{}], **common},
                    step / name)
-    # {'optimizer_state_dict': {'loss_scaler': an object, 'zero_stage': an enum}, 'ds_version': '0.19.8'}
+    # {'optimizer_state_dict': {'loss_scaler': an object, 'zero_stage': an enum, 'base_optimizer_state': {},
+    #                           'param_slice_mappings': a named tuple}, 'ds_version': '0.19.8'}
     text = lambda word: b'X' + len(word).to_bytes(4, 'little') + word  # noqa: E731
     write_pickle(step / 'zero_pp_rank_0_mp_rank_00_optim_states.pt', (
         b'\x80\x02}(' + text(b'optimizer_state_dict') + b'}(' + text(b'loss_scaler')
         + b'cdeepspeed.runtime.fp16.loss_scaler\nLossScaler\n)\x81}' + text(b'cur_scale') + b'K\x01sb'
         + text(b'zero_stage') + b'cdeepspeed.runtime.zero.config\nZeroStageEnum\nK\x02\x85R'
-        + text(b'base_optimizer_state') + b'}u' + text(b'ds_version') + text(b'0.19.8') + b'u.'))
+        + text(b'base_optimizer_state') + b'}' + text(b'param_slice_mappings')
+        + b'cdeepspeed.utils.tensor_fragment\nfragment_address\nK\x01K\x02\x86\x81u'
+        + text(b'ds_version') + text(b'0.19.8') + b'u.'))
 
 
 def test_files_of_deepspeed_load_or_say_how(state, model, tmp_path):

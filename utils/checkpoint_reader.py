@@ -164,7 +164,7 @@ STAND_INS: dict[str, Any] = {
     'deepspeed.runtime.fp16.loss_scaler.LossScaler': argparse.Namespace,
     'deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler': argparse.Namespace,
     'deepspeed.runtime.zero.config.ZeroStageEnum': _as_nothing,
-    'deepspeed.utils.tensor_fragment.fragment_address': _as_nothing,
+    'deepspeed.utils.tensor_fragment.fragment_address': argparse.Namespace,  # made by __new__
 }
 
 
