@@ -213,7 +213,7 @@ def open_beside(args, text: str) -> tuple:
     name = resolve_name(name)
     pretrained = checkpoint == 'pretrained'
     own = args.replacing(model=name, eval_checkpoint=None if pretrained else checkpoint, pretrained=pretrained,
-                         num_classes=None, gp=None, model_kwargs=None, class_map=None)
+                         weights_key=None, num_classes=None, gp=None, model_kwargs=None, class_map=None)
     model, own, _ = open_trained_model(own)
     return f'{name} ({Path(checkpoint).name})', model, resolve_input(own, model.pretrained_cfg)
 

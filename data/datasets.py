@@ -146,6 +146,9 @@ def _resolve_name(name: str, place: Place) -> str:
     if place.is_shards and DATASETS[name].opener:
         raise UserError(f'dataset {name!r} and {place.shards_address}: only the dataset folder has shards; leave out '
                         '--dataset')
+    if DATASETS[name].folder == '' and place.path:
+        raise UserError(f'{place.path}: the dataset {name} needs no folder; leave out the folder, or --dataset to read '
+                        'it')
     return name
 
 

@@ -41,6 +41,10 @@ MAX_RATIO = 200
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26
 # PIL's own reader of uncompressed TIFF files takes colours in separate planes of 16 bits for others; libtiff does not.
 TiffImagePlugin.READ_LIBTIFF = True
+# A thread for each image, as for all other formats: PIL's default is all cores, in every worker process.
+if 'AVIF' in FORMATS:
+    from PIL import AvifImagePlugin
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 # Compressions of TIFF that PIL's table lacks, or that its libtiff is built without.
 OTHER_COMPRESSIONS = {33003: 'JPEG 2000', 33004: 'JPEG 2000', 33005: 'JPEG 2000', 34712: 'JPEG 2000', 34887: 'LERC',
                       34933: 'PNG', 34934: 'JPEG XR', 50001: 'WebP', 50002: 'JPEG XL', 52546: 'JPEG XL'}

@@ -31,7 +31,8 @@ _logger = logging.getLogger(__name__)
 RESUME_SAFE_OPTIONS = {
     'data', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download', 'checkpoint_steps',
     'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier', 'max_bad_images',
-    'max_bad_val_images', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'timeout', 'use_ema'}
+    'max_bad_val_images', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'timeout', 'use_ema',
+    'weights_key'}
 
 
 def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str],

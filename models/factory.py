@@ -21,7 +21,14 @@ from models.weights.formats import (
     recorded_options,
 )
 from models.weights.identity import Architecture, identify
-from models.weights.loading import count_channels, count_classes, load_weights, published_config, state_dict_of
+from models.weights.loading import (
+    count_channels,
+    count_classes,
+    load_weights,
+    published_config,
+    read_chosen_weights,
+    state_dict_of,
+)
 from options.checks import check_trained_model
 from options.groups import augmentation_options, batch_norm_options, input_options, model_options
 from options.parser import Options, create_parser
@@ -29,7 +36,7 @@ from options.recipes import check_values, read_recipe
 from options.types import keywords
 from utils.errors import UserError, did_you_mean
 from utils.timm_model import TimmModel
-from utils.weight_sources import find_weights, kind_of_address, quiet_hub, read_model_config, read_weights
+from utils.weight_sources import find_weights, kind_of_address, quiet_hub, read_model_config
 
 _logger = logging.getLogger(__name__)
 
@@ -175,7 +182,8 @@ def create_model_from_options(args, *, num_classes: int, transfer_from: str | No
         _logger.info('it starts from random weights')
     for path, replace_head in ((args.initial_checkpoint, False), (transfer_from, True)):
         if path:
-            _logger.info('%s', load_weights(model, path, use_ema=args.use_ema, replace_head=replace_head))
+            _logger.info('%s', load_weights(model, path, use_ema=args.use_ema, weights_key=args.weights_key,
+                                               replace_head=replace_head))
     return model
 
 
@@ -265,7 +273,8 @@ def create_from_config(path: str | os.PathLike, **overrides: Any) -> TimmModel:
     args = Options(**{**defaults, **recipe, **overrides})
     model = _create_from_options(args, args.num_classes)
     if args.initial_checkpoint:
-        _logger.info('%s', load_weights(model, args.initial_checkpoint, use_ema=args.use_ema))
+        _logger.info('%s', load_weights(model, args.initial_checkpoint, use_ema=args.use_ema,
+                                           weights_key=args.weights_key))
     return model
 
 
@@ -301,7 +310,7 @@ def open_trained_model(args) -> TrainedModel:
         args = args.replacing(model=None, eval_checkpoint=args.model, pretrained=False)
     source = args.eval_checkpoint and str(find_weights(args.eval_checkpoint))
     args = args.replacing(eval_checkpoint=source)
-    checkpoint = read_weights(source) if source else {}
+    checkpoint = read_chosen_weights(source, args.weights_key, args.use_ema) if source else {}
     recorded = _usable(recorded_options(checkpoint), args, f'{source}, options of its training')
     if args.model and resolve_name(args.model) != (recorded_arch(checkpoint) or '').lower():
         recorded = {name: recorded[name] for name in recorded.keys() - {'model_kwargs', 'gp'}}  # of another model

@@ -74,6 +74,8 @@ def model_options(parser):
     add('--use-ema', action=FLAG,
         help='use the averaged weights of a checkpoint that holds both, or the others (default: those that did better '
              'in its evaluation, if it says so, else the averaged ones)')
+    add('--weights-key', metavar='NAME',
+        help='entry or module with the weights, in a checkpoint that holds several: student, state_dict.teacher')
     add('--num-classes', type=positive_int, metavar='N',
         help="size of the classifier (default: the data set's classes, 1000 for ImageNet)")
     add('--gp', metavar='POOL', help="global pooling (default: the model's)")

@@ -57,6 +57,9 @@ class Parser(argparse.ArgumentParser):
         # Defaults that follow from other options: changes a dict of all values, for `parse_options`.
         self.complete: Callable[[dict], None] = lambda values: None
 
+    # Returns the names of the scripts that have an option; options.scripts, which knows them, sets it.
+    scripts_with: Callable[[str], list[str]] = staticmethod(lambda option: [])
+
     def error(self, message):
         unknown = re.match(r'unrecognized arguments: (.*)', message)
         if unknown:
@@ -65,7 +68,8 @@ class Parser(argparse.ArgumentParser):
             if given.startswith('-'):
                 known = [option for option, action in self._option_string_actions.items()
                          if not isinstance(action, Removed)]
-                instead = ELSEWHERE.get(given)
+                others = self.scripts_with(given)
+                instead = ELSEWHERE.get(given) or (others and f'it is one of {", ".join(others)}')
                 message = f'{given}: no such option' + (f'; {instead}' if instead else did_you_mean(given, known))
             else:
                 message = f'{given!r}: no option takes this value; quote a value that holds spaces'

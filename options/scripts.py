@@ -6,6 +6,7 @@ from pathlib import Path
 
 from options import groups
 from options.parser import Parser, create_parser
+from options.recipes import Removed
 from options.types import boolean, count, positive, positive_int, rate
 
 TRAINING = (groups.data_options, groups.training_data_options, groups.model_options, groups.input_options,
@@ -183,3 +184,12 @@ def _doctor_options(parser: Parser) -> None:
 
 SCRIPTS = {'train': train_parser, 'transfer': transfer_parser, 'validate': validate_parser, 'predict': predict_parser,
            'visualize': visualize_parser, 'export': export_parser}
+
+
+def scripts_with(option: str) -> list[str]:
+    """Return the file names of the scripts that have an option: ['transfer.py'] for --transfer-model."""
+    return [f'{name}.py' for name, create in SCRIPTS.items()
+            if not isinstance(create()._option_string_actions.get(option), Removed | None)]
+
+
+Parser.scripts_with = staticmethod(scripts_with)

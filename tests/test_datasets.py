@@ -435,6 +435,12 @@ def test_digits_need_no_folder_and_are_split_evenly():
     assert "no split 'typo'" in error_of(open_eval, 'digits', split='typo')
 
 
+def test_a_folder_beside_a_data_set_that_needs_none_is_refused(tmp_path):
+    for name in ('digits', 'synthetic'):
+        for opened in (open_train_val, open_eval):
+            assert f'{tmp_path}: the dataset {name} needs no folder' in error_of(opened, name, tmp_path)
+
+
 def test_synthetic_images_are_random_and_repeatable():
     train, val = open_train_val('synthetic', num_images=20, image_size=(32, 48), num_classes=3)
     assert len(train) == len(val) == 20 and len(train.classes) == 3

@@ -1,6 +1,9 @@
 """data/decode.py on kinds of files that people have: TIFF as scanners write it, further endings, large metadata."""
 import io
+import os
 import struct
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -202,6 +205,30 @@ def test_all_endings_of_a_format_are_read(ending, kind, tmp_path):
     Image.fromarray(COLOUR).save(path, kind)
     expected = np.asarray(Image.open(path).convert('RGB'))
     assert (np.asarray(decode_rgb(read_file(path), str(path))) == expected).all()
+
+
+@pytest.mark.skipif('AVIF' not in FORMATS or not os.path.isdir('/proc/self/task') or os.cpu_count() == 1,
+                    reason='needs AVIF, Linux and two cores')
+def test_one_thread_decodes_an_image():
+    """PIL would take all cores for each AVIF image, in every worker."""
+    file = io.BytesIO()
+    coarse = np.random.default_rng(SEED).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((1536, 1024)).save(file, 'AVIF', speed=10)
+    counts, finished = [], threading.Event()
+
+    def watch() -> None:
+        while not finished.is_set():
+            counts.append(len(os.listdir('/proc/self/task')))
+            time.sleep(0.0005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    before = len(os.listdir('/proc/self/task'))
+    for _ in range(5):
+        decode_rgb(file.getvalue(), 'a')
+    finished.set()
+    watcher.join()
+    assert max(counts) == before
 
 
 def test_doctor_notes_transparency_and_depth_of_every_format():

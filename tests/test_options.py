@@ -178,6 +178,8 @@ def test_bad_recipes(tmp_path, text, said):
     ('/data --per_device_train_batch_size=8', r'no such option; here it is --batch-size N'),
     ('/data --freeze', r'--freeze: no such option; .*--transfer-ratio'),
     ('/data --wandb', r'--wandb: no such option; .*TensorBoard'),
+    ('/data --transfer-model x', r'--transfer-model: no such option; it is one of transfer.py \('),
+    ('/data --class-map x', r'--class-map: no such option; it is one of validate.py, predict.py'),
     ('/data --max_epochs 5', r'--max-epochs: no such option; here it is --epochs N'),
     ('/data --lr', r'--lr: expected one argument'),
     ('/data --lr fast', r"--lr: 'fast' is not a number"),

@@ -51,6 +51,14 @@ def written(run, tmp_path_factory):
     return page
 
 
+def test_the_choice_of_the_weights_that_a_training_started_from_is_not_passed_on(tmp_path):
+    """The run's own checkpoint has neither that name nor, perhaps, an average."""
+    run = report_sections.Run(tmp_path, {'weights_key': 'a', 'use_ema': True, 'model': 't2t_vit_7'}, [], [], [])
+    options = report_sections.evaluation_options(run, Options(data='d', device='cpu', workers=0, batch_size=4))
+    assert options.model == 't2t_vit_7' and options.weights_key is None and options.use_ema is None
+
+
+
 def test_page_opens_without_a_network_and_shows_everything(written, visit, tmp_path):
     seen = visit(written.as_uri())
     page = seen.page

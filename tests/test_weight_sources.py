@@ -212,6 +212,18 @@ def test_config_json_of_older_files(tmp_path):
         assert read_weights(tmp_path).keys() == model.state_dict().keys()
 
 
+def test_json_with_a_byte_order_mark(tmp_path):
+    """As Windows' editors save it."""
+    state = tiny().state_dict()
+    folder = tmp_path / 'parts'
+    write_parts(state, folder, 'model.safetensors')
+    (folder / 'config.json').write_text('{"architecture": "t2t_vit_7", "label_names": ["ä", "b"]}', encoding='utf-8')
+    for path in folder.glob('*.json'):
+        path.write_bytes(path.read_text(encoding='utf-8').encode('utf-8-sig'))
+    found = read_weights(folder)
+    assert found['classes'] == ['ä', 'b'] and found['state_dict'].keys() == state.keys()
+
+
 @needs_arguments
 def test_training_from_a_folder_of_timm(tmp_path, image_folder):
     model = tiny(num_classes=5)

@@ -110,8 +110,57 @@ def test_without_the_average_the_weights_beside_it_are_taken(state, model):
 
 
 def test_several_sets_of_weights_are_named(state, model):
-    assert_refused(model, {'student': state, 'teacher': state}, 'several sets of weights: student, teacher; save')
-    assert_refused(model, {**wrapped(state, 'a.'), **wrapped(state, 'b.')}, 'the model several times: a., b.; save')
+    assert_refused(model, {'student': state, 'teacher': state},
+                   'several sets of weights: student, teacher; say which one with --weights-key, such as .* student')
+    assert_refused(model, {**wrapped(state, 'a.'), **wrapped(state, 'b.')}, 'several sets of weights: a, b; say')
+
+
+@pytest.mark.parametrize(('key', 'content_of'), [
+    ('teacher', lambda own, other: {'student': other, 'teacher': own, 'epoch': 3}),
+    ('teacher', lambda own, other: {'student': other, 'teacher': wrapped(own, 'module.model.')}),
+    ('teacher', lambda own, other: {**wrapped(other, 'student.'), **wrapped(own, 'teacher.')}),
+    ('net.teacher', lambda own, other: lightning({**wrapped(other, 'net.student.'), **wrapped(own, 'net.teacher.')})),
+    ('state_dict.teacher', lambda own, other: lightning({**wrapped(other, 'student.'), **wrapped(own, 'teacher.')})),
+    ('dino.teacher', lambda own, other: {'dino': {'student': other, 'teacher': own}}),
+    ('v1.1', lambda own, other: {'v1.0': other, 'v1.1': own}),
+    ('model', lambda own, other: {'model': own, 'model_ema': other, 'preferred': 'model_ema'}),
+    ('fast', lambda own, other: {'fast': own, 'slow': other, 'ema': other})])
+def test_a_key_chooses_among_several_sets_of_weights(key, content_of, state, model, tmp_path):
+    torch.save(content_of(state, {name: value + 1 for name, value in state.items()}), tmp_path / 'a.pth')
+    load_weights(model, tmp_path / 'a.pth', weights_key=key)
+    assert_loaded(model, state)
+
+
+def test_a_key_without_weights_is_refused(state, model):
+    both = {'student': state, 'teacher': state, 'epoch': 3}
+    assert_refused(model, both, 'weights-key epoch: .* no weights of that name; it has student, teacher$',
+                   weights_key='epoch')
+    assert_refused(model, wrapped(state, 'a.'), 'it has a$', weights_key='b')
+    assert_refused(model, both, '--weights-key student beside --no-use-ema: which weights', weights_key='student',
+                   use_ema=False)
+
+
+def test_scripts_and_tools_take_the_key(image_folder, tmp_path):
+    state = tiny_model(num_classes=3, img_size=32).state_dict()
+    arguments = {'embed_dim': 32, 'depth': 2, 'num_heads': 2}
+    other = {key: value.flip(0) for key, value in state.items()}
+    recorded = argparse.Namespace(model='t2t_vit_7', model_kwargs=arguments)
+    torch.save({'student': other, 'teacher': state, 'arch': 't2t_vit_7', 'img_size': 32, 'args': recorded,
+                'classes': ['ant', 'bee', 'cat']}, tmp_path / 'two.pth')
+    succeeded(run_script('tools/checkpoint.py', 'strip', 'two.pth', 'one.pth', '--weights-key', 'teacher',
+                         cwd=tmp_path))
+    stripped = read_checkpoint(tmp_path / 'one.pth')
+    assert stripped['classes'] == ['ant', 'bee', 'cat']
+    assert all(torch.equal(stripped['state_dict'][key], value) for key, value in state.items())
+    options = (image_folder, '--device', 'cpu', '-j', '0')
+    out = succeeded(run_script('validate.py', *options, '--checkpoint', 'two.pth', '--weights-key', 'teacher',
+                               cwd=tmp_path))
+    assert ', teacher)' in out
+    kwargs = ('--model', 't2t_vit_7', '--img-size', '32', '--model-kwargs', *(f'{k}={v}' for k, v in arguments.items()))
+    out = succeeded(run_script('train.py', *options, *kwargs, '--initial-checkpoint', 'two.pth', '--weights-key',
+                               'student', '--epochs', '1', '--batch-size', '4', '--output', 'output', '--experiment',
+                               'a', cwd=tmp_path))
+    assert ', student)' in out
 
 
 def test_what_torch_fills_in_is_not_missing():
@@ -249,11 +298,14 @@ def test_files_of_other_kinds_are_named(tmp_path):
     torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), tmp_path / 'program.pt2')
     (tmp_path / 'keras.h5').write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(100))
     (tmp_path / 'packed.gz').write_bytes(b'\x1f\x8b' + bytes(100))
+    for name, start in (('flax.msgpack', b'\x81\xa6params'), ('wide.msgpack', b'\xde\0\x14\xd9\x2fbackbone')):
+        (tmp_path / name).write_bytes(start + bytes(100))
     (tmp_path / '__0_0.distcp').write_bytes(b'PK\x03\x04' + bytes(100))
     (tmp_path / 'sharded').mkdir()
     (tmp_path / 'sharded/.metadata').write_bytes(b'x')
     for name, said in (('jax.npz', 'numpy arrays'), ('script.pt', 'TorchScript'), ('program.pt2', 'exported program'),
-                       ('keras.h5', 'HDF5'), ('packed.gz', 'gzip'), ('__0_0.distcp', 'dcp_to_torch'),
+                       ('keras.h5', 'HDF5'), ('packed.gz', 'gzip'), ('flax.msgpack', 'msgpack'),
+                       ('wide.msgpack', 'msgpack'), ('__0_0.distcp', 'dcp_to_torch'),
                        ('sharded', 'dcp_to_torch'), ('sharded/.metadata', 'dcp_to_torch')):
         with pytest.raises(UserError, match=said) as caught:
             read_checkpoint(tmp_path / name)
@@ -280,7 +332,48 @@ def test_one_share_of_the_weights_is_no_model(state, model, tmp_path):
     with pytest.raises(UserError, match='ShardedTensor, of FSDP'):
         read_checkpoint(tmp_path / 'a.pth')
     empty = {key: torch.empty(0) for key in state}
-    assert_refused(model, {'module': empty}, 'is empty, as in the files of one process of DeepSpeed')
+    assert_refused(model, {'module': empty}, 'is empty, as in .* ZeRO-3; .*: python zero_to_fp32.py')
+
+
+def save_zero(folder, state: dict, stage: int) -> None:
+    """Write the files that DeepSpeed writes for two processes, with its names and entries."""
+    step = folder / 'global_step1'
+    step.mkdir(parents=True)
+    (folder / 'latest').write_text(step.name)
+    module = state if stage < 3 else {key: torch.empty(0) for key in state}
+    common = {'ds_config': {'train_batch_size': 4}, 'ds_version': '0.19.8'}
+    for rank in range(2 if stage == 3 else 1):
+        name = f'zero_pp_rank_{rank}_mp_rank_00_model_states.pt' if stage == 3 else 'mp_rank_00_model_states.pt'
+        torch.save({'module': module, 'optimizer': None, 'buffer_names': [], 'param_shapes': [{}], **common},
+                   step / name)
+    # {'optimizer_state_dict': {'loss_scaler': an object, 'zero_stage': an enum, 'base_optimizer_state': {},
+    #                           'param_slice_mappings': a named tuple}, 'ds_version': '0.19.8'}
+    text = lambda word: b'X' + len(word).to_bytes(4, 'little') + word  # noqa: E731
+    write_pickle(step / 'zero_pp_rank_0_mp_rank_00_optim_states.pt', (
+        b'\x80\x02}(' + text(b'optimizer_state_dict') + b'}(' + text(b'loss_scaler')
+        + b'cdeepspeed.runtime.fp16.loss_scaler\nLossScaler\n)\x81}' + text(b'cur_scale') + b'K\x01sb'
+        + text(b'zero_stage') + b'cdeepspeed.runtime.zero.config\nZeroStageEnum\nK\x02\x85R'
+        + text(b'base_optimizer_state') + b'}' + text(b'param_slice_mappings')
+        + b'cdeepspeed.utils.tensor_fragment\nfragment_address\nK\x01K\x02\x86\x81u'
+        + text(b'ds_version') + text(b'0.19.8') + b'u.'))
+
+
+def test_files_of_deepspeed_load_or_say_how(state, model, tmp_path):
+    for stage in (2, 3):
+        save_zero(tmp_path / f'zero{stage}', state, stage)
+    for name in ('zero2', 'zero2/latest', 'zero2/global_step1', 'zero2/global_step1/mp_rank_00_model_states.pt'):
+        load_weights(model, tmp_path / name)
+        assert_loaded(model, state)
+    optimizer = tmp_path / 'zero2/global_step1/zero_pp_rank_0_mp_rank_00_optim_states.pt'
+    optimizer.rename(tmp_path / 'renamed.pt')
+    for name, said in (('renamed.pt', "share of DeepSpeed's optimizer, and no model.*mp_rank_00_model_states.pt"),
+                       ('zero3', 'is empty.*ZeRO-3.*: python zero_to_fp32.py . weights')):
+        with pytest.raises(UserError, match=said) as caught:
+            load_weights(model, tmp_path / name)
+        assert '\n' not in str(caught.value)
+    (tmp_path / 'zero2/global_step1/mp_rank_01_model_states.pt').write_bytes(b'')
+    with pytest.raises(UserError, match='several tensor-parallel processes .*save_16bit_model'):
+        load_weights(model, tmp_path / 'zero2')
 
 
 def test_safetensors_of_paddlepaddle_are_transposed(state, model, tmp_path):
@@ -292,6 +385,16 @@ def test_safetensors_of_paddlepaddle_are_transposed(state, model, tmp_path):
     report = load_weights(model, tmp_path / 'a.safetensors')
     assert_loaded(model, state)
     assert report.format == 'PASSL' and 'blocks.0.attn.proj.weight' in report.transposed
+
+
+def test_any_part_of_a_model_tells_how_paddlepaddle_stores_it(state):
+    from models.weights.formats import extract
+    for part in ('tokens_to_token.', 'blocks.0.mlp.', 'blocks.0.attn.', 'head.'):
+        own = {key: value for key, value in state.items() if key.startswith((part, 'cls_token'))}
+        theirs = {key: value.T if value.ndim == 2 and key.endswith('.weight') else value for key, value in own.items()}
+        assert extract(own).transposed == ()
+        given = extract(theirs)
+        assert given.format == 'PaddlePaddle' and all(torch.equal(given.state[key], own[key]) for key in own), part
 
 
 # --- Options of other programs ----------------------------------------------------------------------------------------

@@ -54,6 +54,8 @@ def create_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         command.add_argument('--use-ema', action=FLAG, help='use the averaged weights, or the others (default: those '
                              'that the run recorded as the better ones, else the averaged ones)')
+        command.add_argument('--weights-key', metavar='NAME', help='entry or module with the weights, in a checkpoint '
+                                                                   'that holds several')
         if run is not inspect_checkpoint:
             command.add_argument('--force', action='store_true', help='overwrite existing files')
         if run is not average_checkpoints:
@@ -86,12 +88,14 @@ def create_parser() -> argparse.ArgumentParser:
 class Checkpoint:
     """A checkpoint, its weights, and what these are of."""
 
-    def __init__(self, path: str, use_ema: bool | None, img_size: int | tuple[int, int] | None = None):
+    def __init__(self, path: str, use_ema: bool | None, weights_key: str | None = None,
+                 img_size: int | tuple[int, int] | None = None):
         from models.weights.formats import extract, recorded_classes, recorded_img_size
         from models.weights.identity import identify
-        from utils.weight_sources import find_weights, read_weights
+        from models.weights.loading import read_chosen_weights
+        from utils.weight_sources import find_weights
         path = str(find_weights(path))
-        self.path, self.use_ema, self.content = path, use_ema, read_weights(path)
+        self.path, self.use_ema, self.content = path, use_ema, read_chosen_weights(path, weights_key, use_ema)
         try:
             self.weights = extract(self.content, use_ema)
         except UserError as error:
@@ -180,7 +184,7 @@ class Checkpoint:
 
 def inspect_checkpoint(args) -> None:
     """Print what the checkpoint says and what its shapes tell, as a table or as JSON."""
-    facts = collect_facts(Checkpoint(args.file, args.use_ema))
+    facts = collect_facts(Checkpoint(args.file, args.use_ema, args.weights_key))
     keys = facts.pop('keys')
     if args.json:
         if args.keys:
@@ -262,7 +266,7 @@ def _rows(facts: dict) -> dict[str, object]:
 def convert_checkpoint(args) -> None:
     """Write the weights to OUT, if the models of FILE and OUT give the same logits."""
     out = Output(args.out, args.force, is_folder=args.out.endswith(('/', os.sep)) or os.path.isdir(args.out))
-    source = Checkpoint(args.file, args.use_ema, args.img_size)
+    source = Checkpoint(args.file, args.use_ema, args.weights_key, args.img_size)
     identity, unchecked = source.identity, ''
     name = source.find_name(args.model)
     if name:
@@ -355,7 +359,7 @@ def average_checkpoints(args) -> None:
     extras: dict = {}
     same: set = set()
     for path in args.files:
-        source = Checkpoint(path, args.use_ema)
+        source = Checkpoint(path, args.use_ema, args.weights_key)
         state, own = source.weights.state, source.extras(source.find_name())
         first = first or state
         _check_same(path, args.files[0], (state, own), (first, extras))
@@ -393,7 +397,7 @@ def _check_same(path: str, first_path: str, given: tuple[dict, dict], first: tup
 def strip_checkpoint(args) -> None:
     """Write only the weights, and print the hash by which timm checks downloads."""
     out = Output(args.out, args.force or args.hash)
-    source = Checkpoint(args.file, args.use_ema)
+    source = Checkpoint(args.file, args.use_ema, args.weights_key)
     with out.temporary() as temporary:
         out.write(source.weights.state, source.extras(source.find_name()))
         with open(temporary, 'rb') as file:

@@ -40,6 +40,9 @@ IMPOSTOR_ARCHIVES = (
     ('.safetensors', 'a zip archive of other files', 'unpack it first'),
 )
 
+# A map of msgpack: its number of entries, then a name of at least one letter.
+MSGPACK = re.compile(rb'([\x81-\x8f]|\xde..|\xdf....)([\xa1-\xbf]|\xd9[^\x00])[A-Za-z0-9_]', re.DOTALL)
+
 # The metadata entry in which our safetensors files store, as JSON, what a PyTorch checkpoint has beside 'state_dict'.
 METADATA = 't2t_vit'
 
@@ -158,6 +161,10 @@ STAND_INS: dict[str, Any] = {
         'omegaconf.dictconfig.DictConfig', 'omegaconf.listconfig.ListConfig', 'omegaconf.nodes.AnyNode',
         'omegaconf.nodes.BooleanNode', 'omegaconf.nodes.FloatNode', 'omegaconf.nodes.IntegerNode',
         'omegaconf.nodes.StringNode', 'typing.Any'), argparse.Namespace),
+    'deepspeed.runtime.fp16.loss_scaler.LossScaler': argparse.Namespace,
+    'deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler': argparse.Namespace,
+    'deepspeed.runtime.zero.config.ZeroStageEnum': _as_nothing,
+    'deepspeed.utils.tensor_fragment.fragment_address': argparse.Namespace,  # made by __new__
 }
 
 
@@ -277,6 +284,9 @@ def _file_start(path: str) -> bytes:
     for start, what, remedy in IMPOSTORS:
         if head.lstrip().lower().startswith(start):
             raise UserError(f'{path} is {what}, not a checkpoint; {remedy}')
+    if MSGPACK.match(head) and head[8:9] != b'{':  # the length at the start of a safetensors file may look alike
+        raise UserError(f'{path} is a msgpack file, as Flax writes, not a checkpoint; give weights saved by PyTorch, '
+                        'or as safetensors with names of PyTorch')
     if head.startswith(b'PK'):
         _check_archive(path)
     return head

@@ -38,6 +38,8 @@ WEIGHTS = ('model.safetensors', f'model.safetensors{INDEX}', 'pytorch_model.bin'
            'model.pth', 'pytorch_model.pth')
 # Files of weights under other names; a folder with one of them needs no choice.
 SUFFIXES = ('.safetensors', '.pth', '.pth.tar', '.pt', '.bin', '.ckpt', '.pdparams')
+# The weights in a folder of DeepSpeed, by the rank of tensor parallelism; with ZeRO-3, of one process.
+DEEPSPEED = '*mp_rank_*_model_states.pt'
 # Seconds without an answer from a server.
 PATIENCE = 60
 
@@ -58,8 +60,8 @@ def find_weights(address: str | os.PathLike) -> Path:
 
     Args:
         address: a file; a run's folder, whose best checkpoint is taken, else its last; 'latest' beside runs; a folder
-            of timm, transformers or accelerate, or with a single file of weights, also as local-dir:FOLDER;
-            hf-hub:MODEL; https://….
+            of timm, transformers, accelerate or DeepSpeed, or with a single file of weights, also as
+            local-dir:FOLDER; hf-hub:MODEL; https://….
 
     Raises:
         UserError: something could not be fetched, or a folder holds no weights.
@@ -74,6 +76,8 @@ def find_weights(address: str | os.PathLike) -> Path:
     path = find_run(path)
     if path.is_dir():
         return _in_folder(path)
+    if path.name == LATEST and path.is_file():  # DeepSpeed's, which names a folder beside it
+        return _in_folder(path.parent)
     part = re.fullmatch(r'(.+)-\d{5}-of-(\d{5})(\.\w+)', path.name)
     if part and path.with_name(part[1] + part[3] + INDEX).is_file():
         raise UserError(f'{path} is one of {int(part[2])} parts of the weights; give their folder, {path.parent}')
@@ -99,13 +103,15 @@ def find_run(path: Path) -> Path:
 
 def _in_folder(folder: Path) -> Path:
     """Return the weights in a folder, or the folder itself, which `read_checkpoint` then explains."""
+    folder = _step_of_deepspeed(folder)
     numbered = sorted(folder.glob(NUMBERED), reverse=True)
     try:
         others = [path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and not path.name.startswith('.')]
     except OSError as error:
         raise UserError(f'{folder} cannot be read ({error.strerror}); check its permissions') from error
     single = others if len(others) == 1 else []
-    known = (folder / BEST, folder / LAST, *numbered, *(folder / name for name in WEIGHTS), *single)
+    shares = sorted(folder.glob(DEEPSPEED))
+    known = (folder / BEST, folder / LAST, *numbered, *(folder / name for name in WEIGHTS), *single, *shares[:1])
     found = next((path for path in known if path.is_file()), None)
     if found:
         _logger.info('%s: taking %s', folder, found.name)
@@ -114,6 +120,24 @@ def _in_folder(folder: Path) -> Path:
     if runs:
         raise UserError(f'{folder} holds {len(runs)} runs; give one of them, such as {folder / runs[-1]}, or '
                         f'{folder / LATEST}')
+    return folder
+
+
+def _step_of_deepspeed(folder: Path) -> Path:
+    """Return the folder of the step that DeepSpeed's file `latest` names, else the folder itself.
+
+    Raises:
+        UserError: it holds the shares of tensor-parallel processes.
+    """
+    try:
+        with open(folder / LATEST) as file:
+            step = folder / file.read(200).strip()
+    except (OSError, ValueError):
+        step = folder
+    folder = step if step.parent == folder and step.is_dir() else folder
+    if any(folder.glob('mp_rank_01_model_states.pt')):
+        raise UserError(f'{folder} holds shares of the weights of several tensor-parallel processes of DeepSpeed; save '
+                        'them whole: engine.save_16bit_model(folder)')
     return folder
 
 
@@ -242,7 +266,7 @@ def read_model_config(address: str) -> dict[str, Any]:
 def _weight_map(index: Path) -> dict[str, str]:
     """Return the file of each key in an index of parts."""
     try:
-        parts = json.loads(index.read_text())['weight_map']
+        parts = json.loads(index.read_bytes())['weight_map']
         if not all(isinstance(name, str) and Path(name).name == name for name in parts.values()):
             raise ValueError('a part is not a file beside it')
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -272,7 +296,7 @@ def _read_parts(index: Path) -> dict[str, Any]:
 def _read_config(path: Path) -> dict[str, Any]:
     """Return what a config.json says, as `recorded_by_config`; {} if there is none or it cannot be read."""
     try:
-        config = json.loads(path.read_text(encoding='utf-8'))
+        config = json.loads(path.read_bytes())  # of any UTF, with a byte order mark or without
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

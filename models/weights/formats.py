@@ -27,6 +27,9 @@ AVERAGED = re.compile(r'(^|[_.])(ema|swa|avg|averaged?|shadow)([_.]|$)')
 # Entries of state dicts that are no weights: counters of torch's AveragedModel and of thop.
 COUNTERS = re.compile(r'(.*\.)?(n_averaged|total_ops|total_params)')
 
+# DeepSpeed's script lies in the folder that holds its folders global_stepN.
+PUT_TOGETHER = 'python zero_to_fp32.py . weights, beside the file latest'
+LISTED_SETS = 20  # sets of weights that an error lists
 MAX_SIDE = 2 ** 16  # pixels; a larger recorded image size is ignored
 PADDLE_NAME_TABLE = 'StructuredToParameterName@@'  # entry that paddle.save adds to a state dict
 
@@ -49,12 +52,27 @@ def _has_arrays(state: Mapping[str, Any]) -> bool:
 
 
 def _is_of_paddle(state: Mapping[str, Any]) -> bool:
-    """Return whether linear layers are stored as [in, out], as PaddlePaddle stores them, in whatever kind of file."""
+    """Return whether linear layers are stored as [in, out], as PaddlePaddle stores them, in whatever kind of file.
+
+    Their shapes tell: a bias has as many numbers as there are outputs, and queries, keys and values are three times as
+    many as inputs. Square layers tell nothing.
+    """
     if _has_arrays(state):
         return True
-    shapes = [value.shape for key, value in state.items()
-              if re.search(r'(^|\.)blocks\.\d+\.attn\.qkv\.weight$', key) and value.ndim == 2]
-    return any(columns == 3 * rows for rows, columns in shapes)
+    outputs_first = outputs_last = False
+    for key, value in state.items():
+        if not key.endswith('.weight') or value.ndim != 2 or value.shape[0] == value.shape[1]:
+            continue
+        bias = state.get(f'{key.removesuffix("weight")}bias')
+        if bias is not None and bias.ndim == 1:
+            outputs = len(bias)
+        elif re.search(r'(^|\.)blocks\.\d+\.attn\.qkv\.weight$', key):
+            outputs = 3 * min(value.shape)
+        else:
+            continue
+        outputs_first |= value.shape[0] == outputs
+        outputs_last |= value.shape[1] == outputs
+    return outputs_last and not outputs_first
 
 
 def _has_keys(state: Mapping[str, Any], start: str) -> bool:
@@ -149,6 +167,10 @@ def extract(checkpoint: Mapping[str, Any], use_ema: bool | None = None) -> Weigh
     entry = _choose_entry(checkpoint, use_ema)
     given = checkpoint if entry is None else checkpoint[entry]
     if not _is_state_dict(given):
+        if _is_optimizer_of_deepspeed(checkpoint):
+            raise UserError("it holds one process's share of DeepSpeed's optimizer, and no model; with ZeRO-1 and 2 "
+                            'give mp_rank_00_model_states.pt beside it, with ZeRO-3 put the shares together: '
+                            f'{PUT_TOGETHER}')
         tried = [checkpoint[name] for name in CONTAINERS if isinstance(checkpoint.get(name), Mapping)]
         others = [str(key) for key, value in next(filter(None, tried), given).items() if not _is_array(value)]
         raise UserError('no weights found: looked for a state dict by itself or as an entry, '
@@ -203,9 +225,60 @@ def _choose_entry(checkpoint: Mapping[str, Any], use_ema: bool | None) -> str | 
     averages = [entry for entry in wanted if is_average(entry)]
     candidates = averages or wanted
     if len(candidates) > 1:
-        raise UserError(f'the checkpoint holds several sets of weights: {", ".join(candidates)}; '
-                        "save the one you want by itself: torch.save(checkpoint['…'], path)")
+        raise UserError(several_sets(candidates))
     return candidates[0]
+
+
+def several_sets(names: Iterable[str]) -> str:
+    """Return the message for a checkpoint that holds more than one set of weights."""
+    names = list(names)
+    return (f'the checkpoint holds several sets of weights: {", ".join(names)}; say which one with --weights-key, '
+            f'such as --weights-key {names[0]}')
+
+
+def choose_weights(checkpoint: Mapping[str, Any], key: str | None, use_ema: bool | None = None) -> Mapping[str, Any]:
+    """Return a checkpoint whose only weights are those under `key`, with everything else that it records.
+
+        choose_weights({'student': …, 'teacher': …, 'classes': …}, 'teacher')       # {'classes': …, 'teacher': …}
+
+    Args:
+        checkpoint: as returned by `read_checkpoint`.
+        key: the name of an entry or of a module in a state dict, or of one within the other, joined by dots; None
+            changes nothing.
+        use_ema: must be None beside a key, since it chooses too.
+
+    Raises:
+        UserError: there are no such weights, or both choices are made.
+    """
+    if key is None:
+        return checkpoint
+    if use_ema is not None:
+        raise UserError(f'--weights-key {key} beside --{"" if use_ema else "no-"}use-ema: which weights? leave one of '
+                        'them out')
+    entries = _entries(checkpoint)
+    found = _weights_under(key, checkpoint) or next(
+        filter(None, (_weights_under(key, checkpoint[entry]) for entry in entries)), None)
+    if found is None:
+        modules = {f'{str(name).partition(".")[0]}' for name in checkpoint} if _is_state_dict(checkpoint) else set()
+        raise UserError(f'--weights-key {key}: the checkpoint holds no weights of that name; it has '
+                        f'{shortened(entries or sorted(modules), LISTED_SETS) or "none"}')
+    beside = {name: value for name, value in checkpoint.items()
+              if name not in (*entries, 'preferred') and not _is_array(value)}
+    return {**beside, key: found}
+
+
+def _weights_under(key: str, content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the state dict that is an entry or a module of this name in a mapping; None if there is none."""
+    if _is_state_dict(content.get(key)):
+        return content[key]
+    bare = {_without_wrappers(str(name)): value for name, value in content.items()}
+    module = {name.removeprefix(f'{key}.'): value for name, value in bare.items() if name.startswith(f'{key}.')}
+    if _is_state_dict(module):
+        return module
+    dots = [place for place, letter in enumerate(key) if letter == '.']
+    inner = ((key[place + 1:], content.get(key[:place])) for place in dots)
+    return next((found for rest, part in inner if isinstance(part, Mapping)
+                 and (found := _weights_under(rest, part))), None)
 
 
 def _entries(checkpoint: Mapping[str, Any]) -> list[str]:
@@ -214,6 +287,11 @@ def _entries(checkpoint: Mapping[str, Any]) -> list[str]:
         return []
     return [entry for entry in CONTAINERS if _has_weights(checkpoint, entry)] or [
         entry for entry, value in checkpoint.items() if isinstance(entry, str) and _is_state_dict(value)]
+
+
+def _is_optimizer_of_deepspeed(checkpoint: Mapping[str, Any]) -> bool:
+    state = checkpoint.get('optimizer_state_dict')
+    return 'ds_version' in checkpoint and isinstance(state, Mapping) and 'zero_stage' in state
 
 
 def is_average(entry: str) -> bool:
@@ -300,8 +378,8 @@ def _checked(key: str, tensor: torch.Tensor) -> torch.Tensor:
             raise UserError(share_of_a_tensor(f'{key} is', 'DTensor'))
         tensor = share
     if tensor.numel() == 0 and key.endswith('.weight'):
-        raise UserError(f'{key} is empty, as in the files of one process of DeepSpeed; put them together with '
-                        'zero_to_fp32.py, which lies beside them')
+        raise UserError(f"{key} is empty, as in the files of one process of DeepSpeed's ZeRO-3; put the "
+                        f'shares together: {PUT_TOGETHER}')
     if tensor.is_meta:
         raise UserError(f'{key} has a shape, but no numbers (device meta); save the model after loading its weights')
     if tensor.is_quantized:

@@ -21,7 +21,16 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from models.tokens_to_token import SOFT_SPLITS
-from models.weights.formats import StateDict, extract, is_average, recorded_arch, recorded_img_size, shortened
+from models.weights.formats import (
+    StateDict,
+    choose_weights,
+    extract,
+    is_average,
+    recorded_arch,
+    recorded_img_size,
+    several_sets,
+    shortened,
+)
 from models.weights.identity import grid_of, identify, patch_size_of
 from utils.console import plural
 from utils.errors import UserError
@@ -46,6 +55,15 @@ def state_dict_of(checkpoint: Mapping[str, Any], use_ema: bool | None = None, so
         return extract(checkpoint, use_ema).state
     except UserError as error:
         raise UserError(f'{source}: {error}' if source else str(error)) from error
+
+
+def read_chosen_weights(source: str, weights_key: str | None = None, use_ema: bool | None = None) -> Mapping[str, Any]:
+    """Return the checkpoint at `source`, as `read_weights` does, after `choose_weights`; messages begin with it."""
+    checkpoint = read_weights(source)
+    try:
+        return choose_weights(checkpoint, weights_key, use_ema)
+    except UserError as error:
+        raise UserError(f'{source}: {error}') from error
 
 
 @dataclass(frozen=True)
@@ -89,8 +107,9 @@ class LoadReport:
 
 
 def load_weights(model: nn.Module, path_or_checkpoint: str | os.PathLike | Mapping[str, Any], *,
-                 use_ema: bool | None = None, strict: bool = True, replace_head: bool = False,
-                 img_size: tuple[int, int] | None = None, source: str = 'checkpoint in memory') -> LoadReport:
+                 use_ema: bool | None = None, weights_key: str | None = None, strict: bool = True,
+                 replace_head: bool = False, img_size: tuple[int, int] | None = None,
+                 source: str = 'checkpoint in memory') -> LoadReport:
     """Load weights from a file or a checkpoint into any timm model.
 
     A position embedding of another grid is resampled; the first layer of a T2T-ViT is adapted to other channels. If
@@ -102,6 +121,7 @@ def load_weights(model: nn.Module, path_or_checkpoint: str | os.PathLike | Mappi
             dict.
         use_ema: prefer averaged weights; False never takes them; None takes those that a run recorded as the better
             ones, else averaged ones.
+        weights_key: name of the weights, instead, in a checkpoint that holds several; see `choose_weights`.
         strict: refuse missing and unexpected keys. Other shapes are always refused.
         replace_head: keep the model's classifier if the weights have none, or another number of classes (transfer
             learning), instead of raising.
@@ -119,6 +139,7 @@ def load_weights(model: nn.Module, path_or_checkpoint: str | os.PathLike | Mappi
         source = os.fspath(find_weights(path_or_checkpoint))
         checkpoint = read_weights(source)
     try:
+        checkpoint = choose_weights(checkpoint, weights_key, use_ema)
         given = extract(checkpoint, use_ema)
         own, dropped, prefix = select_module(given.state, model, use_ema)
         named, phrase = name_as_timm(own, model)
@@ -171,8 +192,7 @@ def select_module(weights: StateDict, model: nn.Module, use_ema: bool | None = N
     if not found:
         return weights, (), ''
     if len(found) > 1:
-        raise UserError(f'the checkpoint holds the model several times: {", ".join(found)}; save the one you want '
-                        'by itself')
+        raise UserError(several_sets(prefix.removesuffix('.') for prefix in found))
     return ({key.removeprefix(found[0]): value for key, value in weights.items() if key.startswith(found[0])},
             tuple(key for key in weights if not key.startswith(found[0])), found[0])
 

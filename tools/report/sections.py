@@ -88,6 +88,7 @@ def evaluation_options(run: Run, given) -> Options:
     checkpoint = next((run.folder / name for name in CHECKPOINTS if (run.folder / name).exists()), None)
     return Options(**defaults | known).replacing(
         eval_checkpoint=checkpoint and str(checkpoint), pretrained=False, initial_checkpoint='', amp=False,
+        use_ema=None, weights_key=None,  # those of the training were for the weights that it started from
         data=given.data or known.get('data'), device=given.device, workers=given.workers, batch_size=given.batch_size,
         validation_batch_size_multiplier=1, class_map=None, download=False)
 
