@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +101,8 @@ def become(request: dict) -> list[str]:
 def forget_other_projects(script: Path) -> None:
     """Has the script of a copy of the project import the copy's modules."""
     root = next((folder for folder in script.parents if (folder / 'engine').is_dir()), ROOT)
+    if root != ROOT:
+        warnings.filterwarnings('ignore', 'Overwriting .* in registry')  # timm's, which knows the models of this one
     for name, module in list(sys.modules.items()):
         file = Path(getattr(module, '__file__', None) or '/')
         if root != ROOT and ROOT in file.parents and 'site-packages' not in file.parts and name != '__main__':
