@@ -1,5 +1,9 @@
-"""Processes with gloo between them that take one call after the other: their start costs more than a test."""
+"""Processes with gloo between them that take one call after the other: their start costs more than a test.
+
+Tensors are sent by value: shared memory would need a common parent.
+"""
 import os
+import pickle
 import socket
 import subprocess
 import traceback
@@ -27,9 +31,9 @@ class Group:
     def __call__(self, test, *args) -> list:
         """What test(world, *args) returns on each rank."""
         for pipe in self._pipes:
-            pipe.send((test, args))
+            pipe.send_bytes(pickle.dumps((test, args)))
         assert all(pipe.poll(120) for pipe in self._pipes), f'{test.__name__}: a rank has not answered'
-        found = [pipe.recv() for pipe in self._pipes]
+        found = [pickle.loads(pipe.recv_bytes()) for pipe in self._pipes]
         assert not any(isinstance(answer, str) for answer in found), '\n'.join(map(str, found))
         return found
 
@@ -44,8 +48,9 @@ def serve(rank: int, size: int, meeting: str) -> None:
     pipe = Connection(os.dup(0))
     dist.init_process_group('gloo', init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     while True:
-        test, args = pipe.recv()
+        test, args = pickle.loads(pipe.recv_bytes())
         try:
-            pipe.send(test(World(rank, rank, size, torch.device('cpu')), *args))
+            answer = test(World(rank, rank, size, torch.device('cpu')), *args)
         except Exception:
-            pipe.send(traceback.format_exc())
+            answer = traceback.format_exc()
+        pipe.send_bytes(pickle.dumps(answer))
