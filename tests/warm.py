@@ -43,6 +43,8 @@ def next_request() -> dict:
         while True:
             ready = select.select([0, listener, *running, *numbers], [], [])[0]
             if 0 in ready:
+                for number in numbers.values():
+                    kill_group(number)
                 sys.exit()
             for ended in running.keys() & ready:
                 connection = running.pop(ended)
@@ -51,8 +53,7 @@ def next_request() -> dict:
                 with connection, contextlib.suppress(OSError):  # its other end is gone
                     connection.send(str(code).encode())
             for connection in numbers.keys() & ready:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(numbers[connection], signal.SIGKILL)
+                kill_group(numbers[connection])
             if listener in ready:
                 connection, _ = listener.accept()
                 request = receive(connection)
@@ -67,6 +68,11 @@ def next_request() -> dict:
                 running[os.pidfd_open(pid)] = connection
                 numbers[connection] = pid
                 connection.send(str(pid).encode())
+
+
+def kill_group(number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended, or not begun
+        os.killpg(number, signal.SIGKILL)
 
 
 def become(request: dict) -> list[str]:

@@ -18,6 +18,7 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
             signal.signal(number, lambda number, frame: os.kill(process, number))
     code = int(server.recv(99))
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 sys.exit(code)
