@@ -5,9 +5,11 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -47,42 +49,59 @@ def end_group(number: int) -> None:
 
 
 class Warm:
-    """A process that has imported what scripts import, and runs them one after the other; see tests/warm.py."""
+    """A process that has imported what scripts import, and runs them; see tests/warm.py.
+
+    Attributes:
+        python: a command that stands for an interpreter whose programs it runs.
+    """
 
     def __init__(self):
-        # Without buffers, in which an answer could lie that select does not know of.
-        self._server = subprocess.Popen(
-            [sys.executable, ROOT / 'tests/warm.py'], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**os.environ, 'HF_HUB_OFFLINE': '1'})
+        self._folder = tempfile.TemporaryDirectory(prefix='warm-')
+        self._socket = f'{self._folder.name}/socket'
+        self._server = subprocess.Popen([sys.executable, ROOT / 'tests/warm.py', self._socket], stdin=subprocess.PIPE,
+                                        env={**os.environ, 'HF_HUB_OFFLINE': '1'})
+        self.python = Path(self._folder.name, 'python')
+        self.python.write_text(f'#!/bin/sh\n'
+                               f'exec {sys.executable} -IS {ROOT}/tests/warm_client.py {self._socket} "$@"\n')
+        self.python.chmod(0o755)
+        end = time.monotonic() + SECONDS
+        while not os.path.exists(self._socket):
+            assert self._server.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
 
-    def run(self, command: list, cwd: Path, *, module: str = '', **environment) -> subprocess.CompletedProcess:
-        """As `run_command`."""
-        with tempfile.NamedTemporaryFile('r') as out, tempfile.NamedTemporaryFile('r') as err:
-            request = {'command': [str(word) for word in command], 'cwd': str(cwd), 'module': module,
-                       'out': out.name, 'err': err.name,
-                       'environment': {**os.environ, 'PYTHON': sys.executable, 'HF_HUB_OFFLINE': '1', **environment}}
-            self._server.stdin.write(json.dumps(request).encode() + b'\n')
-            pid = int(self._server.stdout.readline())
+    def run(self, words, cwd: Path, *, executable=sys.executable, **environment) -> subprocess.CompletedProcess:
+        """python WORDS…, as `run_command`, which itself starts programs by `executable`."""
+        words = [str(word) for word in words]
+        request = {'words': words, 'cwd': str(cwd), 'executable': str(executable),
+                   'environment': {**os.environ, 'PYTHON': sys.executable, 'HF_HUB_OFFLINE': '1', **environment}}
+        with (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server, open(os.devnull) as nothing,
+              tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as err):
+            server.connect(self._socket)
+            socket.send_fds(server, [json.dumps(request).encode()], [nothing.fileno(), out.fileno(), err.fileno()])
+            pid = int(server.recv(99))
             try:
-                in_time = select.select([self._server.stdout], [], [], SECONDS)[0]
+                in_time = select.select([server], [], [], SECONDS)[0]
             finally:
                 end_group(pid)
-                code = int(self._server.stdout.readline())
-            assert in_time, f'{command}: not done after {SECONDS} s\n{out.read()}\n{err.read()}'
-            return subprocess.CompletedProcess(command, code, out.read(), err.read())
+            code = int(server.recv(99))
+            for file in (out, err):
+                file.seek(0)
+            assert in_time, f'{words}: not done after {SECONDS} s\n{out.read()}\n{err.read()}'
+            return subprocess.CompletedProcess(words, code, out.read(), err.read())
 
 
-_warm = functools.cache(Warm)
+warm = functools.cache(Warm)
 
 
 def run_script(script: str, *options, cwd: Path, **environment) -> subprocess.CompletedProcess:
     """SCRIPT OPTIONS…, from another folder than the project's, without the wait for torch."""
-    return _warm().run([ROOT / script, *options], cwd, **environment)
+    return warm().run([ROOT / script, *options], cwd, **environment)
 
 
 def run_module(module: str, *options, cwd: Path, **environment) -> subprocess.CompletedProcess:
-    """python -m MODULE OPTIONS…, as `run_script`."""
-    return _warm().run([module, *options], cwd, module=module, **environment)
+    """python -m MODULE OPTIONS…, as `run_script`; nor do the processes wait that a benchmark starts."""
+    words = ('-P', '-m', module, *options)
+    return warm().run(words, cwd, executable=warm().python, PYTHONPATH=str(ROOT), **environment)
 
 
 def run_script_cold(script: str, *options, cwd: Path, **environment) -> subprocess.CompletedProcess:
@@ -91,7 +110,12 @@ def run_script_cold(script: str, *options, cwd: Path, **environment) -> subproce
 
 
 def launch(num_proc, *options, cwd: Path, **environment) -> subprocess.CompletedProcess:
-    """./distributed_train.sh NUM_PROC OPTIONS…"""
+    """./distributed_train.sh NUM_PROC OPTIONS…, whose launcher and ranks do not wait for torch."""
+    return launch_cold(num_proc, *options, cwd=cwd, PYTHON=str(warm().python), **environment)
+
+
+def launch_cold(num_proc, *options, cwd: Path, **environment) -> subprocess.CompletedProcess:
+    """./distributed_train.sh NUM_PROC OPTIONS…: all that a user starts; 6 s more than `launch`."""
     return run_command([ROOT / 'distributed_train.sh', num_proc, *options], cwd, **environment)
 
 

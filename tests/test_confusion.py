@@ -79,7 +79,8 @@ def test_eval_metric_takes_every_number_of_an_evaluation():
 
 
 def test_validate_writes_the_numbers_of_each_class_on_one_and_two_processes(tmp_path):
-    options = ('--dataset', 'digits', '--model', 't2t_vit_7', '--img-size', '28', '-j', '0', '--device', 'cpu')
+    options = ('--dataset', 'digits', '--model', 't2t_vit_7', '--img-size', '28', '-j', '0', '--device', 'cpu',
+               '--model-kwargs', 'embed_dim=64', 'depth=1', 'num_heads=2')
     run = ('--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '0', '--no-model-ema', '--experiment', 'a',
            '--output', 'out', '--no-tensorboard', '--mixup', '0', '--cutmix', '0', '--eval-metric', 'macro_f1')
     out = succeeded(run_script('train.py', *options, *run, cwd=tmp_path))

@@ -43,7 +43,7 @@ from engine.log.run_log import RunLog
 from engine.run import create_state
 from launch import launcher as launch
 from models import layers
-from tests.conftest import ROOT, run_command, succeeded, write_images
+from tests.conftest import ROOT, run_command, succeeded, warm, write_images
 from tests.cuda_places import Trace, find_places, missing
 from tests.cuda_stand_in import GPU, Gpu, Stream, bytes_of, pinned, stand_in
 from tests.test_options import parse
@@ -474,7 +474,7 @@ def test_scenarios_run_what_a_gpu_would(name):
 def test_tests_elsewhere_run_what_a_gpu_would(tmp_path):
     names = [name for name in RUN_BY if not of_scenarios(name)]
     tests = sorted({test for name in names for test in RUN_BY[name]})
-    succeeded(run_command([sys.executable, '-m', 'pytest', '-q', '-p', 'tests.cuda_places', '-p', 'no:cacheprovider',
+    succeeded(run_command([warm().python, '-m', 'pytest', '-q', '-p', 'tests.cuda_places', '-p', 'no:cacheprovider',
                            *tests], ROOT, CUDA_TRACE=str(tmp_path / 'trace')))
     seen = {(file, tuple(span)) for file, span in json.loads((tmp_path / 'trace').read_text())}
     assert {name: missing(PLACES[name], seen) for name in names} == dict.fromkeys(names, [])

@@ -19,7 +19,7 @@ from data.pipeline import open_training_data
 from engine.optimizer import param_groups
 from options.parser import parse_options
 from options.scripts import doctor_parser
-from tests.conftest import ROOT, run_script, succeeded, write_images
+from tests.conftest import ROOT, run_script, succeeded, warm, write_images
 from tools.doctor import (
     __main__ as doctor,
     data as doctor_data,
@@ -476,7 +476,8 @@ def test_processes_that_do_not_come_are_ended(monkeypatch, tmp_path):
         os.kill(int((tmp_path / 'python.pid').read_text()), 0)
 
 
-def test_round_trip(tmp_path):
+def test_round_trip(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor_processes.sys, 'executable', str(warm().python))
     found, problem = doctor_processes.add_up(2, 1.0, 'cpu')
     assert not problem and found['processes'] == 2 and found['bytes'] == 1_000_000
     assert found['bytes_per_second'] == pytest.approx(1e6 / found['seconds'])  # each sends half of it, twice

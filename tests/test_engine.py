@@ -1,5 +1,6 @@
 """The training core by itself: learning rates, parameter groups, checkpoint files, state, evaluation."""
 
+import contextlib
 import math
 import os
 from argparse import Namespace
@@ -7,7 +8,6 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -27,6 +27,7 @@ from engine.run_folder import resolve_run
 from engine.state import TrainState
 from models import create_model
 from tests.conftest import assert_same, write_checkpoint
+from tests.group import Group
 from utils import distributed
 from utils.checkpoint_reader import read_checkpoint
 from utils.distributed import World
@@ -417,17 +418,16 @@ def test_evaluation_against_a_direct_computation(count):
     assert (result.loss, result.top1, result.top5) == pytest.approx(expected(count, model), rel=1e-5)
 
 
-def _evaluate_in_group(rank: int, size: int, rendezvous: str):
-    torch.distributed.init_process_group('gloo', init_method=f'file://{rendezvous}', rank=rank, world_size=size)
+def _evaluate_in_group(world: World) -> None:
     for count in range(1, 34):
-        result, model = evaluate_share(count, rank, size)
-        assert result.count == count, f'{count} images on {size} ranks counted as {result.count}'
+        result, model = evaluate_share(count, world.rank, world.size)
+        assert result.count == count, f'{count} images on {world.size} ranks counted as {result.count}'
         assert (result.loss, result.top1, result.top5) == pytest.approx(expected(count, model), rel=1e-5), count
-    torch.distributed.destroy_process_group()
 
 
 def test_evaluation_is_exact_for_1_to_33_images_on_two_ranks(tmp_path):
-    torch.multiprocessing.spawn(_evaluate_in_group, args=(2, str(tmp_path / 'rendezvous')), nprocs=2)
+    with contextlib.closing(Group(2, tmp_path)) as two:
+        two(_evaluate_in_group)
 
 
 @pytest.mark.parametrize('count', [1, 5, 33])

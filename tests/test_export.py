@@ -17,7 +17,7 @@ import torch
 import export as script
 from models import runtimes as exports
 from models.runtimes import RUNTIME_FORMATS, Checks, RuntimeFormat, TracedModel, describe, write_format
-from tests.conftest import ROOT, run_command, run_script, succeeded
+from tests.conftest import ROOT, run_command, run_script, succeeded, warm
 from utils.errors import UserError
 
 CLASSES = ['ant', 'bee', 'cat']
@@ -253,7 +253,7 @@ run_script(export.main)
 def test_the_same_command_goes_on_after_an_export_that_was_killed(exported):
     cwd: Path = exported[0]
     command = ('--checkpoint', 'run.pth.tar', '--format', 'safetensors', 'int8', '-o', 'stopped')
-    killed = run_command([sys.executable, '-c', KILLED.replace('ROOT', repr(str(ROOT))), *command], cwd)
+    killed = run_command([warm().python, '-c', KILLED.replace('ROOT', repr(str(ROOT))), *command], cwd)
     out, weights = cwd / 'stopped', cwd / 'stopped/timm/model.safetensors'
     assert killed.returncode == -9 and {path.name for path in out.iterdir()} == {'timm', 'export.json', '.unfinished'}
     (row,) = (row for row in json.loads((out / 'export.json').read_text())['exports'] if row['format'] == 'safetensors')

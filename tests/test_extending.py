@@ -5,12 +5,11 @@ import math
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_command, succeeded, write_images
+from tests.conftest import ROOT, run_command, succeeded, warm, write_images
 
 PAGE = (ROOT / 'docs/extending.md').read_text()
 BLOCK = re.compile(r'(?:^`([\w/.]+)`:\n\n)?^```(\w+)\n(.*?)^```$', re.M | re.S)
@@ -35,7 +34,7 @@ def follow(folder: Path, title: str, *, commands: bool = True) -> str:
         if language == 'sh':
             for command in block.splitlines() if commands else ():
                 program, *words = shlex.split(command)
-                printed += succeeded(run_command([sys.executable if program == 'python' else program, *words], folder))
+                printed += succeeded(run_command([warm().python if program == 'python' else program, *words], folder))
         elif language == 'diff':
             apply_diff(folder / name, block)
         elif language == 'text':
@@ -92,9 +91,9 @@ def check_mistakes(folder: Path) -> None:
     val = folder / 'flowers/val.csv'
     for text, message in ((val.read_text() + 'x.jpg,wolf\n', "no label 'wolf'"), (None, 'No such file')):
         val.unlink() if text is None else val.write_text(text)
-        ended = run_command([sys.executable, 'train.py', 'flowers', '--dataset', 'csv', '--device', 'cpu'], folder)
+        ended = run_command([warm().python, 'train.py', 'flowers', '--dataset', 'csv', '--device', 'cpu'], folder)
         assert ended.returncode == 2 and message in ended.stderr and ended.stderr.count('\n') == 1
-    ended = run_command([sys.executable, 'train.py', 'nowhere', '--dataset', 'csv', '--device', 'cpu'], folder)
+    ended = run_command([warm().python, 'train.py', 'nowhere', '--dataset', 'csv', '--device', 'cpu'], folder)
     assert ended.returncode == 2 and "'nowhere' does not exist" in ended.stderr
 
 

@@ -4,7 +4,6 @@
 """
 import json
 import math
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 
 from benchmarks.convergence import compare
 from benchmarks.fidelity import MEASURES, add_ratios, as_summary, as_table, errors, make_images, make_models, measure
-from tests.conftest import ROOT, run_command, run_module, succeeded
+from tests.conftest import ROOT, run_command, run_module, succeeded, warm
 from utils.runtime import Precision
 
 CPU = torch.device('cpu')
@@ -67,7 +66,7 @@ def make_golden_ones(name, weights, *arguments):
 fidelity.make_models = make_golden_ones
 fidelity.main()
 '''
-    result = run_command([sys.executable, '-c', code, '--models', 't2t_vit_7', '--weights', 'golden', 'initial',
+    result = run_command([warm().python, '-c', code, '--models', 't2t_vit_7', '--weights', 'golden', 'initial',
                           '--precision', 'fp32', '--images', 2, '--img-size', 32, '--device', 'cpu', '--output', '.'],
                          tmp_path)
     assert result.returncode == 7, result.stderr

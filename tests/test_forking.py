@@ -1,8 +1,7 @@
 """Worker processes that get stuck where they are forked."""
 import os
-import sys
 
-from tests.conftest import run_command, succeeded
+from tests.conftest import run_command, succeeded, warm
 
 # The first, the third and the fourth that are forked never get as far as their own work.
 STUCK = '''
@@ -35,7 +34,7 @@ loader.close()
 
 
 def test_workers_that_get_stuck_are_replaced(tmp_path):
-    succeeded(run_command([sys.executable, '-c', STUCK, tmp_path / 'forks'], cwd=os.getcwd()))
+    succeeded(run_command([warm().python, '-c', STUCK, tmp_path / 'forks'], cwd=os.getcwd()))
     forks = list(map(int, (tmp_path / 'forks').read_text().split()))
     assert len(forks) == 5
     assert not any(os.path.exists(f'/proc/{pid}') for pid in forks)

@@ -7,14 +7,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks import targets
-from tests.conftest import ROOT, SECONDS, end_group, run_command, run_module, succeeded
+from tests.conftest import ROOT, SECONDS, end_group, run_command, run_module, succeeded, warm
 from utils.errors import UserError
 from utils.runtime import find_commit
 
@@ -27,7 +26,7 @@ STEP = ('t14', 't14_train', 't14_inference', 'peer', 't_14', 'sizes', 'batch_64'
 @contextlib.contextmanager
 def started(folder: Path, log: Path, **settings):
     """A dry run of the suite in its own process group, which is gone in the end."""
-    env = {**os.environ, 'PYTHON': sys.executable, 'OUT': str(folder), 'OMP_NUM_THREADS': '1', **settings}
+    env = {**os.environ, 'PYTHON': str(warm().python), 'OUT': str(folder), 'OMP_NUM_THREADS': '1', **settings}
     with open(log, 'w') as file:
         process = subprocess.Popen(['bash', SUITE, '--dry-run'], env=env, stdout=file, stderr=subprocess.STDOUT,
                                    stdin=subprocess.DEVNULL, start_new_session=True)
@@ -113,9 +112,9 @@ def hanging(folder: Path) -> Path:
 if [ "$2" = benchmarks.step ]; then
     echo $$ > {folder}/pid
     shift 2
-    exec {sys.executable} -c '{code}' "$@"
+    exec {warm().python} -c '{code}' "$@"
 fi
-exec {sys.executable} "$@"
+exec {warm().python} "$@"
 ''')
     path.chmod(0o755)
     return path

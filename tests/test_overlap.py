@@ -5,15 +5,12 @@ The numbers that are held to here are written by `python -m benchmarks.scaling.o
 import contextlib
 import json
 import math
-import traceback
 import warnings
-from datetime import timedelta
 from unittest import mock
 
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,50 +20,12 @@ from benchmarks.scaling.overlap import EARLY, Link, early_percent, list_hand_ove
 from engine.compile import MODES, compile_model
 from engine.loop import bucket_sizes, wrap_model
 from tests.conftest import ROOT, run_module, succeeded
+from tests.group import Group
 from utils.distributed import World
 
-CPU = torch.device('cpu')
 SMALL = dict(img_size=32, embed_dim=48, depth=3, num_heads=3, num_classes=5)
-HOW = ['blocks', *MODES]  # all values of --compile
 RECORD = json.loads((ROOT / 'benchmarks/results/overlap.json').read_text())
 COUNTED = RECORD['hand_overs']
-
-
-class Group:
-    """Processes with gloo between them that take one call after the other: their start costs more than a test."""
-
-    def __init__(self, size: int, folder):
-        context = torch.multiprocessing.get_context('spawn')
-        self._pipes, there = zip(*(context.Pipe() for _ in range(size)), strict=True)
-        self._processes = [context.Process(target=serve, args=(pipe, rank, size, f'file://{folder}/group'), daemon=True)
-                           for rank, pipe in enumerate(there)]
-        for process in self._processes:
-            process.start()
-
-    def __call__(self, test, *args) -> list:
-        """What test(world, *args) returns on each rank."""
-        for pipe in self._pipes:
-            pipe.send((test, args))
-        assert all(pipe.poll(120) for pipe in self._pipes), f'{test.__name__}: a rank has not answered'
-        found = [pipe.recv() for pipe in self._pipes]
-        assert not any(isinstance(answer, str) for answer in found), '\n'.join(map(str, found))
-        return found
-
-    def close(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
-
-
-def serve(pipe, rank: int, size: int, meeting: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=60))
-    while True:
-        test, args = pipe.recv()
-        try:
-            pipe.send(test(World(rank, rank, size, CPU), *args))
-        except Exception:
-            pipe.send(traceback.format_exc())
 
 
 @pytest.fixture(scope='module')
@@ -250,8 +209,18 @@ def losses_and_graphs(world: World, how: str) -> tuple[list[float], int]:
     return losses, len(graphs)
 
 
-@pytest.mark.parametrize('how', HOW)
-def test_every_value_of_compile_runs_on_two_processes(how, two):
+def test_values_of_compile_differ_only_in_what_the_compiler_is_told():
+    """So that one of them stands for all that compile a whole model."""
+    told = {}
+    for how in MODES:
+        with mock.patch('engine.compile.check_compiler'), mock.patch.object(nn.Module, 'compile') as compiled:
+            compile_model(make('t2t_vit_7', **SMALL), how)
+        told[how] = compiled.call_args_list, torch._dynamo.config.optimize_ddp
+    assert told == {how: ([mock.call(dynamic=False, mode=mode)], True) for how, mode in MODES.items()}
+
+
+@pytest.mark.parametrize('how', ['blocks', 'model'])
+def test_compiled_models_run_on_two_processes(how, two):
     found = two(losses_and_graphs, how)
     for losses, graphs in found:
         assert all(map(math.isfinite, losses))

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from models import create_model
-from tests.conftest import ROOT, launch, run_command, run_script, run_script_cold, succeeded, write_images
+from tests.conftest import ROOT, launch, launch_cold, run_command, run_script, run_script_cold, succeeded, write_images
 from utils.checkpoint_reader import read_checkpoint
 from utils.errors import UserError
 
@@ -87,7 +87,7 @@ def test_validate_finds_the_accuracy_that_training_reported(trained, image_folde
     assert {'top1', 'top5', 'loss', 'count', 'images_per_second', 'parameters', 'crop_pct', 'interpolation'} <= set(row)
     assert float(row['top1']) == result['top1'] and int(row['parameters']) == result['parameters']
 
-    succeeded(launch(2, *options, '--use-ema', '--results-file', 'two', cwd=tmp_path, SCRIPT='validate.py'))
+    succeeded(launch_cold(2, *options, '--use-ema', '--results-file', 'two', cwd=tmp_path, SCRIPT='validate.py'))
     on_two = json.loads((tmp_path / 'two.json').read_text())
     assert (on_two['count'], on_two['processes'], on_two['top1']) == (15, 2, reported['ema_top1'])
     assert on_two['loss'] == pytest.approx(reported['ema_loss'], rel=1e-2)
