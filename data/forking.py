@@ -8,6 +8,8 @@ import os
 import select
 from multiprocessing.context import ForkContext, ForkProcess
 
+from utils.errors import explain_limit
+
 # Seconds for a new process to start; each replacement gets twice as many.
 PATIENCE = 10.0
 
@@ -19,7 +21,12 @@ class RetryingProcess(ForkProcess):
     def run(self):
         for end in self._pipe:
             os.close(end)
-        super().run()
+        try:
+            super().run()
+        except Exception as error:
+            if not explain_limit(error):
+                raise
+            os._exit(1)  # a thread of its own could not start; the main process says what helps
 
     @staticmethod
     def _Popen(process):

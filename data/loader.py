@@ -11,8 +11,10 @@ been. Evaluation leaves it out. So the replacement depends on the data set alone
 """
 import gc
 import logging
+import math
 import multiprocessing
 import multiprocessing.queues
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -33,16 +35,21 @@ from data.samplers import EvalSampler, TrainSampler
 from data.seeding import preserved_generators, seed_generators
 from data.transforms import Transform
 from utils.errors import UserError
+from utils.exits import temporary_folder
+from utils.faults import fault_point
 from utils.runtime import keep_freed_memory
+from utils.signals import StalledError
 
 _logger = logging.getLogger(__name__)
 
 # Batches that each worker prepares ahead.
 PREFETCH = 2
+# Between a worker's two looks whether its main process lives.
+PARENT_SECONDS = 5.0
 
 
 def create_loader(dataset: ImageDataset, transform: Transform, sampler: TrainSampler | EvalSampler, *, seed: int = 42,
-                  workers: int = 4, pin_memory: bool = False, max_bad_images: int = 0) -> 'Loader':
+                  workers: int = 4, pin_memory: bool = False, max_bad_images: int = 0, held: int = 1) -> 'Loader':
     """Return a Loader of the batches that `sampler` names, decoded and transformed in `workers` processes.
 
     transform: image → uint8 tensor of one fixed shape. The image is `dataset.encoded(index)` if the transform has
@@ -52,15 +59,19 @@ def create_loader(dataset: ImageDataset, transform: Transform, sampler: TrainSam
     workers: 0 does the work in this process; workers live from epoch to epoch.
     pin_memory: page-locked batches, which are copied to a GPU in the background.
     max_bad_images: how many different images may fail to decode, per rank and process.
+    held: how many batches the reader has in hand at a time.
     """
     if workers < 0 or max_bad_images < 0:
         raise UserError(f'workers {workers}, max_bad_images {max_bad_images}; neither can be below 0')
-    memory = BatchMemory(workers, PREFETCH + 2)  # one in use, one in transfer
+    in_hand = 1 if pin_memory else math.ceil(held / max(workers, 1))  # of each worker; pinned batches are copies
+    memory = BatchMemory(workers, PREFETCH + 1 + in_hand)  # one in transfer
     batches = BatchSource(dataset, transform, memory=memory, training=isinstance(sampler, TrainSampler), seed=seed,
                           max_bad_images=max_bad_images)
     options: dict[str, Any] = dict(num_workers=workers, pin_memory=pin_memory)
     if workers:
         tell_where()
+        # All workers share this folder for their sockets. Without it each makes its own, which stays if it is killed.
+        temporary_folder(multiprocessing.util.get_temp_dir)
         # Workers compute with one thread each: PyTorch sets that itself.
         options.update(persistent_workers=True, prefetch_factor=PREFETCH, worker_init_fn=_prepare_worker)
         if sys.platform == 'linux':  # fork is not safe on other systems
@@ -119,6 +130,9 @@ class Loader:
                     del images
                     self._memory.reclaim()
                     used(self.sampler.batch_size)
+        except StalledError:
+            self._end_workers()
+            raise
         except RuntimeError as error:
             if explanation := explain_worker_death(error):
                 raise explanation from error
@@ -148,6 +162,17 @@ class Loader:
         """End the worker processes. The loader cannot be used again."""
         self._dataloader = None
 
+    def _end_workers(self) -> None:
+        """End the workers, which wait for data. PyTorch would give each of them 5 seconds to end by itself."""
+        iterator: Any = self._dataloader and self._dataloader._iterator
+        if iterator is None or not self._dataloader or not self._dataloader.num_workers:
+            return
+        if iterator._worker_pids_set:  # else PyTorch would report their end as a crash
+            signal_handling._remove_worker_pids(id(iterator))
+            iterator._worker_pids_set = False
+        for worker in iterator._workers:
+            worker.kill()
+
     def _note_bad_images(self, bad: dict[str, str]) -> None:
         for path, message in bad.items():
             if path in self.bad_images:
@@ -166,9 +191,10 @@ def explain_worker_death(error: RuntimeError) -> UserError | None:
     """Return a UserError with advice if `error` is PyTorch's RuntimeError for a worker that died."""
     if not str(error).startswith('DataLoader worker'):
         return None
-    event = str(error).splitlines()[0].rstrip('. ')
-    return UserError(f'a data loading process died ({event}), mostly because memory, {SHARED_MEMORY} or open files '
-                     '(ulimit -n) ran out; use fewer --workers, a smaller --batch-size, or a higher limit')
+    event = str(error).splitlines()[0].partition(' Details are lost')[0].rstrip('. ')
+    return UserError(f'a data loading process died ({event}), mostly because memory, {SHARED_MEMORY}, open files '
+                     '(ulimit -n) or processes (ulimit -u) ran out; use fewer --workers, a smaller --batch-size, or a '
+                     'higher limit')
 
 
 def _explain_worker_deaths() -> None:
@@ -223,6 +249,7 @@ class BatchSource(Dataset):
         return len(self._dataset)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple:
+        fault_point('data.train' if self._training else 'data.val')
         bad: dict[str, str] = {}
         try:
             if self._training:
@@ -306,18 +333,20 @@ def _shield_worker() -> None:
     """Keep signals to the whole job, from Ctrl-C, torchrun or Slurm, from ending a worker process.
 
     The main process handles them, and needs its batches until it has saved. SIGTERM from the main process itself, with
-    which PyTorch ends a hanging worker, still works. A worker whose main process is gone ends by itself.
+    which PyTorch ends a hanging worker, still works. A worker whose main process is gone ends, also in a wait for data.
     """
     for name in ('SIGINT', 'SIGHUP', 'SIGQUIT', 'SIGUSR1', 'SIGUSR2'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     main_process = multiprocessing.parent_process()
-    if main_process and hasattr(signal, 'sigwaitinfo'):  # Linux; only this tells the sender of a signal
+    if main_process and hasattr(signal, 'sigtimedwait'):  # Linux; only this tells the sender of a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_await_termination, args=(main_process.pid,), daemon=True).start()
 
 
 def _await_termination(main_process: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
-        pass
+    while os.getppid() == main_process:
+        sent = signal.sigtimedwait({signal.SIGTERM}, PARENT_SECONDS)
+        if sent and sent.si_pid == main_process:
+            break
     os._exit(0)

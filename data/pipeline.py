@@ -240,9 +240,11 @@ def _create_train_loader(args, dataset, config: InputConfig, num_classes: int,
     """Return this rank's training loader, and the preparer of its batches."""
     sampler = TrainSampler(len(dataset), args.batch_size, rank=world.rank, world_size=world.size, seed=args.seed,
                            accum_steps=args.accum_steps, shard_offsets=dataset.shard_offsets())
+    # Those of the next step, or of the next two (see engine/ahead.py).
+    held = args.accum_steps * (2 if world.size > 1 else 1)
     loader = create_loader(dataset, _create_train_transform(args, config), sampler, seed=args.seed,
                            workers=args.workers, pin_memory=args.pin_mem and world.device.type == 'cuda',
-                           max_bad_images=args.max_bad_images)
+                           max_bad_images=args.max_bad_images, held=held)
     return loader, _create_train_preparer(args, config, num_classes, world.device)
 
 

@@ -92,7 +92,8 @@ def _written(content: dict, path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         # Unbuffered: the parts are large, and closing the file never writes what a full disk refused before.
-        with open(temporary, 'wb', buffering=0) as raw:
+        temporary.unlink(missing_ok=True)  # a link there would lead the content elsewhere
+        with open(temporary, 'xb', buffering=0) as raw:
             fault_point('save.opened')
             file = _SealedFile(raw, _count_bytes(content))
             try:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.confusion import Confusion, ConfusionCounter
+from utils import signals
 from utils.console import progress_bar
 from utils.distributed import gather, sum_over_ranks
 from utils.errors import UserError
@@ -89,7 +90,8 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
         prepare: (uint8 images [B, C, H, W], targets [B]) → (normalised images, targets) on the device.
         errors: collects the wrong predictions of this rank.
         eager: run `model` uncompiled, even if it is compiled.
-        after_batch: called equally often on all ranks. What it raises ends the evaluation.
+        after_batch: called equally often on all ranks. What it raises ends the evaluation, at most one call after a
+            signal has asked any rank to stop.
     Raises:
         UserError: no image could be decoded.
     """
@@ -102,7 +104,8 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
     batch_time = 0.0
     start = end = time.perf_counter()
     bar = progress_bar(total=len(loader), desc=name)
-    for index, (images, targets) in enumerate(loader):
+    calls = 0
+    for index, (images, targets) in enumerate(signals.until_stalled(loader)):
         images, targets = prepare(images, targets)
         # Only the first batch compiles: the last one may be smaller, and is not worth another compilation.
         stance = torch.compiler.set_stance('force_eager' if eager else 'eager_on_recompile' if index else 'default')
@@ -121,7 +124,9 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
         end = time.perf_counter()
         bar.update()
         after_batch()
-    for _ in range(len(loader), most_batches):
+        calls += 1
+    # With one call more, a rank that has left its wait for the last batch learns that all ranks stop.
+    for _ in range(calls, most_batches + 1):
         after_batch()
     bar.close()
     model.train(was_training)

@@ -14,6 +14,7 @@ from timm.utils import distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from engine.ahead import StepsAhead
 from engine.best import AVERAGED, PREFIXES, WEIGHTS, better_result
 from engine.evaluate import METRICS, MostConfidentErrors, evaluate
 from engine.log.run_log import IMAGES_SHOWN, RunLog
@@ -100,8 +101,11 @@ class Trainer:
         self.steps_per_epoch = len(loaders.train_loader) // args.accum_steps
         self._step = TrainingStep(state, model, prepare=loaders.prepare_train, loss=loss, precision=precision,
                                   args=args)
-        # Whether a signal asks to stop. All ranks get the same answer, so they stop after the same step.
+        # Whether a signal asks to stop. All ranks get the same answer, so they stop after the same step. A rank takes
+        # part in the exchange after step n with the batches of step n + 2 in hand, or with a signal. All ranks know its
+        # result before they begin step n + 2, so none begins a step for which another one waits for data.
         self._signals = AsyncMax()
+        self._depth = 2 if state.world.size > 1 else 1
         self._started, self._steps_since_start = time.perf_counter(), 0
 
     def fit(self) -> None:
@@ -149,13 +153,17 @@ class Trainer:
         state, args, loader = self.state, self.args, self.loaders.train_loader
         self.model.train()
         loader.set_position(state.epoch, state.step * args.accum_steps)
-        batches = iter(loader)
+        batches = StepsAhead(loader, steps=self.steps_per_epoch - state.step, batches_per_step=args.accum_steps,
+                             depth=self._depth)
+        batches.fill()
+        self._stop_if_asked(self._signals.conclude)
         bar = progress_bar(total=self.steps_per_epoch, initial=state.step, desc=f'Epoch {state.epoch + 1}')
         started = time.perf_counter(), state.loss_sums.clone(), state.step
         while state.step < self.steps_per_epoch:
             self.schedule.step_update(state.global_step)
-            images = self._step(batches)
-            state.bad_images += loader.take_bad_count()
+            batches_of_step, bad_count = batches.take()
+            images = self._step(batches_of_step)
+            state.bad_images += bad_count
             bar.update()
             self._steps_since_start += 1
             if state.step == 1 and self.log.wants(FIRST_BATCH):
@@ -166,6 +174,7 @@ class Trainer:
                 self._log_line(bar, *started)
                 state.window_sums.copy_(state.loss_sums)
                 started = time.perf_counter(), state.loss_sums.clone(), state.step
+            batches.fill()
             # No request is pending in the work after the last step.
             self._stop_if_asked(self._signals.conclude if state.step == self.steps_per_epoch
                                 else self._signals.exchange)

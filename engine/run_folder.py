@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.checkpoint import BEST, LAST, LOCK, NUMBERED, find_checkpoint, newest_first
 from utils import job
 from utils.checkpoint_reader import verify_checksum
-from utils.disk import make_folder
+from utils.disk import make_folder, require_own
 from utils.distributed import World, gather, raise_on_all_ranks
 from utils.errors import UserError
 
@@ -152,6 +152,7 @@ class RunLock:
         make_folder(folder, '--output')
         self._handle: int | None = None
         path = folder / LOCK
+        require_own(path)
         try:
             self._handle = handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             _lock(handle, patience)

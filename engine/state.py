@@ -81,8 +81,8 @@ class TrainState:
 
     def position(self) -> str:
         """Return where the run stands, as people count: 'in epoch 1, after step 7', or 'after epoch 1'."""
-        if self.step == 0 and self.epoch:
-            return f'after epoch {self.epoch}'
+        if self.step == 0:
+            return f'after epoch {self.epoch}' if self.epoch else 'before the first step'
         return f'in epoch {self.epoch + 1}, after step {self.step}'
 
     def forget_best(self) -> None:

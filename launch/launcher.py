@@ -11,12 +11,15 @@ wait RDZV_TIMEOUT seconds (600) for one another. A machine that is silent for NO
 PET_NAME, which Kubeflow sets for torchrun, is the fallback for NAME. See docs/many_machines.md.
 """
 import argparse
+import atexit
 import functools
 import logging
 import math
 import os
 import re
+import shutil
 import sys
+import tempfile
 from datetime import datetime
 from pathlib import Path
 from unittest import mock
@@ -25,8 +28,9 @@ from options.checks import multiples_around
 from options.parser import Parser, take_recipe
 from options.types import count, number, positive, positive_int
 from utils import job
+from utils.console import plural, say_at_once
 from utils.errors import DECISIONS, UserError
-from utils.exits import leave_at_once, report
+from utils.exits import leave_at_once, report, temporary_folder
 from utils.script import run_script
 
 DEFAULT_PORT = 29500
@@ -50,6 +54,7 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
     restarts = _number('MAX_RESTARTS', count, 3 if Path(script).name in RESUMING else 0)
     grace = _number('GRACE', positive, 120)
     _check_global_batch(num_proc, script, options)
+    say_at_once(f'starting {plural(num_proc, "process", "processes")} of {Path(script).name} …')
     os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # silences warnings about addresses without a name
     import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -72,8 +77,11 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
     os.environ.pop('RANK', None)  # a scheduler may set it to the machine's number
     # torch's agent reports a failed worker with a page of logs. The worker's own line is enough.
     logging.disable()
+    folder = temporary_folder(functools.partial(tempfile.mkdtemp, prefix='t2t-'))  # for the last words of processes
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     # No signals: torch's handlers would raise anywhere in the agent, and lose processes that it has just started.
-    words = [*rendezvous, f'--nproc-per-node={num_proc}', f'--max-restarts={restarts}', '--signals-to-handle=']
+    words = [*rendezvous, f'--nproc-per-node={num_proc}', f'--max-restarts={restarts}', '--signals-to-handle=',
+             f'--log-dir={folder}']
     agent = functools.partial(Agent, grace=grace, nodes=nodes)
     try:
         with mock.patch('torch.distributed.launcher.api.LocalElasticAgent', agent):

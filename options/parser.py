@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from options.elsewhere import ELSEWHERE
+from options.paths import check_paths
 from options.recipes import Removed, read_recipe
 from options.types import count
+from utils.console import say_at_once
 from utils.errors import UserError, did_you_mean
 from utils.versions import check_timm
 
@@ -120,14 +122,17 @@ def parse_options(parser: Parser, argv=None) -> Options:
     """Parse the command line over the recipe it names, and return read-only options.
 
     Raises:
-        UserError: a mistake in either, or a timm that is too old for the scripts.
+        UserError: a mistake in either, a path that does not exist, or a timm that is too old for the scripts.
     """
     take_recipe(parser, argv)
     values = vars(parser.parse_intermixed_args(argv))  # images may follow options
     values.pop('local_rank', None)
     parser.complete(values)
     check_timm()
-    return Options(**values)
+    args = Options(**values)
+    check_paths(args)
+    say_at_once(f'{parser.prog}: loading torch …')
+    return args
 
 
 def take_recipe(parser: Parser, argv=None, *, complete: bool = True) -> None:

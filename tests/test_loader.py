@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import multiprocessing.queues
 import os
 import pickle
 import random
@@ -243,7 +244,7 @@ def loader_with_worker(loader_of, folder):
     return loader, worker
 
 
-@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='only Linux tells who sent a signal')
+@pytest.mark.skipif(not hasattr(signal, 'sigtimedwait'), reason='only Linux tells who sent a signal')
 def test_a_worker_outlives_signals_to_the_job_but_not_its_main_process_terminating_it(loader_with_worker):
     loader, worker = loader_with_worker
     for name in ('TERM', 'INT', 'HUP', 'USR1', 'USR2'):
@@ -273,6 +274,22 @@ def test_a_killed_worker_is_explained_wherever_the_main_process_is(loader_with_w
         os.kill(worker.pid, signal.SIGKILL)
         for _ in range(100):
             time.sleep(0.1)
+
+
+def test_a_worker_without_a_thread_of_its_own_is_explained(loader_of, folder, monkeypatch, capfd):
+    """As where few processes are allowed: the worker starts, but cannot hand over a batch."""
+    start = multiprocessing.queues.Queue._start_thread
+
+    def refused(queue):
+        if multiprocessing.parent_process():
+            raise RuntimeError("can't start new thread")
+        start(queue)
+
+    monkeypatch.setattr(multiprocessing.queues.Queue, '_start_thread', refused)
+    loader = loader_of(folder, EvalSampler(40, 8), workers=1)
+    with pytest.raises(UserError, match=r'processes \(ulimit -u\) ran out; use fewer --workers') as caught:
+        list(loader)
+    assert 'Details are lost' not in str(caught.value) and 'Traceback' not in capfd.readouterr().err
 
 
 def test_closing_a_loader_ends_its_worker(loader_with_worker):

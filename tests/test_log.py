@@ -18,10 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from engine.checkpoint import save_checkpoint
 from engine.log.metrics import read_environment, read_metrics
 from engine.log.run_log import RunLog
+from engine.run_folder import RunLock
 from utils import faults
-from utils.disk import check_writable, make_folder
+from utils.disk import check_writable, make_folder, require_own, write_whole
 from utils.errors import UserError
 
 LARGE = {'note': 'x' * 3000}
@@ -173,6 +175,27 @@ def test_a_resumed_run_keeps_its_history_where_it_cannot_be_rewritten(tmp_path, 
     log.train(line(4))
     log.close()
     assert [r['global_step'] for r in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_links_in_a_folder_lead_nothing_out_of_it(tmp_path):
+    """As in a run's folder that somebody else has packed."""
+    folder, secret = tmp_path / 'run', tmp_path / 'secret'
+    folder.mkdir()
+    secret.write_text('{"kind": "epoch", "epoch": 0}\n')
+    for name in ('metrics.jsonl', '.lock', '.summary.csv.tmp', '.checkpoint-00000001.pth.tar.tmp', 'last.pth.tar',
+                 'checkpoint-00000000.pth.tar'):
+        (folder / name).symlink_to(secret)
+    with pytest.raises(UserError, match=f'metrics.jsonl is a link that leads out of its folder, to {secret}; remove'):
+        read_metrics(folder)
+    with pytest.raises(UserError, match='.lock is a link'):
+        RunLock(folder)
+    write_whole(folder / 'summary.csv', 'a,b\n')
+    for step in (1, 2, 3):
+        save_checkpoint({'a': torch.zeros(1)}, folder, global_step=step, keep=2, is_best=False)
+    assert secret.read_text() == '{"kind": "epoch", "epoch": 0}\n' and not (folder / 'last.pth.tar').is_symlink()
+    assert not (folder / 'checkpoint-00000000.pth.tar').is_symlink(), 'a link is pruned, not what it leads to'
+    (folder / 'loop').symlink_to(folder / 'loop')
+    require_own(folder / 'loop')
 
 
 def test_damaged_lines_are_left_out_and_counted(tmp_path, warnings_of):

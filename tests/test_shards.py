@@ -747,6 +747,12 @@ def test_s3(shards, cache, monkeypatch):
         with pytest.raises(UserError, match='s3://nothing/val/manifest.json: not found'):
             open_eval('', 'wds:s3://nothing', cache=cache)
 
+        manifest = parse_place(f'wds:s3://{shards.name}').join('val').join(MANIFEST)
+        whole = read_bytes(manifest, limit=1 << 20)
+        assert whole == (shards / 'val' / MANIFEST).read_bytes() and read_bytes(manifest, 3, 9, limit=6) == whole[3:9]
+        monkeypatch.setattr(data.shards.remote, 'CHUNK', 5)
+        assert read_bytes(manifest, limit=10) == whole[:15]  # not all of an answer without end
+
 
 def test_training_over_http(store, tmp_path):
     """Through the command line; every shard of both splits is fetched once, whatever processes there are.

@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options.groups import FLAG
 from options.parser import Parser
+from options.paths import check_checkpoint
 from options.types import image_size
-from utils.console import printable
+from utils.console import printable, say_at_once
 from utils.errors import UserError
 from utils.script import run_script
 
@@ -489,6 +490,9 @@ class Output:
 
 def main(arguments: list[str] | None = None) -> None:
     args = create_parser().parse_args(arguments)
+    for file in getattr(args, 'files', None) or [args.file]:
+        check_checkpoint(file)
+    say_at_once('checkpoint.py: loading torch …')
     args.run(args)
 
 

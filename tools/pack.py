@@ -25,8 +25,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options.parser import Parser
+from options.paths import check_data
 from options.types import count, number, positive, positive_int, seed
-from utils.console import printable
+from utils.console import printable, say_at_once
 from utils.errors import EXIT_CTRL_C, UserError
 from utils.exits import report
 from utils.script import run_script
@@ -256,6 +257,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = create_parser()
     args = parser.parse_args(arguments)
     check_options(args, parser)
+    if args.out is not None:
+        check_data(args.source)
+    say_at_once('pack.py: loading torch …')
     try:
         from utils.console import setup_logging
         from utils.parallel import available_cores

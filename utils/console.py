@@ -59,6 +59,12 @@ def progress_bar(**kwargs) -> tqdm:
     return tqdm(disable=hidden, leave=False, dynamic_ncols=True, **kwargs)
 
 
+def say_at_once(line: str) -> None:
+    """Show a line before something that takes seconds: at a terminal, and not from the processes of a launcher."""
+    if sys.stderr and sys.stderr.isatty() and not job.is_launched():
+        print(line, file=sys.stderr, flush=True)
+
+
 def plural(count: int, singular: str, several: str | None = None) -> str:
     """Return a count with its noun: 1 → '1 image', 1000 → '1,000 images'."""
     return f'{count:,} {singular if count == 1 else several or singular + "s"}'

@@ -26,8 +26,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Text is written as UTF-8 with its line ends unchanged. Raises OSError.
     """
     temporary = path.with_name(f'.{path.name}.tmp')
+    temporary.unlink(missing_ok=True)  # a link there would lead the content elsewhere
     try:
-        with open(temporary, 'wb') as file:
+        with open(temporary, 'xb') as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -35,6 +36,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def require_own(path: Path) -> None:
+    """Raise UserError if what a run reads or writes in its folder is a link that leads out of it."""
+    target = Path(os.path.realpath(path))
+    if path.is_symlink() and not target.is_relative_to(os.path.realpath(path.parent)):
+        raise UserError(f'{path} is a link that leads out of its folder, to {target}; remove it, or put the file there')
 
 
 def sync_folder(folder: Path) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from utils import job
 from utils.disk import ROOT
-from utils.errors import HangError, PeerLostError, UserError
+from utils.errors import HangError, PeerLostError, UserError, explain_limit
 from utils.exits import fail
 from utils.watch import BEAT, DeviceMarks, DeviceWatch
 
@@ -59,8 +59,8 @@ def init_process_group(device_name: str, timeout: timedelta = timedelta(minutes=
         device_name: 'auto', 'cuda', 'cuda:N' or 'cpu'.
         timeout: how long a rank waits for the others in a collective before it ends with an error.
     Raises:
-        UserError: the variables of the job contradict one another, there is no such device, or there are more processes
-            here than GPUs.
+        UserError: the variables of the job contradict one another, there is no such device, there are more processes
+            here than GPUs, or this machine lacks memory, files or processes.
         PeerLostError: a process is missing.
     """
     global _host_group
@@ -79,6 +79,8 @@ def init_process_group(device_name: str, timeout: timedelta = timedelta(minutes=
             store = _in_thread(_meet, rank, size)
             _connect(store, rank, size, device, timeout)
         except RuntimeError as error:
+            if explained := explain_limit(error):
+                raise explained from error
             raise PeerLostError(f'the processes of the job did not find one another ({_first_line(error)})') from error
         _progress.start(store, rank, size, timeout)
         if device.type == 'cuda':
@@ -329,6 +331,8 @@ def _gloo_group() -> dist.ProcessGroup:
     try:
         group = dist.new_group(backend='gloo', timeout=_progress.timeout)
     except RuntimeError as error:
+        if explained := explain_limit(error):
+            raise explained from error
         raise PeerLostError(f'the processes cannot connect over gloo, as they must beside NCCL ({_first_line(error)}); '
                             'name the network, as in GLOO_SOCKET_IFNAME=eth0') from error
     assert isinstance(group, dist.ProcessGroup), 'a group of all ranks includes this one'

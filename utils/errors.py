@@ -34,10 +34,12 @@ DECISIONS = (EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_INTERRUPTED, EXIT_CTRL_C)
 # In the messages of torch's errors, of its CPU allocator, of CUDA and of its libraries.
 OUT_OF_MEMORY = ("can't allocate memory", 'not enough memory', 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED',
                  'CUDNN_STATUS_ALLOC_FAILED', 'std::bad_alloc')
+TOO_MANY = 'too many processes and threads; use fewer --workers, or raise the limit: ulimit -u'
 # What a system refuses at a limit that the user can raise, by words in the messages of Python's errors.
 LIMITS = {
     'Too many open files': 'too many open files; use fewer --workers, or raise the limit: ulimit -n 4096',
-    "can't start new thread": 'too many processes and threads; use fewer --workers, or raise the limit: ulimit -u',
+    "can't start new thread": TOO_MANY,
+    'Resource temporarily unavailable': TOO_MANY,  # as C++ says it
     'failed to map segment': 'too little address space for the libraries; raise the limit: ulimit -v unlimited',
 }
 

@@ -2,9 +2,11 @@
 import contextlib
 import json
 import os
+import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +16,8 @@ from utils.errors import UserError
 
 # Held by the reporting thread until the process ends. A signal handler may interrupt that thread and report too.
 _reporting = threading.RLock()
+# Temporary folders and the process that owns them. Forked ones do not.
+_temporary: dict[str, int] = {}
 
 
 def fail(error: UserError) -> NoReturn:
@@ -43,8 +47,26 @@ def report(line: str, exit_code: int) -> NoReturn:
         leave_at_once(exit_code)
 
 
+def temporary_folder(make: Callable[[], str]) -> str:
+    """Return the folder that `make` makes. `leave_at_once` removes it; a normal end, the libraries' and atexit's task.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder = make()
+    except OSError as error:
+        raise UserError(f'no temporary folder can be made ({error.strerror}); make room, or set TMPDIR to a folder '
+                        'that can be written') from None
+    _temporary.setdefault(folder, os.getpid())
+    return folder
+
+
 def leave_at_once(exit_code: int) -> NoReturn:
     """Exit without waiting for threads or for other ranks, which may be in a collective."""
+    for folder, owner in _temporary.items():
+        if owner == os.getpid():
+            shutil.rmtree(folder, ignore_errors=True)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError):  # the reader is gone
             stream.flush()

@@ -5,15 +5,19 @@ interruption. After `install` it is only noted: between two steps the loop check
 
     prepare()                       every script, at its start
     install()                       before the loop
+    batch = wait_for(fetch)         for data, which may never come
     if number := received(): …      at the end of a step
 """
 import ctypes
 import faulthandler
+import itertools
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from utils import job
 from utils.errors import EXIT_CTRL_C, EXIT_INTERRUPTED, EXIT_PEER_LOST
@@ -27,9 +31,14 @@ ECHO_SECONDS = 1.0
 LAST_SECONDS = 30.0
 # Between two looks whether it has.
 ORPHAN_SECONDS = 1.0
+# How long data may still take to come after a signal.
+STALL_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 
+T = TypeVar('T')
+
 _received = 0
+_waiting: int | None = None  # the process that is in wait_for; its workers are forked there
 _interrupted_at: float | None = None
 
 
@@ -50,11 +59,52 @@ def prepare() -> None:
 def install() -> None:
     """Only note signals to stop from now on. A second Ctrl-C still ends the process at once."""
     _handle(_note, STOPPING)
+    if hasattr(signal, 'SIGALRM'):
+        signal.signal(signal.SIGALRM, _end_wait)
 
 
 def received() -> int:
     """Return the number of the first signal to stop since `install`, or 0."""
     return _received
+
+
+class StalledError(BaseException):
+    """Data has not come in time after a signal to stop. No handler of errors along the way takes it for its own."""
+
+
+def wait_for(function: Callable[[], T]) -> T | None:
+    """Return `function()`; None if a signal has asked to stop, and the function has not returned soon after.
+
+    A signal that came before is enough. The function is left by an exception in its midst, so it must not be called
+    again. Call this in the main thread.
+    """
+    global _waiting
+    try:
+        try:
+            _waiting = os.getpid()
+            return None if _received else function()
+        finally:
+            _waiting = None
+            _set_alarm(0)
+    except StalledError:
+        return None
+
+
+def until_stalled(items: Iterable[T]) -> Iterator[T]:
+    """Iterate over `items` until they end, or until a signal has asked to stop (see `wait_for`)."""
+    iterator = iter(items)
+    while item := wait_for(lambda: list(itertools.islice(iterator, 1))):
+        yield item.pop()
+
+
+def _set_alarm(seconds: float) -> None:
+    if hasattr(signal, 'setitimer') and signal.getsignal(signal.SIGALRM) is _end_wait:
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again and again: a destructor would swallow the error
+
+
+def _end_wait(number: int, frame) -> None:
+    if _waiting == os.getpid():
+        raise StalledError
 
 
 def stoppable() -> list[signal.Signals]:
@@ -77,6 +127,8 @@ def _end_at_once(number: int, frame) -> None:
 def _note(number: int, frame) -> None:
     global _received, _interrupted_at
     _received = _received or number
+    if _waiting == os.getpid():
+        _set_alarm(STALL_SECONDS)
     if number != signal.SIGINT:
         return
     now = time.monotonic()

@@ -281,8 +281,9 @@ class Prefetcher:
 
     def __exit__(self, *exception) -> None:
         self._stop.set()
+        end = time.monotonic() + 5
         for thread in self._threads:
-            thread.join(timeout=5)
+            thread.join(timeout=max(0, end - time.monotonic()))
 
     def _advance(self, count: int) -> None:
         self._used += count

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from engine.log.sink import Run, Sink
-from utils.disk import write_whole
+from utils.disk import require_own, write_whole
 from utils.errors import UserError
 from utils.faults import fault_point
 
@@ -70,9 +70,10 @@ def read_metrics(folder: Path) -> list[dict]:
     """Return the records of a run's metrics.jsonl, without damaged lines and a last line that a crash cut short.
 
     Raises:
-        UserError: a file or folder of that name exists but cannot be read.
+        UserError: something of that name exists but cannot be read, or is a link out of the folder.
     """
     path = folder / METRICS
+    require_own(path)
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:

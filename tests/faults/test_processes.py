@@ -333,6 +333,61 @@ def test_nobody_ends_before_what_rank_0_saves_is_saved(tmp_path):
     assert_nothing_lost(tmp_path / 'runs/train/run')
 
 
+# Where the data of rank 1 stops: in the first batch, in that of step STOP + 1 and in an evaluation; and where all end.
+# The batch before the last one may be lost in the pipe of a worker that stops.
+STALLS = {'data.train': 'before the first step', f'data.train@{STOP + 1}': f'in epoch 1, after step [{STOP - 1}{STOP}]',
+          'data.val@2': r'in epoch 1, after step 1\d'}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('whom', ['launcher', 'launcher killed'])
+@pytest.mark.parametrize('where', STALLS)
+def test_a_signal_ends_a_wait_for_data(uninterrupted, tmp_path, where, whom):
+    """Its loader worker stops, as one does that reads from a server which hangs. The other rank waits for this one."""
+    with Job(tmp_path, '-j', '1', '--experiment', 'run', T2T_FAULTS=f'{where}#1=stop') as job:
+        job.stopped_process()
+        time.sleep(4)  # the ranks take the steps that they have batches for
+        os.kill(job.launcher.pid, signal.SIGTERM if whom == 'launcher' else signal.SIGKILL)
+        started = time.monotonic()
+        code, said = job.ended()
+        assert time.monotonic() - started < 12
+    run = tmp_path / 'runs/train/run'
+    assert code == (75 if whom == 'launcher' else -signal.SIGKILL), said
+    assert re.search(rf'interrupted by SIGTERM; the state is saved, {STALLS[where]}\.', said), said
+    assert 'Traceback' not in said
+    go_on(tmp_path, said)
+    assert_ends_as(uninterrupted, run)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('end', ['done', 'stopped', 'a mistake'])
+def test_a_job_leaves_no_temporary_files(tmp_path, end):
+    temporary = tmp_path / 'temporary'
+    temporary.mkdir()
+    options = {'done': ('--epochs', '1'), 'stopped': (), 'a mistake': ('--lr', 'x')}[end]
+    with Job(tmp_path, '-j', '1', '--experiment', 'run', *options, TMPDIR=str(temporary),
+             T2T_FAULTS=f'step@{STEP}=term' if end == 'stopped' else '') as job:
+        code, said = job.ended()
+    assert code == {'done': 0, 'stopped': 75, 'a mistake': 2}[end], said
+    # Compiled code that the next run uses again; importing torch makes the folder.
+    assert [path.name for path in temporary.iterdir() if not path.name.startswith('torchinductor_')] == []
+
+
+@pytest.mark.faults
+def test_one_process_ends_a_wait_for_data_too(tmp_path):
+    """Its worker, which hangs, ends with it, and as well if it is killed."""
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
+        with Job(tmp_path, '-j', '1', '--experiment', number.name, command=(sys.executable, str(ROOT / 'train.py')),
+                 T2T_FAULTS='data.train@3=stop') as job:
+            stopped = job.stopped_process()
+            time.sleep(2)
+            os.kill(job.launcher.pid, number)
+            if number == signal.SIGKILL:
+                time.sleep(1)
+                os.kill(stopped, signal.SIGCONT)
+            assert job.ended()[0] == code
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1', 'SIGINT'])
 def test_before_training_a_signal_ends_the_job_at_once(tmp_path, name):

@@ -13,7 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from options.parser import Parser
+from options.paths import LATEST, check_data
 from options.types import count, positive_int
+from utils.console import say_at_once
 from utils.errors import UserError
 from utils.script import run_script
 
@@ -33,6 +35,11 @@ def main():
     add('-j', '--workers', type=count, default=2, metavar='N', help='data loader processes')
     add('--device', default='auto', metavar='NAME', help='auto (a GPU if there is one), cuda, cuda:1 or cpu')
     given = parser.parse_args()
+    if not (folder := Path(given.run)).is_dir() and folder.name != LATEST:
+        raise UserError(f'{folder} is no folder; give that of a run, such as output/train/demo')
+    if given.data:
+        check_data(given.data)
+    say_at_once('report: loading torch …')
 
     from tools.report import sections
     from tools.report.page import note, page

@@ -12,7 +12,7 @@ from data.base import Part
 from data.pipeline import create_eval_loader, name_classes, open_evaluation_data, resolve_input
 from engine.best import Result, best_record
 from engine.log.curves import draw_curves
-from engine.log.metrics import ARGS, METRICS, read_environment, read_metrics
+from engine.log.metrics import ARGS, ENVIRONMENT, METRICS, read_environment, read_metrics
 from engine.predict import Predictions, predict
 from figures.attention import draw_attention
 from figures.explain import class_relevance, classifier_attention
@@ -31,6 +31,7 @@ from options.recipes import read_recipe
 from options.scripts import SCRIPTS, recorded_parser, validate_parser
 from tools.report.page import facts, image, note, picture, table
 from utils.console import format_seconds
+from utils.disk import require_own
 from utils.distributed import World
 from utils.errors import UserError
 from utils.pictures import image_sheet, new_figure
@@ -75,6 +76,8 @@ def open_run(folder: Path) -> Run:
         raise UserError(f'{folder} is no folder; give that of a run, such as output/train/demo')
     if not any((folder / name).exists() for name in (ARGS, METRICS, *CHECKPOINTS)):
         raise UserError(f'{folder} is not the folder of a run: it has no {ARGS}, {METRICS} or {CHECKPOINTS[0]}')
+    for name in (ARGS, ENVIRONMENT):
+        require_own(folder / name)
     records = read_metrics(folder)
     settings = read_recipe(folder / ARGS, recorded_parser(), complete=False) if (folder / ARGS).exists() else {}
     return Run(folder, settings, [record for record in records if record['kind'] == 'epoch'],
