@@ -19,7 +19,7 @@ README = ROOT / 'README.md'
 DOCS = sorted((ROOT / 'docs').glob('*.md'))
 NOTEBOOKS = sorted((ROOT / 'docs').glob('*.ipynb'))
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (README, ROOT / 'CONTRIBUTING.md', *DOCS, *NOTEBOOKS)}
-MAX_LINES, MAX_WORDS, MAX_PICTURE_BYTES = 220, 2200, 300_000  # of the README
+MAX_LINES, MAX_WORDS, MAX_PICTURE_BYTES = 220, 2200, 300_000  # of the README and of each picture
 SCRIPTS = ('train.py', 'validate.py', 'transfer.py', 'predict.py', 'visualize.py', 'export.py')
 # Programs of other projects, whose options are theirs.
 OTHERS = ('tensorboard', 'source')
@@ -63,9 +63,10 @@ def test_the_readme_is_short():
     assert len(text.splitlines()) <= MAX_LINES and len(text.split()) <= MAX_WORDS
 
 
-def test_pictures_of_the_readme_are_small():
-    pictures = re.findall(r'!\[[^]]+]\(([^)]+)\)', README.read_text())
-    assert pictures and all((ROOT / path).stat().st_size < MAX_PICTURE_BYTES for path in pictures)
+@pytest.mark.parametrize('page', ['README.md', 'docs/look_inside.md'])
+def test_pictures_are_small(page):
+    pictures = re.findall(r'!\[[^]]+]\(([^)]+)\)', read(PAGES[page]))
+    assert pictures and all((PAGES[page].parent / path).stat().st_size < MAX_PICTURE_BYTES for path in pictures)
 
 
 def test_options_table_is_current():

@@ -108,7 +108,7 @@ def test_the_class_to_explain_is_a_name_or_a_number(call, folder):
     (('--blocks', '3'), 'block 3 does not exist; the model has blocks 1 to 2'),
     (('--token', '0', '2'), r'token 0 2 does not exist; the last grid has rows 0 to 1 and columns 0 to 1'),
     (('--layers', 'block.1'), r"layer 'block.1' does not exist in model t2t_vit_7; did you mean blocks\.1\?"),
-    (('--beside', 'resnet81=x.pth'), "model 'resnet81' does not exist; did you mean resnet1"),
+    (('--beside', 'resnet81=pretrained'), "model 'resnet81' does not exist; did you mean resnet1"),
     (('--beside', 'resnet18'), r'--beside resnet18: which weights\? .*give resnet18=CHECKPOINT or resnet18=pretrained'),
     (('--target-class', 'be'), r"--target-class be: the model has no such class; did you mean bee\?; give .*'ant'"),
     (('--target-class', '2'), r'--target-class 2: the model has no such class.* or a number from 0 to 1'),
