@@ -121,6 +121,9 @@ def create_parser(description: str, groups, defaults: dict | None = None, gone: 
 def parse_options(parser: Parser, argv=None) -> Options:
     """Parse the command line over the recipe it names, and return read-only options.
 
+    Args:
+        argv: words in place of the command line of this process, whose paths must exist.
+
     Raises:
         UserError: a mistake in either, a path that does not exist, or a timm that is too old for the scripts.
     """
@@ -130,8 +133,9 @@ def parse_options(parser: Parser, argv=None) -> Options:
     parser.complete(values)
     check_timm()
     args = Options(**values)
-    check_paths(args)
-    say_at_once(f'{parser.prog}: loading torch …')
+    if argv is None:
+        check_paths(args)
+        say_at_once(f'{parser.prog}: loading torch …')
     return args
 
 
