@@ -31,7 +31,8 @@ def check_paths(args) -> None:
     for model in getattr(args, 'beside', ()):
         if (checkpoint := model.partition('=')[2]) != 'pretrained':
             check_checkpoint(checkpoint)
-    for image in getattr(args, 'images', ()):
+    images = getattr(args, 'images', ())
+    for image in images if isinstance(images, list) else ():  # of a benchmark, a number
         if not _is_address(image) and not _exists(image) and not image.endswith('.tar'):
             raise UserError(f'image {os.path.expanduser(image)!r} does not exist; check the path')
 

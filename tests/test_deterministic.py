@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory) -> Path:
     ('validate.py', ('DATA', *TRAINED, '--img-size', '48', '--eval-checkpoint', 'CHECKPOINT')),
     ('predict.py', ('DATA/val/ant', *TRAINED, '--img-size', '48', '--checkpoint', 'CHECKPOINT')),
     ('visualize.py', ('DATA/val/ant/ant_0.jpg', *TRAINED, '--img-size', '48', '--checkpoint', 'CHECKPOINT',
-                      '--beside', 'resnet10t')),
+                      '--beside', 't2t_vit_7=CHECKPOINT')),
     ('visualize.py', ('--data', 'DATA', *TRAINED, '--checkpoint', 'CHECKPOINT', '--figures', 'mistakes')),
 ], ids=['train', 'train a network of convolutions', 'transfer', 'validate', 'predict', 'visualize', 'mistakes'])
 def test_scripts_use_nothing_that_a_gpu_refuses(script, options, checkpoint, image_folder, tmp_path):

@@ -270,5 +270,7 @@ def test_the_same_command_goes_on_after_an_export_that_was_killed(exported):
 
 
 def test_both_kinds_of_images_are_refused(tmp_path):
+    for name in ('a.jpg', 'x.pth'):
+        (tmp_path / name).touch()
     result = run_script('export.py', 'a.jpg', '--dataset', 'digits', '--checkpoint', 'x.pth', cwd=tmp_path)
     assert result.returncode == 2 and 'not both' in result.stderr

@@ -167,10 +167,11 @@ def test_visualize_shows_the_mistakes_on_a_data_set(tmp_path, monkeypatch, capsy
     command = ['visualize.py', '--checkpoint', 'm', '--device', 'cpu', '-j', '0', '--figures', 'mistakes']
     monkeypatch.setattr('sys.argv', [*command, '--dataset', 'digits'])
     visualize.main()
-    picture = Image.open('output/visualize/digits-mistakes.png')
-    assert picture.width > 1000 and 'digits-mistakes.png' in capsys.readouterr().out
+    picture = Image.open('output/visualize/digits-t2t_vit_7-m-mistakes.png')
+    assert picture.width > 1000 and 'digits-t2t_vit_7-m-mistakes.png' in capsys.readouterr().out
     # All 359 digits, not the three that other figures show.
     assert len(drawn) == 1 and drawn[0].shape == (10, 10) and drawn[0].sum() == 359
+    Image.new('RGB', (40, 40)).save('cat.jpg')
     monkeypatch.setattr('sys.argv', ['visualize.py', 'cat.jpg', *command[1:]])
     with pytest.raises(UserError, match='give a data set'):
         visualize.main()

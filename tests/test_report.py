@@ -58,7 +58,6 @@ def test_the_choice_of_the_weights_that_a_training_started_from_is_not_passed_on
     assert options.model == 't2t_vit_7' and options.weights_key is None and options.use_ema is None
 
 
-
 def test_page_opens_without_a_network_and_shows_everything(written, visit, tmp_path):
     seen = visit(written.as_uri())
     page = seen.page
@@ -109,8 +108,12 @@ def report_on(folder, monkeypatch, *options):
 
 def test_what_is_missing_is_said_and_the_rest_is_there(run, tmp_path, monkeypatch):
     partial = shutil.copytree(run, tmp_path / 'partial')
-    text = report_on(partial, monkeypatch, '--data', str(tmp_path / 'gone'))
+    args = (partial / 'args.yaml').read_text()
+    (partial / 'args.yaml').write_text(re.sub(r'(?m)^data: .*$', f'data: {tmp_path}/gone', args))
+    text = report_on(partial, monkeypatch)
     assert text.count('could not be computed: data folder') == 3 and '3,999,465' in text
+    with pytest.raises(report.UserError, match='data folder .*elsewhere'):  # a mistake, before anything is read
+        report_on(partial, monkeypatch, '--data', str(tmp_path / 'elsewhere'))
     (partial / 'model_best.pth.tar').unlink()
     (partial / 'environment.json').unlink()
     (partial / 'metrics.jsonl').write_text((run / 'metrics.jsonl').read_text().splitlines()[0] + '\n')

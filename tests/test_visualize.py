@@ -118,7 +118,7 @@ def test_the_class_to_explain_is_a_name_or_a_number(call, folder):
     (('--dataset', 'digits'), 'which images'),
     (('--output-dir', '/dev/null/x'), '--output-dir: /dev/null/x cannot be written'),
     (('--figures', 'tokens', '--layers', 'blocks.1'), '--layers is for the figure features, which is not among'),
-    (('--figures', 'tokens', '--beside', 'resnet18=x'), '--beside is for the figure features'),
+    (('--figures', 'tokens', '--beside', 'resnet18=pretrained'), '--beside is for the figure features'),
     (('--figures', 'features', '--blocks', '1'), '--blocks is for the figure attention'),
     (('--figures', 'features', '--token', '0', '0'), '--token is for the figure attention or tokens'),
     (('--beside', 'vit_s_16=pretrained'), 'no weights of vit_s_16 were published'),
