@@ -183,7 +183,7 @@ def create_model_from_options(args, *, num_classes: int, transfer_from: str | No
     for path, replace_head in ((args.initial_checkpoint, False), (transfer_from, True)):
         if path:
             _logger.info('%s', load_weights(model, path, use_ema=args.use_ema, weights_key=args.weights_key,
-                                               replace_head=replace_head))
+                                             replace_head=replace_head))
     return model
 
 
@@ -274,7 +274,7 @@ def create_from_config(path: str | os.PathLike, **overrides: Any) -> TimmModel:
     model = _create_from_options(args, args.num_classes)
     if args.initial_checkpoint:
         _logger.info('%s', load_weights(model, args.initial_checkpoint, use_ema=args.use_ema,
-                                           weights_key=args.weights_key))
+                                         weights_key=args.weights_key))
     return model
 
 
