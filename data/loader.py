@@ -18,6 +18,7 @@ import multiprocessing.util
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
@@ -71,7 +72,7 @@ def create_loader(dataset: ImageDataset, transform: Transform, sampler: TrainSam
     if workers:
         tell_where()
         # All workers share this folder for their sockets. Without it each makes its own, which stays if it is killed.
-        temporary_folder(multiprocessing.util.get_temp_dir)
+        temporary_folder(_socket_folder)
         # Workers compute with one thread each: PyTorch sets that itself.
         options.update(persistent_workers=True, prefetch_factor=PREFETCH, worker_init_fn=_prepare_worker)
         if sys.platform == 'linux':  # fork is not safe on other systems
@@ -185,6 +186,20 @@ class Loader:
                                 f'tolerated; the last one: {message}')
             else:
                 raise UserError(message)
+
+
+def _socket_folder() -> str:
+    """Return the temporary folder for sockets of this process and its workers, in /tmp if TMPDIR has a long path.
+
+    A socket's path has at most 107 bytes, of which multiprocessing takes 32 within TMPDIR.
+    """
+    usual = tempfile.tempdir
+    if len(os.fsencode(tempfile.gettempdir())) > 75:
+        tempfile.tempdir = '/tmp'
+    try:
+        return multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = usual
 
 
 def explain_worker_death(error: RuntimeError) -> UserError | None:

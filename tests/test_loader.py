@@ -6,8 +6,10 @@ import multiprocessing.queues
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 
 import numpy as np
@@ -18,7 +20,7 @@ from timm.data import ImageDataset as TimmImageDataset, create_loader as create_
 
 from data.batch import BatchPreparer
 from data.datasets import open_eval
-from data.loader import BatchSource, create_loader, explain_worker_death
+from data.loader import BatchSource, _socket_folder, create_loader, explain_worker_death
 from data.memory import BatchMemory
 from data.samplers import EvalSampler, TrainSampler
 from data.seeding import derive_seed
@@ -342,3 +344,14 @@ def look_until_free(taken):
         if not taken.all():
             os._exit(1)
     os._exit(0)
+
+
+def test_sockets_have_short_paths_whatever_the_folder_of_temporary_files(tmp_path, monkeypatch):
+    """A socket's path has at most 107 bytes; on clusters TMPDIR alone may have as many."""
+    folder = tmp_path / ('long' * 30)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, 'tempdir', str(folder))
+    monkeypatch.delitem(multiprocessing.current_process()._config, 'tempdir', raising=False)
+    sockets = _socket_folder()
+    shutil.rmtree(sockets)
+    assert sockets.startswith('/tmp/pymp-') and tempfile.gettempdir() == str(folder)

@@ -1,6 +1,7 @@
 """End a process with one line and an exit code, from any thread and in any rank."""
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -63,7 +64,9 @@ def temporary_folder(make: Callable[[], str]) -> str:
 
 
 def leave_at_once(exit_code: int) -> NoReturn:
-    """Exit without waiting for threads or for other ranks, which may be in a collective."""
+    """Exit without waiting for threads or for other ranks, which may be in a collective; end worker processes."""
+    for worker in multiprocessing.active_children():
+        worker.kill()  # else it would print that its temporary folder is gone
     for folder, owner in _temporary.items():
         if owner == os.getpid():
             shutil.rmtree(folder, ignore_errors=True)
