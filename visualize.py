@@ -8,8 +8,8 @@
     python visualize.py --dataset digits --checkpoint PATH --figures mistakes
 
 cat.jpg becomes output/visualize/cat-t2t_vit_7-demo-model_best-attention.png and so on, named by image, model and
-weights. Model and image size are read from the checkpoint. Files that cannot be decoded are reported and left out. The
-functions of figures/ draw the same in notebooks.
+weights; a picture of that name that shows something else is kept. Model and image size are read from the checkpoint.
+Files that cannot be decoded are reported and left out. The functions of figures/ draw the same in notebooks.
 """
 import logging
 from pathlib import Path
@@ -73,8 +73,9 @@ def main():
     # --- Mistakes -----------------------------------------------------------------------------------------------------
     if 'mistakes' in args.figures:
         data = Path(args.data).resolve().name if args.data else args.dataset
-        files.append(folder / f'{data}-{weights_name(args.model, args.eval_checkpoint)}-mistakes.png')
-        save_figure(draw_mistakes(args, model, dataset, classes, config, world, precision), files[-1])
+        name = f'{data}-{weights_name(args.model, args.eval_checkpoint)}-mistakes.png'
+        files.append(save_figure(draw_mistakes(args, model, dataset, classes, config, world, precision), folder / name,
+                                 shown_options(args)))
 
     # --- Results ------------------------------------------------------------------------------------------------------
     if not files:
@@ -115,6 +116,14 @@ def find_target(text: str | None, names: list[str], known_classes: list[str] | N
                     f'as {names[0]!r}, or a number from 0 to {len(names) - 1}')
 
 
+def shown_options(args) -> dict:
+    """Return the options that decide what a picture shows: pictures of others keep their files."""
+    weights = args.eval_checkpoint and str(Path(args.eval_checkpoint).resolve())
+    return {**{name: value for name, value in args.as_dict().items() if name not in (
+        'figures', 'images', 'output_dir', 'samples', 'device', 'workers', 'batch_size', 'log_interval', 'timeout')},
+        'eval_checkpoint': weights}
+
+
 def draw_images(args, wanted: list[str], models: dict, configs: tuple, dataset, classes: list[str], target: int | None,
                 folder: Path, world, precision) -> tuple[list[Path], int]:
     """Draw the wanted figures of every image; return the files, and the number of images that cannot be decoded.
@@ -129,7 +138,7 @@ def draw_images(args, wanted: list[str], models: dict, configs: tuple, dataset, 
     from data.pipeline import create_eval_loader
     from figures.files import draw_figure, features_of_models, file_names, save_figure, weights_name
     from figures.places import NotSeen
-    from utils.console import progress_bar
+    from utils.console import percent, progress_bar
     model, numbered, wanted = next(iter(models.values())), Numbered(dataset), list(wanted)
     paths = [dataset.path(number) for number in range(len(dataset))]
     stems = [f'{name}-{weights_name(args.model, args.eval_checkpoint)}'
@@ -147,7 +156,8 @@ def draw_images(args, wanted: list[str], models: dict, configs: tuple, dataset, 
             probabilities = model(images[0]).float().softmax(1)
             for index, number in enumerate(numbers):
                 probability, label = probabilities[index].max(0)
-                title = f'{Path(paths[number]).name} · {args.model} says {classes[label]}, {100 * probability:.0f} %'
+                title = (f'{Path(paths[number]).name} · {args.model} says {classes[label]}, '
+                         f'{percent(float(probability))}')
                 for name in list(wanted):
                     try:
                         if name == 'features' and not features:
@@ -161,8 +171,8 @@ def draw_images(args, wanted: list[str], models: dict, configs: tuple, dataset, 
                         log.warning('no picture of %s: %s', name, reason)
                         wanted.remove(name)
                         continue
-                    files.append(folder / f'{stems[number]}-{name}.png')
-                    save_figure(figure, files[-1])
+                    files.append(save_figure(figure, folder / f'{stems[number]}-{name}.png',
+                                             [str(Path(paths[number]).resolve()), shown_options(args)]))
                     bar.update()
         if not wanted:
             break

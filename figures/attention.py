@@ -26,6 +26,7 @@ from figures.explain import (
     token_stages,
 )
 from figures.places import Places, has_soft_splits
+from utils.console import percent
 from utils.errors import UserError
 from utils.pictures import ORANGE, SEQUENTIAL, drawable, new_figure
 
@@ -207,13 +208,8 @@ def _draw_reasons(part: SubFigure, picture: np.ndarray, seen: SeenAttention, rea
         name = names[reason.number] if names else f'class {reason.number}'
         said = 'What speaks for' if reason.tokens.any() else 'Nothing speaks for'
         axes.set_title(drawable(textwrap.shorten(f'{said} {name}', 34, placeholder='…'))
-                       + f'\n({_percent(reason.probability)} sure)', fontsize=9, parse_math=False)
+                       + f'\n({percent(reason.probability)} sure)', fontsize=9, parse_math=False)
     add_colorbar(part, drawn, [rollout, *panels], 'part of the largest')
-
-
-def _percent(probability: float) -> str:
-    """Return '97 %', or '0.3 %' below one."""
-    return f'{100 * probability:.{0 if probability >= 0.01 else 1}f} %'
 
 
 def _draw_maps(part: SubFigure, picture: np.ndarray, places: Places, columns: int,

@@ -1,4 +1,8 @@
 """Draw the figures of one image by their names, and write them to files with names of their own."""
+import hashlib
+import io
+import itertools
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -7,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from figures.attention import attention_figure
 from figures.explain import LayerFeatures, layer_features
 from figures.features import features_figure
 from figures.tokens import tokens_figure
+from utils.disk import write_whole
 from utils.errors import UserError
 
 DPI = 110  # of the files
@@ -46,12 +52,34 @@ def features_of_models(models: Mapping[str, torch.nn.Module], images: list[torch
             for (title, model), batch, names in zip(models.items(), images, known, strict=True)}
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure to a file, or raise UserError."""
+def save_figure(figure: Figure, path: Path, source: object) -> Path:
+    """Write a figure to a PNG file, as a whole or not at all, and return its path.
+
+    Args:
+        path: its name; name-2, name-3, … if it is that of a picture of another source.
+        source: all that decides what the figure shows, which JSON can hold. The file has its SHA-256.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    digest = hashlib.sha256(json.dumps(source, sort_keys=True, default=str).encode()).hexdigest()
+    content = io.BytesIO()
+    figure.savefig(content, dpi=DPI, format='png', metadata={'Source': digest})
+    names = (path.with_name(f'{path.stem}-{number}{path.suffix}') for number in itertools.count(2))
+    path = next(name for name in itertools.chain([path], names) if not name.is_file() or _source_of(name) == digest)
     try:
-        figure.savefig(path, dpi=DPI)
+        write_whole(path, content.getvalue())
     except OSError as error:
         raise UserError(f'--output-dir: {path} cannot be written ({error.strerror or error})') from None
+    return path
+
+
+def _source_of(path: Path) -> str | None:
+    try:
+        with Image.open(path) as image:
+            return image.info.get('Source')
+    except OSError:
+        return None
 
 
 def weights_name(model: str, checkpoint: str | None) -> str:

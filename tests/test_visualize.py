@@ -95,13 +95,42 @@ def test_models_have_pictures_of_their_own(call, folder, tmp_path):
     assert files.weights_name('t2t_vit_14', '/x/81.5_T2T_ViT_14.pth.tar') == 't2t_vit_14-81.5_T2T_ViT_14'
 
 
-def test_the_class_to_explain_is_a_name_or_a_number(call, folder):
-    files = [folder / 'called/cat-t2t_vit_7-small-attention.png'] * 4
-    drawn = []
-    for chosen, file in zip((['ant'], ['bee'], ['1'], None), files, strict=True):
-        call('--figures', 'attention', *(['--target-class', *chosen] if chosen else []))
-        drawn.append(file.read_bytes())
-    assert drawn[0] != drawn[1] == drawn[2] and drawn[3] in drawn[:2]
+def test_a_picture_that_shows_something_else_is_kept(call, folder, tmp_path):
+    """The same model and image with another class or size, and another model of the same name, have their own files."""
+    def drawn(*options, checkpoint=folder / 'small.pth.tar'):
+        call('--figures', 'attention', '-o', tmp_path, *options, checkpoint=checkpoint)
+        return sorted(file.name for file in tmp_path.glob('*.png'))
+
+    def content(number):
+        return (tmp_path / f'cat-t2t_vit_7-small-attention{number}.png').read_bytes()
+
+    drawn('--target-class', 'ant')
+    first = content('')
+    drawn('--target-class', 'bee')
+    assert content('') == first != content('-2')
+    assert len(drawn('--target-class', 'ant', '-b', '4')) == 2 and content('') == first  # the same again
+    assert len(drawn('--img-size', '48')) == 3 and content('') == first
+    other = tmp_path / 'other' / 'small.pth.tar'
+    other.parent.mkdir()
+    other.write_bytes((folder / 'small.pth.tar').read_bytes())
+    assert len(drawn('--target-class', 'ant', checkpoint=other)) == 4 and content('') == first
+
+
+def test_the_class_to_explain_is_a_name_or_a_number():
+    for text, number in (('ant', 0), ('bee', 1), ('1', 1), ('n02', 1), (None, None)):
+        assert script.find_target(text, ['ant', 'bee'], ['n01', 'n02']) == number
+
+
+def test_a_full_disk_leaves_the_earlier_picture(call, folder, tmp_path, monkeypatch):
+    call('--figures', 'tokens', '-o', tmp_path)
+    file, = tmp_path.iterdir()
+    before = file.read_bytes()
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('os.fsync', full)
+    with pytest.raises(UserError, match='cannot be written .No space'):
+        call('--figures', 'tokens', '-o', tmp_path)
+    assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == before
 
 
 @pytest.mark.parametrize('options, message', [

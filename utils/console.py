@@ -65,6 +65,11 @@ def say_at_once(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def percent(share: float) -> str:
+    """Return '97 %', or '0.3 %' below one."""
+    return f'{100 * share:.{0 if share >= 0.01 or not share else 1}f} %'
+
+
 def plural(count: int, singular: str, several: str | None = None) -> str:
     """Return a count with its noun: 1 → '1 image', 1000 → '1,000 images'."""
     return f'{count:,} {singular if count == 1 else several or singular + "s"}'
