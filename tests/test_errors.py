@@ -95,6 +95,7 @@ run_script(lambda: {call})
     (BlockingIOError(11, 'Resource temporarily unavailable'), 'ulimit -u'),
     (RuntimeError("can't start new thread"), 'ulimit -u'),
     (RuntimeError('Resource temporarily unavailable'), 'ulimit -u'),
+    (RuntimeError('cannot join thread before it is started'), 'ulimit -u'),
     (ImportError('libtorch_cpu.so: failed to map segment from shared object'), 'ulimit -v')])
 def test_limits_of_the_system_are_named_with_how_to_raise_them(error, words):
     assert words in str(explain_limit(error))

@@ -40,6 +40,7 @@ LIMITS = {
     'Too many open files': 'too many open files; use fewer --workers, or raise the limit: ulimit -n 4096',
     "can't start new thread": TOO_MANY,
     'Resource temporarily unavailable': TOO_MANY,  # as C++ says it
+    'cannot join thread before it is started': TOO_MANY,  # which torch's agent tries after that
     'failed to map segment': 'too little address space for the libraries; raise the limit: ulimit -v unlimited',
 }
 
