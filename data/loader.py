@@ -35,7 +35,7 @@ from data.memory import SHARED_MEMORY, BatchMemory, share, tell_where
 from data.samplers import EvalSampler, TrainSampler
 from data.seeding import preserved_generators, seed_generators
 from data.transforms import Transform
-from utils.errors import UserError
+from utils.errors import UserError, WorkerKilledError
 from utils.exits import temporary_folder
 from utils.faults import fault_point
 from utils.runtime import keep_freed_memory
@@ -135,7 +135,7 @@ class Loader:
             self._end_workers()
             raise
         except RuntimeError as error:
-            if explanation := explain_worker_death(error):
+            if explanation := explain_worker_death(error, self._exit_codes()):
                 raise explanation from error
             raise
 
@@ -174,6 +174,10 @@ class Loader:
         for worker in iterator._workers:
             worker.kill()
 
+    def _exit_codes(self) -> list[int | None]:
+        iterator: Any = self._dataloader and self._dataloader._iterator
+        return [worker.exitcode for worker in getattr(iterator, '_workers', ())]
+
     def _note_bad_images(self, bad: dict[str, str]) -> None:
         for path, message in bad.items():
             if path in self.bad_images:
@@ -202,14 +206,19 @@ def _socket_folder() -> str:
         tempfile.tempdir = usual
 
 
-def explain_worker_death(error: RuntimeError) -> UserError | None:
-    """Return a UserError with advice if `error` is PyTorch's RuntimeError for a worker that died."""
+def explain_worker_death(error: RuntimeError, exit_codes: Iterable[int | None] = ()) -> UserError | None:
+    """Return a UserError with advice if `error` is PyTorch's RuntimeError for a worker that died.
+
+    `exit_codes` are those of the workers, which PyTorch's message does not always tell.
+    """
     if not str(error).startswith('DataLoader worker'):
         return None
     event = str(error).splitlines()[0].partition(' Details are lost')[0].rstrip('. ')
-    return UserError(f'a data loading process died ({event}), mostly because memory, {SHARED_MEMORY}, open files '
-                     '(ulimit -n) or processes (ulimit -u) ran out; use fewer --workers, a smaller --batch-size, or a '
-                     'higher limit')
+    was_killed = event.endswith('killed by signal: Killed') or -signal.SIGKILL in exit_codes
+    kind = WorkerKilledError if was_killed else UserError
+    return kind(f'a data loading process died ({event}), mostly because memory, {SHARED_MEMORY}, open files '
+                '(ulimit -n) or processes (ulimit -u) ran out; use fewer --workers, a smaller --batch-size, or a '
+                'higher limit')
 
 
 def _explain_worker_deaths() -> None:

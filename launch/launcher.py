@@ -12,6 +12,7 @@ PET_NAME, which Kubeflow sets for torchrun, is the fallback for NAME. See docs/m
 """
 import argparse
 import atexit
+import contextlib
 import functools
 import logging
 import math
@@ -94,6 +95,9 @@ def launch(num_proc: int, script: str, options: list[str]) -> None:
         if failure.exitcode not in DECISIONS and restarts:
             line += f', after {restarts} restart(s); --resume auto goes on from the last checkpoint'
         report(line, failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    for cache in Path(tempfile.gettempdir()).glob('torchinductor_*'):  # importing timm makes it
+        with contextlib.suppress(OSError):  # it holds compiled code, or is another user's
+            cache.rmdir()
     # Python's normal exit would unwind a thread that is in the store through C++, which aborts the process.
     leave_at_once(0)
 

@@ -265,6 +265,7 @@ def test_a_killed_worker_is_explained(loader_with_worker):
         os.kill(worker.pid, signal.SIGKILL)
         list(loader)
     error = caught.value
+    assert error.exit_code == 128 + signal.SIGKILL, 'a launcher starts such a job again'
     assert 'fewer --workers' in str(error) and str(worker.pid) in str(error) and '\n' not in str(error)
     assert explain_worker_death(RuntimeError('CUDA error')) is None
 

@@ -70,6 +70,12 @@ class PeerLostError(UserError):
     exit_code = EXIT_PEER_LOST
 
 
+class WorkerKilledError(UserError):
+    """The system has killed a data loading process, mostly for want of memory. The launcher starts the job again."""
+
+    exit_code = 128 + signal.SIGKILL
+
+
 class InterruptedRun(UserError):
     """A signal stopped training, and the state is saved.
 

@@ -166,6 +166,16 @@ def test_a_killed_process_costs_no_byte_and_few_seconds(uninterrupted, tmp_path,
     assert seconds < 15
 
 
+@pytest.mark.faults
+def test_a_killed_loader_worker_costs_no_byte(uninterrupted, tmp_path):
+    """As the system does when memory runs out, for once."""
+    with Job(tmp_path, '-j', '1', '--experiment', 'run', T2T_FAULTS='data.train@10#1=kill') as job:
+        code, said = job.ended()
+    assert code == 0, said
+    assert 'a data loading process died' in said and 'restart 1 of 3' in said and 'Traceback' not in said
+    assert_ends_as(uninterrupted, tmp_path / 'runs/train/run')
+
+
 def interrupt(cwd: Path, number: int, *, whom: str) -> tuple[int, str]:
     """Sends a signal to the launcher or to rank 1 in the midst of a step; returns exit code and what was said."""
     with Job(cwd, '-j', '1', '--experiment', 'run', T2T_FAULTS=f'step@{STEP}#1=stop') as job:
@@ -368,8 +378,9 @@ def test_a_job_leaves_no_temporary_files(tmp_path, tmp_path_factory, end):
              T2T_FAULTS=f'step@{STEP}=term' if end == 'stopped' else '') as job:
         code, said = job.ended()
     assert code == {'done': 0, 'stopped': 75, 'a mistake': 2}[end], said
-    # Compiled code that the next run uses again; importing torch makes the folder.
-    assert [path.name for path in temporary.iterdir() if not path.name.startswith('torchinductor_')] == []
+    # Importing timm makes an empty folder for compiled code.
+    left = [path.name for path in temporary.iterdir()]
+    assert end == 'done' and not left or [name for name in left if not name.startswith('torchinductor_')] == []
 
 
 @pytest.mark.faults
