@@ -23,6 +23,9 @@ from utils.script import run_script
 
 LINES = 20  # files listed on the console
 SAMPLES = 3  # images of a data set that are shown without --samples
+# Options that change no picture.
+UNSEEN = ('figures', 'images', 'output_dir', 'samples', 'max_bad_val_images', 'device', 'workers', 'batch_size',
+          'pin_mem', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'log_interval', 'timeout')
 
 log = logging.getLogger(__name__)
 
@@ -119,9 +122,7 @@ def find_target(text: str | None, names: list[str], known_classes: list[str] | N
 def shown_options(args) -> dict:
     """Return the options that decide what a picture shows: pictures of others keep their files."""
     weights = args.eval_checkpoint and str(Path(args.eval_checkpoint).resolve())
-    return {**{name: value for name, value in args.as_dict().items() if name not in (
-        'figures', 'images', 'output_dir', 'samples', 'device', 'workers', 'batch_size', 'log_interval', 'timeout')},
-        'eval_checkpoint': weights}
+    return {name: value for name, value in args.as_dict().items() if name not in UNSEEN} | {'eval_checkpoint': weights}
 
 
 def draw_images(args, wanted: list[str], models: dict, configs: tuple, dataset, classes: list[str], target: int | None,

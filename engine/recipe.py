@@ -77,6 +77,9 @@ def _lengths(args, steps: int) -> Iterator[Advice]:
     if args.warmup_epochs >= args.epochs:
         yield Advice('Warm-up', f'{args.warmup_epochs} epochs of {args.epochs}: the rate never reaches its top',
                      f'Say --warmup-epochs {args.epochs // 10}.')
+    if args.model_ema_decay is not None and not args.model_ema:
+        yield Advice('Averaged weights', f'--model-ema-decay {args.model_ema_decay:g}, but no average is kept',
+                     'Say --model-ema, or leave the decay out.')
     if not args.model_ema or args.model_ema_decay is None or not steps:
         return
     initial = initial_share(args.model_ema_decay, steps)

@@ -178,6 +178,7 @@ def create_model_from_options(args, *, num_classes: int, transfer_from: str | No
     model = _create_from_options(args, num_classes)
     if args.model_kwargs:
         _check_logits(model, args)
+    weights_follow = weights_follow or bool(getattr(args, 'resume', ''))
     if not (args.pretrained or args.initial_checkpoint or transfer_from or weights_follow):
         _logger.info('it starts from random weights')
     for path, replace_head in ((args.initial_checkpoint, False), (transfer_from, True)):

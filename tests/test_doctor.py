@@ -501,6 +501,7 @@ def test_recipe(gpu):
     published = (*right, '--model-ema-decay', '0.99996')
     assert 'Averaged weights' not in look(*published, steps=310 * 2502)
     assert 'Averaged weights' not in look(*right, steps=1000), 'it warms up'
+    assert 'Say --model-ema' in look(*published, '--no-model-ema', steps=1000)['Averaged weights']
     remedy = look(*published, steps=1000)['Averaged weights']
     decay = float(re.search(r'--model-ema-decay (\S+),', remedy)[1])
     assert decay ** 200 == pytest.approx(0.01, rel=0.3)

@@ -76,6 +76,7 @@ def test_resumed_run_ends_in_the_same_bytes(uninterrupted, where, workers):
     out = succeeded(launch(2, *RUN, '-j', workers, '--experiment', name, '--resume', start, cwd=uninterrupted))
     point = f'in epoch 2, after step {step - steps_per_epoch}' if where == 'middle' else 'after epoch 1'
     assert f'resumed from {start}, {point}\n' in out
+    assert 'random weights' not in out
     resumed = uninterrupted / 'runs/train' / name
     assert_same(final_state(whole), final_state(resumed))
     assert records(resumed) == [r for r in records(whole) if r['kind'] == 'epoch' and r['epoch'] == 1

@@ -109,6 +109,10 @@ def test_a_picture_that_shows_something_else_is_kept(call, folder, tmp_path):
     drawn('--target-class', 'bee')
     assert content('') == first != content('-2')
     assert len(drawn('--target-class', 'ant', '-b', '4')) == 2 and content('') == first  # the same again
+    call('--figures', 'attention', '-o', tmp_path, '--target-class', 'ant',
+         images=(folder / 'one' / 'cat.png', folder / 'wide'))
+    assert len(list(tmp_path.glob('cat*.png'))) == 2 and content('') == first  # other images beside it
+    (tmp_path / 'dog-1-t2t_vit_7-small-attention.png').unlink()
     assert len(drawn('--img-size', '48')) == 3 and content('') == first
     other = tmp_path / 'other' / 'small.pth.tar'
     other.parent.mkdir()
