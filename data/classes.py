@@ -81,7 +81,7 @@ def _class_range(item: str, classes: list[str]) -> list[int]:
 def class_number(text: str, classes: Sequence[str]) -> int | None:
     """Return the number of a class given by its name or its number, counted from 0; None for neither."""
     if text in classes:
-        return list(classes).index(text)
+        return classes.index(text)
     return int(text) if text.isdecimal() and int(text) < len(classes) else None
 
 

@@ -183,6 +183,9 @@ def class_relevance(model: nn.Module, image: torch.Tensor,
         model: as for `attention_weights`; its output is logits [1, number of classes].
         image: normalised, [1, C, height, width].
         classes: numbers of the classes, by default of the two most probable ones.
+
+    Raises:
+        UserError: no such class; NotSeen if the model has no attention that can be shown.
     """
     grid = token_places(model, image).grid
     prefix, rows, _ = _classifier_input(model)
@@ -192,6 +195,9 @@ def class_relevance(model: nn.Module, image: torch.Tensor,
     probabilities = logits.detach().float().softmax(1)[0]
     if classes is None:
         classes = probabilities.topk(min(2, len(probabilities))).indices.tolist()
+    for number in classes:
+        if not 0 <= number < len(probabilities):
+            raise UserError(f'class {number} does not exist; the model has classes 0 to {len(probabilities) - 1}')
     shares = torch.eye(N, device=image.device)[rows].mean(0)  # of the tokens that the classifier sees, [N]
     found = []
     for number in classes:

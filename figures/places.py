@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
-from models.tokens_to_token import SOFT_SPLITS
+from models.tokens_to_token import SOFT_SPLITS, SoftSplit
 from utils.errors import UserError
 
 Grid = tuple[int, int]
@@ -85,9 +86,9 @@ class Places(NamedTuple):
 def split_places(size: Grid) -> list[Places]:
     """Return where the tokens lie after each of the three soft splits of an image of size (height, width)."""
     places = [Places(Line(size[0]), Line(size[1]))]
-    for kernel, stride, padding in SOFT_SPLITS:
-        places.append(Places(*(line.windows(kernel, stride, padding, (line.count + 2 * padding - kernel) // stride + 1)
-                               for line in places[-1])))
+    for split in SOFT_SPLITS:
+        grid = SoftSplit(*split).grid_size(*places[-1].grid)
+        places.append(Places(*(line.windows(*split, count) for line, count in zip(places[-1], grid, strict=True))))
     return places[1:]
 
 
@@ -115,13 +116,13 @@ def token_places(model: nn.Module, images: torch.Tensor) -> Places:
     if hasattr(patches, 'dynamic_feat_size'):  # of timm's layers; includes the strides of a hybrid's convolutions
         grid = patches.dynamic_feat_size((height, width))
     else:
-        grid = tuple(side // patch for side, patch in zip((height, width), _pair(patches.patch_size), strict=True))
+        grid = tuple(side // patch for side, patch in zip((height, width), to_2tuple(patches.patch_size), strict=True))
 
     lines = [Line(height), Line(width)]
 
     def pass_windows(layer, inputs, output):
         for axis, (kernel, stride, padding, before, after) in enumerate(zip(
-                _pair(layer.kernel_size), _pair(layer.stride), _pair(layer.padding), inputs[0].shape[-2:],
+                to_2tuple(layer.kernel_size), to_2tuple(layer.stride), to_2tuple(layer.padding), inputs[0].shape[-2:],
                 output.shape[-2:], strict=True)):
             if getattr(layer, 'same_pad', type(layer).__name__.endswith('Same')):  # as TensorFlow pads
                 padding = max((after - 1) * stride + kernel - before, 0) // 2
@@ -149,10 +150,6 @@ def _main_path(patches: nn.Module) -> Iterable[nn.Module]:
     return [layer for name, layer in patches.named_modules()
             if isinstance(layer, _ConvNd | _MaxPoolNd | _AvgPoolNd)
             and not {'downsample', 'shortcut'} & set(name.split('.'))]
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
 
 
 def model_name(model: nn.Module) -> str:

@@ -156,6 +156,7 @@ def test_attention_of_a_vit_and_of_what_there_is_not():
     assert not any('stage' in text for text in texts(figure))
     x, picture = image(32, 32)
     for arguments, message in (({'blocks': [3]}, 'block 3 does not exist; the model has blocks 1 to 2'),
+                               ({'target': 3}, 'class 3 does not exist; the model has classes 0 to 2'),
                                ({'queries': [(0, 2)]}, 'token 0 2 does not exist; .* columns 0 to 1')):
         with pytest.raises(UserError, match=message):
             attention_figure(make(), x, picture, **arguments)
