@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
-from models.tokens_to_token import SOFT_SPLITS, SoftSplit
+from models.tokens_to_token import Line, token_lines
 from utils.errors import UserError
 
 Grid = tuple[int, int]
@@ -26,27 +26,6 @@ Grid = tuple[int, int]
 
 class NotSeen(UserError):
     """The model does not have what was to be shown; another model may have it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """Tokens along one side of an image: token k sees `field` pixels around pixel first + step · k."""
-    count: int
-    first: float = 0.
-    step: float = 1.
-    field: float = 1.
-
-    def windows(self, kernel: int, stride: int, padding: int, count: int) -> 'Line':
-        """Return the line of the `count` windows over these tokens, with `padding` tokens before the first."""
-        return Line(count, self.first + self.step * ((kernel - 1) / 2 - padding), self.step * stride,
-                    self.field + self.step * (kernel - 1))
-
-    def centre(self, k: float) -> float:
-        return self.first + self.step * k
-
-    def nearest(self, pixel: float) -> int:
-        """Return the number of the token whose centre is nearest to a pixel."""
-        return min(max(math.floor((pixel - self.first) / self.step + 0.5), 0), self.count - 1)
 
 
 class Places(NamedTuple):
@@ -85,11 +64,7 @@ class Places(NamedTuple):
 
 def split_places(size: Grid) -> list[Places]:
     """Return where the tokens lie after each of the three soft splits of an image of size (height, width)."""
-    places = [Places(Line(size[0]), Line(size[1]))]
-    for split in SOFT_SPLITS:
-        grid = SoftSplit(*split).grid_size(*places[-1].grid)
-        places.append(Places(*(line.windows(*split, count) for line, count in zip(places[-1], grid, strict=True))))
-    return places[1:]
+    return [Places(*lines) for lines in token_lines(*size)]
 
 
 def has_soft_splits(model: nn.Module) -> bool:

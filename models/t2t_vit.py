@@ -179,19 +179,24 @@ class T2TViT(nn.Module):
         self.grid_size = grid
         update_model_input_size(self, img_size)  # timm saves the size with the weights
 
-    def _embed(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images [B, in_chans, height, width] to tokens with positions [B, 1 + N, C]."""
+    def _embed(self, x: torch.Tensor, exchanged: torch.Tensor | None = None) -> torch.Tensor:
+        """Map images [B, in_chans, height, width] to tokens with positions [B, 1 + N, C]; `exchanged` as below."""
         B, _, height, width = x.shape
         H, W = token_grid(height, width)  # first, since its error for a small image is clear
         x = self.tokens_to_token(x)  # [B, N, C]
+        if exchanged is not None:
+            x = exchange_tokens(x, exchanged)
         x = torch.cat((self.cls_token.expand(B, -1, -1), x), dim=1)  # [B, 1 + N, C]
         pos_embed = resample_abs_pos_embed(
             self.pos_embed, [H, W], self.grid_size, num_prefix_tokens=self.num_prefix_tokens)
         return self.pos_drop(x + pos_embed)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images [B, in_chans, height, width] to normalised tokens [B, 1 + N, C], class token first."""
-        x = self._embed(x)
+    def forward_features(self, x: torch.Tensor, exchanged: torch.Tensor | None = None) -> torch.Tensor:
+        """Map images [B, in_chans, height, width] to normalised tokens [B, 1 + N, C], class token first.
+
+        exchanged: which tokens take the place of their partner's, bool [N] (see `exchange_tokens`); None for none.
+        """
+        x = self._embed(x, exchanged)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x)
@@ -218,6 +223,19 @@ class T2TViT(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images [B, in_chans, height, width] to logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
+
+    def forward_dense(self, x: torch.Tensor, exchanged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map images to the logits of their pooled tokens, [B, num_classes], and of each token, [B, N, num_classes].
+
+        This is what token labels train, with both classifiers apart. It needs `aux_head`.
+
+        exchanged: which tokens the images exchange before the blocks, bool [N] (MixToken). The logits of these tokens
+            are exchanged back, so that each is that of its own image.
+        """
+        assert self.aux_head is not None
+        x = self.forward_features(x, exchanged)
+        token_logits = self.aux_head(x[:, self.num_prefix_tokens:])
+        return self.head(self.forward_head(x, pre_logits=True)), exchange_tokens(token_logits, exchanged)
 
     def forward_intermediates(self, x: torch.Tensor, indices: int | list[int] | None = None,
                               return_prefix_tokens: bool = False, norm: bool = False, stop_early: bool = False,
@@ -281,6 +299,14 @@ class T2TViT(nn.Module):
         if prune_head or not still_fit:
             self.reset_classifier(0, '')
         return chosen
+
+
+def exchange_tokens(x: torch.Tensor, exchanged: torch.Tensor) -> torch.Tensor:
+    """Exchange the tokens `exchanged`, bool [N], of [B, N, C] between the first and the last image, and so on.
+
+    MixToken (Jiang et al. 2021), which is its own inverse.
+    """
+    return torch.where(exchanged.unsqueeze(1), x.flip(0), x)
 
 
 def _checked_pooling(global_pool: str) -> str:

@@ -7,6 +7,7 @@ splits and two token layers.
 Dimensions: B images, C channels, H × W pixels or grid, N tokens, D token dimension, m random features.
 """
 import contextlib
+import dataclasses
 import math
 from typing import Any
 
@@ -33,6 +34,38 @@ def token_grid(height: int, width: int) -> tuple[int, int]:
         height = (height + 2 * padding - kernel) // stride + 1
         width = (width + 2 * padding - kernel) // stride + 1
     return height, width
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Tokens along one side of an image: token k sees `field` pixels around pixel first + step · k."""
+    count: int
+    first: float = 0.
+    step: float = 1.
+    field: float = 1.
+
+    def windows(self, kernel: int, stride: int, padding: int, count: int) -> 'Line':
+        """Return the line of the `count` windows over these tokens, with `padding` tokens before the first."""
+        return Line(count, self.first + self.step * ((kernel - 1) / 2 - padding), self.step * stride,
+                    self.field + self.step * (kernel - 1))
+
+    def centre(self, k: float) -> float:
+        return self.first + self.step * k
+
+    def nearest(self, pixel: float) -> int:
+        """Return the number of the token whose centre is nearest to a pixel."""
+        return min(max(math.floor((pixel - self.first) / self.step + 0.5), 0), self.count - 1)
+
+
+def token_lines(height: int, width: int) -> list[tuple[Line, Line]]:
+    """Return where the rows and the columns of tokens lie after each soft split of an image of height × width."""
+    lines = [(Line(height), Line(width))]
+    for kernel, stride, padding in SOFT_SPLITS:
+        grid = SoftSplit(kernel, stride, padding).grid_size(*(line.count for line in lines[-1]))
+        rows, columns = (line.windows(kernel, stride, padding, count)
+                         for line, count in zip(lines[-1], grid, strict=True))
+        lines.append((rows, columns))
+    return lines[1:]
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
