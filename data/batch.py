@@ -10,6 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
 
+from data.token_targets import WHOLE, TokenTargets, add_truth, crop_targets, draw_box, exchange
 from data.transforms import per_channel
 from utils.errors import UserError
 
@@ -138,6 +139,35 @@ class TrainBatchPreparer(BatchPreparer):
         if self._erase:
             images = self._erase(images)
         return images, targets
+
+
+class TokenLabelPreparer(TrainBatchPreparer):
+    """Adds random erasing, and makes targets of token labels for images that exchange tokens (MixToken).
+
+    grid: rows and columns of the model's tokens. window: what they cover of an image (see `crop_targets`).
+    transposed: crop label maps at transposed coordinates, as the published code does.
+    ground_truth: add a share of the true class to the target of an image.
+    options: of TrainBatchPreparer, without Mixup and CutMix.
+    """
+
+    def __init__(self, device: torch.device | str, *, grid: tuple[int, int], window: Sequence[float] = WHOLE,
+                 transposed: bool = False, ground_truth: bool = False, num_classes: int, smoothing: float = 0.1,
+                 **options):
+        super().__init__(device, num_classes=num_classes, smoothing=smoothing, **options)
+        self._grid, self._window, self._transposed = grid, window, transposed
+        self._num_classes, self._smoothing, self._ground_truth = num_classes, smoothing, ground_truth
+
+    def __call__(  # type: ignore[override]  # the loader of token labels gives more
+            self, images: torch.Tensor, targets: torch.Tensor, maps: torch.Tensor,
+            boxes: torch.Tensor) -> tuple[torch.Tensor, TokenTargets]:
+        """Return images as TrainBatchPreparer, and their targets; `maps` and `boxes` as `crop_targets` takes them."""
+        images, truth = super().__call__(images, targets)
+        image, tokens = crop_targets(
+            self._move(maps), self._move(boxes), num_classes=self._num_classes, grid=self._grid,
+            smoothing=self._smoothing, window=self._window, transposed=self._transposed)
+        if self._ground_truth:
+            image = add_truth(image, truth, smoothing=self._smoothing)
+        return images, exchange(image, tokens, draw_box(self._grid), self._grid)
 
 
 class PairwiseMixup(Mixup):

@@ -5,9 +5,12 @@
         loader.set_position(epoch)
         for images, targets in loader:      # uint8 [B, C, H, W] or [B, S, C, H, W], int64 [B]
 
+With `token_labels` a batch is (images, targets, maps, boxes), where `token_targets.crop_targets` tells what these are.
+
 An image that cannot be decoded raises an error, unless `max_bad_images` allows for some. Then it is logged and counted.
-Training replaces it by the next image of the data set (after the last, the first), augmented as the bad one would have
-been. Evaluation leaves it out. So the replacement depends on the data set alone, not on where a run was interrupted.
+Training replaces it by the next image of the data set (after the last, the first) with its targets, augmented as the
+bad one would have been. Evaluation leaves it out. So the replacement depends on the data set alone, not on where a run
+was interrupted.
 """
 import gc
 import logging
@@ -22,7 +25,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -34,6 +37,8 @@ from data.forking import RetryingForkContext
 from data.memory import SHARED_MEMORY, BatchMemory, share, tell_where
 from data.samplers import EvalSampler, TrainSampler
 from data.seeding import preserved_generators, seed_generators
+from data.token_labels import TokenLabels
+from data.token_targets import certain_map
 from data.transforms import Transform
 from utils.errors import UserError, WorkerKilledError
 from utils.exits import temporary_folder
@@ -50,7 +55,8 @@ PARENT_SECONDS = 5.0
 
 
 def create_loader(dataset: ImageDataset, transform: Transform, sampler: TrainSampler | EvalSampler, *, seed: int = 42,
-                  workers: int = 4, pin_memory: bool = False, max_bad_images: int = 0, held: int = 1) -> 'Loader':
+                  workers: int = 4, pin_memory: bool = False, max_bad_images: int = 0, held: int = 1,
+                  token_labels: TokenLabels | None = None) -> 'Loader':
     """Return a Loader of the batches that `sampler` names, decoded and transformed in `workers` processes.
 
     transform: image → uint8 tensor of one fixed shape. The image is `dataset.encoded(index)` if the transform has
@@ -61,13 +67,14 @@ def create_loader(dataset: ImageDataset, transform: Transform, sampler: TrainSam
     pin_memory: page-locked batches, which are copied to a GPU in the background.
     max_bad_images: how many different images may fail to decode, per rank and process.
     held: how many batches the reader has in hand at a time.
+    token_labels: those of `dataset`, for a transform that has `located`, as FastTrainTransform has.
     """
     if workers < 0 or max_bad_images < 0:
         raise UserError(f'workers {workers}, max_bad_images {max_bad_images}; neither can be below 0')
     in_hand = 1 if pin_memory else math.ceil(held / max(workers, 1))  # of each worker; pinned batches are copies
     memory = BatchMemory(workers, PREFETCH + 1 + in_hand)  # one in transfer
     batches = BatchSource(dataset, transform, memory=memory, training=isinstance(sampler, TrainSampler), seed=seed,
-                          max_bad_images=max_bad_images)
+                          max_bad_images=max_bad_images, token_labels=token_labels)
     options: dict[str, Any] = dict(num_workers=workers, pin_memory=pin_memory)
     if workers:
         tell_where()
@@ -80,11 +87,11 @@ def create_loader(dataset: ImageDataset, transform: Transform, sampler: TrainSam
     # Its own generator, which has no effect, keeps the iterator from drawing from the global one.
     dataloader: DataLoader = DataLoader(batches, batch_sampler=sampler, collate_fn=_unchanged,
                                         generator=torch.Generator(), **options)
-    return Loader(dataloader, dataset, sampler, memory, max_bad_images)
+    return Loader(dataloader, dataset, sampler, memory, max_bad_images, token_labels)
 
 
 class Loader:
-    """Iterates over (images, targets). Made by `create_loader`.
+    """Iterates over (images, targets), or with token labels (images, targets, maps, boxes). Made by `create_loader`.
 
     Iterating raises UserError for one bad image too many, and if a worker process died.
 
@@ -93,11 +100,12 @@ class Loader:
     """
 
     def __init__(self, dataloader: DataLoader, dataset: ImageDataset, sampler: TrainSampler | EvalSampler,
-                 memory: BatchMemory, max_bad_images: int):
+                 memory: BatchMemory, max_bad_images: int, token_labels: TokenLabels | None = None):
         self._dataloader: DataLoader | None = dataloader
         self._memory = memory
         self.blocks = len(memory)
         self._dataset = dataset
+        self._token_labels = token_labels
         self.sampler = sampler
         self.max_bad_images = max_bad_images
         self.bad_images: dict[str, str] = {}
@@ -111,24 +119,28 @@ class Loader:
         """Return that of the data set."""
         return self._dataset.fingerprint()
 
+    def label_fingerprint(self) -> str:
+        """Return that of the token labels, '' without."""
+        return self._token_labels.fingerprint() if self._token_labels is not None else ''
+
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
         """Let the next iteration start at batch `start_batch` of `epoch`; required before each epoch of training."""
         assert isinstance(self.sampler, TrainSampler), 'evaluation always starts at the beginning'
         self.sampler.set_position(epoch, start_batch)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         try:
             batches = self._batches()  # first: no process may be forked once the threads of `ahead` run
             with self._dataset.ahead(self.sampler.remaining()) as used:
-                for images, block, targets, bad, bad_count, problem in batches:
+                for images, block, others, bad, bad_count, problem in batches:
                     self._note_bad_images(bad)
                     self._bad_count += bad_count
                     if problem is not None:
                         raise UserError(problem)
-                    if len(targets):
+                    if images is not None:
                         self._memory.give_back(images, block)
-                        yield images, targets
-                    del images
+                        yield images, *others
+                    del images, others
                     self._memory.reclaim()
                     used(self.sampler.batch_size)
         except StalledError:
@@ -254,14 +266,16 @@ def _is_in(frame: FrameType | None, function: str) -> bool:
 class BatchSource(Dataset):
     """Turns the keys of a batch, a list of (epoch, index), into the batch, in a worker process.
 
-    `__getitems__` returns (images, block, targets, bad, bad_count, problem). block: number of the images' block in
-    `memory`. bad: {path: message} of the images that cannot be decoded. bad_count: samples replaced or left out.
-    problem: message of a UserError that prevents the batch, or None. PyTorch would add a traceback to a raised error.
+    `__getitems__` returns (images, block, others, bad, bad_count, problem). images: None if no sample is left. block:
+    number of their block in `memory`. others: (targets,), or with token labels (targets, maps, boxes). bad: {path:
+    message} of the images that cannot be decoded. bad_count: samples replaced or left out. problem: message of a
+    UserError that prevents the batch, or None. PyTorch would add a traceback to a raised error.
     """
 
     def __init__(self, dataset: ImageDataset, transform: Transform, *, training: bool, seed: int, max_bad_images: int,
-                 memory: BatchMemory):
+                 memory: BatchMemory, token_labels: TokenLabels | None = None):
         self._dataset = dataset
+        self._token_labels = token_labels
         self._transform = transform
         self._memory = memory
         self._load = dataset.encoded if getattr(transform, 'takes_encoded', False) else dataset.image
@@ -287,25 +301,28 @@ class BatchSource(Dataset):
         bad_count = sum(self._dataset.path(index) in bad for _, index in keys) if bad else 0
         return *batch, bad, bad_count, None
 
-    def _gather(self, count: int, samples: Iterable[tuple[torch.Tensor, int] | None]
-                ) -> tuple[torch.Tensor | None, int | None, torch.Tensor]:
-        """Return the images of up to `count` samples as one tensor, its block, and the targets; None is left out.
+    def _gather(self, count: int, samples: Iterable['Sample | None']
+                ) -> tuple[torch.Tensor | None, int | None, tuple[torch.Tensor, ...]]:
+        """Return the images of up to `count` samples as one tensor, its block, and the others; None is left out.
 
         Each image is written directly into the shared memory of the batch.
         """
         images, block = None, None
-        targets: list[int] = []
-        for image, target in filter(None, samples):
+        found: list[Sample] = []
+        for sample in filter(None, samples):
             if images is None:
-                images, block = self._memory.take((count, *image.shape), image.dtype)
-            images[len(targets)] = image
-            targets.append(target)
-        labels = torch.tensor(targets)
-        if get_worker_info() is not None:  # the queue would put it into /dev/shm
-            labels = share(labels.shape, labels.dtype).copy_(labels)
-        return images if images is None else images[:len(targets)], block, labels
+                images, block = self._memory.take((count, *sample.image.shape), sample.image.dtype)
+            images[len(found)] = sample.image
+            found.append(sample._replace(image=None))
+        others = [torch.tensor([sample.target for sample in found])]
+        if self._token_labels is not None:
+            others += [torch.stack([sample.label_map for sample in found if sample.label_map is not None]),
+                       torch.tensor([sample.box for sample in found])]
+        if get_worker_info() is not None:  # the queue would put them into /dev/shm
+            others = [share(part.shape, part.dtype).copy_(part) for part in others]
+        return images if images is None else images[:len(found)], block, tuple(others)
 
-    def _training_sample(self, epoch: int, index: int, bad: dict[str, str]) -> tuple[torch.Tensor, int]:
+    def _training_sample(self, epoch: int, index: int, bad: dict[str, str]) -> 'Sample':
         """Return the transformed image and the target of (epoch, index), or of the first good image after it."""
         for step in range(len(self)):
             seed_generators(self._seed, epoch, index)
@@ -313,19 +330,37 @@ class BatchSource(Dataset):
                 return sample
         raise UserError(f'none of {len(self)} images can be decoded; check the dataset')
 
-    def _sample(self, index: int, bad: dict[str, str]) -> tuple[torch.Tensor, int] | None:
-        """Return the transformed image and the target of `index`; None for a bad image, which is added to `bad`.
+    def _sample(self, index: int, bad: dict[str, str]) -> 'Sample | None':
+        """Return the transformed image and the targets of `index`; None for a bad image, which is added to `bad`.
 
         Raises ImageError if the bad images of this batch alone are too many.
         """
+        placement = None
         try:
-            image = self._transform(self._load(index))
+            if self._token_labels is None:
+                image = self._transform(self._load(index))
+            else:
+                image, placement = self._transform.located(self._load(index))  # type: ignore[attr-defined]
         except ImageError as error:
             bad[self._dataset.path(index)] = str(error)
             if len(bad) > self._max_bad_images:
                 raise
             return None
-        return image, int(self._dataset.targets[index])
+        sample = Sample(image, int(self._dataset.targets[index]))
+        if self._token_labels is None or placement is None:
+            return sample
+        label_map = self._token_labels.read(index)
+        if label_map is None:
+            label_map = certain_map(sample.target, self._token_labels.shape)
+        return sample._replace(label_map=label_map.flip(placement.flips), box=placement.box)
+
+
+class Sample(NamedTuple):
+    """A transformed image with its class, and with token labels their map, flipped alike, and its crop's box."""
+    image: torch.Tensor | None
+    target: int
+    label_map: torch.Tensor | None = None  # float16 [2, K, H, W]
+    box: tuple[float, float, float, float] | None = None
 
 
 def _unchanged(batch):

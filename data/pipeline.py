@@ -2,12 +2,12 @@
 import logging
 import os
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from timm.data import ImageNetInfo, resolve_data_config
 
 from data.base import ImageDataset, evenly_spaced
-from data.batch import BatchPreparer, TrainBatchPreparer
+from data.batch import BatchPreparer, TokenLabelPreparer, TrainBatchPreparer
 from data.classes import are_positions, read_class_map
 from data.datasets import has_eval_split, open_eval, open_train_val
 from data.folders import ImageFiles
@@ -17,6 +17,8 @@ from data.samplers import EvalSampler, TrainSampler
 from data.shards.cache import Cache
 from data.shards.dataset import open_without_classes
 from data.shards.foreign import NoClassError
+from data.token_labels import open_token_labels
+from data.token_targets import WHOLE
 from data.transforms import create_eval_transform, create_train_transform
 from options.checks import check_images
 from options.datasets import DATASETS
@@ -217,11 +219,19 @@ class TrainingInput(NamedTuple):
     class_names: list[str]
 
 
-def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_classes: int,
-                          world: World) -> TrainingInput:
-    """Return loaders and preparers for the options; input settings left out are the model's (`pretrained_cfg`)."""
+# The grid (rows, columns) of a model's tokens, and what of an image it covers (see token_targets.crop_targets).
+TokenLayout = tuple[tuple[int, int], tuple[float, ...]]
+
+
+def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_classes: int, world: World, *,
+                          layout: TokenLayout | None = None) -> TrainingInput:
+    """Return loaders and preparers for the options; input settings left out are the model's (`pretrained_cfg`).
+
+    layout: that of the model, required for --token-labels.
+    Raises UserError as `open_token_labels`.
+    """
     config = resolve_input(args, pretrained_cfg)
-    return TrainingInput(*_create_train_loader(args, train_set, config, num_classes, world),
+    return TrainingInput(*_create_train_loader(args, train_set, config, num_classes, world, layout),
                          *create_eval_loader(args, val_set, config, world), config.img_size,
                          _name_in_words(train_set.classes, num_classes))
 
@@ -229,23 +239,41 @@ def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_cl
 def check_training_input(args) -> None:
     """Raise the UserError that `create_training_input` would raise for these options, before data is read."""
     config = resolve_input(args, {})
+    if args.token_labels:
+        _check_token_labels(args)
     args = args.replacing(fast_transform=False, fast_eval=False)  # the same mistakes
     _create_train_transform(args, config)
-    _create_train_preparer(args, config, num_classes=2, device='cpu')
+    _create_train_preparer(args, config, 2, 'cpu', ((1, 1), WHOLE))
     _create_eval_transform(args, config)
 
 
-def _create_train_loader(args, dataset, config: InputConfig, num_classes: int,
-                         world: World) -> tuple[Loader, TrainBatchPreparer]:
+def _check_token_labels(args) -> None:
+    """Raise UserError for options with which token labels cannot be used."""
+    if args.mixup or args.cutmix or args.cutmix_minmax:
+        raise UserError('--token-labels beside Mixup or CutMix: images exchange tokens instead; leave --mixup, '
+                        '--cutmix and --cutmix-minmax out')
+    unknown_crop = {'--no-aug': not args.aug, '--aug-splits': args.aug_splits, '--no-fast-transform': not
+                    args.fast_transform, f'--train-crop-mode {args.train_crop_mode}': args.train_crop_mode != 'rrc'}
+    for option in (option for option, is_given in unknown_crop.items() if is_given):
+        raise UserError(f'--token-labels with {option}: labels follow random resized crops of the fast transform only; '
+                        + ('say --train-crop-mode rrc' if 'mode' in option else 'leave it out'))
+
+
+def _create_train_loader(args, dataset, config: InputConfig, num_classes: int, world: World,
+                         layout: TokenLayout | None) -> tuple[Loader, TrainBatchPreparer]:
     """Return this rank's training loader, and the preparer of its batches."""
+    labels = open_token_labels(args.token_labels, dataset, num_classes=num_classes,
+                               max_missing=args.max_missing_labels) if args.token_labels else None
+    if labels and world.is_main:
+        _logger.info('token labels: images exchange tokens with one another (MixToken), in place of Mixup and CutMix')
     sampler = TrainSampler(len(dataset), args.batch_size, rank=world.rank, world_size=world.size, seed=args.seed,
                            accum_steps=args.accum_steps, shard_offsets=dataset.shard_offsets())
     # Those of the next step, or of the next two (see engine/ahead.py).
     held = args.accum_steps * (2 if world.size > 1 else 1)
     loader = create_loader(dataset, _create_train_transform(args, config), sampler, seed=args.seed,
                            workers=args.workers, pin_memory=args.pin_mem and world.device.type == 'cuda',
-                           max_bad_images=args.max_bad_images, held=held)
-    return loader, _create_train_preparer(args, config, num_classes, world.device)
+                           max_bad_images=args.max_bad_images, held=held, token_labels=labels)
+    return loader, _create_train_preparer(args, config, num_classes, world.device, layout)
 
 
 def _create_train_transform(args, config: InputConfig):
@@ -255,13 +283,19 @@ def _create_train_transform(args, config: InputConfig):
         mean=config.mean, no_aug=not args.aug, aug_splits=args.aug_splits, fast=args.fast_transform)
 
 
-def _create_train_preparer(args, config: InputConfig, num_classes: int, device) -> TrainBatchPreparer:
-    return TrainBatchPreparer(
-        device, batch_size=args.batch_size, num_classes=num_classes, mean=config.mean, std=config.std,
+def _create_train_preparer(args, config: InputConfig, num_classes: int, device,
+                           layout: TokenLayout | None) -> TrainBatchPreparer:
+    options: dict[str, Any] = dict(
+        batch_size=args.batch_size, num_classes=num_classes, mean=config.mean, std=config.std,
         channels_last=args.channels_last, aug_splits=args.aug_splits, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix,
         cutmix_minmax=args.cutmix_minmax, mixup_prob=args.mixup_prob, mixup_switch_prob=args.mixup_switch_prob,
         mixup_mode=args.mixup_mode, smoothing=args.smoothing, erase_prob=args.reprob if args.aug else 0.0,
         erase_mode=args.remode, erase_count=args.recount, erase_splits=args.resplit)
+    if not args.token_labels:
+        return TrainBatchPreparer(device, **options)
+    assert layout is not None, 'token labels need the layout of the tokens'
+    return TokenLabelPreparer(device, grid=layout[0], window=layout[1], ground_truth=args.ground_truth,
+                              transposed=args.token_label_crop == 'published', **options)
 
 
 def create_eval_loader(args, dataset, config: InputConfig, world: World) -> tuple[Loader, BatchPreparer]:

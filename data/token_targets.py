@@ -1,7 +1,6 @@
 """Targets of a training crop from token labels: a teacher's highest classes at every position of the whole image.
 
-    labels = LabelMaps(truth, maps, boxes)         # from the loader, cropped and flipped as the images were
-    image, tokens = crop_targets(maps, boxes, num_classes=1000, grid=(14, 14))
+    image, tokens = crop_targets(maps, boxes, num_classes=1000, grid=(14, 14))      # maps and boxes from the loader
 
 Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers", NeurIPS 2021.
 
@@ -19,21 +18,6 @@ from torchvision.ops import roi_align
 WHOLE = (0., 0., 1., 1.)
 # A score so far above the others' zeros that its class gets all probability.
 CERTAIN = 100.
-
-
-class LabelMaps(NamedTuple):
-    """What the loader gives in place of class numbers.
-
-    truth: class numbers, int64 [B].
-    maps: scores and their classes, float16 [B, 2, K, H, W], flipped as the images were.
-    boxes: top, left, height and width of the crops, as shares of the flipped images, float32 [B, 4].
-    """
-    truth: torch.Tensor
-    maps: torch.Tensor
-    boxes: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.truth)
 
 
 class TokenTargets(NamedTuple):
@@ -63,7 +47,8 @@ def crop_targets(maps: torch.Tensor, boxes: torch.Tensor, *, num_classes: int, g
     softmax makes them probabilities, which `smoothing` scales and raises.
 
     Args:
-        maps, boxes: as in LabelMaps.
+        maps: scores and their classes, float16 [B, 2, K, H, W], flipped as the images were.
+        boxes: top, left, height and width of the crops, as shares of the flipped images, float32 [B, 4].
         grid: rows and columns of tokens.
         window: top, left, bottom and right of what the tokens cover, as shares of the crop; may reach beyond it.
         transposed: exchange rows and columns of the boxes and ignore the window, as the published code does.

@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL
 import torch
@@ -128,6 +128,16 @@ def _has_fast_form(task: str, **conditions: tuple[object, Sequence]) -> bool:
     return True
 
 
+class Placement(NamedTuple):
+    """Where in an image a transform found what it returned.
+
+    box: top, left, height and width of the crop, as shares of the flipped image.
+    flips: the axes along which it flipped, among −1 and −2.
+    """
+    box: tuple[float, float, float, float]
+    flips: tuple[int, ...]
+
+
 class FastTrainTransform:
     """Crop, resize, flip and augmentation: an EncodedImage → uint8 [3, h, w].
 
@@ -142,16 +152,31 @@ class FastTrainTransform:
         self.augment = augment
 
     def __call__(self, image: EncodedImage) -> torch.Tensor:
+        return self.located(image)[0]
+
+    def located(self, image: EncodedImage) -> tuple[torch.Tensor, Placement]:
+        """Return the result, and where it lies in the image.
+
+        Rotations, shears and translations of the augmentation, which come last, do not count.
+        """
         crop = self.crop
         top, left, height, width = draw_crop(image.height, image.width, crop.scale, crop.ratio)
         mode = crop.interpolation
         mode = random.choice(mode) if isinstance(mode, (tuple, list)) else mode
         pixels = image.pixels(top + height)[:, top:top + height, left:left + width]
         pixels = _resize(pixels, crop.size, mode)
-        for probability, axis in self.flips:
-            if torch.rand(1).item() < probability:
-                pixels = pixels.flip(axis)
-        return self.augment(pixels)
+        flips = tuple(axis for probability, axis in self.flips if torch.rand(1).item() < probability)
+        for axis in flips:
+            pixels = pixels.flip(axis)
+        return self.augment(pixels), _place((top, left, height, width), (image.height, image.width), flips)
+
+
+def _place(crop: tuple[int, int, int, int], size: tuple[int, int], flips: tuple[int, ...]) -> Placement:
+    """Return the placement of a crop, in pixels, that was made before the flips."""
+    top, left, height, width = crop
+    top = size[0] - top - height if -2 in flips else top
+    left = size[1] - left - width if -1 in flips else left
+    return Placement((top / size[0], left / size[1], height / size[0], width / size[1]), flips)
 
 
 def draw_crop(height: int, width: int, scale: Sequence[float], ratio: Sequence[float]) -> tuple[int, int, int, int]:

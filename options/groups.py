@@ -167,8 +167,8 @@ def augmentation_options(parser):
     add('--reprob', type=probability, default=0.25, metavar='P', help='probability of random erasing')
     add('--remode', default='pixel', choices=['pixel', 'rand', 'const'], help='content of an erased region')
     add('--recount', type=positive_int, default=1, metavar='N', help='erased regions per image')
-    add('--mixup', type=rate, default=0.8, metavar='ALPHA', help='Mixup alpha; 0 for none')
-    add('--cutmix', type=rate, default=1.0, metavar='ALPHA', help='CutMix alpha; 0 for none')
+    add('--mixup', type=rate, metavar='ALPHA', help='Mixup alpha; 0 for none (default: 0.8, with token labels 0)')
+    add('--cutmix', type=rate, metavar='ALPHA', help='CutMix alpha; 0 for none (default: 1.0, with token labels 0)')
     add('--cutmix-minmax', type=probability, nargs=2, metavar=('MIN', 'MAX'), help='range of CutMix region sizes')
     add('--mixup-prob', type=probability, default=1.0, metavar='P', help='probability of mixing a batch')
     add('--mixup-switch-prob', type=probability, default=0.5, metavar='P', help='share of these that use CutMix')
@@ -182,6 +182,20 @@ def augmentation_options(parser):
     add('--drop', type=fraction, default=0.0, metavar='P', help='dropout')
     add('--drop-path', type=fraction, default=0.1, metavar='P', help='stochastic depth rate of the last block')
     add('--drop-block', type=fraction, metavar='P', help='DropBlock rate, for models that have it')
+
+
+def token_label_options(parser):
+    add = parser.add_argument_group('Token labels').add_argument
+    add('--token-labels', metavar='DIR',
+        help="train each token on a teacher's classes at its place: the folder of these, published or packed")
+    add('--token-label-crop', default='straight', choices=['straight', 'published'],
+        help='straight: the labels of what a token sees; published: cropped with rows and columns exchanged, as the '
+             'released model was trained')
+    add('--dense-weight', type=rate, default=1.0, metavar='W', help='weight of the loss of the tokens')
+    add('--cls-weight', type=rate, default=1.0, metavar='W', help='weight of the loss of the image')
+    add('--ground-truth', action=FLAG, default=False, help="add a share of the true class to an image's target")
+    add('--max-missing-labels', type=count, default=0, metavar='N',
+        help='tolerate N training images without labels; their true class is the label of each token')
 
 
 def batch_norm_options(parser):

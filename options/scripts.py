@@ -11,8 +11,8 @@ from options.types import boolean, count, positive, positive_int, rate
 
 TRAINING = (groups.data_options, groups.training_data_options, groups.model_options, groups.input_options,
             groups.optimizer_options, groups.schedule_options, groups.augmentation_options,
-            groups.batch_norm_options, groups.ema_options, groups.device_options, groups.compile_options,
-            groups.run_options)
+            groups.token_label_options, groups.batch_norm_options, groups.ema_options, groups.device_options,
+            groups.compile_options, groups.run_options)
 TRAINED_MODEL = (groups.model_options, groups.trained_model_options, groups.input_options)
 # Model and image size are read from the checkpoint unless they are given.
 FROM_CHECKPOINT = {'model': None, 'img_size': None}
@@ -23,15 +23,19 @@ FROM_CHECKPOINT = {'model': None, 'img_size': None}
 def train_parser() -> Parser:
     parser = create_parser('Train a T2T-ViT or any model of timm.', TRAINING, gone={
         '--eval-checkpoint': 'evaluation is: python validate.py DIR --model MODEL --eval-checkpoint PATH'})
-    parser.complete = _fit_lengths
+    parser.complete = _fit_training
     return parser
 
 
-def _fit_lengths(values: dict) -> None:
-    """Set the lengths that were not given: those of the published 300 epochs, less in runs of fewer than 100."""
+def _fit_training(values: dict) -> None:
+    """Set what was not given: lengths of the published 300 epochs, less in runs of fewer than 100; mixing of images."""
     for name in ('warmup_epochs', 'cooldown_epochs'):
         if values[name] is None:
             values[name] = min(10, values['epochs'] // 10)
+    # Token labels come with a mixing of their own.
+    for name, usual in (('mixup', 0.8), ('cutmix', 1.0)):
+        if values[name] is None:
+            values[name] = 0.0 if values['token_labels'] else usual
 
 
 # --- transfer.py ------------------------------------------------------------------------------------------------------
@@ -168,7 +172,7 @@ SAMPLES, QUICK_SAMPLES = 1000, 200
 
 def doctor_parser() -> Parser:
     parser = create_parser('Check a long run before it starts.', (*TRAINING, _doctor_options))
-    parser.complete = _fit_lengths
+    parser.complete = _fit_training
     return parser
 
 
