@@ -13,6 +13,7 @@ import torch
 from timm.models import split_model_name_tag
 from torch import nn
 
+from models.token_labels import check_dense_model
 from models.weights.formats import (
     recorded_arch,
     recorded_classes,
@@ -226,6 +227,7 @@ def resolve_model(args: Options) -> tuple[Options, str | None]:
     address = args.model
     if not kind_of_address(address):
         resolve_name(address)
+        check_dense_model(args)
         return args, None
     config = read_model_config(address)
     if args.pretrained:
@@ -236,6 +238,7 @@ def resolve_model(args: Options) -> tuple[Options, str | None]:
         recorded['model_kwargs'] = [*recorded.get('model_kwargs', ()), *args.model_kwargs]
     args = args.replacing(**recorded, model=resolve_name(recorded_arch(config) or ''))
     _check_channels_of_options(args)
+    check_dense_model(args)
     return args.replacing(pretrained=False), address if args.pretrained else None
 
 
