@@ -22,7 +22,7 @@ def main():
     from engine.checks import check_run_options
     from engine.optimizer import create_optimizer, param_groups
     from engine.run import create_state, run_training
-    from models import create_model_from_options, resolve_model
+    from models import create_model_from_options, resolve_model, token_layout
     from utils.distributed import destroy_process_group
     from utils.runtime import start
 
@@ -42,7 +42,9 @@ def main():
     model = create_model_from_options(args, num_classes=num_classes, transfer_from=weights)
 
     # --- Loaders for the model's input size and statistics ------------------------------------------------------------
-    loaders = create_training_input(args, train_set, val_set, model.pretrained_cfg, model.num_classes, world)
+    layout = token_layout(model, args.img_size) if args.token_labels else None
+    loaders = create_training_input(args, train_set, val_set, model.pretrained_cfg, model.num_classes, world,
+                                    layout=layout)
 
     # --- Optimizer and state ------------------------------------------------------------------------------------------
     optimizer = create_optimizer(param_groups(model, args.weight_decay), args)

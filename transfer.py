@@ -29,7 +29,7 @@ def main():
     from engine.checks import check_run_options
     from engine.optimizer import create_optimizer, param_groups
     from engine.run import create_state, run_training
-    from models import create_model_from_options, resolve_model
+    from models import create_model_from_options, resolve_model, token_layout
     from utils.distributed import destroy_process_group
     from utils.runtime import start
 
@@ -48,7 +48,8 @@ def main():
     # --- Model: weights of the source, a new classifier for the target ------------------------------------------------
     num_classes = resolve_num_classes(args, train_set.classes)
     model = create_model_from_options(args, num_classes=num_classes, transfer_from=args.transfer_model or weights)
-    loaders = create_training_input(args, train_set, val_set, model.pretrained_cfg, num_classes, world)
+    layout = token_layout(model, args.img_size) if args.token_labels else None
+    loaders = create_training_input(args, train_set, val_set, model.pretrained_cfg, num_classes, world, layout=layout)
 
     # --- Optimizer: two learning rates, one schedule ------------------------------------------------------------------
     body_lr_scale = args.transfer_ratio if args.transfer_learning else 1.0

@@ -9,7 +9,7 @@ REPEATED = ('blocks', 'stages', 'layers')
 MODES = {'model': None, 'graphs': 'reduce-overhead', 'autotune': 'max-autotune-no-cudagraphs'}
 
 
-def compile_model(model: nn.Module, how: str) -> None:
+def compile_model(model: nn.Module, how: str, called: str = 'forward') -> None:
     """Compile `model` in place. Under DDP, communication still overlaps with the backward pass.
 
     DDP sums a bucket as soon as its gradients are ready: between blocks, or between the graphs into which
@@ -19,6 +19,7 @@ def compile_model(model: nn.Module, how: str) -> None:
         how: '' does nothing; 'blocks' compiles one block at a time, in a minute; 'model' compiles the whole model,
             which fuses more and takes minutes; 'graphs' also launches it as CUDA graphs; 'autotune' also tries kernels
             out first.
+        called: the method that is called, of those that 'model', 'graphs' and 'autotune' compile.
     Raises:
         UserError: there is no C++ compiler, or the model has no blocks.
     """
@@ -36,7 +37,10 @@ def compile_model(model: nn.Module, how: str) -> None:
             block.compile()
     else:
         # One graph per image size: models of several sizes in one process each have their own.
-        model.compile(dynamic=False, mode=MODES[how])
+        if called == 'forward':
+            model.compile(dynamic=False, mode=MODES[how])
+        else:
+            setattr(model, called, torch.compile(getattr(model, called), dynamic=False, mode=MODES[how]))
 
 
 def check_compiler() -> None:

@@ -32,7 +32,7 @@ RESUME_SAFE_OPTIONS = {
     'data', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download', 'checkpoint_steps',
     'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier', 'max_bad_images',
     'max_bad_val_images', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'timeout', 'use_ema',
-    'weights_key'}
+    'weights_key', 'token_labels', 'max_missing_labels'}
 
 
 def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str],
@@ -66,6 +66,7 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
     world = state.world
     objective = create_objective(args, state.model, soft_targets=loaders.prepare_train.mixing)
     state.order = loaders.train_loader.sampler.order
+    state.labels = loaders.train_loader.label_fingerprint()
     state.images = {'training': loaders.train_loader.fingerprint(), 'evaluation': loaders.val_loader.fingerprint()}
     steps_per_epoch = len(loaders.train_loader) // args.accum_steps
     schedule, num_epochs = create_schedule(state.optimizer, args, steps_per_epoch)
@@ -87,7 +88,7 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
     if state.step > steps_per_epoch:
         raise UserError(f'the checkpoint is at step {state.step} of its epoch, but an epoch now has {steps_per_epoch}; '
                         'use the --batch-size, --accum-steps and number of processes of the checkpoint')
-    compile_model(state.model, args.compile)
+    compile_model(state.model, args.compile, objective.called)
     wrapped = wrap_model(objective, world)
     # From here on the folder is this run's, and a signal has the state saved first.
     with raise_on_all_ranks():
@@ -192,7 +193,8 @@ def _go_to_start(args, state: TrainState, checkpoint: Path | None, steps_per_epo
 
 def _report_differences(before: dict, now: dict) -> None:
     # Options that earlier versions lacked, with the values that describe what they did.
-    before = {'compile': '', 'global_batch_size': None, 'fast_transform': False, 'fast_eval': False} | before
+    before = {'compile': '', 'global_batch_size': None, 'fast_transform': False, 'fast_eval': False,
+              'token_label_crop': 'straight', 'dense_weight': 1.0, 'cls_weight': 1.0, 'ground_truth': False} | before
     # With --global-batch-size, the parts of a step follow from the number of processes.
     parts = {'batch_size', 'accum_steps'} if now['global_batch_size'] else set()
     changed = [f'{k} {before.get(k)!r} → {now.get(k)!r}' for k in sorted(before.keys() | now.keys())

@@ -40,6 +40,7 @@ class TrainState:
     classes: list[str]  # their names
     world: World
     order: str = ''  # what determines the order of images beside the options (see TrainSampler); '' if unknown
+    labels: str = ''  # of the token labels (TokenLabels.fingerprint), '' without
     images: dict[str, str] = field(default_factory=dict)  # of 'training' and 'evaluation' (ImageDataset.fingerprint)
     epoch: int = 0  # the current one
     step: int = 0  # optimizer steps taken in the epoch
@@ -116,6 +117,7 @@ class TrainState:
             'classes': self.classes,
             'order': self.order,
             'images': self.images,
+            'labels': self.labels,
         }
 
     def _statistics(self) -> list[torch.Tensor]:
@@ -152,6 +154,10 @@ class TrainState:
         for kind, saved in self._changed_images(state) if self.world.is_main else ():
             _logger.warning('the %s images are others than in the checkpoint, or in another order: %s, before %s', kind,
                             self.images[kind], saved)
+        labels = state.get('labels', '')  # earlier versions lack it
+        if self.world.is_main and labels != self.labels:
+            _logger.warning('the token labels are others than in the checkpoint: %s, before %s', self.labels or 'none',
+                            labels or 'none')
 
     def _load_optimizer(self, saved: dict, name: str | None, source) -> None:
         # Options take precedence over the checkpoint, so a changed decay or momentum applies to the rest of the run.
@@ -232,6 +238,10 @@ class TrainState:
                             f"{self.images['training']}: other names, or in another order; some images would be "
                             'repeated, others left out; resume with the same data, or from a checkpoint at the end of '
                             'an epoch')
+        if state['step'] and state.get('labels') and self.labels and state['labels'] != self.labels:
+            raise UserError(f"{source}: stands in the middle of an epoch of {state['labels']}, this run has "
+                            f'{self.labels}: token labels of another teacher, or of other images; resume with the same '
+                            '--token-labels, or from a checkpoint at the end of an epoch')
         for entry in ('state_dict', 'state_dict_ema') if self.ema and state['state_dict_ema'] else ('state_dict',):
             self._check_weights(state[entry], source)
 

@@ -32,10 +32,10 @@ def graphs(monkeypatch):
         compiled.append(graph)
         return aot_eager(graph, inputs)
 
-    in_place = nn.Module.compile
+    compile_now = torch.compile
     monkeypatch.setattr('engine.compile.check_compiler', lambda: None)
-    monkeypatch.setattr(nn.Module, 'compile', lambda module, **settings: in_place(
-        module, backend=backend, dynamic=settings.get('dynamic')))
+    monkeypatch.setattr(torch, 'compile', lambda called, **settings: compile_now(
+        called, backend=backend, dynamic=settings.get('dynamic')))
     yield compiled
     torch.compiler.reset()
 
@@ -59,6 +59,16 @@ def test_logits_gradients_and_keys_are_those_of_the_model(name, how, graphs):
     assert list(model.state_dict()) == list(eager.state_dict()) and type(model) is type(eager)
     assert len(graphs) == (2 if how == 'blocks' else 1), 'blocks share one graph; the tokens have their own'
     assert not torch._dynamo.utils.counters['graph_break']
+
+
+def test_dense_logits_are_compiled_once_for_all_tokens_that_are_exchanged(graphs):
+    model, images = make('t2t_vit_7', aux_head=True, depth=1).eval(), torch.randn(2, 3, 32, 32)
+    eager = copy.deepcopy(model)
+    compile_model(model, 'model', 'forward_dense')
+    for exchanged in ([False] * 4, [True, False, True, False], [True] * 4):
+        expected = eager.forward_dense(images, torch.tensor(exchanged))
+        torch.testing.assert_close(model.forward_dense(images, torch.tensor(exchanged)), expected)
+    assert len(graphs) == 1 and list(model.state_dict()) == list(eager.state_dict())
 
 
 def test_blocks_of_all_rates_share_their_graphs(graphs):

@@ -17,7 +17,7 @@ from engine.objective import create_objective
 from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.run import create_state
 from engine.step import TrainingStep
-from models import create_model_from_options
+from models import create_model_from_options, token_layout
 from options.checks import resolve_num_classes
 from tools.doctor.case import Case, Loading, Rates, Setup, Splits, Steps
 from tools.doctor.findings import LOOK, OK, Finding, duration
@@ -50,7 +50,8 @@ def prepare(case: Case, splits: Splits) -> Setup:
     # It refuses data that does not fill a step of the whole run; the loaders below are those of one process.
     TrainSampler(len(train), args.batch_size, world_size=case.processes, accum_steps=args.accum_steps)
     model = create_model_from_options(args, num_classes=resolve_num_classes(args, train.classes))
-    inputs = create_training_input(args, train, val, model.pretrained_cfg, model.num_classes, case.world)
+    layout = token_layout(model, args.img_size) if args.token_labels else None
+    inputs = create_training_input(args, train, val, model.pretrained_cfg, model.num_classes, case.world, layout=layout)
     if args.compile == 'blocks':
         list_blocks(model)  # raises if it has none
     optimizer = create_optimizer(param_groups(model, args.weight_decay), args)
@@ -226,7 +227,7 @@ def interpolate(size: int, known: Mapping[int, float]) -> float:
 @torch.no_grad()
 def _forward_rate(case: Case, setup: Setup, loading: Loading, size: int) -> float:
     """Return images per second of an evaluation."""
-    model, batch = setup.state.model.eval(), loading.batch
+    model, batch = setup.state.model.eval(), loading.batch[:2]  # without token labels, if it has some
     prepare = setup.input.prepare_val if batch[0].ndim == 4 else setup.input.prepare_train
     images, _ = prepare(*(part[:size] for part in batch))
     seconds = []
