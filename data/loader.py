@@ -25,7 +25,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -276,7 +276,7 @@ class BatchSource(Dataset):
                  memory: BatchMemory, token_labels: TokenLabels | None = None):
         self._dataset = dataset
         self._token_labels = token_labels
-        self._transform = transform
+        self._transform: Any = transform
         self._memory = memory
         self._load = dataset.encoded if getattr(transform, 'takes_encoded', False) else dataset.image
         self._training = training
@@ -301,66 +301,53 @@ class BatchSource(Dataset):
         bad_count = sum(self._dataset.path(index) in bad for _, index in keys) if bad else 0
         return *batch, bad, bad_count, None
 
-    def _gather(self, count: int, samples: Iterable['Sample | None']
-                ) -> tuple[torch.Tensor | None, int | None, tuple[torch.Tensor, ...]]:
+    def _gather(self, count: int, samples: Iterable[tuple[torch.Tensor, tuple] | None]
+                ) -> tuple[torch.Tensor | None, int | None, list[torch.Tensor]]:
         """Return the images of up to `count` samples as one tensor, its block, and the others; None is left out.
 
         Each image is written directly into the shared memory of the batch.
         """
         images, block = None, None
-        found: list[Sample] = []
-        for sample in filter(None, samples):
+        rows: list[tuple] = []
+        for image, row in filter(None, samples):
             if images is None:
-                images, block = self._memory.take((count, *sample.image.shape), sample.image.dtype)
-            images[len(found)] = sample.image
-            found.append(sample._replace(image=None))
-        others = [torch.tensor([sample.target for sample in found])]
-        if self._token_labels is not None:
-            others += [torch.stack([sample.label_map for sample in found if sample.label_map is not None]),
-                       torch.tensor([sample.box for sample in found])]
+                images, block = self._memory.take((count, *image.shape), image.dtype)
+            images[len(rows)] = image
+            rows.append(row)
+        others = [torch.stack(column) if isinstance(column[0], torch.Tensor) else torch.tensor(column)
+                  for column in zip(*rows, strict=True)]
         if get_worker_info() is not None:  # the queue would put them into /dev/shm
             others = [share(part.shape, part.dtype).copy_(part) for part in others]
-        return images if images is None else images[:len(found)], block, tuple(others)
+        return images if images is None else images[:len(rows)], block, others
 
-    def _training_sample(self, epoch: int, index: int, bad: dict[str, str]) -> 'Sample':
-        """Return the transformed image and the target of (epoch, index), or of the first good image after it."""
+    def _training_sample(self, epoch: int, index: int, bad: dict[str, str]) -> tuple[torch.Tensor, tuple]:
+        """Return the transformed image and the others of (epoch, index), or of the first good image after it."""
         for step in range(len(self)):
             seed_generators(self._seed, epoch, index)
             if (sample := self._sample((index + step) % len(self), bad)) is not None:
                 return sample
         raise UserError(f'none of {len(self)} images can be decoded; check the dataset')
 
-    def _sample(self, index: int, bad: dict[str, str]) -> 'Sample | None':
-        """Return the transformed image and the targets of `index`; None for a bad image, which is added to `bad`.
+    def _sample(self, index: int, bad: dict[str, str]) -> tuple[torch.Tensor, tuple] | None:
+        """Return the transformed image and the others of `index`; None for a bad image, which is added to `bad`.
 
         Raises ImageError if the bad images of this batch alone are too many.
         """
-        placement = None
+        target = int(self._dataset.targets[index])
         try:
+            image = self._load(index)
             if self._token_labels is None:
-                image = self._transform(self._load(index))
-            else:
-                image, placement = self._transform.located(self._load(index))  # type: ignore[attr-defined]
+                return self._transform(image), (target,)
+            image, placement = self._transform.located(image)
         except ImageError as error:
             bad[self._dataset.path(index)] = str(error)
             if len(bad) > self._max_bad_images:
                 raise
             return None
-        sample = Sample(image, int(self._dataset.targets[index]))
-        if self._token_labels is None or placement is None:
-            return sample
         label_map = self._token_labels.read(index)
         if label_map is None:
-            label_map = certain_map(sample.target, self._token_labels.shape)
-        return sample._replace(label_map=label_map.flip(placement.flips), box=placement.box)
-
-
-class Sample(NamedTuple):
-    """A transformed image with its class, and with token labels their map, flipped alike, and its crop's box."""
-    image: torch.Tensor | None
-    target: int
-    label_map: torch.Tensor | None = None  # float16 [2, K, H, W]
-    box: tuple[float, float, float, float] | None = None
+            label_map = certain_map(target, self._token_labels.shape)
+        return image, (target, label_map.flip(placement.flips), placement.box)
 
 
 def _unchanged(batch):
