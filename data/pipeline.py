@@ -239,8 +239,7 @@ def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_cl
 def check_training_input(args) -> None:
     """Raise the UserError that `create_training_input` would raise for these options, before data is read."""
     config = resolve_input(args, {})
-    if args.token_labels:
-        _check_token_labels(args)
+    _check_token_labels(args)
     args = args.replacing(fast_transform=False, fast_eval=False)  # the same mistakes
     _create_train_transform(args, config)
     _create_train_preparer(args, config, 2, 'cpu', ((1, 1), WHOLE))
@@ -248,7 +247,14 @@ def check_training_input(args) -> None:
 
 
 def _check_token_labels(args) -> None:
-    """Raise UserError for options with which token labels cannot be used."""
+    """Raise UserError for options that need token labels, or with which they cannot be used."""
+    if not args.token_labels:
+        needing = {f'--token-label-crop {args.token_label_crop}': args.token_label_crop != 'straight',
+                   f'--dense-weight {args.dense_weight:g}': args.dense_weight != 1,
+                   f'--cls-weight {args.cls_weight:g}': args.cls_weight != 1, '--ground-truth': args.ground_truth}
+        for option in (option for option, is_given in needing.items() if is_given):
+            raise UserError(f'{option}: there are no token labels; give their folder with --token-labels DIR')
+        return
     if args.mixup or args.cutmix or args.cutmix_minmax:
         raise UserError('--token-labels beside Mixup or CutMix: images exchange tokens instead; leave --mixup, '
                         '--cutmix and --cutmix-minmax out')

@@ -24,6 +24,8 @@ def check_paths(args) -> None:
         check_data(args.data)
     for name in ('eval_checkpoint', 'initial_checkpoint', 'transfer_model'):
         check_checkpoint(getattr(args, name, None))
+    if (labels := getattr(args, 'token_labels', None)) and not _exists(labels):
+        raise UserError(f'--token-labels {labels}: no such folder; check the path')
     resume = getattr(args, 'resume', '')
     # A run may have removed, since its first start, what a restarted process reads here.
     if resume not in ('', 'auto') and not job.was_restarted() and not _exists(resume) and Path(resume).name != LAST:
