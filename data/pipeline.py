@@ -7,7 +7,7 @@ from typing import NamedTuple
 from timm.data import ImageNetInfo, resolve_data_config
 
 from data.base import ImageDataset, evenly_spaced
-from data.batch import BatchPreparer, TrainBatchPreparer
+from data.batch import BatchPreparer, Readjustment, TrainBatchPreparer
 from data.classes import are_positions, read_class_map
 from data.datasets import has_eval_split, open_eval, open_train_val
 from data.folders import ImageFiles
@@ -215,15 +215,26 @@ class TrainingInput(NamedTuple):
     prepare_val: BatchPreparer
     img_size: tuple[int, int]
     class_names: list[str]
+    for_teacher: Readjustment | None  # training images, prepared → as the teacher takes them; None without one
 
 
-def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_classes: int,
-                          world: World) -> TrainingInput:
-    """Return loaders and preparers for the options; input settings left out are the model's (`pretrained_cfg`)."""
+def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_classes: int, world: World,
+                          teacher=None) -> TrainingInput:
+    """Return loaders and preparers for the options; input settings left out are the model's (`pretrained_cfg`).
+
+    teacher: the model that the other one learns from, with its own options (models.open_teacher).
+    """
     config = resolve_input(args, pretrained_cfg)
     return TrainingInput(*_create_train_loader(args, train_set, config, num_classes, world),
                          *create_eval_loader(args, val_set, config, world), config.img_size,
-                         _name_in_words(train_set.classes, num_classes))
+                         _name_in_words(train_set.classes, num_classes),
+                         teacher and _create_readjustment(config, teacher, world))
+
+
+def _create_readjustment(config: InputConfig, teacher, world: World) -> Readjustment:
+    other = resolve_input(teacher.args, teacher.model.pretrained_cfg)
+    return Readjustment(world.device, mean=config.mean, std=config.std, other_mean=other.mean, other_std=other.std,
+                        other_size=other.img_size)
 
 
 def check_training_input(args) -> None:

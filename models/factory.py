@@ -292,7 +292,7 @@ RECORDED_SPLIT = ('data', 'val_fraction')
 RECORDED = ('gp', 'model_kwargs', 'crop_pct', 'mean', 'std', 'interpolation')
 
 
-def open_trained_model(args) -> TrainedModel:
+def open_trained_model(args, *, needs_classifier: bool = True) -> TrainedModel:
     """Return the model of --checkpoint or --pretrained, in evaluation mode, for scripts that do not train.
 
     Options that are not given are read from the checkpoint: model, image size, pooling, further arguments of the
@@ -300,6 +300,7 @@ def open_trained_model(args) -> TrainedModel:
 
     Args:
         args: options of options.groups.model_options, input_options and trained_model_options.
+        needs_classifier: False also opens weights without one, whose model gives pooled features.
 
     Raises:
         UserError: none or both of the two options are given, or as read_checkpoint, create_model and load_weights.
@@ -327,9 +328,9 @@ def open_trained_model(args) -> TrainedModel:
                           trained_on=trained_on, **recorded)
     _check_channels_of_options(args)
     num_classes = args.num_classes or count_classes(name, checkpoint, args.use_ema, source=source)
-    if not num_classes:
+    if not num_classes and needs_classifier:
         raise UserError(f'{source or name} holds no classifier; give weights that have one')
-    model = create_model_from_options(args, num_classes=num_classes, weights_follow=bool(checkpoint))
+    model = create_model_from_options(args, num_classes=num_classes or 0, weights_follow=bool(checkpoint))
     for setting, value in recorded_input(checkpoint).items():
         is_grey = setting in ('mean', 'std') and len(value) == 1
         model.pretrained_cfg[setting] = value * 3 if is_grey else value
