@@ -2,9 +2,11 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from engine.loss import create_loss
+from engine.teacher import LogitsAndFeatures, Teacher
 
 
 class Objective(nn.Module):
@@ -25,10 +27,52 @@ class Objective(nn.Module):
         return self.loss(self.model(images).float(), targets)
 
 
-def create_objective(args, model: nn.Module, *, soft_targets: bool) -> Objective:
+class Distillation(Objective):
+    """An objective that also learns what a teacher says of the same images; targets are a pair of both.
+
+    With the loss L of the targets, a share A, a temperature T, and logits z of the model and t of the teacher:
+
+        soft      (1 - A) L + A T² KL(softmax(t / T) || softmax(z / T))     Hinton et al. 2015; Touvron et al. 2021,
+                                                                            "DeiT", equation 2
+        hard      (1 - A) L + A CE(z, argmax t)                             DeiT, equation 3, where A is 1/2
+        feature   L + A mean((P f - g)²)                                    as timm's FeatureDistillationTask
+
+    KL is the mean over images; f and g are the pooled features of model and teacher; P is the teacher's projection, or
+    nothing if both are equally wide. DeiT's own code divides its KL by the number of classes too.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], teacher: Teacher,
+                 *, temperature: float, weight: float):
+        super().__init__(LogitsAndFeatures(model) if teacher.kind == 'feature' else model, loss)
+        self.kind, self.temperature, self.weight = teacher.kind, temperature, weight
+        self.projection = teacher.projection or nn.Identity()
+
+    def forward(self, images: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Return the loss of images [B, C, H, W]; `targets` are those of the loss, and the teacher's logits
+        [B, classes] or features [B, F]."""
+        labels, answer = targets
+        if self.kind == 'feature':
+            logits, features = self.model(images)
+            return self.loss(logits.float(), labels) + self.weight * F.mse_loss(
+                self.projection(features).float(), answer)
+        logits = self.model(images).float()
+        if self.kind == 'hard':
+            distilled = F.cross_entropy(logits, answer.argmax(dim=1))
+        else:
+            distilled = self.temperature ** 2 * F.kl_div(
+                (logits / self.temperature).log_softmax(dim=1), (answer / self.temperature).log_softmax(dim=1),
+                reduction='batchmean', log_target=True)
+        return (1 - self.weight) * self.loss(logits, labels) + self.weight * distilled
+
+
+def create_objective(args, model: nn.Module, *, soft_targets: bool, teacher: Teacher | None = None) -> Objective:
     """Return the objective that the options name.
 
     Args:
         soft_targets: targets are distributions over classes instead of class numbers.
+        teacher: the one that the options name, if they do.
     """
-    return Objective(model, create_loss(args, soft_targets=soft_targets))
+    loss = create_loss(args, soft_targets=soft_targets)
+    if teacher:
+        return Distillation(model, loss, teacher, temperature=args.distill_temperature, weight=args.distill_weight)
+    return Objective(model, loss)

@@ -1,9 +1,9 @@
 """The teacher of a distillation: a frozen model, which says of each training image what its student learns from it.
 
     teacher = create_teacher(args, model, opened, inputs.for_teacher, precision, world)
-    prepare = teacher.following(prepare)       # (images, targets) → (images, (targets, what the teacher says))
+    targets = targets, teacher(images)          # as engine.objective.Distillation takes them
 
-It answers outside of the student's forward pass. So neither DDP nor the compiled student knows of it.
+It answers outside of the student's forward pass, so neither DDP nor the compiled student knows of it.
 """
 import hashlib
 import logging
@@ -62,13 +62,6 @@ class Teacher:
         answer = answer[1] if self.kind == 'feature' else answer
         # A copy, since a CUDA graph writes each answer into the same memory.
         return answer.to(torch.float32, copy=True)
-
-    def following(self, prepare: Callable) -> Callable:
-        """Return `prepare` with what the teacher says of its images beside their targets."""
-        def prepare_and_ask(images, targets):
-            images, targets = prepare(images, targets)
-            return images, (targets, self(images))
-        return prepare_and_ask
 
 
 def create_teacher(args, student: TimmModel, opened, readjust: Callable[[torch.Tensor], torch.Tensor] | None,
