@@ -197,14 +197,18 @@ def _create_from_options(args, num_classes: int | None) -> TimmModel:
 
 
 def _check_logits(model: TimmModel, args) -> None:
-    """Raise UserError unless a model with --model-kwargs maps RGB images to logits, as the scripts need."""
+    """Raise UserError unless a model with --model-kwargs maps RGB images to logits, as the scripts need.
+
+    Without a classifier, it must map them to its features.
+    """
+    outputs = getattr(model, 'num_classes', None) or getattr(model, 'num_features', None)
     size = (args.img_size, args.img_size) if isinstance(args.img_size, int) else args.img_size
     is_training = model.training
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(1, 3, *size))
         found = f'{list(logits.shape)} numbers' if isinstance(logits, torch.Tensor) else f'a {type(logits).__name__}'
-        reason = '' if found == f'{[1, getattr(model, "num_classes", None)]} numbers' else f'{found} for an image'
+        reason = '' if found == f'{[1, outputs]} numbers' else f'{found} for an image'
     except Exception as error:  # a model may fail in any way at arguments that it does not expect
         reason = _first_line(error)
     model.train(is_training)
