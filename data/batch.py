@@ -154,13 +154,11 @@ class Readjustment:
 
     def __init__(self, device: torch.device | str, *, mean: Sequence[float], std: Sequence[float],
                  other_mean: Sequence[float], other_std: Sequence[float], other_size: tuple[int, int]):
-        (mean, std), (other_mean, other_std) = (
-            (per_channel('mean', one), per_channel('std', two)) for one, two in ((mean, std), (other_mean, other_std)))
-        self._is_same = (mean, std) == (other_mean, other_std)
-        statistics = torch.tensor([mean, std, other_mean, other_std], dtype=torch.float64).view(4, 1, 3, 1, 1)
-        mean, std, other_mean, other_std = statistics
-        self._scale = (std / other_std).to(device, torch.float32)  # [1, 3, 1, 1], as the next
-        self._shift = ((mean - other_mean) / other_std).to(device, torch.float32)
+        own, others = (torch.tensor([per_channel('mean', one), per_channel('std', two)], dtype=torch.float64)
+                       .view(2, 1, 3, 1, 1) for one, two in ((mean, std), (other_mean, other_std)))
+        self._is_same = torch.equal(own, others)
+        self._scale = (own[1] / others[1]).to(device, torch.float32)  # [1, 3, 1, 1], as the next
+        self._shift = ((own[0] - others[0]) / others[1]).to(device, torch.float32)
         self._size = tuple(other_size)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

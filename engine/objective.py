@@ -1,5 +1,6 @@
 """What training minimises: a model together with the loss that judges it, as one module for DDP to wrap."""
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +8,7 @@ from torch import nn
 
 from engine.loss import create_loss
 from engine.teacher import LogitsAndFeatures, Teacher
+from utils.timm_model import TimmModel
 
 
 class Objective(nn.Module):
@@ -21,7 +23,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, targets: Any) -> torch.Tensor:
         """Return the loss of a batch as the preparer made it: images [B, C, H, W], targets as the loss takes them."""
         # On CPUs autocast would compute the loss in bfloat16.
         return self.loss(self.model(images).float(), targets)
@@ -43,7 +45,7 @@ class Distillation(Objective):
 
     def __init__(self, model: nn.Module, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], teacher: Teacher,
                  *, temperature: float, weight: float):
-        super().__init__(LogitsAndFeatures(model) if teacher.kind == 'feature' else model, loss)
+        super().__init__(LogitsAndFeatures(cast(TimmModel, model)) if teacher.kind == 'feature' else model, loss)
         self.kind, self.temperature, self.weight = teacher.kind, temperature, weight
         self.projection = teacher.projection or nn.Identity()
 

@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 class LogitsAndFeatures(nn.Module):
     """A model that returns its logits [B, classes] and its pooled features [B, F], from one pass."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: TimmModel):
         super().__init__()
         self.model = model
 
@@ -45,7 +45,7 @@ class Teacher:
         fingerprint: SHA-256 of its weights, in hexadecimal.
     """
 
-    def __init__(self, model: nn.Module, *, kind: str, readjust: Callable[[torch.Tensor], torch.Tensor],
+    def __init__(self, model: TimmModel, *, kind: str, readjust: Callable[[torch.Tensor], torch.Tensor],
                  precision: Precision, compiled: str = '', projection: nn.Linear | None = None):
         self.kind, self.projection = kind, projection
         self.fingerprint = fingerprint_of(model)
