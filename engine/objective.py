@@ -76,5 +76,6 @@ def create_objective(args, model: nn.Module, *, soft_targets: bool, teacher: Tea
     """
     loss = create_loss(args, soft_targets=soft_targets)
     if teacher:
-        return Distillation(model, loss, teacher, temperature=args.distill_temperature, weight=args.distill_weight)
+        weight = 0.5 if args.distill_weight is None else args.distill_weight
+        return Distillation(model, loss, teacher, temperature=args.distill_temperature or 1.0, weight=weight)
     return Objective(model, loss)

@@ -193,8 +193,7 @@ def _go_to_start(args, state: TrainState, checkpoint: Path | None, steps_per_epo
 
 def _report_differences(before: dict, now: dict) -> None:
     # Options that earlier versions lacked, with the values that describe what they did.
-    before = {'compile': '', 'global_batch_size': None, 'fast_transform': False, 'fast_eval': False,
-              'distill_temperature': 1.0, 'distill_weight': 0.5} | before
+    before = {'compile': '', 'global_batch_size': None, 'fast_transform': False, 'fast_eval': False} | before
     # With --global-batch-size, the parts of a step follow from the number of processes.
     parts = {'batch_size', 'accum_steps'} if now['global_batch_size'] else set()
     changed = [f'{k} {before.get(k)!r} → {now.get(k)!r}' for k in sorted(before.keys() | now.keys())

@@ -119,11 +119,12 @@ class TrainState:
             'order': self.order,
             'images': self.images,
             'teacher': self._fingerprint,
-            'projection': self._projection.state_dict() if self._projection else None,
+            'projection': self.projection.state_dict() if self.projection else None,
         }
 
     @property
-    def _projection(self) -> nn.Linear | None:
+    def projection(self) -> nn.Linear | None:
+        """Return what maps the model's features to the teacher's and learns beside the model, if anything does."""
         return self.teacher.projection if self.teacher else None
 
     def _statistics(self) -> list[torch.Tensor]:
@@ -152,8 +153,8 @@ class TrainState:
         if self.ema:
             # The average of a run that had none starts at the weights.
             self.ema.module.load_state_dict(state['state_dict_ema'] or state['state_dict'])
-        if self._projection and self._fits_projection(state):
-            self._projection.load_state_dict(state['projection'])
+        if self.projection and self._fits_projection(state):
+            self.projection.load_state_dict(state['projection'])
         for name in (*PLAIN, *RECENT):
             setattr(self, name, state.get(name))
         # Checkpoints of earlier versions lack images_seen.
@@ -255,15 +256,15 @@ class TrainState:
             raise UserError(f'{source}: stands in the middle of an epoch with {_described_teacher(before)}, this run '
                             f'has {_described_teacher(self._fingerprint)}; resume with the same --teacher and '
                             '--teacher-checkpoint, or from a checkpoint at the end of an epoch')
-        if self._projection and with_optimizer and not self._fits_projection(state):
+        if self.projection and with_optimizer and not self._fits_projection(state):
             raise UserError(f'{source}: holds no projection to features of this --teacher, nor what the optimizer '
                             'knows of it; resume with the same teacher, or say --no-resume-opt')
 
     def _fits_projection(self, state: dict[str, Any]) -> bool:
         saved = state.get('projection')
-        return isinstance(saved, dict) and self._projection is not None and all(
+        return isinstance(saved, dict) and self.projection is not None and all(
             isinstance(saved.get(name), torch.Tensor) and saved[name].shape == value.shape
-            for name, value in self._projection.state_dict().items())
+            for name, value in self.projection.state_dict().items())
 
     @property
     def _fingerprint(self) -> str | None:

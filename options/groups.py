@@ -195,10 +195,10 @@ def distillation_options(parser):
     add('--distill', choices=['soft', 'hard', 'feature'],
         help="what is learned: soft, the teacher's probabilities; hard, its most probable class; feature, its pooled "
              'features (default: soft)')
-    add('--distill-temperature', type=positive, default=1.0, metavar='T',
-        help='soft: both distributions are softened by this temperature')
-    add('--distill-weight', type=rate, default=0.5, metavar='A',
-        help="soft, hard: the teacher's share of the loss; feature: weight of its term beside the loss")
+    add('--distill-temperature', type=positive, metavar='T',
+        help='soft: soften both distributions by this temperature (default: 1)')
+    add('--distill-weight', type=rate, metavar='A',
+        help="soft, hard: the teacher's share of the loss; feature: weight of its term beside the loss (default: 0.5)")
 
 
 def batch_norm_options(parser):

@@ -107,6 +107,16 @@ def test_features_of_equal_width_have_no_projection_and_the_model_runs_once():
     assert all(parameter.grad is not None for parameter in student.parameters())
 
 
+def test_options_choose_the_loss():
+    student = make()
+    for words, expected in (((), ('soft', 1, 0.5)), (('--distill-temperature', '3'), ('soft', 3, 0.5)),
+                            (('--distill', 'hard', '--distill-weight', '0'), ('hard', 1, 0))):
+        teacher = teacher_of(*words, student=student, model=make(seed=1))
+        made = create_objective(parse('--teacher', 'it', *words), student, soft_targets=False, teacher=teacher)
+        assert (made.kind, made.temperature, made.weight) == expected
+    assert type(create_objective(parse(), student, soft_targets=False)) is Objective
+
+
 def test_an_auxiliary_head_learns_too():
     student = make(aux_head=True)
     for kind in ('hard', 'feature'):
@@ -323,6 +333,7 @@ def test_a_student_agrees_more_with_the_teacher_that_it_learns_from():
 @pytest.mark.parametrize(('words', 'message'), [
     ('--distill hard', '--distill hard needs a teacher; give --teacher MODEL'),
     ('--teacher-img-size 32', '--teacher-img-size 32 needs a teacher'),
+    ('--distill-weight 0', '--distill-weight 0.0 needs a teacher'),
     ('--teacher resnet18 --distill-weight 1.5', '--distill-weight 1.5: the teacher.s share of the loss is at most 1'),
     ('--teacher resnet18 --distill hard --distill-temperature 3', '--distill-temperature 3.0 with --distill hard'),
     ('--teacher resnet81', "teacher: model 'resnet81' does not exist; did you mean"),
@@ -427,8 +438,8 @@ def test_mistakes_end_a_command_with_one_line(image_folder, tmp_path):
 def test_a_checkpoint_of_an_earlier_version_knows_no_distillation(caplog):
     now = {'lr': 0.1, 'global_batch_size': None, 'compile': '', 'fast_transform': False, 'fast_eval': False,
            'teacher': None, 'teacher_checkpoint': None, 'teacher_img_size': None, 'distill': None,
-           'distill_temperature': 1.0, 'distill_weight': 0.5}
+           'distill_temperature': None, 'distill_weight': None}
     _report_differences({'lr': 0.1}, now)
     assert not caplog.messages
     _report_differences({'lr': 0.1}, now | {'teacher': 'resnet18', 'distill_weight': 0.7})
-    assert "distill_weight 0.5 → 0.7, teacher None → 'resnet18'" in caplog.messages[0]
+    assert "distill_weight None → 0.7, teacher None → 'resnet18'" in caplog.messages[0]
