@@ -22,7 +22,8 @@ def main():
     from engine.checks import check_run_options
     from engine.optimizer import create_optimizer, param_groups
     from engine.run import create_state, run_training
-    from models import create_model_from_options, resolve_model, token_layout
+    from engine.teacher import create_teacher, projection_groups
+    from models import check_teacher, create_model_from_options, open_teacher, resolve_model, token_layout
     from utils.distributed import destroy_process_group
     from utils.runtime import start
 
@@ -31,24 +32,28 @@ def main():
     args = share_global_batch(args, world.size)
     # Mistakes in the options are reported before the data is scanned.
     args, weights = resolve_model(args)
+    check_teacher(args)
     check_training_input(args)
     check_run_options(args, world, kind='train')
 
     # --- Data: the classes of the training split count ----------------------------------------------------------------
     train_set, val_set = open_training_data(args, world)
 
-    # --- Model, with weights if the options name some -----------------------------------------------------------------
+    # --- Model, with weights if the options name some; the one that it learns from ------------------------------------
     num_classes = resolve_num_classes(args, train_set.classes)
     model = create_model_from_options(args, num_classes=num_classes, transfer_from=weights)
+    opened = open_teacher(args, train_set.classes, num_classes, world)
 
     # --- Loaders for the model's input size and statistics ------------------------------------------------------------
     layout = token_layout(model, args.img_size) if args.token_labels else None
     loaders = create_training_input(args, train_set, val_set, model.pretrained_cfg, model.num_classes, world,
-                                    layout=layout)
+                                    layout=layout, teacher=opened)
 
     # --- Optimizer and state ------------------------------------------------------------------------------------------
-    optimizer = create_optimizer(param_groups(model, args.weight_decay), args)
-    state = create_state(args, model, optimizer, precision, train_set.classes, world)
+    teacher = create_teacher(args, model, opened, loaders.for_teacher, precision, world)
+    groups = param_groups(model, args.weight_decay) + projection_groups(teacher, args.weight_decay)
+    optimizer = create_optimizer(groups, args)
+    state = create_state(args, model, optimizer, precision, train_set.classes, world, teacher)
 
     # --- Resume and train ---------------------------------------------------------------------------------------------
     run_training(args, state, loaders, precision, kind='train')

@@ -9,6 +9,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
+from torch.nn.functional import interpolate
 
 from data.token_targets import WHOLE, TokenTargets, add_truth, crop_targets, draw_box, exchange
 from data.transforms import per_channel
@@ -168,6 +169,35 @@ class TokenLabelPreparer(TrainBatchPreparer):
         if self._ground_truth:
             image = add_truth(image, truth, smoothing=self._smoothing)
         return images, exchange(image, tokens, draw_box(self._grid), self._grid)
+
+
+class Readjustment:
+    """Turns images as one model takes them into those that another one takes: other statistics, another size.
+
+    For a teacher, which sees what its student sees, but as its own training showed it. Images that need no change are
+    returned as they are.
+
+    Args:
+        mean, std, other_mean, other_std: three values, or one, for images in 0…1.
+        other_size: (height, width) in pixels.
+    """
+
+    def __init__(self, device: torch.device | str, *, mean: Sequence[float], std: Sequence[float],
+                 other_mean: Sequence[float], other_std: Sequence[float], other_size: tuple[int, int]):
+        own, others = (torch.tensor([per_channel('mean', one), per_channel('std', two)], dtype=torch.float64)
+                       .view(2, 1, 3, 1, 1) for one, two in ((mean, std), (other_mean, other_std)))
+        self._is_same = torch.equal(own, others)
+        self._scale = (own[1] / others[1]).to(device, torch.float32)  # [1, 3, 1, 1], as the next
+        self._shift = ((own[0] - others[0]) / others[1]).to(device, torch.float32)
+        self._size = tuple(other_size)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Return normalised images [B, 3, H, W] as float32 [B, 3, h, w], resized with antialiased bicubic."""
+        if not self._is_same:
+            images = torch.addcmul(self._shift, images, self._scale)
+        if tuple(images.shape[-2:]) != self._size:
+            images = interpolate(images, self._size, mode='bicubic', antialias=True)
+        return images
 
 
 class PairwiseMixup(Mixup):

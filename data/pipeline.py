@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from timm.data import ImageNetInfo, resolve_data_config
 
 from data.base import ImageDataset, evenly_spaced
-from data.batch import BatchPreparer, TokenLabelPreparer, TrainBatchPreparer
+from data.batch import BatchPreparer, Readjustment, TokenLabelPreparer, TrainBatchPreparer
 from data.classes import are_positions, read_class_map
 from data.datasets import has_eval_split, open_eval, open_train_val
 from data.folders import ImageFiles
@@ -217,6 +217,7 @@ class TrainingInput(NamedTuple):
     prepare_val: BatchPreparer
     img_size: tuple[int, int]
     class_names: list[str]
+    for_teacher: Readjustment | None  # training images, prepared → as the teacher takes them; None without one
 
 
 # The grid (rows, columns) of a model's tokens, and what of an image it covers (see token_targets.crop_targets).
@@ -224,16 +225,24 @@ TokenLayout = tuple[tuple[int, int], tuple[float, ...]]
 
 
 def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_classes: int, world: World, *,
-                          layout: TokenLayout | None = None) -> TrainingInput:
+                          layout: TokenLayout | None = None, teacher=None) -> TrainingInput:
     """Return loaders and preparers for the options; input settings left out are the model's (`pretrained_cfg`).
 
     layout: that of the model, required for --token-labels.
+    teacher: the model that the other one learns from, with its own options (models.open_teacher).
     Raises UserError as `open_token_labels`.
     """
     config = resolve_input(args, pretrained_cfg)
     return TrainingInput(*_create_train_loader(args, train_set, config, num_classes, world, layout),
                          *create_eval_loader(args, val_set, config, world), config.img_size,
-                         _name_in_words(train_set.classes, num_classes))
+                         _name_in_words(train_set.classes, num_classes),
+                         teacher and _create_readjustment(config, teacher, world))
+
+
+def _create_readjustment(config: InputConfig, teacher, world: World) -> Readjustment:
+    other = resolve_input(teacher.args, teacher.model.pretrained_cfg)
+    return Readjustment(world.device, mean=config.mean, std=config.std, other_mean=other.mean, other_std=other.std,
+                        other_size=other.img_size)
 
 
 def check_training_input(args) -> None:

@@ -37,6 +37,6 @@ def check_run_options(args, world: World, *, kind: str) -> None:
         folder = folder if args.experiment else start
     if world.is_main:
         check_writable(folder, '--output')
-        for path in (args.initial_checkpoint, getattr(args, 'transfer_model', None)):
+        for path in (args.initial_checkpoint, getattr(args, 'transfer_model', None), args.teacher_checkpoint):
             if path:
                 read_weights(path)

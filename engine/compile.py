@@ -9,7 +9,7 @@ REPEATED = ('blocks', 'stages', 'layers')
 MODES = {'model': None, 'graphs': 'reduce-overhead', 'autotune': 'max-autotune-no-cudagraphs'}
 
 
-def compile_model(model: nn.Module, how: str, called: str = 'forward') -> None:
+def compile_model(model: nn.Module, how: str, called: nn.Module | None = None) -> None:
     """Compile `model` in place. Under DDP, communication still overlaps with the backward pass.
 
     DDP sums a bucket as soon as its gradients are ready: between blocks, or between the graphs into which
@@ -19,7 +19,7 @@ def compile_model(model: nn.Module, how: str, called: str = 'forward') -> None:
         how: '' does nothing; 'blocks' compiles one block at a time, in a minute; 'model' compiles the whole model,
             which fuses more and takes minutes; 'graphs' also launches it as CUDA graphs; 'autotune' also tries kernels
             out first.
-        called: the method that is called, of those that 'model', 'graphs' and 'autotune' compile.
+        called: what is called instead and holds the model; it is compiled as a whole in its place.
     Raises:
         UserError: there is no C++ compiler, or the model has no blocks.
     """
@@ -32,15 +32,13 @@ def compile_model(model: nn.Module, how: str, called: str = 'forward') -> None:
     if how == 'blocks':
         blocks = list_blocks(model)
         # timm's blocks have one graph per drop path rate. Beyond the limit, blocks would stay eager.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))
+        # Models of several sizes in one process may share the code of their blocks.
+        torch._dynamo.config.recompile_limit += 2 * len(blocks)
         for block in blocks:
             block.compile()
     else:
         # One graph per image size: models of several sizes in one process each have their own.
-        if called == 'forward':
-            model.compile(dynamic=False, mode=MODES[how])
-        else:
-            setattr(model, called, torch.compile(getattr(model, called), dynamic=False, mode=MODES[how]))
+        (called or model).compile(dynamic=False, mode=MODES[how])
 
 
 def check_compiler() -> None:
@@ -58,8 +56,16 @@ def list_blocks(model: nn.Module) -> list[nn.Module]:
     Raises:
         UserError: it has no blocks.
     """
-    repeated = [child for name in REPEATED for child in getattr(model, name, ())]
-    if not repeated:
+    if not has_blocks(model):
         raise UserError(f'--compile blocks: {type(model).__name__} has no blocks; say --compile model')
     tokens = getattr(model, 'tokens_to_token', None)
-    return repeated if tokens is None else [tokens, *repeated]
+    return _repeated(model) if tokens is None else [tokens, *_repeated(model)]
+
+
+def has_blocks(model: nn.Module) -> bool:
+    """Tell whether a model has repeated blocks, which can be compiled one at a time."""
+    return bool(_repeated(model))
+
+
+def _repeated(model: nn.Module) -> list[nn.Module]:
+    return [child for name in REPEATED for child in getattr(model, name, ())]

@@ -305,7 +305,7 @@ class Trainer:
     def _check_weights(self) -> None:
         """Raise NotFiniteError on all ranks if any weight of any rank is not finite: such a state is never saved."""
         state = self.state
-        models = [state.model] + ([state.ema.module] if state.ema else [])
+        models = [state.model, *([state.ema.module] if state.ema else []), *filter(None, [state.projection])]
         bad = sum(~tensor.isfinite().all().to(state.world.device) for model in models
                   for tensor in model.state_dict().values() if tensor.is_floating_point())
         if sum_over_ranks(bad.double()).item():

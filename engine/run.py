@@ -17,6 +17,7 @@ from engine.optimizer import create_schedule
 from engine.recipe import warn
 from engine.run_folder import RunLock, check_all_see, lock_patience, resolve_run
 from engine.state import TrainState
+from engine.teacher import Teacher
 from engine.writer import CheckpointWriter
 from utils import job, signals
 from utils.checkpoint_reader import read_checkpoint
@@ -32,11 +33,11 @@ RESUME_SAFE_OPTIONS = {
     'data', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download', 'checkpoint_steps',
     'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier', 'max_bad_images',
     'max_bad_val_images', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'timeout', 'use_ema',
-    'weights_key', 'token_labels', 'max_missing_labels'}
+    'weights_key', 'token_labels', 'max_missing_labels', 'teacher_checkpoint'}
 
 
-def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str],
-                 world: World) -> TrainState:
+def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str], world: World,
+                 teacher: Teacher | None = None) -> TrainState:
     """Create the state of a new run on its device. The average starts as a copy of the weights."""
     if args.sync_bn and world.size > 1:
         model = convert_sync_batchnorm(model)  # timm's, since torch's drops the activations in timm's norms
@@ -48,7 +49,7 @@ def create_state(args, model: nn.Module, optimizer, precision: Precision, classe
         decay = PUBLISHED_DECAY if args.model_ema_decay is None else args.model_ema_decay
         ema = ModelEma(model, decay=decay, device='cpu' if args.model_ema_force_cpu else None)
     return TrainState(arch=args.model.lower(), model=model, optimizer=optimizer, scaler=precision.scaler, ema=ema,
-                      options=args.as_dict(), classes=classes, world=world)
+                      options=args.as_dict(), classes=classes, world=world, teacher=teacher)
 
 
 def run_training(args, state: TrainState, loaders, precision: Precision, *, kind: str) -> TrainState:
@@ -64,7 +65,7 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
             of the checkpoint.
     """
     world = state.world
-    objective = create_objective(args, state.model, soft_targets=loaders.prepare_train.mixing)
+    objective = create_objective(args, state.model, soft_targets=loaders.prepare_train.mixing, teacher=state.teacher)
     state.order = loaders.train_loader.sampler.order
     state.labels = loaders.train_loader.label_fingerprint()
     state.images = {'training': loaders.train_loader.fingerprint(), 'evaluation': loaders.val_loader.fingerprint()}
@@ -88,7 +89,7 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
     if state.step > steps_per_epoch:
         raise UserError(f'the checkpoint is at step {state.step} of its epoch, but an epoch now has {steps_per_epoch}; '
                         'use the --batch-size, --accum-steps and number of processes of the checkpoint')
-    compile_model(state.model, args.compile, objective.called)
+    compile_model(state.model, args.compile, objective.model)
     wrapped = wrap_model(objective, world)
     # From here on the folder is this run's, and a signal has the state saved first.
     with raise_on_all_ranks():

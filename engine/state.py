@@ -9,6 +9,7 @@ from torch import nn
 
 from engine.best import ENTRIES
 from engine.ema import ModelEma
+from engine.teacher import Teacher
 from utils.distributed import World, gather
 from utils.errors import UserError
 from utils.runtime import get_rng_state, set_rng_state
@@ -39,6 +40,7 @@ class TrainState:
     options: dict
     classes: list[str]  # their names
     world: World
+    teacher: Teacher | None = None  # frozen: its fingerprint and its projection, which learns, are saved
     order: str = ''  # what determines the order of images beside the options (see TrainSampler); '' if unknown
     labels: str = ''  # of the token labels (TokenLabels.fingerprint), '' without
     images: dict[str, str] = field(default_factory=dict)  # of 'training' and 'evaluation' (ImageDataset.fingerprint)
@@ -118,7 +120,14 @@ class TrainState:
             'order': self.order,
             'images': self.images,
             'labels': self.labels,
+            'teacher': self._fingerprint,
+            'projection': self.projection.state_dict() if self.projection else None,
         }
+
+    @property
+    def projection(self) -> nn.Linear | None:
+        """Return what maps the model's features to the teacher's and learns beside the model, if anything does."""
+        return self.teacher.projection if self.teacher else None
 
     def _statistics(self) -> list[torch.Tensor]:
         """Return the running statistics that differ between ranks until --dist-bn reduce averages them."""
@@ -136,6 +145,7 @@ class TrainState:
             UserError: not a checkpoint of a run, or of another model, number of classes or image size.
         """
         self._check(state, source)
+        self._check_teacher(state, source, with_optimizer=with_optimizer)
         # The optimizer first, since torch can still refuse it.
         if with_optimizer:
             self._load_optimizer(state['optimizer'], state['args'].get('opt'), source)
@@ -145,6 +155,8 @@ class TrainState:
         if self.ema:
             # The average of a run that had none starts at the weights.
             self.ema.module.load_state_dict(state['state_dict_ema'] or state['state_dict'])
+        if self.projection and self._fits_projection(state):
+            self.projection.load_state_dict(state['projection'])
         for name in (*PLAIN, *RECENT):
             setattr(self, name, state.get(name))
         # Checkpoints of earlier versions lack images_seen.
@@ -158,6 +170,9 @@ class TrainState:
         if self.world.is_main and labels != self.labels:
             _logger.warning('the token labels are others than in the checkpoint: %s, before %s', self.labels or 'none',
                             labels or 'none')
+        if state.get('teacher') != self._fingerprint and self.world.is_main:
+            _logger.warning('the run goes on with %s, before with %s', _described_teacher(self._fingerprint),
+                            _described_teacher(state.get('teacher')))
 
     def _load_optimizer(self, saved: dict, name: str | None, source) -> None:
         # Options take precedence over the checkpoint, so a changed decay or momentum applies to the rest of the run.
@@ -245,6 +260,26 @@ class TrainState:
         for entry in ('state_dict', 'state_dict_ema') if self.ema and state['state_dict_ema'] else ('state_dict',):
             self._check_weights(state[entry], source)
 
+    def _check_teacher(self, state: dict[str, Any], source, *, with_optimizer: bool) -> None:
+        before = state.get('teacher')  # earlier versions had none
+        if state['step'] and before != self._fingerprint:
+            raise UserError(f'{source}: stands in the middle of an epoch with {_described_teacher(before)}, this run '
+                            f'has {_described_teacher(self._fingerprint)}; resume with the same --teacher and '
+                            '--teacher-checkpoint, or from a checkpoint at the end of an epoch')
+        if self.projection and with_optimizer and not self._fits_projection(state):
+            raise UserError(f'{source}: holds no projection to features of this --teacher, nor what the optimizer '
+                            'knows of it; resume with the same teacher, or say --no-resume-opt')
+
+    def _fits_projection(self, state: dict[str, Any]) -> bool:
+        saved = state.get('projection')
+        return isinstance(saved, dict) and self.projection is not None and all(
+            isinstance(saved.get(name), torch.Tensor) and saved[name].shape == value.shape
+            for name, value in self.projection.state_dict().items())
+
+    @property
+    def _fingerprint(self) -> str | None:
+        return self.teacher.fingerprint if self.teacher else None
+
     def _changed_images(self, state: dict[str, Any]) -> Iterator[tuple[str, str]]:
         """Yield the kinds of images that differ from those of a checkpoint, with what these were."""
         before = state.get('images')  # earlier versions lack it
@@ -268,6 +303,10 @@ class TrainState:
 def batch_norm_buffers(model: nn.Module) -> list[torch.Tensor]:
     return [buffer for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
             for buffer in module.buffers()]
+
+
+def _described_teacher(fingerprint: str | None) -> str:
+    return f'a teacher whose weights have the checksum {fingerprint[:12]}' if fingerprint else 'no teacher'
 
 
 def _with_fraction(val_fraction: float | None) -> str:

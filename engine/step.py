@@ -100,6 +100,8 @@ class TrainingStep:
         sums = torch.zeros_like(state.loss_sums)
         for micro_step in range(args.accum_steps):
             images, targets = self._prepare(*next(batches))
+            if state.teacher:
+                targets = targets, state.teacher(images)
             is_last = micro_step == args.accum_steps - 1
             # Gradients are averaged over ranks once per step, not once per batch.
             wrapped = self._objective if isinstance(self._objective, DistributedDataParallel) else None

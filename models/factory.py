@@ -198,14 +198,18 @@ def _create_from_options(args, num_classes: int | None) -> TimmModel:
 
 
 def _check_logits(model: TimmModel, args) -> None:
-    """Raise UserError unless a model with --model-kwargs maps RGB images to logits, as the scripts need."""
+    """Raise UserError unless a model with --model-kwargs maps RGB images to logits, as the scripts need.
+
+    Without a classifier, it must map them to its features.
+    """
+    outputs = getattr(model, 'num_classes', None) or getattr(model, 'num_features', None)
     size = (args.img_size, args.img_size) if isinstance(args.img_size, int) else args.img_size
     is_training = model.training
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(1, 3, *size))
         found = f'{list(logits.shape)} numbers' if isinstance(logits, torch.Tensor) else f'a {type(logits).__name__}'
-        reason = '' if found == f'{[1, getattr(model, "num_classes", None)]} numbers' else f'{found} for an image'
+        reason = '' if found == f'{[1, outputs]} numbers' else f'{found} for an image'
     except Exception as error:  # a model may fail in any way at arguments that it does not expect
         reason = _first_line(error)
     model.train(is_training)
@@ -295,7 +299,7 @@ RECORDED_SPLIT = ('data', 'val_fraction')
 RECORDED = ('gp', 'model_kwargs', 'crop_pct', 'mean', 'std', 'interpolation')
 
 
-def open_trained_model(args) -> TrainedModel:
+def open_trained_model(args, *, needs_classifier: bool = True) -> TrainedModel:
     """Return the model of --checkpoint or --pretrained, in evaluation mode, for scripts that do not train.
 
     Options that are not given are read from the checkpoint: model, image size, pooling, further arguments of the
@@ -303,6 +307,7 @@ def open_trained_model(args) -> TrainedModel:
 
     Args:
         args: options of options.groups.model_options, input_options and trained_model_options.
+        needs_classifier: False also opens weights without one, whose model gives pooled features.
 
     Raises:
         UserError: none or both of the two options are given, or as read_checkpoint, create_model and load_weights.
@@ -330,9 +335,9 @@ def open_trained_model(args) -> TrainedModel:
                           trained_on=trained_on, **recorded)
     _check_channels_of_options(args)
     num_classes = args.num_classes or count_classes(name, checkpoint, args.use_ema, source=source)
-    if not num_classes:
+    if not num_classes and needs_classifier:
         raise UserError(f'{source or name} holds no classifier; give weights that have one')
-    model = create_model_from_options(args, num_classes=num_classes, weights_follow=bool(checkpoint))
+    model = create_model_from_options(args, num_classes=num_classes or 0, weights_follow=bool(checkpoint))
     for setting, value in recorded_input(checkpoint).items():
         is_grey = setting in ('mean', 'std') and len(value) == 1
         model.pretrained_cfg[setting] = value * 3 if is_grey else value

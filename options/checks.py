@@ -42,6 +42,30 @@ def share_global_batch(args: Options, processes: int) -> Options:
     return args.replacing(batch_size=share // accum_steps, accum_steps=accum_steps)
 
 
+def has_teacher(args) -> bool:
+    """Tell whether the options name a teacher; a checkpoint of ours names its model."""
+    return bool(args.teacher or args.teacher_checkpoint)
+
+
+def check_distillation(args) -> None:
+    """Raise UserError for options of distillation without a teacher, or that do not fit one another."""
+    if not has_teacher(args):
+        for option in ('distill', 'distill_temperature', 'distill_weight', 'teacher_img_size'):
+            if getattr(args, option) is not None:
+                name = option.replace('_', '-')
+                raise UserError(f'--{name} {getattr(args, option)} needs a teacher; give --teacher MODEL')
+        return
+    if args.distill != 'feature' and (args.distill_weight or 0) > 1:
+        raise UserError(f"--distill-weight {args.distill_weight}: the teacher's share of the loss is at most 1; only "
+                        '--distill feature takes more')
+    if args.distill in ('hard', 'feature') and args.distill_temperature is not None:
+        raise UserError(f'--distill-temperature {args.distill_temperature} with --distill {args.distill}, which has '
+                        'none; leave it out, or say --distill soft')
+    if getattr(args, 'token_labels', None):
+        raise UserError(f'--token-labels {args.token_labels} beside a teacher: two ways to learn from one; leave '
+                        'either out')
+
+
 def multiples_around(number: int, unit: int) -> str:
     """Return the positive multiples of `unit` next to `number`, which is none, as '8 or 16'."""
     below = number - number % unit

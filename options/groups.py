@@ -198,6 +198,23 @@ def token_label_options(parser):
         help='tolerate N training images without labels; their true class is the label of each token')
 
 
+def distillation_options(parser):
+    add = parser.add_argument_group('Distillation').add_argument
+    add('--teacher', metavar='MODEL',
+        help='learn from this model too: any of timm, with its published weights unless --teacher-checkpoint is given')
+    add('--teacher-checkpoint', metavar='PATH',
+        help="the teacher's weights, of a run of ours or of --teacher: a file, a folder, hf-hub:MODEL or a URL")
+    add('--teacher-img-size', type=image_size, metavar='N',
+        help='input size of the teacher, to which images are resized (default: that of its training)')
+    add('--distill', choices=['soft', 'hard', 'feature'],
+        help="what is learned: soft, the teacher's probabilities; hard, its most probable class; feature, its pooled "
+             'features (default: soft)')
+    add('--distill-temperature', type=positive, metavar='T',
+        help='soft: soften both distributions by this temperature (default: 1)')
+    add('--distill-weight', type=rate, metavar='A',
+        help="soft, hard: the teacher's share of the loss; feature: weight of its term beside the loss (default: 0.5)")
+
+
 def batch_norm_options(parser):
     add = parser.add_argument_group('Batch norm (models that have it)').add_argument
     add('--bn-momentum', type=rate, metavar='M', help='momentum of the running statistics')

@@ -37,8 +37,9 @@ class Options(argparse.Namespace):
     def as_dict(self) -> dict:
         """Return the options as plain values, for checkpoints and for a recipe that repeats the run."""
         plain = {name: value for name, value in sorted(vars(self).items()) if name != 'config'}
-        if isinstance(plain.get('img_size'), tuple):
-            plain['img_size'] = '{}x{}'.format(*plain['img_size'])
+        for name in ('img_size', 'teacher_img_size'):
+            if isinstance(plain.get(name), tuple):
+                plain[name] = '{}x{}'.format(*plain[name])
         return plain
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import warnings
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -19,9 +20,12 @@ from benchmarks.scaling import overlap
 from benchmarks.scaling.overlap import EARLY, Link, early_percent, list_hand_overs
 from engine.compile import MODES, compile_model
 from engine.loop import bucket_sizes, wrap_model
-from tests.conftest import ROOT, run_module, succeeded
+from engine.objective import Distillation
+from engine.teacher import Teacher, create_teacher
+from tests.conftest import ROOT, assert_same, run_module, succeeded
 from tests.group import Group
 from utils.distributed import World
+from utils.runtime import Precision
 
 SMALL = dict(img_size=32, embed_dim=48, depth=3, num_heads=3, num_classes=5)
 RECORD = json.loads((ROOT / 'benchmarks/results/overlap.json').read_text())
@@ -127,6 +131,39 @@ def test_gradients_are_the_average_of_all_ranks(group, request):
         for first, second, expected in zip(*steps, model.parameters(), strict=True):
             assert torch.equal(first, second), 'a sum must not depend on whether a step is the first after a resume'
             torch.testing.assert_close(first, expected.grad)
+
+
+def make_distillation(world: World) -> tuple[Distillation, Teacher]:
+    """Of another teacher and another projection on each rank, before they are made equal."""
+    student = make('t2t_vit_7', **SMALL).eval()
+    torch.manual_seed(world.rank)
+    opened = SimpleNamespace(model=timm.create_model('t2t_vit_7', **{**SMALL, 'embed_dim': 96}))
+    args = SimpleNamespace(distill='feature', channels_last=False, compile='')
+    precision = Precision(world.device, enabled=False)
+    teacher = create_teacher(args, student, opened, lambda images: images, precision, world)
+    return Distillation(student, nn.CrossEntropyLoss(), teacher, temperature=1., weight=2.), teacher
+
+
+def gradients_of_a_distillation(world: World) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """With the initial projection, and the teacher's answer to the same images on all ranks."""
+    objective, teacher = make_distillation(world)
+    initial = [parameter.detach().clone() for parameter in objective.projection.parameters()]
+    images, wrapped = images_of(world.rank), wrap_model(objective, world)
+    wrapped(images, (torch.arange(4), teacher(images))).backward()
+    return [parameter.grad for parameter in objective.parameters()], initial, teacher(images_of(0))
+
+
+def test_ranks_share_a_teacher_and_average_the_gradients_of_its_projection(two):
+    (ours, initial, answer), (theirs, same, heard) = two(gradients_of_a_distillation)
+    assert_same([ours, initial, answer], [theirs, same, heard])
+    objective, teacher = make_distillation(World(0, 0, 1, torch.device('cpu')))  # rank 0's
+    assert_same(initial, [parameter.detach() for parameter in objective.projection.parameters()])
+    for rank in range(2):
+        images = images_of(rank)
+        (objective(images, (torch.arange(4), teacher(images))) / 2).backward()
+    assert len(ours) == len(list(objective.model.parameters())) + 2
+    for parameter, found in zip(objective.parameters(), ours, strict=True):
+        torch.testing.assert_close(found, parameter.grad)
 
 
 def buffers_and_warnings(world: World) -> tuple[list[torch.Tensor], int]:

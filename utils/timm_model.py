@@ -2,6 +2,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -12,3 +13,5 @@ class TimmModel(nn.Module):
     get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]
     reset_classifier: Callable[..., None]
     no_weight_decay: Callable[[], set[str]]
+    forward_features: Callable[[torch.Tensor], torch.Tensor]
+    forward_head: Callable[..., torch.Tensor]

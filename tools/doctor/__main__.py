@@ -35,7 +35,7 @@ def main():
 
     from data.pipeline import check_training_input
     from engine.checks import check_run_options
-    from models import resolve_model
+    from models import check_teacher, resolve_model
     from tools.doctor import findings as page
     from tools.doctor.data import look_at_data, open_splits
     from tools.doctor.disk import look_at_disk
@@ -57,6 +57,7 @@ def main():
     processes = args.processes or gpus or 1
     args = share_global_batch(args, processes)
     args, _ = resolve_model(args)
+    check_teacher(args)
     check_training_input(args)
     with tempfile.TemporaryDirectory() as folder:  # the section on the disk checks the run's own folder
         check_run_options(args.replacing(output=folder), world, kind='train')

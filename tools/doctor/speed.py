@@ -17,7 +17,8 @@ from engine.objective import create_objective
 from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.run import create_state
 from engine.step import TrainingStep
-from models import create_model_from_options, token_layout
+from engine.teacher import create_teacher, projection_groups
+from models import create_model_from_options, open_teacher, token_layout
 from options.checks import resolve_num_classes
 from tools.doctor.case import Case, Loading, Rates, Setup, Splits, Steps
 from tools.doctor.findings import LOOK, OK, Finding, duration
@@ -51,12 +52,16 @@ def prepare(case: Case, splits: Splits) -> Setup:
     TrainSampler(len(train), args.batch_size, world_size=case.processes, accum_steps=args.accum_steps)
     model = create_model_from_options(args, num_classes=resolve_num_classes(args, train.classes))
     layout = token_layout(model, args.img_size) if args.token_labels else None
-    inputs = create_training_input(args, train, val, model.pretrained_cfg, model.num_classes, case.world, layout=layout)
+    opened = open_teacher(args, train.classes, model.num_classes, case.world)
+    inputs = create_training_input(args, train, val, model.pretrained_cfg, model.num_classes, case.world, layout=layout,
+                                   teacher=opened)
+    teacher = create_teacher(args.replacing(compile=''), model, opened, inputs.for_teacher, case.precision, case.world)
     if args.compile == 'blocks':
         list_blocks(model)  # raises if it has none
-    optimizer = create_optimizer(param_groups(model, args.weight_decay), args)
+    groups = param_groups(model, args.weight_decay) + projection_groups(teacher, args.weight_decay)
+    optimizer = create_optimizer(groups, args)
     create_schedule(optimizer, args, steps_per_epoch=1)[0].step(0)  # the full rate may be too large for first steps
-    return Setup(inputs, create_state(args, model, optimizer, case.precision, train.classes, case.world))
+    return Setup(inputs, create_state(args, model, optimizer, case.precision, train.classes, case.world, teacher))
 
 
 # --- Loaders ----------------------------------------------------------------------------------------------------------
@@ -126,7 +131,8 @@ def measure_steps(case: Case, setup: Setup, loading: Loading) -> Steps:
     device, wanted = case.world.device, case.args.batch_size
     setup.state.model.train()
     prepare = setup.input.prepare_train
-    objective = create_objective(case.args, setup.state.model, soft_targets=prepare.mixing)
+    objective = create_objective(case.args, setup.state.model, soft_targets=prepare.mixing,
+                                 teacher=setup.state.teacher)
     step = TrainingStep(setup.state, objective, prepare=prepare, precision=case.precision,
                         args=case.args.replacing(accum_steps=1))
 
