@@ -20,6 +20,7 @@ def main():
     # Importing torch takes seconds; --help and a misspelled option do not wait for it.
     from data.pipeline import check_training_input, create_training_input, open_training_data
     from engine.checks import check_run_options
+    from engine.layers import prepare_layers
     from engine.optimizer import create_optimizer, param_groups
     from engine.run import create_state, run_training
     from models import create_model_from_options, resolve_model
@@ -44,8 +45,9 @@ def main():
     # --- Loaders for the model's input size and statistics ------------------------------------------------------------
     loaders = create_training_input(args, train_set, val_set, model.pretrained_cfg, model.num_classes, world)
 
-    # --- Optimizer and state ------------------------------------------------------------------------------------------
-    optimizer = create_optimizer(param_groups(model, args.weight_decay), args)
+    # --- What learns, optimizer, state ------------------------------------------------------------------------------------------
+    prepare_layers(model, args)
+    optimizer = create_optimizer(param_groups(model, args.weight_decay, layer_decay=args.layer_decay), args)
     state = create_state(args, model, optimizer, precision, train_set.classes, world)
 
     # --- Resume and train ---------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ def main():
 
     from data.pipeline import CIFAR_STATS, check_training_input, create_training_input, open_training_data
     from engine.checks import check_run_options
+    from engine.layers import prepare_layers
     from engine.optimizer import create_optimizer, param_groups
     from engine.run import create_state, run_training
     from models import create_model_from_options, resolve_model
@@ -52,7 +53,8 @@ def main():
 
     # --- Optimizer: two learning rates, one schedule ------------------------------------------------------------------
     body_lr_scale = args.transfer_ratio if args.transfer_learning else 1.0
-    optimizer = create_optimizer(param_groups(model, args.weight_decay, body_lr_scale), args)
+    prepare_layers(model, args)
+    optimizer = create_optimizer(param_groups(model, args.weight_decay, body_lr_scale, args.layer_decay), args)
     state = create_state(args, model, optimizer, precision, train_set.classes, world)
 
     # --- Resume and train ---------------------------------------------------------------------------------------------

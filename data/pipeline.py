@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from typing import NamedTuple
 
+import numpy as np
 from timm.data import ImageNetInfo, resolve_data_config
 
 from data.base import ImageDataset, evenly_spaced
@@ -208,13 +209,17 @@ def _cache(args, world: World) -> Cache:
 
 
 class TrainingInput(NamedTuple):
-    """The epoch loop's input: this rank's loaders, the preparers of their batches, and names as from `name_classes`."""
+    """The epoch loop's input: this rank's loaders, the preparers of their batches, and names as from `name_classes`.
+
+    class_counts: training images of each class, of all ranks.
+    """
     train_loader: Loader
     prepare_train: TrainBatchPreparer
     val_loader: Loader
     prepare_val: BatchPreparer
     img_size: tuple[int, int]
     class_names: list[str]
+    class_counts: list[int]
 
 
 def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_classes: int,
@@ -223,7 +228,8 @@ def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_cl
     config = resolve_input(args, pretrained_cfg)
     return TrainingInput(*_create_train_loader(args, train_set, config, num_classes, world),
                          *create_eval_loader(args, val_set, config, world), config.img_size,
-                         _name_in_words(train_set.classes, num_classes))
+                         _name_in_words(train_set.classes, num_classes),
+                         np.bincount(train_set.targets, minlength=num_classes).tolist())
 
 
 def check_training_input(args) -> None:

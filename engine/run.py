@@ -32,7 +32,7 @@ RESUME_SAFE_OPTIONS = {
     'data', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download', 'checkpoint_steps',
     'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier', 'max_bad_images',
     'max_bad_val_images', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'timeout', 'use_ema',
-    'weights_key'}
+    'weights_key', 'grad_checkpointing'}
 
 
 def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str],
@@ -56,7 +56,8 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
 
     Args:
         kind: 'train' or 'transfer', the part of --output that holds the run's folder.
-        loaders: train_loader, prepare_train, val_loader, prepare_val, img_size and class_names, of this rank.
+        loaders: train_loader, prepare_train, val_loader, prepare_val, img_size, class_names and class_counts, of
+            this rank.
     Returns:
         `state`, at its end.
     Raises:
@@ -64,7 +65,8 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
             of the checkpoint.
     """
     world = state.world
-    loss = create_loss(args, soft_targets=loaders.prepare_train.mixing)
+    loss = create_loss(args, soft_targets=loaders.prepare_train.mixing,
+                       class_counts=loaders.class_counts).to(world.device)
     state.order = loaders.train_loader.sampler.order
     state.images = {'training': loaders.train_loader.fingerprint(), 'evaluation': loaders.val_loader.fingerprint()}
     steps_per_epoch = len(loaders.train_loader) // args.accum_steps
@@ -192,7 +194,8 @@ def _go_to_start(args, state: TrainState, checkpoint: Path | None, steps_per_epo
 
 def _report_differences(before: dict, now: dict) -> None:
     # Options that earlier versions lacked, with the values that describe what they did.
-    before = {'compile': '', 'global_batch_size': None, 'fast_transform': False, 'fast_eval': False} | before
+    before = {'compile': '', 'global_batch_size': None, 'fast_transform': False, 'fast_eval': False,
+              'loss': 'ce'} | before
     # With --global-batch-size, the parts of a step follow from the number of processes.
     parts = {'batch_size', 'accum_steps'} if now['global_batch_size'] else set()
     changed = [f'{k} {before.get(k)!r} → {now.get(k)!r}' for k in sorted(before.keys() | now.keys())

@@ -13,6 +13,7 @@ from data import evenly_spaced
 from data.pipeline import create_training_input
 from data.samplers import TrainSampler
 from engine.compile import list_blocks
+from engine.layers import prepare_layers, set_training_mode
 from engine.loss import create_loss
 from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.run import create_state
@@ -53,7 +54,8 @@ def prepare(case: Case, splits: Splits) -> Setup:
     inputs = create_training_input(args, train, val, model.pretrained_cfg, model.num_classes, case.world)
     if args.compile == 'blocks':
         list_blocks(model)  # raises if it has none
-    optimizer = create_optimizer(param_groups(model, args.weight_decay), args)
+    prepare_layers(model, args)
+    optimizer = create_optimizer(param_groups(model, args.weight_decay, layer_decay=args.layer_decay), args)
     create_schedule(optimizer, args, steps_per_epoch=1)[0].step(0)  # the full rate may be too large for first steps
     return Setup(inputs, create_state(args, model, optimizer, case.precision, train.classes, case.world))
 
@@ -123,9 +125,10 @@ def loader_rate(batches: Iterator, workers: int, seconds: float, name: str) -> t
 def measure_steps(case: Case, setup: Setup, loading: Loading) -> Steps:
     """Measure the step at this batch, and its memory at two batches, from which that of others follows."""
     device, wanted = case.world.device, case.args.batch_size
-    setup.state.model.train()
+    set_training_mode(setup.state.model)
     step = TrainingStep(setup.state, setup.state.model, prepare=setup.input.prepare_train,
-                        loss=create_loss(case.args, soft_targets=setup.input.prepare_train.mixing),
+                        loss=create_loss(case.args, soft_targets=setup.input.prepare_train.mixing,
+                                         class_counts=setup.input.class_counts).to(device),
                         precision=case.precision, args=case.args.replacing(accum_steps=1))
 
     def time_steps(size: int) -> tuple[float, int]:
@@ -234,7 +237,7 @@ def _forward_rate(case: Case, setup: Setup, loading: Loading, size: int) -> floa
         with case.precision.autocast():
             model(images).sum().item()
         seconds.append(time.perf_counter() - begun)
-    model.train()
+    set_training_mode(model)
     return len(images) / min(seconds)
 
 
