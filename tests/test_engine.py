@@ -44,6 +44,7 @@ def recipe(**changes) -> Namespace:
             opt='adamw',
             opt_eps=None,
             opt_betas=None,
+            opt_kwargs=None,
             lr=5e-4,
             weight_decay=0.05,
             momentum=0.9,

@@ -14,7 +14,7 @@ from data.pipeline import create_training_input
 from data.samplers import TrainSampler
 from engine.compile import list_blocks
 from engine.layers import prepare_layers, set_training_mode
-from engine.loss import create_loss
+from engine.objective import create_objective
 from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.run import create_state
 from engine.step import TrainingStep
@@ -126,10 +126,11 @@ def measure_steps(case: Case, setup: Setup, loading: Loading) -> Steps:
     """Measure the step at this batch, and its memory at two batches, from which that of others follows."""
     device, wanted = case.world.device, case.args.batch_size
     set_training_mode(setup.state.model)
-    step = TrainingStep(setup.state, setup.state.model, prepare=setup.input.prepare_train,
-                        loss=create_loss(case.args, soft_targets=setup.input.prepare_train.mixing,
-                                         class_counts=setup.input.class_counts).to(device),
-                        precision=case.precision, args=case.args.replacing(accum_steps=1))
+    prepare = setup.input.prepare_train
+    objective = create_objective(case.args, setup.state.model, soft_targets=prepare.mixing,
+                                 class_counts=setup.input.class_counts)
+    step = TrainingStep(setup.state, objective, prepare=prepare, precision=case.precision,
+                        args=case.args.replacing(accum_steps=1))
 
     def time_steps(size: int) -> tuple[float, int]:
         return _time_steps(step, tuple(part[:size] for part in loading.batch), device)
