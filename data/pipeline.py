@@ -232,6 +232,23 @@ def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_cl
                          np.bincount(train_set.targets, minlength=num_classes).tolist())
 
 
+class ProbeInput(NamedTuple):
+    """The input of a linear probe: both splits as an evaluation sees them, and the settings of that input."""
+    train_loader: Loader
+    prepare_train: BatchPreparer
+    val_loader: Loader
+    prepare_val: BatchPreparer
+    config: InputConfig
+
+
+def create_probe_input(args, train_set, val_set, pretrained_cfg: dict, world: World) -> ProbeInput:
+    """Return the loaders of a linear probe. Up to --max-bad-images training images may be left out."""
+    config = resolve_input(args, pretrained_cfg)
+    of_training = args.replacing(max_bad_val_images=args.max_bad_images)
+    return ProbeInput(*create_eval_loader(of_training, train_set, config, world),
+                      *create_eval_loader(args, val_set, config, world), config)
+
+
 def check_training_input(args) -> None:
     """Raise the UserError that `create_training_input` would raise for these options, before data is read."""
     config = resolve_input(args, {})

@@ -120,7 +120,7 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
             lock.release()
     _logger.info('checkpoints, curves.png and summary.csv are in %s', folder)
     if world.is_main:
-        _logger.info('next:\n%s', '\n'.join(f'  {command}' for command in _next_commands(args, folder)))
+        _logger.info('next:\n%s', '\n'.join(f'  {command}' for command in next_commands(args, folder)))
     return state
 
 
@@ -159,7 +159,7 @@ def _keep_best(state: TrainState, folder: Path, resumed: Path | None) -> None:
         state.forget_best()
 
 
-def _next_commands(args, folder: Path) -> list[str]:
+def next_commands(args, folder: Path) -> list[str]:
     """Return the commands that use a run's result, as they are typed where this one was."""
     scripts = Path(sys.argv[0]).parent
     best = folder / BEST if (folder / BEST).exists() else folder / LAST

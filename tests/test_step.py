@@ -392,8 +392,8 @@ def test_moments_lie_as_the_weights_do_whatever_they_were_saved_from(opt):
     def start(layout):
         torch.manual_seed(0)
         layer = nn.Conv2d(3, 4, 3).to(memory_format=layout)
-        args = Options(opt=opt, opt_eps=None, opt_betas=None, opt_kwargs=None, lr=0.1, weight_decay=0.1, momentum=0.9, model='conv',
-                       sync_bn=False, channels_last=False, model_ema=False)
+        args = Options(opt=opt, opt_eps=None, opt_betas=None, opt_kwargs=None, lr=0.1, weight_decay=0.1, momentum=0.9,
+                       model='conv', sync_bn=False, channels_last=False, model_ema=False)
         layer.get_classifier = nn.Identity
         optimizer = create_optimizer(param_groups(layer, 0.1), args)
         return create_state(args, layer, optimizer, Precision(CPU, enabled=False), ['a'],
