@@ -79,14 +79,14 @@ def run_probe(args, model: TimmModel, loaders, precision: Precision, classes: li
     with torch.no_grad():
         for parameter, fitted in zip((head.weight, head.bias), classifier.of_features(), strict=True):
             parameter.copy_(fitted)
-    top1, _ = classifier.judge(features, targets)
+    top1, loss = classifier.judge(features, targets)
     _logger.info('decay %g fits %.2f %% of all %s', rows[best]['decay'], top1, plural(len(targets), 'training image'))
     result = evaluate(model, loaders.val_loader, loaders.prepare_val, precision=precision,
                       log_interval=args.log_interval)
     # No step follows: the optimizer is there because a checkpoint has one.
     state = create_state(args.replacing(model_ema=False), model, torch.optim.SGD(head.parameters(), lr=args.lr),
                          precision, classes, world)
-    record = {'epoch': 0, 'images_seen': len(targets), 'train_top1': top1, **result.as_dict(),
+    record = {'epoch': 0, 'images_seen': len(targets), 'train_loss': loss, 'train_top1': top1, **result.as_dict(),
               'decay': rows[best]['decay'], 'epoch_seconds': round(time.perf_counter() - started, 1)}
     _save(args, state, record, folder)
     write_results(folder / RESULTS, {

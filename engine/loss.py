@@ -36,15 +36,18 @@ def create_loss(args, *, soft_targets: bool, class_counts: Sequence[int] | None 
         if args.loss != 'ce' or args.class_weights:
             raise UserError('--jsd is a loss of its own; leave --loss and --class-weights out, or --jsd')
         return JsdCrossEntropy(num_splits=args.aug_splits, smoothing=args.smoothing)
-    weights = balanced_weights(class_counts) if args.class_weights and class_counts is not None else None
-    if args.loss == 'bce':
-        return WeightedBinaryCrossEntropy(args.smoothing, args.bce_target_thresh, weights)
     smoothing = 0.0 if soft_targets else args.smoothing
+    gamma = FOCAL_GAMMA if args.focal_gamma is None else args.focal_gamma
+    if args.class_weights and class_counts is not None:
+        of_images: nn.Module = (
+            BinaryCrossEntropy(args.smoothing, args.bce_target_thresh, reduction='none') if args.loss == 'bce' else
+            FocalLoss(gamma, smoothing, reduction='none') if args.loss == 'focal' else
+            nn.CrossEntropyLoss(label_smoothing=smoothing, reduction='none'))
+        return WeightedLoss(of_images, balanced_weights(class_counts))
+    if args.loss == 'bce':
+        return BinaryCrossEntropy(args.smoothing, args.bce_target_thresh)
     if args.loss == 'focal':
-        gamma = FOCAL_GAMMA if args.focal_gamma is None else args.focal_gamma
-        return FocalLoss(gamma, smoothing, weights)
-    if weights is not None:
-        return WeightedCrossEntropy(weights, smoothing)
+        return FocalLoss(gamma, smoothing)
     if soft_targets:
         return SoftTargetCrossEntropy()
     if smoothing:
@@ -68,63 +71,52 @@ def balanced_weights(counts: Sequence[int]) -> torch.Tensor:
     return weights.float()
 
 
-class WeightedCrossEntropy(nn.CrossEntropyLoss):
-    """Cross-entropy with a weight for each class, averaged over images.
+class WeightedLoss(nn.Module):
+    """The mean over images of another loss, times the weight of the image's class.
 
-    torch would divide by the weights of a batch, so that the loss depended on how images are divided into batches and
-    processes. With Mixup, each class of an image counts with its share and its weight.
-    """
-
-    def __init__(self, weight: torch.Tensor, smoothing: float):
-        super().__init__(weight=weight, label_smoothing=smoothing, reduction='none')
-
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss of logits [B, classes] and targets [B] or [B, classes]."""
-        return super().forward(logits, targets).mean()
-
-
-class WeightedBinaryCrossEntropy(BinaryCrossEntropy):
-    """timm's binary cross-entropy, one decision for each class (Wightman et al. 2021, "ResNet strikes back").
-
-    An image counts with the weight of its class; with Mixup, with the mean weight of its classes.
+    With Mixup, it is the mean weight of the image's classes by their shares. torch's cross-entropy would divide by the
+    weights of a batch, so that the loss depended on how images are divided into batches and processes. It would also
+    weigh the smoothed part of a target by all classes.
 
     Args:
-        threshold: soft targets above it are 1, others 0; None leaves them as they are.
-        class_weights: [classes], or None for equal ones.
+        loss: (logits, targets) → loss of each image [B], or of each of its classes [B, classes].
+        class_weights: float32 [classes].
     """
 
-    def __init__(self, smoothing: float, threshold: float | None, class_weights: torch.Tensor | None):
-        super().__init__(smoothing=smoothing, target_threshold=threshold,
-                         reduction='mean' if class_weights is None else 'none')
+    class_weights: torch.Tensor
+
+    def __init__(self, loss: nn.Module, class_weights: torch.Tensor):
+        super().__init__()
+        self.loss = loss
         self.register_buffer('class_weights', class_weights)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the mean over images and classes, of logits [B, classes] and targets [B] or [B, classes]."""
-        loss = super().forward(logits, targets)
-        if self.class_weights is None:
-            return loss
-        of_images = targets @ self.class_weights if targets.ndim == 2 else self.class_weights[targets]  # [B]
-        return (loss.mean(1) * of_images).mean()
+        """Return the mean loss of logits [B, classes] and targets [B] or [B, classes]."""
+        loss = self.loss(logits, targets)
+        weights = targets @ self.class_weights if targets.ndim == 2 else self.class_weights[targets]  # [B]
+        return (weights * loss.reshape(len(weights), -1).mean(1)).mean()
 
 
 class FocalLoss(nn.Module):
     """Cross-entropy that counts images less which are classified well (Lin et al. 2017, equation 4).
 
     The term of a class with probability p is multiplied by (1 - p)^gamma. Smoothed and soft targets weigh the terms.
+
+    Args:
+        reduction: 'mean' over images, or 'none'.
     """
 
-    def __init__(self, gamma: float, smoothing: float = 0.0, class_weights: torch.Tensor | None = None):
+    def __init__(self, gamma: float, smoothing: float = 0.0, reduction: str = 'mean'):
         super().__init__()
-        self.gamma, self.smoothing = gamma, smoothing
-        self.register_buffer('class_weights', class_weights)
+        self.gamma, self.smoothing, self.reduction = gamma, smoothing, reduction
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss of logits [B, classes] and targets [B] or [B, classes]."""
+        """Return the loss of logits [B, classes] and targets [B] or [B, classes]: [], or [B] without reduction."""
         classes = logits.shape[1]
         if targets.ndim == 1:
             targets = F.one_hot(targets, classes) * (1 - self.smoothing) + self.smoothing / classes
         log_p = logits.log_softmax(1)  # [B, classes]
         # The gradient of 0^gamma is not finite for gamma < 1.
         miss = (-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).tiny)  # 1 - p
-        terms = -targets * miss ** self.gamma * log_p
-        return (terms if self.class_weights is None else terms * self.class_weights).sum(1).mean()
+        loss = -(targets * miss ** self.gamma * log_p).sum(1)
+        return loss.mean() if self.reduction == 'mean' else loss
