@@ -5,6 +5,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ def changed(before: dict, after: dict) -> set[str]:
 def test_frozen_weights_and_statistics_keep_every_byte_and_all_others_change(name, part, learns):
     model = tiny(name)
     before = copy.deepcopy(model.state_dict())
-    state = train(model, options('--freeze', part))
+    state = train(model, options('--freeze', part, '--opt', 'adamw', '--lr', '1e-3'), steps=4)
     expected = {key for key in before if key.startswith(learns)}
     assert changed(before, model.state_dict()) == expected > set()
     assert changed(before, state.ema.module.state_dict()) == expected
@@ -165,7 +166,8 @@ def test_settings_of_the_optimizer_reach_it_or_are_refused():
         'amsgrad': True, 'maximize': True, 'fused': True, 'lr': 0.1}.items()
     assert settings('--opt', 'lamb', '--opt-kwargs', 'max_grad_norm=3')['max_grad_norm'] == 3
     for argv, message in (
-            (('--opt', 'adamw', '--opt-kwargs', 'amsgard=True'), 'opt-kwargs amsgard=True: .*unexpected keyword .amsgar'),
+            (('--opt', 'adamw', '--opt-kwargs', 'amsgard=True'),
+             '--opt-kwargs amsgard=True: .*unexpected keyword.*amsgard'),
             (('--opt-kwargs', 'lr=1'), '--opt-kwargs lr: use --lr'),
             (('--opt-kwargs', 'betas=(0, 1)'), '--opt-kwargs betas: use --opt-betas'),
             (('--opt-kwargs', 'fused=False'), '--opt-kwargs fused: no setting of an optimizer'),
@@ -216,7 +218,7 @@ def test_weights_of_classes_are_those_of_scikit_learn_and_without_images_0(caplo
     with caplog.at_level('INFO'):
         weights = balanced_weights([7, 2, 0, 1])
     assert weights[[0, 1, 3]].tolist() == pytest.approx(
-        compute_class_weight('balanced', classes=[0, 1, 3], y=targets).tolist())
+        compute_class_weight('balanced', classes=np.array([0, 1, 3]), y=targets).tolist())
     assert weights[2] == 0 and '1 class without a training image count' in caplog.text
 
 
