@@ -45,7 +45,7 @@ def main():
     # --- Loaders for the model's input size and statistics ------------------------------------------------------------
     loaders = create_training_input(args, train_set, val_set, model.pretrained_cfg, model.num_classes, world)
 
-    # --- What learns, optimizer, state ------------------------------------------------------------------------------------------
+    # --- What learns, optimizer, state --------------------------------------------------------------------------------
     prepare_layers(model, args)
     optimizer = create_optimizer(param_groups(model, args.weight_decay, layer_decay=args.layer_decay), args)
     state = create_state(args, model, optimizer, precision, train_set.classes, world)

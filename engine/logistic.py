@@ -109,8 +109,8 @@ def fit_sgd(features: torch.Tensor, targets: torch.Tensor, classes: int, decay: 
     layer = torch.nn.Linear(features.shape[1], classes, device=features.device)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.SGD([{'params': [layer.weight], 'weight_decay': decay}, {'params': [layer.bias]}], lr=lr,
-                                momentum=momentum, weight_decay=0.0)
+    groups: list[dict] = [{'params': [layer.weight], 'weight_decay': decay}, {'params': [layer.bias]}]
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     step, steps = 0, epochs * math.ceil(len(targets) / batch_size)
     with progress_bar(total=steps, desc=f'decay {decay:g}') as bar:

@@ -112,7 +112,8 @@ def test_tokens_that_timm_leaves_out_of_the_stem_are_frozen_with_it():
 
 
 @pytest.mark.parametrize(('name', 'argv', 'message'), [
-    ('t2t_vit_7', ('--freeze', '4'), r'--freeze 4: the model has 3 blocks; give 0 \(its stem alone\) to 3, or backbone'),
+    ('t2t_vit_7', ('--freeze', '4'),
+     r'--freeze 4: the model has 3 blocks; give 0 \(its stem alone\) to 3, or backbone'),
     ('pit_ti_224', ('--freeze', '1'), '--freeze 1: PoolingVisionTransformer does not number its blocks; say --freeze '
                                       'backbone'),
     ('vit_se', ('--grad-checkpointing',), None), ('test_efficientnet', ('--grad-checkpointing',), None),

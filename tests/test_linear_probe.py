@@ -165,8 +165,8 @@ def test_features_are_found_again_and_others_are_not(probed):
     (('--experiment', 'first'), '--experiment first: that run exists')])
 def test_what_a_probe_cannot_do_is_one_line(probed, argv, message):
     folder, _ = probed
-    arguments = [word for word in PROBE if word not in ('--transfer-model', 'start.pth')] if '--model' in argv else PROBE
-    refused = run_script('transfer.py', *arguments, *argv, cwd=folder)
+    weights = ('--transfer-model', 'start.pth') if '--model' not in argv else ()  # which fit one model
+    refused = run_script('transfer.py', *PROBE[:-2], *weights, *argv, cwd=folder)
     assert refused.returncode == 2 and refused.stderr.count('\n') == 1, refused.stderr
     assert re.search(message, refused.stderr), refused.stderr
 

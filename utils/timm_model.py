@@ -12,3 +12,5 @@ class TimmModel(nn.Module):
     get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]
     reset_classifier: Callable[..., None]
     no_weight_decay: Callable[[], set[str]]
+    group_matcher: Callable[..., Any]
+    set_grad_checkpointing: Callable[[bool], None]
