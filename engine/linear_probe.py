@@ -24,7 +24,6 @@ from engine.run import create_state, next_commands
 from engine.run_folder import RunLock, resolve_run
 from engine.state import TrainState
 from engine.writer import CheckpointWriter
-from utils import signals
 from utils.console import plural, progress_bar
 from utils.disk import make_folder, write_whole
 from utils.distributed import World
@@ -72,6 +71,18 @@ def run_probe(args, model: TimmModel, loaders, precision: Precision, classes: li
     move_model(model, world.device, channels_last=args.channels_last)
     lock = RunLock(folder, patience=0)
     _logger.info('run folder: %s', folder)
+    try:
+        state = _probe(args, model, head, loaders, precision, classes, world, folder, started)
+    finally:
+        loaders.train_loader.close()
+        loaders.val_loader.close()
+        lock.release()
+    _logger.info('next:\n%s', '\n'.join(f'  {command}' for command in next_commands(args, folder)))
+    return state
+
+
+def _probe(args, model: TimmModel, head: nn.Linear, loaders, precision: Precision, classes: list[str], world: World,
+           folder: Path, started: float) -> TrainState:
     features, targets = _features(args, model, head, loaders, precision)
     features, targets = features.to(world.device), targets.to(world.device)
     rows, best = _sweep(args, features, targets, model.num_classes)
@@ -91,14 +102,10 @@ def run_probe(args, model: TimmModel, loaders, precision: Precision, classes: li
     _save(args, state, record, folder)
     write_results(folder / RESULTS, {
         'model': args.model, 'solver': args.probe_solver, 'decays': rows, **record,
-        'decay_chosen_on': f'1 in {HELD_OUT} of the training images of each class',
+        'decay_chosen_on': f'1 in {HELD_OUT} of the training images of each class' if len(rows) > 1 else 'nothing',
         'evaluated_on': 'the evaluation images, once', **describe_environment(world.device)}, rows, '--output')
-    lock.release()
-    for loader in (loaders.train_loader, loaders.val_loader):
-        loader.close()
     _logger.info('*** Linear probe: top-1 %.3f %% of %s, with decay %g', result.top1,
                  plural(result.count, 'evaluation image'), rows[best]['decay'])
-    _logger.info('next:\n%s', '\n'.join(f'  {command}' for command in next_commands(args, folder)))
     return state
 
 
@@ -166,7 +173,7 @@ def compute_features(model: TimmModel, head: nn.Linear, loader, prepare, precisi
     all_features, all_targets = [], []
     try:
         with progress_bar(total=len(loader), desc='features', unit='batch') as bar:
-            for images, targets in signals.until_stalled(loader):
+            for images, targets in loader:
                 images, targets = prepare(images, targets)
                 seen.clear()
                 with precision.autocast():

@@ -32,7 +32,7 @@ RESUME_SAFE_OPTIONS = {
     'data', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download', 'checkpoint_steps',
     'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier', 'max_bad_images',
     'max_bad_val_images', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'timeout', 'use_ema',
-    'weights_key', 'grad_checkpointing'}
+    'weights_key', 'grad_checkpointing', 'linear_probe', 'probe_solver', 'probe_decays'}
 
 
 def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str],
