@@ -20,6 +20,7 @@ def main():
     # Importing torch takes seconds; --help and a misspelled option do not wait for it.
     from data.pipeline import check_training_input, create_training_input, open_training_data
     from engine.checks import check_run_options
+    from engine.layers import prepare_layers
     from engine.optimizer import create_optimizer, param_groups
     from engine.run import create_state, run_training
     from engine.teacher import create_teacher, projection_groups
@@ -49,10 +50,11 @@ def main():
     loaders = create_training_input(args, train_set, val_set, model.pretrained_cfg, model.num_classes, world,
                                     layout=layout, teacher=opened)
 
-    # --- Optimizer and state ------------------------------------------------------------------------------------------
+    # --- What learns, optimizer, state --------------------------------------------------------------------------------
+    prepare_layers(model, args)
     teacher = create_teacher(args, model, opened, loaders.for_teacher, precision, world)
-    groups = param_groups(model, args.weight_decay) + projection_groups(teacher, args.weight_decay)
-    optimizer = create_optimizer(groups, args)
+    groups = param_groups(model, args.weight_decay, layer_decay=args.layer_decay)
+    optimizer = create_optimizer(groups + projection_groups(teacher, args.weight_decay), args)
     state = create_state(args, model, optimizer, precision, train_set.classes, world, teacher)
 
     # --- Resume and train ---------------------------------------------------------------------------------------------

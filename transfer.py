@@ -4,6 +4,8 @@
         --transfer-learning True --transfer-model path/to/checkpoint
     python transfer.py /data/flowers --model t2t_vit_14 --transfer-model path/to/checkpoint
 
+    python transfer.py /data/flowers --model t2t_vit_14 --transfer-model path/to/checkpoint --linear-probe
+
 The classifier learns at --lr, everything else at --transfer-ratio times --lr, in every epoch. Without --transfer-model
 and --transfer-learning the whole model trains at --lr, from random weights unless --pretrained is given. Without DIR
 and --dataset, CIFAR-10 is downloaded into ./data_cifar. The defaults are the published recipe, except that biases and
@@ -25,8 +27,16 @@ def main():
         raise UserError(f'--transfer-model {args.transfer_model} beside --transfer-learning False; leave one of the '
                         'two out')
 
-    from data.pipeline import CIFAR_STATS, check_training_input, create_training_input, open_training_data
+    from data.pipeline import (
+        CIFAR_STATS,
+        check_training_input,
+        create_probe_input,
+        create_training_input,
+        open_training_data,
+    )
     from engine.checks import check_run_options
+    from engine.layers import prepare_layers
+    from engine.linear_probe import check_probe, run_probe
     from engine.optimizer import create_optimizer, param_groups
     from engine.run import create_state, run_training
     from engine.teacher import create_teacher, projection_groups
@@ -45,11 +55,22 @@ def main():
     check_teacher(args)
     check_training_input(args)
     check_run_options(args, world, kind='transfer')
+    if args.linear_probe:
+        check_probe(args, world)
     train_set, val_set = open_training_data(args, world)
 
     # --- Model: weights of the source, a new classifier for the target ------------------------------------------------
     num_classes = resolve_num_classes(args, train_set.classes)
     model = create_model_from_options(args, num_classes=num_classes, transfer_from=args.transfer_model or weights)
+
+    # --- A linear probe ends here: no other layer learns --------------------------------------------------------------
+    if args.linear_probe:
+        probe_input = create_probe_input(args, train_set, val_set, model.pretrained_cfg, world)
+        run_probe(args, model, probe_input, precision, train_set.classes, world)
+        destroy_process_group()
+        return
+
+    # --- A teacher, loaders for both --------------------------------------------------------------------------------
     opened = open_teacher(args, train_set.classes, num_classes, world)
     layout = token_layout(model, args.img_size) if args.token_labels else None
     loaders = create_training_input(args, train_set, val_set, model.pretrained_cfg, num_classes, world, layout=layout,
@@ -57,9 +78,11 @@ def main():
 
     # --- Optimizer: two learning rates, one schedule ------------------------------------------------------------------
     body_lr_scale = args.transfer_ratio if args.transfer_learning else 1.0
+    prepare_layers(model, args)
     teacher = create_teacher(args, model, opened, loaders.for_teacher, precision, world)
-    groups = param_groups(model, args.weight_decay, body_lr_scale) + projection_groups(teacher, args.weight_decay)
-    state = create_state(args, model, create_optimizer(groups, args), precision, train_set.classes, world, teacher)
+    groups = param_groups(model, args.weight_decay, body_lr_scale, args.layer_decay)
+    optimizer = create_optimizer(groups + projection_groups(teacher, args.weight_decay), args)
+    state = create_state(args, model, optimizer, precision, train_set.classes, world, teacher)
 
     # --- Resume and train ---------------------------------------------------------------------------------------------
     run_training(args, state, loaders, precision, kind='transfer')

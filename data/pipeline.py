@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from typing import Any, NamedTuple
 
+import numpy as np
 from timm.data import ImageNetInfo, resolve_data_config
 
 from data.base import ImageDataset, evenly_spaced
@@ -210,13 +211,17 @@ def _cache(args, world: World) -> Cache:
 
 
 class TrainingInput(NamedTuple):
-    """The epoch loop's input: this rank's loaders, the preparers of their batches, and names as from `name_classes`."""
+    """The epoch loop's input: this rank's loaders, the preparers of their batches, and names as from `name_classes`.
+
+    class_counts: training images of each class, of all ranks.
+    """
     train_loader: Loader
     prepare_train: TrainBatchPreparer
     val_loader: Loader
     prepare_val: BatchPreparer
     img_size: tuple[int, int]
     class_names: list[str]
+    class_counts: list[int]
     for_teacher: Readjustment | None  # training images, prepared → as the teacher takes them; None without one
 
 
@@ -236,6 +241,7 @@ def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_cl
     return TrainingInput(*_create_train_loader(args, train_set, config, num_classes, world, layout),
                          *create_eval_loader(args, val_set, config, world), config.img_size,
                          _name_in_words(train_set.classes, num_classes),
+                         np.bincount(train_set.targets, minlength=num_classes).tolist(),
                          teacher and _create_readjustment(config, teacher, world))
 
 
@@ -243,6 +249,23 @@ def _create_readjustment(config: InputConfig, teacher, world: World) -> Readjust
     other = resolve_input(teacher.args, teacher.model.pretrained_cfg)
     return Readjustment(world.device, mean=config.mean, std=config.std, other_mean=other.mean, other_std=other.std,
                         other_size=other.img_size)
+
+
+class ProbeInput(NamedTuple):
+    """The input of a linear probe: both splits as an evaluation sees them, and the settings of that input."""
+    train_loader: Loader
+    prepare_train: BatchPreparer
+    val_loader: Loader
+    prepare_val: BatchPreparer
+    config: InputConfig
+
+
+def create_probe_input(args, train_set, val_set, pretrained_cfg: dict, world: World) -> ProbeInput:
+    """Return the loaders of a linear probe. Up to --max-bad-images training images may be left out."""
+    config = resolve_input(args, pretrained_cfg)
+    of_training = args.replacing(max_bad_val_images=args.max_bad_images)
+    return ProbeInput(*create_eval_loader(of_training, train_set, config, world),
+                      *create_eval_loader(args, val_set, config, world), config)
 
 
 def check_training_input(args) -> None:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.ahead import StepsAhead
 from engine.best import AVERAGED, PREFIXES, WEIGHTS, better_result
 from engine.evaluate import METRICS, MostConfidentErrors, evaluate
+from engine.layers import set_training_mode
 from engine.log.run_log import IMAGES_SHOWN, RunLog
 from engine.log.sink import FIRST_BATCH, SAVED_BATCH, WRONG_PREDICTIONS
 from engine.state import TrainState
@@ -149,7 +150,7 @@ class Trainer:
     def _train_epoch(self) -> dict:
         """Train the rest of the epoch; return its mean loss and its bad images, of the whole epoch and all ranks."""
         state, args, loader = self.state, self.args, self.loaders.train_loader
-        self.objective.train()
+        set_training_mode(self.objective)
         loader.set_position(state.epoch, state.step * args.accum_steps)
         batches = StepsAhead(loader, steps=self.steps_per_epoch - state.step, batches_per_step=args.accum_steps,
                              depth=self._depth)

@@ -1,5 +1,5 @@
 """What training minimises: a model together with the loss that judges it, as one module for DDP to wrap."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -107,16 +107,19 @@ class Distillation(Objective):
         return (1 - self.weight) * self.loss(logits, labels) + self.weight * distilled
 
 
-def create_objective(args, model: nn.Module, *, soft_targets: bool, teacher: Teacher | None = None) -> Objective:
-    """Return the objective that the options name.
+def create_objective(args, model: nn.Module, *, soft_targets: bool, class_counts: Sequence[int] | None = None,
+                     teacher: Teacher | None = None) -> Objective:
+    """Return the objective that the options name, on the device of `model`.
 
     Args:
         soft_targets: targets are distributions over classes instead of class numbers.
+        class_counts: training images of each class, which --class-weights needs.
         teacher: the one that the options name, if they do.
     """
     if args.token_labels:
         return TokenLabelObjective(model, cls_weight=args.cls_weight, dense_weight=args.dense_weight)
-    loss = create_loss(args, soft_targets=soft_targets)
+    loss = create_loss(args, soft_targets=soft_targets, class_counts=class_counts)
+    loss.to(next(model.parameters()).device)
     if teacher:
         weight = 0.5 if args.distill_weight is None else args.distill_weight
         return Distillation(model, loss, teacher, temperature=args.distill_temperature or 1.0, weight=weight)

@@ -33,7 +33,8 @@ RESUME_SAFE_OPTIONS = {
     'data', 'workers', 'pin_mem', 'log_interval', 'output', 'experiment', 'resume', 'download', 'checkpoint_steps',
     'checkpoint_hist', 'save_images', 'tensorboard', 'validation_batch_size_multiplier', 'max_bad_images',
     'max_bad_val_images', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'timeout', 'use_ema',
-    'weights_key', 'token_labels', 'max_missing_labels', 'teacher_checkpoint'}
+    'weights_key', 'token_labels', 'max_missing_labels', 'teacher_checkpoint', 'grad_checkpointing', 'linear_probe',
+    'probe_solver', 'probe_decays'}
 
 
 def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str], world: World,
@@ -57,7 +58,8 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
 
     Args:
         kind: 'train' or 'transfer', the part of --output that holds the run's folder.
-        loaders: train_loader, prepare_train, val_loader, prepare_val, img_size and class_names, of this rank.
+        loaders: train_loader, prepare_train, val_loader, prepare_val, img_size, class_names and class_counts, of
+            this rank.
     Returns:
         `state`, at its end.
     Raises:
@@ -65,7 +67,8 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
             of the checkpoint.
     """
     world = state.world
-    objective = create_objective(args, state.model, soft_targets=loaders.prepare_train.mixing, teacher=state.teacher)
+    objective = create_objective(args, state.model, soft_targets=loaders.prepare_train.mixing,
+                                 class_counts=loaders.class_counts, teacher=state.teacher)
     state.order = loaders.train_loader.sampler.order
     state.labels = loaders.train_loader.label_fingerprint()
     state.images = {'training': loaders.train_loader.fingerprint(), 'evaluation': loaders.val_loader.fingerprint()}
@@ -120,7 +123,7 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
             lock.release()
     _logger.info('checkpoints, curves.png and summary.csv are in %s', folder)
     if world.is_main:
-        _logger.info('next:\n%s', '\n'.join(f'  {command}' for command in _next_commands(args, folder)))
+        _logger.info('next:\n%s', '\n'.join(f'  {command}' for command in next_commands(args, folder)))
     return state
 
 
@@ -159,7 +162,7 @@ def _keep_best(state: TrainState, folder: Path, resumed: Path | None) -> None:
         state.forget_best()
 
 
-def _next_commands(args, folder: Path) -> list[str]:
+def next_commands(args, folder: Path) -> list[str]:
     """Return the commands that use a run's result, as they are typed where this one was."""
     scripts = Path(sys.argv[0]).parent
     best = folder / BEST if (folder / BEST).exists() else folder / LAST
@@ -195,7 +198,8 @@ def _go_to_start(args, state: TrainState, checkpoint: Path | None, steps_per_epo
 def _report_differences(before: dict, now: dict) -> None:
     # Options that earlier versions lacked, with the values that describe what they did.
     before = {'compile': '', 'global_batch_size': None, 'fast_transform': False, 'fast_eval': False,
-              'token_label_crop': 'straight', 'dense_weight': 1.0, 'cls_weight': 1.0, 'ground_truth': False} | before
+              'loss': 'ce', 'token_label_crop': 'straight', 'dense_weight': 1.0, 'cls_weight': 1.0,
+              'ground_truth': False} | before
     # With --global-batch-size, the parts of a step follow from the number of processes.
     parts = {'batch_size', 'accum_steps'} if now['global_batch_size'] else set()
     changed = [f'{k} {before.get(k)!r} → {now.get(k)!r}' for k in sorted(before.keys() | now.keys())

@@ -148,7 +148,7 @@ class TrainState:
         self._check_teacher(state, source, with_optimizer=with_optimizer)
         # The optimizer first, since torch can still refuse it.
         if with_optimizer:
-            self._load_optimizer(state['optimizer'], state['args'].get('opt'), source)
+            self._load_optimizer(state['optimizer'], state['args'], source)
             if state['amp_scaler']:  # empty if the run needed no loss scaling
                 self.scaler.load_state_dict(state['amp_scaler'])
         self.model.load_state_dict(state['state_dict'])
@@ -174,12 +174,15 @@ class TrainState:
             _logger.warning('the run goes on with %s, before with %s', _described_teacher(self._fingerprint),
                             _described_teacher(state.get('teacher')))
 
-    def _load_optimizer(self, saved: dict, name: str | None, source) -> None:
+    def _load_optimizer(self, saved: dict, before: dict, source) -> None:
         # Options take precedence over the checkpoint, so a changed decay or momentum applies to the rest of the run.
         asked = [{k: v for k, v in group.items() if k != 'params'} for group in self.optimizer.param_groups]
+        name = before.get('opt')
         if str(name).lower() != str(self.options.get('opt')).lower():
             raise UserError(f"{source}: its optimizer is {name}, this run's is {self.options['opt']}; "
                             f'say --opt {name}, or --no-resume-opt to start the optimizer anew')
+        for option in ('opt_kwargs', 'freeze', 'layer_decay'):
+            self._check_option_of_groups(option, before.get(option), source)
         try:
             # This run chooses the implementation, which decides where steps are counted.
             form = {k: asked[0][k] for k in ('fused', 'foreach') if k in asked[0]}
@@ -194,6 +197,19 @@ class TrainState:
             moments.update({name: torch.empty_like(parameter, dtype=value.dtype).copy_(value)
                             for name, value in moments.items()
                             if isinstance(value, torch.Tensor) and value.shape == parameter.shape})
+
+    def _check_option_of_groups(self, option: str, before, source) -> None:
+        """Raise UserError if the optimizer of a checkpoint has other parameters or moments than this run's."""
+        now, flag = self.options.get(option), f'--{option.replace("_", "-")}'
+        if option == 'layer_decay':  # another factor keeps the groups
+            is_same = bool(before) == bool(now)
+        else:
+            is_same = before == now
+        if not is_same:
+            was, this = (f'with {flag} {" ".join(value) if isinstance(value, list) else value}'
+                         if value not in (None, []) else f'without {flag}' for value in (before, now))
+            raise UserError(f'{source}: its optimizer was made {was}, this run is {this}; give the same, or '
+                            '--no-resume-opt to start the optimizer anew')
 
     def _load_rank(self, ranks: list[dict]) -> None:
         if len(ranks) == self.world.size:

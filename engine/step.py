@@ -36,7 +36,7 @@ class TrainingStep:
     Args:
         objective: that of `state.model`, as training calls it (see wrap_model): (images, targets) → loss.
         prepare: (images, targets) from the loader → the same on the device, as the objective takes them.
-        args: accum_steps, clip_grad, max_skipped_steps.
+        args: accum_steps, clip_grad, max_skipped_steps, grad_checkpointing.
     Attributes:
         gradient_norm: of the last step, before clipping; float32 [] on the device.
     """
@@ -46,6 +46,7 @@ class TrainingStep:
         self._prepare, self._precision, self._args = prepare, precision, args
         self._parameters = list(objective.parameters())
         self._statistics = _Statistics(state.model)
+        self._before_backward = _Statistics(state.model) if args.grad_checkpointing else None
         self._is_fused = isinstance(state.optimizer, FUSED) and all(g['fused'] for g in state.optimizer.param_groups)
         self._unsettled: list[tuple[int, int, torch.Tensor]] = []
         self.gradient_norm: torch.Tensor
@@ -113,7 +114,11 @@ class TrainingStep:
                         raise _explain_norm(error, images) or error from error
                 if fault_point('loss') == 'nan':
                     loss = loss * math.nan
+                if self._before_backward:
+                    self._before_backward.keep()
                 state.scaler.scale(loss / args.accum_steps).backward()
+                if self._before_backward:  # recomputed batch norms have counted the batch twice
+                    self._before_backward.revert()
             sums += torch.stack([loss.detach().double() * len(images),
                                  torch.full_like(loss, len(images), dtype=torch.float64)])
         return images, sums
@@ -172,6 +177,11 @@ class _Statistics:
         """Copy the current statistics."""
         for buffers, _, old, _ in self._groups:
             torch._foreach_copy_(old, buffers)
+
+    def revert(self) -> None:
+        """Restore the statistics of the last `keep`."""
+        for buffers, _, old, _ in self._groups:
+            torch._foreach_copy_(buffers, old)
 
     def restore(self, skip: torch.Tensor) -> None:
         """Restore the statistics of the last `keep` if `skip`, a bool [] on their device, is True."""

@@ -34,8 +34,8 @@ from options.checks import check_trained_model
 from options.groups import augmentation_options, batch_norm_options, input_options, model_options
 from options.parser import Options, create_parser
 from options.recipes import check_values, read_recipe
-from options.types import keywords
 from utils.errors import UserError, did_you_mean
+from utils.keywords import keywords
 from utils.timm_model import TimmModel
 from utils.weight_sources import find_weights, kind_of_address, quiet_hub, read_model_config
 

@@ -7,10 +7,13 @@ _SAME_AS = {
     '--auto-augment': '--aa POLICY',
     '--backbone': '--model MODEL',
     '--batch': '--batch-size N',
+    '--bce-loss': '--loss bce',
     '--bf16': '--amp --amp-dtype bfloat16',
     '--bs': '--batch-size N',
     '--ckpt': '--checkpoint PATH in validate.py and predict.py, --initial-checkpoint PATH in train.py',
     '--ckpt-path': '--resume PATH',
+    '--class-weight': '--class-weights balanced',
+    '--criterion': '--loss NAME',
     '--data-dir': 'the folder itself, without an option: train.py DIR',
     '--data-path': 'the folder itself, without an option: train.py DIR',
     '--data-set': '--dataset NAME',
@@ -24,8 +27,11 @@ _SAME_AS = {
     '--ema': '--model-ema',
     '--ema-decay': '--model-ema-decay D',
     '--finetune': '--initial-checkpoint PATH',
+    '--focal-loss': '--loss focal',
     '--fp16': '--amp --amp-dtype float16',
+    '--freeze-backbone': '--freeze backbone',
     '--gradient-accumulation-steps': '--accum-steps N',
+    '--gradient-checkpointing': '--grad-checkpointing',
     '--gradient-clip-val': '--clip-grad NORM',
     '--grad-accum-steps': '--accum-steps N',
     '--image-size': '--img-size N',
@@ -37,6 +43,8 @@ _SAME_AS = {
     '--label-smoothing': '--smoothing S',
     '--label-smoothing-factor': '--smoothing S',
     '--learning-rate': '--lr LR',
+    '--linear-probing': '--linear-probe in transfer.py',
+    '--llrd': '--layer-decay D',
     '--log-dir': '--output DIR',
     '--log-every-n-steps': '--log-interval N',
     '--logdir': '--output DIR',
@@ -76,6 +84,7 @@ _SAME_AS = {
     '--torch-compile': '--compile blocks',
     '--torchcompile': '--compile blocks',
     '--train-dir': 'the folder above it, without an option, and --train-split NAME',
+    '--use-checkpoint': '--grad-checkpointing',
     '--validation-batch-size': '--validation-batch-size-multiplier N, times --batch-size',
     '--validation-dir': 'the folder above it, without an option, and --val-split NAME',
     '--weights': '--checkpoint PATH in validate.py and predict.py, --initial-checkpoint PATH in train.py',
@@ -83,14 +92,12 @@ _SAME_AS = {
 
 _PROCESSES = 'processes are started by ./distributed_train.sh NUM_PROC …; --device chooses cpu or cuda'
 _TRACKING = 'runs are logged to metrics.jsonl and TensorBoard; docs/extending.md shows how to add a tracker'
-_FREEZE = 'nothing is frozen; transfer.py trains all but the classifier at --transfer-ratio times --lr'
 
 # An option of another program → what to do here.
 ELSEWHERE = {option: f'here it is {ours}' for option, ours in _SAME_AS.items()} | {
     **dict.fromkeys(('--accelerator', '--devices', '--dist-url', '--gpu', '--gpus', '--multiprocessing-distributed',
                      '--ngpus', '--nproc-per-node', '--num-gpus', '--strategy', '--world-size'), _PROCESSES),
     **dict.fromkeys(('--log-wandb', '--report-to', '--wandb', '--wandb-project', '--use-wandb'), _TRACKING),
-    **dict.fromkeys(('--freeze', '--freeze-backbone', '--linear-probe'), _FREEZE),
     **dict.fromkeys(('--eval', '--evaluate', '--do-eval', '--test'),
                     'evaluation is: python validate.py DIR --checkpoint PATH'),
     **dict.fromkeys(('--early-stopping', '--patience'),

@@ -4,7 +4,9 @@ import argparse
 from options.datasets import DATASETS
 from options.types import (
     count,
+    decay,
     fraction,
+    frozen_part,
     image_size,
     keyword,
     positive,
@@ -119,12 +121,35 @@ def optimizer_options(parser):
     add('--opt', default='adamw', metavar='NAME', help='adamw, sgd or any optimizer of timm')
     add('--opt-eps', type=positive, metavar='EPS', help="optimizer's epsilon (default: its own)")
     add('--opt-betas', type=fraction, nargs='+', metavar='BETA', help="optimizer's betas (default: its own)")
+    add('--opt-kwargs', type=keyword, nargs='+', metavar='NAME=VALUE',
+        help='further settings of the optimizer, such as amsgrad=True')
     add('--momentum', type=rate, default=0.9, metavar='M', help='momentum of SGD')
     add('--weight-decay', '--wd', type=rate, default=0.05, metavar='W',
         help='weight decay; biases, 1-D parameters and cls_token have none')
     add('--clip-grad', type=positive, metavar='NORM', help='clip the gradient to this norm (default: never)')
     add('--max-skipped-steps', type=count, default=20, metavar='N',
         help='stop after more than N consecutive skipped steps (non-finite gradient), checked at log steps')
+
+
+def loss_options(parser):
+    add = parser.add_argument_group('Loss').add_argument
+    add('--loss', default='ce', choices=['ce', 'bce', 'focal'],
+        help='loss of training: cross-entropy, binary cross-entropy of each class, or focal; evaluation uses ce')
+    add('--focal-gamma', type=rate, metavar='G', help='exponent of the focal loss (default: 2)')
+    add('--bce-target-thresh', type=fraction, metavar='T',
+        help='bce: targets above T, which Mixup makes soft, are 1, others 0 (default: as they are)')
+    add('--class-weights', choices=['balanced'],
+        help='balanced: an image counts in inverse proportion to the training images of its class')
+
+
+def fine_tuning_options(parser):
+    add = parser.add_argument_group('Fine-tuning').add_argument
+    add('--freeze', type=frozen_part, metavar='PART',
+        help='do not train the backbone (all but the classifier), or the stem and the first N blocks: backbone or N')
+    add('--layer-decay', type=decay, metavar='D',
+        help='learning rate of each layer, as a share of that of the next one: 0.65 to 0.9 (default: equal rates)')
+    add('--grad-checkpointing', action=FLAG, default=False,
+        help='recompute activations in the backward pass: less memory, a third more time, the same numbers')
 
 
 def schedule_options(parser):

@@ -11,9 +11,9 @@ from options.types import boolean, count, positive, positive_int, rate
 
 TRAINING = (groups.data_options, groups.training_data_options, groups.model_options, groups.input_options,
             groups.optimizer_options, groups.schedule_options, groups.augmentation_options,
-            groups.token_label_options, groups.distillation_options, groups.batch_norm_options, groups.ema_options,
-            groups.device_options,
-            groups.compile_options, groups.run_options)
+            groups.loss_options, groups.token_label_options, groups.distillation_options, groups.fine_tuning_options,
+            groups.batch_norm_options, groups.ema_options, groups.device_options, groups.compile_options,
+            groups.run_options)
 TRAINED_MODEL = (groups.model_options, groups.trained_model_options, groups.input_options)
 # Model and image size are read from the checkpoint unless they are given.
 FROM_CHECKPOINT = {'model': None, 'img_size': None}
@@ -59,12 +59,17 @@ def transfer_parser() -> Parser:
 
 
 def _follow_from_weights_and_data(values: dict) -> None:
-    """Set what was not given: a checkpoint to start from means transfer learning, a folder means its own images."""
+    """Set what was not given: a checkpoint to start from means transfer learning, a folder means its own images.
+
+    --layer-decay takes the place of --transfer-ratio. If both are given, rates are multiplied by both.
+    """
     if values['transfer_learning'] is None:
         values['transfer_learning'] = bool(values['transfer_model'])
     if values['dataset'] is None:
         is_folder = values['data'] and not (Path(values['data']).expanduser() / CIFAR_10).is_dir()
         values['dataset'] = 'folder' if is_folder else 'cifar10'
+    if values['transfer_ratio'] is None:
+        values['transfer_ratio'] = 1.0 if values['layer_decay'] else 0.01
 
 
 def _transfer_options(parser: Parser) -> None:
@@ -72,8 +77,14 @@ def _transfer_options(parser: Parser) -> None:
     add('--transfer-learning', type=boolean, nargs='?', const=True, metavar='True|False',
         help='start from --transfer-model or --pretrained weights (default: if --transfer-model is given)')
     add('--transfer-model', metavar='PATH', help='checkpoint to start from; its classifier may have any size')
-    add('--transfer-ratio', type=rate, default=0.01, metavar='R',
-        help='learning rate of all but the classifier, as a share of --lr')
+    add('--transfer-ratio', type=rate, metavar='R',
+        help='learning rate of all but the classifier, as a share of --lr (default: 0.01; 1 with --layer-decay)')
+    add('--linear-probe', action=groups.FLAG, default=False,
+        help='fit only the classifier, to features that are computed once and kept in OUTPUT/features')
+    add('--probe-solver', default='lbfgs', choices=['lbfgs', 'sgd'],
+        help='linear probe: lbfgs (the optimum), or sgd (with --lr, --momentum, --batch-size and --epochs)')
+    add('--probe-decays', type=rate, nargs='+', default=[1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0], metavar='W',
+        help='linear probe: weight decays to try, on a fifth of the training images')
     add('--pixel-stats', default='imagenet', choices=['imagenet', 'cifar'],
         help="normalisation: of the weights' training (imagenet), or of the target, as published (cifar)")
 

@@ -1,6 +1,5 @@
 """Types of option values. Each knows which Python types a recipe may give for it."""
 import argparse
-import ast
 import math
 import operator
 import re
@@ -58,6 +57,7 @@ probability = number(float, low=0, high=1)
 fraction = number(float, low=0, below=1)
 share = number(float, above=0, below=1)
 seed = number(int, low=0, high=2**32 - 1)
+decay = number(float, above=0, high=1)
 
 
 @recipe_kind(int, str)
@@ -72,6 +72,14 @@ def image_size(text):
     return height if height == width else (height, width)
 
 
+@recipe_kind(int, str)
+def frozen_part(text):
+    """'backbone' → 'backbone'; '3' → 3, a number of blocks."""
+    if str(text) == 'backbone' or re.fullmatch(r'\d{1,4}', str(text)):
+        return 'backbone' if str(text) == 'backbone' else int(text)
+    raise argparse.ArgumentTypeError(f'{text!r} is no part of a model: give backbone, or a number of blocks such as 3')
+
+
 @recipe_kind(bool)
 def boolean(text):
     """'True', 'yes', '1', … → True; 'False', 'no', '0', … → False. (The published script read 'False' as true.)"""
@@ -83,20 +91,8 @@ def boolean(text):
 
 
 def keyword(text):
-    """Check 'name=value' and return it unchanged: `keywords` reads the value."""
+    """Check 'name=value' and return it unchanged: `utils.keywords` reads the value."""
     name, equals, _ = text.partition('=')
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f'{text!r} is no argument: give NAME=VALUE, such as aux_weight=0.25')
     return text
-
-
-def keywords(arguments) -> dict:
-    """['aux_weight=0.25', 'norm=None'] → {'aux_weight': 0.25, 'norm': None}; other than Python literals are strings."""
-    values = {}
-    for argument in arguments or ():
-        name, _, value = argument.partition('=')
-        try:
-            values[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            values[name] = value
-    return values

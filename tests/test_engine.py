@@ -44,6 +44,7 @@ def recipe(**changes) -> Namespace:
             opt='adamw',
             opt_eps=None,
             opt_betas=None,
+            opt_kwargs=None,
             lr=5e-4,
             weight_decay=0.05,
             momentum=0.9,
@@ -62,6 +63,13 @@ def recipe(**changes) -> Namespace:
             lr_cycle_mul=1.0,
             lr_cycle_limit=1,
             sched_on_updates=False,
+            loss='ce',
+            focal_gamma=None,
+            bce_target_thresh=None,
+            class_weights=None,
+            jsd=False,
+            smoothing=0.1,
+            aug_splits=0,
         )
         | changes
     )
@@ -151,9 +159,9 @@ def test_unknown_optimizer_and_settings_it_refuses():
 
 def test_losses():
     logits, targets = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0])
-    plain = create_loss(Namespace(jsd=False, smoothing=0.0, aug_splits=0), soft_targets=False)(logits, targets)
-    smooth = create_loss(Namespace(jsd=False, smoothing=0.1, aug_splits=0), soft_targets=False)(logits, targets)
-    mixed = create_loss(Namespace(jsd=False, smoothing=0.1, aug_splits=0), soft_targets=True)(
+    plain = create_loss(recipe(smoothing=0.0), soft_targets=False)(logits, targets)
+    smooth = create_loss(recipe(), soft_targets=False)(logits, targets)
+    mixed = create_loss(recipe(), soft_targets=True)(
         logits, torch.tensor([[0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3]])
     )
     log_p = logits.log_softmax(1)[0]
@@ -161,7 +169,7 @@ def test_losses():
     assert smooth.item() == pytest.approx((-0.9 * log_p[0] - 0.1 * log_p.mean()).item())
     assert mixed.item() == pytest.approx(smooth.item())
     with pytest.raises(UserError, match='--jsd .* add --aug-splits'):
-        create_loss(Namespace(jsd=True, smoothing=0.1, aug_splits=0), soft_targets=False)
+        create_loss(recipe(jsd=True), soft_targets=False)
 
 
 # --- Checkpoint files ------------------------------------------------------------------------------------------------
@@ -338,8 +346,8 @@ def test_sync_bn_leaves_what_a_model_computes(name):
 
 def test_sync_bn_without_gpus_is_refused_before_the_data():
     with pytest.raises(UserError, match='--sync-bn: batch norm over several processes needs GPUs'):
-        check_run_options(recipe(sync_bn=True, compile='', accum_steps=1, bce_loss=False, jsd=False, smoothing=0.1,
-                                 aug_splits=0), World(rank=0, local_rank=0, size=2, device=CPU), kind='train')
+        check_run_options(recipe(sync_bn=True, compile='', accum_steps=1),
+                          World(rank=0, local_rank=0, size=2, device=CPU), kind='train')
 
 
 def test_generators_round_trip():

@@ -59,8 +59,9 @@ class WithStatistics(nn.Module):
 
 def make(*, device=CPU, scaled=False, **changes) -> tuple[TrainState, TrainingStep]:
     """A new run's state, always the same, and its step; `scaled` as float16 has it."""
-    args = Options(**{'opt': 'adamw', 'opt_eps': None, 'opt_betas': None, 'lr': 1e-3, 'weight_decay': 0.05,
-                      'momentum': 0.9, 'model': 'tiny', 'sync_bn': False, 'channels_last': False, 'model_ema': True,
+    args = Options(**{'opt': 'adamw', 'opt_eps': None, 'opt_betas': None, 'opt_kwargs': None, 'lr': 1e-3,
+                      'weight_decay': 0.05, 'momentum': 0.9, 'model': 'tiny', 'sync_bn': False,
+                      'channels_last': False, 'model_ema': True, 'grad_checkpointing': False,
                       'model_ema_decay': 0.9, 'model_ema_force_cpu': False, 'accum_steps': 1, 'clip_grad': 1.0,
                       'max_skipped_steps': 2, 'amp': False, **changes})
     torch.manual_seed(0)
@@ -391,8 +392,8 @@ def test_moments_lie_as_the_weights_do_whatever_they_were_saved_from(opt):
     def start(layout):
         torch.manual_seed(0)
         layer = nn.Conv2d(3, 4, 3).to(memory_format=layout)
-        args = Options(opt=opt, opt_eps=None, opt_betas=None, lr=0.1, weight_decay=0.1, momentum=0.9, model='conv',
-                       sync_bn=False, channels_last=False, model_ema=False)
+        args = Options(opt=opt, opt_eps=None, opt_betas=None, opt_kwargs=None, lr=0.1, weight_decay=0.1, momentum=0.9,
+                       model='conv', sync_bn=False, channels_last=False, model_ema=False)
         layer.get_classifier = nn.Identity
         optimizer = create_optimizer(param_groups(layer, 0.1), args)
         return create_state(args, layer, optimizer, Precision(CPU, enabled=False), ['a'],

@@ -159,7 +159,7 @@ class Checkpoint:
         """Return a model with these weights and their input settings, in evaluation mode."""
         from models import count_classes, create_model, load_weights
         from models.weights.formats import recorded_arch
-        from options.types import keywords
+        from utils.keywords import keywords
         size, options = self.identity.img_size, self.options()
         is_recorded = name == (recorded_arch(self.content) or '').lower()
         model = create_model(name, num_classes=count_classes(name, self.content, self.use_ema, self.path) or 0,

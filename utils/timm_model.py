@@ -15,3 +15,5 @@ class TimmModel(nn.Module):
     no_weight_decay: Callable[[], set[str]]
     forward_features: Callable[[torch.Tensor], torch.Tensor]
     forward_head: Callable[..., torch.Tensor]
+    group_matcher: Callable[..., Any]
+    set_grad_checkpointing: Callable[[bool], None]

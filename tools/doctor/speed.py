@@ -13,6 +13,7 @@ from data import evenly_spaced
 from data.pipeline import create_training_input
 from data.samplers import TrainSampler
 from engine.compile import list_blocks
+from engine.layers import prepare_layers, set_training_mode
 from engine.objective import create_objective
 from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.run import create_state
@@ -58,8 +59,9 @@ def prepare(case: Case, splits: Splits) -> Setup:
     teacher = create_teacher(args.replacing(compile=''), model, opened, inputs.for_teacher, case.precision, case.world)
     if args.compile == 'blocks':
         list_blocks(model)  # raises if it has none
-    groups = param_groups(model, args.weight_decay) + projection_groups(teacher, args.weight_decay)
-    optimizer = create_optimizer(groups, args)
+    prepare_layers(model, args)
+    groups = param_groups(model, args.weight_decay, layer_decay=args.layer_decay)
+    optimizer = create_optimizer(groups + projection_groups(teacher, args.weight_decay), args)
     create_schedule(optimizer, args, steps_per_epoch=1)[0].step(0)  # the full rate may be too large for first steps
     return Setup(inputs, create_state(args, model, optimizer, case.precision, train.classes, case.world, teacher))
 
@@ -129,10 +131,10 @@ def loader_rate(batches: Iterator, workers: int, seconds: float, name: str) -> t
 def measure_steps(case: Case, setup: Setup, loading: Loading) -> Steps:
     """Measure the step at this batch, and its memory at two batches, from which that of others follows."""
     device, wanted = case.world.device, case.args.batch_size
-    setup.state.model.train()
+    set_training_mode(setup.state.model)
     prepare = setup.input.prepare_train
     objective = create_objective(case.args, setup.state.model, soft_targets=prepare.mixing,
-                                 teacher=setup.state.teacher)
+                                 class_counts=setup.input.class_counts, teacher=setup.state.teacher)
     step = TrainingStep(setup.state, objective, prepare=prepare, precision=case.precision,
                         args=case.args.replacing(accum_steps=1))
 
@@ -242,7 +244,7 @@ def _forward_rate(case: Case, setup: Setup, loading: Loading, size: int) -> floa
         with case.precision.autocast():
             model(images).sum().item()
         seconds.append(time.perf_counter() - begun)
-    model.train()
+    set_training_mode(model)
     return len(images) / min(seconds)
 
 
