@@ -252,7 +252,7 @@ def _is_in(frame: FrameType | None, function: str) -> bool:
 
 
 class BatchSource(Dataset):
-    """Turns the keys of a batch, a list of (epoch, index), into the batch, in a worker process.
+    """Turns the keys of a batch, a list of (epoch, index, repeat), into the batch, in a worker process.
 
     `__getitems__` returns (images, block, targets, bad, bad_count, problem). block: number of the images' block in
     `memory`. bad: {path: message} of the images that cannot be decoded. bad_count: samples replaced or left out.
@@ -272,7 +272,7 @@ class BatchSource(Dataset):
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple:
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> tuple:
         fault_point('data.train' if self._training else 'data.val')
         bad: dict[str, str] = {}
         try:
@@ -280,11 +280,11 @@ class BatchSource(Dataset):
                 with preserved_generators():  # without worker processes these are the training loop's own
                     batch = self._gather(len(keys), (self._training_sample(*key, bad) for key in keys))
             else:
-                batch = self._gather(len(keys), (self._sample(index, bad) for _, index in keys))
+                batch = self._gather(len(keys), (self._sample(index, bad) for _, index, _ in keys))
         except UserError as error:
             return None, None, None, bad, 0, str(error)
         # The own image of every sample was tried first.
-        bad_count = sum(self._dataset.path(index) in bad for _, index in keys) if bad else 0
+        bad_count = sum(self._dataset.path(index) in bad for _, index, _ in keys) if bad else 0
         return *batch, bad, bad_count, None
 
     def _gather(self, count: int, samples: Iterable[tuple[torch.Tensor, int] | None]
@@ -305,10 +305,13 @@ class BatchSource(Dataset):
             labels = share(labels.shape, labels.dtype).copy_(labels)
         return images if images is None else images[:len(targets)], block, labels
 
-    def _training_sample(self, epoch: int, index: int, bad: dict[str, str]) -> tuple[torch.Tensor, int]:
-        """Return the transformed image and the target of (epoch, index), or of the first good image after it."""
+    def _training_sample(self, epoch: int, index: int, repeat: int, bad: dict[str, str]) -> tuple[torch.Tensor, int]:
+        """Return the transformed image and the target of (epoch, index), or of the first good image after it.
+
+        repeat: how often the image has come in the epoch before; each time it is augmented otherwise.
+        """
         for step in range(len(self)):
-            seed_generators(self._seed, epoch, index)
+            seed_generators(self._seed, epoch, index, *([repeat] if repeat else []))
             if (sample := self._sample((index + step) % len(self), bad)) is not None:
                 return sample
         raise UserError(f'none of {len(self)} images can be decoded; check the dataset')

@@ -42,6 +42,41 @@ def share_global_batch(args: Options, processes: int) -> Options:
     return args.replacing(batch_size=share // accum_steps, accum_steps=accum_steps)
 
 
+def check_fold(args) -> None:
+    """Raise UserError for a --fold that --k-fold does not have, or beside another choice of evaluation images."""
+    if args.fold and not args.k_fold:
+        raise UserError(f'--fold {args.fold}: of how many? add --k-fold, such as --k-fold 5')
+    if args.k_fold and args.fold and args.fold > args.k_fold:
+        raise UserError(f'--fold {args.fold}: --k-fold {args.k_fold} has folds 1 to {args.k_fold}')
+    for name in ('val_fraction', 'val_split'):
+        if args.k_fold and (value := getattr(args, name)):
+            raise UserError(f'--k-fold {args.k_fold} beside --{name.replace("_", "-")} {value}: both name the '
+                            'evaluation images; leave one of them out')
+
+
+def is_several_runs(args) -> bool:
+    """Tell whether the options of a training ask for several runs: all folds, or several seeds."""
+    return bool(args.seeds) or bool(args.k_fold and not args.fold)
+
+
+def check_runs(args) -> None:
+    """Raise UserError for folds and seeds of a training that do not go together, or runs that have no name."""
+    check_fold(args)
+    if not is_several_runs(args):
+        return
+    asked = f'--seeds {" ".join(map(str, args.seeds))}' if args.seeds else f'--k-fold {args.k_fold}'
+    if args.seeds and args.k_fold:
+        raise UserError(f'{asked} beside --k-fold {args.k_fold}: give the folds of one seed (--seed), or the seeds of '
+                        'one division of the images')
+    if args.seeds and len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f'{asked}: a seed twice gives the same run twice; leave one out')
+    if not args.experiment:
+        raise UserError(f'{asked} makes several runs; name the folder that holds them: --experiment NAME')
+    if args.resume not in ('', 'auto'):
+        raise UserError(f'--resume {args.resume} beside {asked}: each run has checkpoints of its own; say --resume auto'
+                        + (', or add --fold' if args.k_fold else ''))
+
+
 def multiples_around(number: int, unit: int) -> str:
     """Return the positive multiples of `unit` next to `number`, which is none, as '8 or 16'."""
     below = number - number % unit

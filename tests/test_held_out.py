@@ -156,7 +156,7 @@ def test_converted_and_stripped_checkpoints_know_it_too(folder, tmp_path):
     for command, file in (('strip', 'b.pth'), ('convert', 'b.safetensors')):
         succeeded(run_script('tools/checkpoint.py', command, 'a.pth', file, cwd=tmp_path))
         args = parse(str(folder), '--checkpoint', str(tmp_path / file), script='validate')
-        assert open_trained_model(args).args.trained_on == (str(folder), 0.2)
+        assert open_trained_model(args).args.trained_on == {'data': str(folder), 'val_fraction': 0.2}
 
 
 def test_a_checkpoint_knows_what_was_held_out(folder, tmp_path):

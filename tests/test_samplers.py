@@ -8,7 +8,7 @@ from utils.errors import UserError
 
 
 def indices(sampler):
-    return [[index for _, index in batch] for batch in sampler]
+    return [[index for _, index, _ in batch] for batch in sampler]
 
 
 @pytest.mark.parametrize('world_size', [2, 4])
@@ -67,7 +67,7 @@ def test_keys_carry_the_epoch_and_a_position_is_the_rest_of_the_epoch():
     sampler = TrainSampler(40, 4, seed=1, rank=1, world_size=2)
     sampler.set_position(9)
     whole = list(sampler)
-    assert {epoch for batch in whole for epoch, _ in batch} == {9}
+    assert {epoch for batch in whole for epoch, _, _ in batch} == {9}
     for start in (0, 2, len(sampler)):
         sampler.set_position(9, start)
         assert list(sampler) == whole[start:]
