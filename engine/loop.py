@@ -156,6 +156,7 @@ class Trainer:
         Without a best epoch, they are those of the last one.
         """
         def stop_if_asked() -> None:
+            fault_point('evaluate.final')
             if number := self._signals.exchange(signals.received()):
                 raise self._interrupted(number)
 
@@ -183,7 +184,9 @@ class Trainer:
         training = self._train_epoch()
         own = [(buffer, buffer.clone()) for model in self._evaluated().values() for buffer in model.buffers()]
         self._share_buffers()
-        results, errors, is_best = {}, {}, False
+        results: dict[str, Any] = {}
+        errors: dict[str, MostConfidentErrors] = {}
+        is_best = False
         if (state.epoch + 1) % self.args.val_interval == 0 or state.epoch + 1 == self.num_epochs:
             fault_point('evaluate')
             results, errors = self._evaluate(functools.partial(self._stop_in_evaluation, own))

@@ -28,7 +28,7 @@ def run_all(args, run: Callable[..., dict], world: World, *, kind: str) -> None:
         InterruptedRun: a signal stopped one of them; --resume auto goes on there.
     """
     runs = _runs_of(args)
-    if not args.seeds and (args.fold or not args.k_fold):
+    if args.fold or '' in runs:
         run(*runs.values())
         return
     results = {}

@@ -154,7 +154,7 @@ class TrainState:
             self.ema.module.load_state_dict(state['state_dict_ema'] or state['state_dict'])
         for name in (*PLAIN, *RECENT):
             setattr(self, name, state.get(name))
-        if self.evaluations_since_best is None:  # earlier versions lack it, and evaluated every epoch
+        if 'evaluations_since_best' not in state:  # earlier versions evaluated every epoch
             self.evaluations_since_best = self.epoch - 1 - (-1 if self.best_epoch is None else self.best_epoch)
         # Checkpoints of earlier versions lack images_seen.
         before = state['global_step'] * _images_per_step(state['args'], len(state['ranks']))

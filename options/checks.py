@@ -54,15 +54,15 @@ def check_fold(args) -> None:
                             'evaluation images; leave one of them out')
 
 
-def is_several_runs(args) -> bool:
-    """Tell whether the options of a training ask for several runs: all folds, or several seeds."""
-    return bool(args.seeds) or bool(args.k_fold and not args.fold)
+def count_runs(args) -> int | None:
+    """Return how many runs the options of a training ask for by --seeds or --k-fold; None for a run by itself."""
+    return len(args.seeds) if args.seeds else args.k_fold if not args.fold else None
 
 
 def check_runs(args) -> None:
     """Raise UserError for folds and seeds of a training that do not go together, or runs that have no name."""
     check_fold(args)
-    if not is_several_runs(args):
+    if not count_runs(args):
         return
     asked = f'--seeds {" ".join(map(str, args.seeds))}' if args.seeds else f'--k-fold {args.k_fold}'
     if args.seeds and args.k_fold:
