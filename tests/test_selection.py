@@ -22,7 +22,7 @@ from utils.errors import UserError
 SMALL = ('--model', 't2t_vit_7', '--img-size', '16', '--model-kwargs', 'embed_dim=32', 'depth=1', 'num_heads=2',
          '--device', 'cpu', '-j', '0', '--warmup-epochs', '0', '--cooldown-epochs', '0', '--no-tensorboard')
 # Nothing is learned, so the first evaluation is the best, and the run ends after two more.
-STALLING = (*SMALL, '-b', '9', '--lr', '0', '--min-lr', '0', '--epochs', '20', '--val-interval', '2',
+STALLING = (*SMALL, '-b', '6', '--lr', '0', '--min-lr', '0', '--epochs', '20', '--val-interval', '2',
             '--early-stop', '2', '--select-fraction', '0.25', '--experiment')
 STOPPED = 'stopped early after epoch 6: top1 has not improved in 2 evaluations (--early-stop)'
 
@@ -45,7 +45,7 @@ def test_a_run_that_no_longer_improves_ends_and_says_so(stalled):
     epochs = [record for record in records(run) if record['kind'] == 'epoch']
     assert [record['epoch'] for record in epochs if 'top1' in record] == [1, 3, 5] and len(epochs) == 6
     rows = list(csv.DictReader((run / 'summary.csv').read_text().splitlines()))
-    assert [row['count'] for row in rows] == ['', '10', '', '10', '', '10'] and all(row['train_loss'] for row in rows)
+    assert [row['count'] for row in rows] == ['', '12', '', '12', '', '12'] and all(row['train_loss'] for row in rows)
     state = final_state(run)
     assert (state['epoch'], state['step'], state['best_epoch'], state['evaluations_since_best']) == (6, 0, 1, 2)
     assert read_checkpoint(run / 'model_best.pth.tar')['epoch'] == 2 and (run / 'curves.png').exists()
@@ -54,9 +54,9 @@ def test_a_run_that_no_longer_improves_ends_and_says_so(stalled):
 def test_the_choice_is_made_on_other_images_than_the_result(stalled, image_folder):
     run, out = stalled / 'output/train/a', (stalled / 'stdout').read_text()
     result = result_of(run)
-    assert 'chosen on 10 held-out training images (--select-fraction 0.25); evaluated on 15 evaluation images' in out
+    assert 'chosen on 12 held-out training images (--select-fraction 0.25); evaluated on 15 evaluation images' in out
     assert (result['chosen_on'], result['evaluated_on'], result['best_epoch'], result['epochs'],
-            result['stopped_early']) == ('10 held-out training images (--select-fraction 0.25)',
+            result['stopped_early']) == ('12 held-out training images (--select-fraction 0.25)',
                                          '15 evaluation images', 2, 6, True)
     succeeded(run_script('validate.py', image_folder, '--checkpoint', run / 'model_best.pth.tar', '--device', 'cpu',
                          '-j', '0', '-b', '9', '--results-file', 'v', cwd=stalled))
@@ -64,7 +64,7 @@ def test_the_choice_is_made_on_other_images_than_the_result(stalled, image_folde
     for name in ('top1', 'loss', 'macro_f1'):
         assert result[name] == pytest.approx(validated[name], rel=1e-6)
     shown = str(sections.summary(sections.open_run(run), None))
-    assert '10 held-out training images' in shown and '6 of 20, stopped early' in shown
+    assert '12 held-out training images' in shown and '6 of 20, stopped early' in shown
     assert '–' in str(sections.epochs(sections.open_run(run)))
 
 
@@ -95,7 +95,7 @@ def test_a_stopped_run_is_done_unless_the_option_changes(stalled, image_folder):
     assert final_state(stalled / 'output/train/old')['evaluations_since_best'] == 5
 
 
-@pytest.mark.parametrize('fault', ['step@12=term', 'evaluate.final=term'])
+@pytest.mark.parametrize('fault', ['step@14=term', 'evaluate.final=term'])
 def test_an_interruption_changes_neither_the_end_nor_the_result(stalled, image_folder, fault):
     """In epoch 4, whose evaluation is the first without an improvement, and in the last evaluation of all."""
     name, run = fault.partition('=')[0], stalled / 'output/train' / fault.partition('=')[0]
@@ -170,7 +170,7 @@ def test_the_table_has_each_fold_their_mean_and_deviation(folds, image_folder):
 
 
 def test_seeds_are_runs_of_their_own(image_folder, tmp_path):
-    options = (*SMALL, '-b', '9', '--epochs', '1', '--experiment')
+    options = (*SMALL, '-b', '6', '--epochs', '1', '--experiment')
     succeeded(run_script('train.py', image_folder, *options, 'a', '--seeds', '7', '8', cwd=tmp_path))
     succeeded(run_script('train.py', image_folder, *options, 'b', '--seed', '8', cwd=tmp_path))
     runs = tmp_path / 'output/train'
