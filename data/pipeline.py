@@ -294,19 +294,23 @@ def _create_train_loader(args, dataset, config: InputConfig, num_classes: int,
                            accum_steps=args.accum_steps, shard_offsets=dataset.shard_offsets(),
                            targets=dataset.targets if args.sampler == 'balanced' else None, repeats=args.aug_repeats)
     if args.sampler == 'balanced' and world.is_main:
-        counts = np.bincount(dataset.targets, minlength=len(dataset.classes))
-        _logger.info('--sampler balanced: an epoch has %d or one more of each of %s, which have %d to %d images',
-                     sampler.num_samples // sampler.repeats // (counts > 0).sum(),
-                     plural(int((counts > 0).sum()), 'class', 'classes'), counts[counts > 0].min(), counts.max())
-        if empty := [dataset.classes[target] for target in np.flatnonzero(counts == 0)]:
-            _logger.warning('--sampler balanced: %s (%s) left out, without training images',
-                            plural(len(empty), 'class', 'classes'), name_some(empty))
+        _say_balance(dataset)
     # Those of the next step, or of the next two (see engine/ahead.py).
     held = args.accum_steps * (2 if world.size > 1 else 1)
     loader = create_loader(dataset, _create_train_transform(args, config), sampler, seed=args.seed,
                            workers=args.workers, pin_memory=args.pin_mem and world.device.type == 'cuda',
                            max_bad_images=args.max_bad_images, held=held)
     return loader, _create_train_preparer(args, config, num_classes, world.device)
+
+
+def _say_balance(dataset: ImageDataset) -> None:
+    counts = np.bincount(dataset.targets, minlength=len(dataset.classes))
+    has_any = counts > 0
+    _logger.info('--sampler balanced: %s of %d to %d images come equally often', plural(
+        int(has_any.sum()), 'class', 'classes'), counts[has_any].min(), counts.max())
+    if empty := [dataset.classes[target] for target in np.flatnonzero(~has_any)]:
+        _logger.warning('--sampler balanced: %s (%s) left out, without training images',
+                        plural(len(empty), 'class', 'classes'), name_some(empty))
 
 
 def _create_train_transform(args, config: InputConfig):

@@ -162,9 +162,12 @@ class Trainer:
 
         state = self.state
         own = {name: value.clone() for name, value in state.model.state_dict().items()}
-        if state.best_epoch is not None:
-            best = read_checkpoint(self.folder / BEST, verified=True)
-            state.model.load_state_dict(best[ENTRIES.get(state.best_of or '', 'state_dict')])
+        with raise_on_all_ranks():
+            if state.world.is_main and state.best_epoch is not None:
+                best = read_checkpoint(self.folder / BEST, verified=True)
+                state.model.load_state_dict(best[ENTRIES.get(state.best_of or '', 'state_dict')])
+        # Another machine may not see the newest file yet.
+        broadcast_from_main(state.model.state_dict().values())
         try:
             found = evaluate(state.model, self.loaders.final_loader, self.loaders.prepare_val, eager=True,
                              precision=self.precision, log_interval=self.args.log_interval, after_batch=stop_if_asked,
