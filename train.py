@@ -7,7 +7,7 @@
 A run writes one folder, output/train/DATE-MODEL-SIZE: checkpoints, metrics.jsonl, summary.csv, curves.png, args.yaml
 and TensorBoard events. `--resume auto` continues the newest such run.
 """
-from options.checks import resolve_num_classes, share_global_batch
+from options.checks import check_runs, resolve_num_classes, share_global_batch
 from options.parser import parse_options
 from options.scripts import train_parser
 from utils.script import run_script
@@ -16,8 +16,24 @@ from utils.script import run_script
 def main():
     # --- Options ------------------------------------------------------------------------------------------------------
     args = parse_options(train_parser())
+    check_runs(args)
 
     # Importing torch takes seconds; --help and a misspelled option do not wait for it.
+    from engine.several import run_all
+    from utils.distributed import destroy_process_group
+    from utils.runtime import start
+
+    # --- Runtime: process group, seed, precision ----------------------------------------------------------------------
+    world, precision = start(args)
+    args = share_global_batch(args, world.size)
+
+    # --- One run, or several with --k-fold or --seeds -----------------------------------------------------------------
+    run_all(args, lambda args: train(args, world, precision), world, kind='train')
+    destroy_process_group()
+
+
+def train(args, world, precision) -> dict:
+    """Make one run from its options, and return its result."""
     from data.pipeline import check_training_input, create_training_input, open_training_data
     from engine.checks import check_run_options
     from engine.layers import prepare_layers
@@ -25,12 +41,7 @@ def main():
     from engine.run import create_state, run_training
     from engine.teacher import create_teacher, projection_groups
     from models import check_teacher, create_model_from_options, open_teacher, resolve_model, token_layout
-    from utils.distributed import destroy_process_group
-    from utils.runtime import start
 
-    # --- Runtime: process group, seed, precision ----------------------------------------------------------------------
-    world, precision = start(args)
-    args = share_global_batch(args, world.size)
     # Mistakes in the options are reported before the data is scanned.
     args, weights = resolve_model(args)
     check_teacher(args)
@@ -58,8 +69,7 @@ def main():
     state = create_state(args, model, optimizer, precision, train_set.classes, world, teacher)
 
     # --- Resume and train ---------------------------------------------------------------------------------------------
-    run_training(args, state, loaders, precision, kind='train')
-    destroy_process_group()
+    return run_training(args, state, loaders, precision, kind='train')
 
 
 if __name__ == '__main__':

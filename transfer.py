@@ -11,7 +11,7 @@ and --transfer-learning the whole model trains at --lr, from random weights unle
 and --dataset, CIFAR-10 is downloaded into ./data_cifar. The defaults are the published recipe, except that biases and
 norms do not decay.
 """
-from options.checks import resolve_num_classes, share_global_batch
+from options.checks import check_runs, resolve_num_classes, share_global_batch
 from options.parser import parse_options
 from options.scripts import transfer_parser
 from utils.errors import UserError
@@ -26,14 +26,28 @@ def main():
     if args.transfer_model and not args.transfer_learning:
         raise UserError(f'--transfer-model {args.transfer_model} beside --transfer-learning False; leave one of the '
                         'two out')
+    check_runs(args)
 
-    from data.pipeline import (
-        CIFAR_STATS,
-        check_training_input,
-        create_probe_input,
-        create_training_input,
-        open_training_data,
-    )
+    from data.pipeline import CIFAR_STATS
+    from engine.several import run_all
+    from utils.distributed import destroy_process_group
+    from utils.runtime import start
+
+    if args.pixel_stats == 'cifar':  # as options, which the checkpoint records
+        args = args.replacing(**{name: getattr(args, name) or list(value) for name, value in CIFAR_STATS.items()})
+
+    # --- Runtime ------------------------------------------------------------------------------------------------------
+    world, precision = start(args)
+    args = share_global_batch(args, world.size)
+
+    # --- One run, or several with --k-fold or --seeds -----------------------------------------------------------------
+    run_all(args, lambda args: transfer(args, world, precision), world, kind='transfer')
+    destroy_process_group()
+
+
+def transfer(args, world, precision) -> dict:
+    """Make one run from its options, and return its result."""
+    from data.pipeline import check_training_input, create_probe_input, create_training_input, open_training_data
     from engine.checks import check_run_options
     from engine.layers import prepare_layers
     from engine.linear_probe import check_probe, run_probe
@@ -41,15 +55,8 @@ def main():
     from engine.run import create_state, run_training
     from engine.teacher import create_teacher, projection_groups
     from models import check_teacher, create_model_from_options, open_teacher, resolve_model, token_layout
-    from utils.distributed import destroy_process_group
-    from utils.runtime import start
 
-    if args.pixel_stats == 'cifar':  # as options, which the checkpoint records
-        args = args.replacing(**{name: getattr(args, name) or list(value) for name, value in CIFAR_STATS.items()})
-
-    # --- Runtime, data ------------------------------------------------------------------------------------------------
-    world, precision = start(args)
-    args = share_global_batch(args, world.size)
+    # --- Data ---------------------------------------------------------------------------------------------------------
     # Mistakes in the options are reported before the data is scanned.
     args, weights = resolve_model(args)
     check_teacher(args)
@@ -66,9 +73,7 @@ def main():
     # --- A linear probe ends here: no other layer learns --------------------------------------------------------------
     if args.linear_probe:
         probe_input = create_probe_input(args, train_set, val_set, model.pretrained_cfg, world)
-        run_probe(args, model, probe_input, precision, train_set.classes, world)
-        destroy_process_group()
-        return
+        return run_probe(args, model, probe_input, precision, train_set.classes, world)
 
     # --- A teacher, loaders for both --------------------------------------------------------------------------------
     opened = open_teacher(args, train_set.classes, num_classes, world)
@@ -85,8 +90,7 @@ def main():
     state = create_state(args, model, optimizer, precision, train_set.classes, world, teacher)
 
     # --- Resume and train ---------------------------------------------------------------------------------------------
-    run_training(args, state, loaders, precision, kind='transfer')
-    destroy_process_group()
+    return run_training(args, state, loaders, precision, kind='transfer')
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ from os import PathLike
 from data.base import ImageDataset, Request
 from data.classes import are_positions, match_classes, select_classes
 from data.folders import ImageFolder, has_class_folders, require_folder
-from data.held_out import hold_out
+from data.held_out import hold_out, hold_out_fold
 from data.places import EVAL_SPLITS, SPLITS, Place, parse_place
 from data.shards.cache import Cache
 from data.shards.dataset import Shards, open_shards, reader
@@ -39,6 +39,7 @@ def open_train_val(
     train_split: str = 'train',
     val_split: str | None = None,
     val_fraction: float | None = None,
+    fold: tuple[int, int] | None = None,
     only_classes: str | None = None,
     allow_missing_classes: bool = False,
     cache: Cache | None = None,
@@ -49,6 +50,7 @@ def open_train_val(
     name: one of DATASETS, or '' for 'folder'. root: the folder with the data, or 'wds:' and its path or address.
     train_split, val_split: folders of the splits, or patterns of tar files; None tries EVAL_SPLITS.
     val_fraction: instead of an evaluation split, this share of root/train, or of root itself (see `hold_out`).
+    fold: instead of an evaluation split, fold k of K, as (k, K), of the training images (see `hold_out_fold`).
     only_classes: a subset such as '0-4' or 'cat,dog', renumbered from 0 (see `select_classes`).
     allow_missing_classes: let the evaluation split lack classes.
     cache: where remote shards are stored.
@@ -60,8 +62,9 @@ def open_train_val(
     place = parse_place(root)
     name = _resolve_name(name, place)
     request = Request(name, place.path, **options)
-    if val_fraction:
-        train, val = _open_parts(name, place, train_split, val_split, val_fraction, cache or Cache())
+    if val_fraction or fold:
+        train, val = (_open_fold(request, place, train_split, fold, cache or Cache()) if fold else
+                      _open_parts(name, place, train_split, val_split, val_fraction or 0, cache or Cache()))
         return select_classes(train, only_classes), select_classes(val, only_classes)
     if DATASETS[name].opener:
         train, val = (_open_part(request, split) for split in (train_split, val_split))
@@ -88,6 +91,8 @@ def open_eval(
     *,
     split: str | None = None,
     val_fraction: float | None = None,
+    fold: tuple[int, int] | None = None,
+    train_split: str = 'train',
     classes: Sequence[str] | None = None,
     only_classes: str | None = None,
     allow_missing_classes: bool = False,
@@ -101,13 +106,15 @@ def open_eval(
     model trained on a subset is evaluated with the same option.
 
     split: the split's folder; None tries EVAL_SPLITS, then `root` itself if it holds class folders.
-    val_fraction: instead, the images that `open_train_val` holds out.
+    val_fraction, fold: instead, the images that `open_train_val` holds out, for a fold of `train_split`.
     The other arguments and the errors are those of `open_train_val`.
     """
     place = parse_place(root)
     name = _resolve_name(name, place)
     request = Request(name, place.path, **options)
-    if val_fraction:
+    if fold:
+        _, dataset = _open_fold(request, place, train_split, fold, cache or Cache(), classes)
+    elif val_fraction:
         _, dataset = _open_parts(name, place, 'train', split, val_fraction, cache or Cache(), classes)
     elif DATASETS[name].opener:
         dataset = _open_part(request, split)
@@ -197,6 +204,22 @@ def _open_parts(name: str, place: Place, train_split: str, val_split: str | None
     _name_numbers(whole, classes, 'the model')
     _check_two_classes(whole)
     return hold_out(whole, val_fraction, where=whole.folder)
+
+
+def _open_fold(request: Request, place: Place, train_split: str, fold: tuple[int, int], cache: Cache,
+               classes: Sequence[str] | None = None) -> tuple[ImageDataset, ImageDataset]:
+    """Return the images outside and inside a fold of the training images, whether or not there are others."""
+    if DATASETS[request.name].opener:
+        return hold_out_fold(_open_part(request, train_split), *fold, where=request.name)
+    place.require()
+    train = place
+    if not place.is_pattern and not place.is_class_folders():
+        splits = _splits_in(place, cache)
+        train = splits.get(train_split) or (_find_split(place, train_split, cache) if splits else place)
+    whole = _open_split(train, cache)
+    _name_numbers(whole, classes, 'the model')
+    _check_two_classes(whole)
+    return hold_out_fold(whole, *fold, where=whole.folder)
 
 
 def _splits_in(place: Place, cache: Cache) -> dict[str, Place]:

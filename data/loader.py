@@ -264,7 +264,7 @@ def _is_in(frame: FrameType | None, function: str) -> bool:
 
 
 class BatchSource(Dataset):
-    """Turns the keys of a batch, a list of (epoch, index), into the batch, in a worker process.
+    """Turns the keys of a batch, a list of (epoch, index, repeat), into the batch, in a worker process.
 
     `__getitems__` returns (images, block, others, bad, bad_count, problem). images: None if no sample is left. block:
     number of their block in `memory`. others: (targets,), or with token labels (targets, maps, boxes). bad: {path:
@@ -286,7 +286,7 @@ class BatchSource(Dataset):
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple:
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> tuple:
         fault_point('data.train' if self._training else 'data.val')
         bad: dict[str, str] = {}
         try:
@@ -294,11 +294,11 @@ class BatchSource(Dataset):
                 with preserved_generators():  # without worker processes these are the training loop's own
                     batch = self._gather(len(keys), (self._training_sample(*key, bad) for key in keys))
             else:
-                batch = self._gather(len(keys), (self._sample(index, bad) for _, index in keys))
+                batch = self._gather(len(keys), (self._sample(index, bad) for _, index, _ in keys))
         except UserError as error:
             return None, None, None, bad, 0, str(error)
         # The own image of every sample was tried first.
-        bad_count = sum(self._dataset.path(index) in bad for _, index in keys) if bad else 0
+        bad_count = sum(self._dataset.path(index) in bad for _, index, _ in keys) if bad else 0
         return *batch, bad, bad_count, None
 
     def _gather(self, count: int, samples: Iterable[tuple[torch.Tensor, tuple] | None]
@@ -320,10 +320,13 @@ class BatchSource(Dataset):
             others = [share(part.shape, part.dtype).copy_(part) for part in others]
         return images if images is None else images[:len(rows)], block, others
 
-    def _training_sample(self, epoch: int, index: int, bad: dict[str, str]) -> tuple[torch.Tensor, tuple]:
-        """Return the transformed image and the others of (epoch, index), or of the first good image after it."""
+    def _training_sample(self, epoch: int, index: int, repeat: int, bad: dict[str, str]) -> tuple[torch.Tensor, tuple]:
+        """Return the transformed image and the others of (epoch, index), or of the first good image after it.
+
+        repeat: how often the image has come in the epoch before; each time it is augmented otherwise.
+        """
         for step in range(len(self)):
-            seed_generators(self._seed, epoch, index)
+            seed_generators(self._seed, epoch, index, *([repeat] if repeat else []))
             if (sample := self._sample((index + step) % len(self), bad)) is not None:
                 return sample
         raise UserError(f'none of {len(self)} images can be decoded; check the dataset')

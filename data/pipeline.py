@@ -9,9 +9,10 @@ from timm.data import ImageNetInfo, resolve_data_config
 
 from data.base import ImageDataset, evenly_spaced
 from data.batch import BatchPreparer, Readjustment, TokenLabelPreparer, TrainBatchPreparer
-from data.classes import are_positions, read_class_map
+from data.classes import are_positions, name_some, read_class_map
 from data.datasets import has_eval_split, open_eval, open_train_val
 from data.folders import ImageFiles
+from data.held_out import hold_out
 from data.loader import Loader, create_loader
 from data.places import address_of_shards, is_same_place
 from data.samplers import EvalSampler, TrainSampler
@@ -21,8 +22,9 @@ from data.shards.foreign import NoClassError
 from data.token_labels import open_token_labels
 from data.token_targets import WHOLE
 from data.transforms import create_eval_transform, create_train_transform
-from options.checks import check_images
+from options.checks import check_fold, check_images
 from options.datasets import DATASETS
+from utils.console import plural
 from utils.distributed import World, one_per_machine_first
 from utils.errors import UserError
 
@@ -67,7 +69,7 @@ def open_training_data(args, world: World):
     with one_per_machine_first(world):
         train, val = open_train_val(
             args.dataset, root, train_split=args.train_split, val_split=args.val_split,
-            val_fraction=args.val_fraction,
+            val_fraction=args.val_fraction, fold=(args.fold or 1, args.k_fold) if args.k_fold else None,
             download=download and world.local_rank == 0, only_classes=args.only_classes,
             num_classes=args.num_classes or 1000, image_size=args.img_size, cache=_cache(args, world))
     if world.is_main and is_same_split(train, val):
@@ -94,13 +96,18 @@ def open_evaluation_data(args, classes: list[str] | None, num_classes: int | Non
     Raises UserError as open_eval, or if nothing maps the data set's classes to the model's `num_classes`.
     """
     root, download = _locate(args)
-    val_fraction = args.val_fraction or _recorded_fraction(args, root, world)
+    check_fold(args)
+    if args.k_fold and not args.fold:
+        raise UserError(f'--k-fold {args.k_fold}: which of the folds? add --fold, such as --fold 1')
+    fold = (args.fold, args.k_fold) if args.k_fold else _recorded_fold(args, root, world)
+    val_fraction = args.val_fraction or (None if fold else _recorded_fraction(args, root, world))
     if args.class_map:
         classes = read_class_map(args.class_map)
 
     def open_with(classes):
         # Missing classes are no mistake: the map is the model's.
-        return open_eval(args.dataset, root, split=args.val_split, val_fraction=val_fraction,
+        return open_eval(args.dataset, root, split=args.val_split, val_fraction=val_fraction, fold=fold,
+                         train_split=getattr(args, 'trained_on', {}).get('train_split', 'train'),
                          classes=classes, only_classes=args.only_classes,
                          download=download and world.local_rank == 0, allow_missing_classes=True,
                          num_classes=num_classes or 1000, image_size=args.img_size, cache=_cache(args, world))
@@ -126,7 +133,8 @@ def _recorded_fraction(args, root: str, world: World) -> float | None:
 
     Raises UserError if nobody can tell: evaluating images of the training would be wrong without a word.
     """
-    data, val_fraction = getattr(args, 'trained_on', (None, None))
+    trained_on = getattr(args, 'trained_on', {})
+    data, val_fraction = trained_on.get('data'), trained_on.get('val_fraction')
     if not val_fraction or args.val_split or DATASETS[args.dataset].opener or has_eval_split(
             root, cache=_cache(args, world)):
         return None
@@ -137,6 +145,25 @@ def _recorded_fraction(args, root: str, world: World) -> float | None:
     _logger.info('the checkpoint was trained with --val-fraction %g: the images held out then are evaluated',
                  val_fraction)
     return val_fraction
+
+
+def _recorded_fold(args, root: str, world: World) -> tuple[int, int] | None:
+    """Return the fold k of K that the checkpoint was not trained on, as (k, K), as `_recorded_fraction`."""
+    trained_on = getattr(args, 'trained_on', {})
+    if args.val_split or args.val_fraction or 'k_fold' not in trained_on:
+        return None
+    fold, folds = trained_on['fold'], trained_on['k_fold']
+    data, dataset = (trained_on.get(name) for name in ('data', 'dataset'))
+    of_same = is_same_place(data, root) if data and root else dataset == args.dataset and not args.data
+    if not of_same and (DATASETS[args.dataset].opener or has_eval_split(root, cache=_cache(args, world))):
+        return None
+    given = f'--k-fold {folds} --fold {fold}'
+    if not of_same:
+        raise UserError(f'the checkpoint was trained with {given} of {data or dataset or "a folder it does not name"}; '
+                        f'if {root} is that data set, give {given}; to evaluate all its images, --val-split .')
+    _logger.info('the checkpoint was trained with %s: the images of that fold are evaluated (--val-split names others)',
+                 given)
+    return fold, folds
 
 
 def open_images(args, classes: list[str] | None, num_classes: int | None, world: World, *,
@@ -213,7 +240,9 @@ def _cache(args, world: World) -> Cache:
 class TrainingInput(NamedTuple):
     """The epoch loop's input: this rank's loaders, the preparers of their batches, and names as from `name_classes`.
 
-    class_counts: training images of each class, of all ranks.
+    class_counts: images to train on of each class, of all ranks.
+    `val_loader` has the images on which the best epoch is chosen, `chosen_on` in words. If these are a part of the
+    training images, `final_loader` has the evaluation images. `evaluated_on` says of which images the result is.
     """
     train_loader: Loader
     prepare_train: TrainBatchPreparer
@@ -222,7 +251,10 @@ class TrainingInput(NamedTuple):
     img_size: tuple[int, int]
     class_names: list[str]
     class_counts: list[int]
-    for_teacher: Readjustment | None  # training images, prepared → as the teacher takes them; None without one
+    chosen_on: str
+    evaluated_on: str
+    final_loader: Loader | None = None
+    for_teacher: Readjustment | None = None  # training images, prepared → as the teacher takes them
 
 
 # The grid (rows, columns) of a model's tokens, and what of an image it covers (see token_targets.crop_targets).
@@ -238,11 +270,28 @@ def create_training_input(args, train_set, val_set, pretrained_cfg: dict, num_cl
     Raises UserError as `open_token_labels`.
     """
     config = resolve_input(args, pretrained_cfg)
+    chosen_on = evaluated_on = _describe_evaluation(args, len(val_set))
+    final_loader = None
+    if args.select_fraction:
+        final_loader, _ = create_eval_loader(args, val_set, config, world)
+        train_set, val_set = hold_out(train_set, args.select_fraction, where='training images',
+                                      option='--select-fraction')
+        if not len(val_set):
+            raise UserError(f'--select-fraction {args.select_fraction:g}: no class has two training images, so none '
+                            'can be held out; leave the option out')
+        chosen_on = f'{plural(len(val_set), "held-out training image")} (--select-fraction {args.select_fraction:g})'
     return TrainingInput(*_create_train_loader(args, train_set, config, num_classes, world, layout),
                          *create_eval_loader(args, val_set, config, world), config.img_size,
                          _name_in_words(train_set.classes, num_classes),
-                         np.bincount(train_set.targets, minlength=num_classes).tolist(),
-                         teacher and _create_readjustment(config, teacher, world))
+                         np.bincount(train_set.targets, minlength=num_classes).tolist(), chosen_on, evaluated_on,
+                         final_loader, teacher and _create_readjustment(config, teacher, world))
+
+
+def _describe_evaluation(args, count: int) -> str:
+    images = plural(count, 'evaluation image')
+    if args.k_fold:
+        return f'{images} (fold {args.fold or 1} of {args.k_fold})'
+    return f'{images} (--val-fraction {args.val_fraction:g})' if args.val_fraction else images
 
 
 def _create_readjustment(config: InputConfig, teacher, world: World) -> Readjustment:
@@ -305,13 +354,26 @@ def _create_train_loader(args, dataset, config: InputConfig, num_classes: int, w
     if labels and world.is_main:
         _logger.info('token labels: images exchange tokens with one another (MixToken), in place of Mixup and CutMix')
     sampler = TrainSampler(len(dataset), args.batch_size, rank=world.rank, world_size=world.size, seed=args.seed,
-                           accum_steps=args.accum_steps, shard_offsets=dataset.shard_offsets())
+                           accum_steps=args.accum_steps, shard_offsets=dataset.shard_offsets(),
+                           targets=dataset.targets if args.sampler == 'balanced' else None, repeats=args.aug_repeats)
+    if args.sampler == 'balanced' and world.is_main:
+        _say_balance(dataset)
     # Those of the next step, or of the next two (see engine/ahead.py).
     held = args.accum_steps * (2 if world.size > 1 else 1)
     loader = create_loader(dataset, _create_train_transform(args, config), sampler, seed=args.seed,
                            workers=args.workers, pin_memory=args.pin_mem and world.device.type == 'cuda',
                            max_bad_images=args.max_bad_images, held=held, token_labels=labels)
     return loader, _create_train_preparer(args, config, num_classes, world.device, layout)
+
+
+def _say_balance(dataset: ImageDataset) -> None:
+    counts = np.bincount(dataset.targets, minlength=len(dataset.classes))
+    has_any = counts > 0
+    _logger.info('--sampler balanced: %s of %d to %d images come equally often', plural(
+        int(has_any.sum()), 'class', 'classes'), counts[has_any].min(), counts.max())
+    if empty := [dataset.classes[target] for target in np.flatnonzero(~has_any)]:
+        _logger.warning('--sampler balanced: %s (%s) left out, without training images',
+                        plural(len(empty), 'class', 'classes'), name_some(empty))
 
 
 def _create_train_transform(args, config: InputConfig):

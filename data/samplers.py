@@ -1,6 +1,7 @@
-"""Which samples make up which batch, on which rank: batch samplers that yield lists of (epoch, index).
+"""Which samples make up which batch, on which rank: batch samplers that yield lists of (epoch, index, repeat).
 
-The epoch comes with the index because worker processes outlive epochs, and a sample's randomness depends on it.
+The epoch comes with the index because worker processes outlive epochs, and a sample's randomness depends on it. So does
+`repeat`, which counts how often the epoch has had the image before.
 """
 import math
 from collections.abc import Iterator, Sequence
@@ -28,16 +29,27 @@ class TrainSampler:
     If shards have to be fetched, perm has locality instead (`_local_order`), and also depends on the number of samples
     of an optimizer step.
 
+    With `targets`, an epoch has as many samples of each class that has any, but for one (`_balanced_order`).
+
+    With `repeats`, each sample comes that often in a row, and the epoch has only the first samples of perm: it is as
+    long as before. Rank r takes samples r, r + world_size, … of a global batch, so that repeats go to different ranks,
+    as with timm's RepeatAugSampler.
+
     num_samples: size of the data set. batch_size: images per rank and batch. shuffle: False for the data set's order.
     shard_offsets: for locality, the first sample of each shard, then the number of samples [shards + 1].
-    Raises UserError if the samples do not suffice for one optimizer step.
+    targets: the class of each sample, int64 [num_samples].
+    Raises UserError if the samples do not suffice for one optimizer step, or shards to be fetched are to be balanced.
     """
 
     def __init__(self, num_samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 42,
-                 shuffle: bool = True, accum_steps: int = 1, shard_offsets: Sequence[int] | np.ndarray | None = None):
+                 shuffle: bool = True, accum_steps: int = 1, shard_offsets: Sequence[int] | np.ndarray | None = None,
+                 targets: np.ndarray | None = None, repeats: int = 1):
         assert 0 <= rank < world_size, f'rank {rank} of {world_size}'
         assert shard_offsets is None or shard_offsets[-1] == num_samples, \
             f'shards of {shard_offsets[-1]} samples, not {num_samples}'
+        if targets is not None and shard_offsets is not None:
+            raise UserError('--sampler balanced: these shards are fetched one by one, and a balanced order would need '
+                            'all at once; copy them to a disk of this machine, or leave the option out')
         if min(batch_size, accum_steps) < 1:
             raise UserError(f'batch size {batch_size}, accumulation steps {accum_steps}; use at least 1')
         num_batches = num_samples // (batch_size * world_size)
@@ -55,14 +67,19 @@ class TrainSampler:
         self.accum_steps = accum_steps
         self.seed = seed
         self.shuffle = shuffle
+        self.repeats = repeats
         self._starts = None if shard_offsets is None else np.asarray(shard_offsets, dtype=np.int64)
+        # The samples of each class that has any.
+        self._of_class = [] if targets is None else [np.flatnonzero(targets == k) for k in np.unique(targets)]
         self.set_position(0)
 
     @property
     def order(self) -> str:
         """Describe what the order depends on beside the seed, the epoch and the number of samples of a step."""
         return f'{self.num_samples} images' + (
-            '' if self._starts is None else f' in {len(self._starts) - 1} shards from elsewhere')
+            '' if self._starts is None else f' in {len(self._starts) - 1} shards from elsewhere') + (
+            f', {len(self._of_class)} classes equally often' if self._of_class else '') + (
+            f', each {self.repeats} times in a row' if self.repeats > 1 else '')
 
     def __len__(self) -> int:
         """Return the number of batches in a whole epoch, wherever in it the next iteration starts."""
@@ -74,24 +91,52 @@ class TrainSampler:
         self.epoch = epoch
         self.start_batch = start_batch
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch
-        for batch in self.remaining():
-            yield [(epoch, index) for index in batch.tolist()]
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        epoch, order = self.epoch, self._order()
+        repeats = _count_before(order) if self._of_class or self.repeats > 1 else np.zeros_like(order)
+        for batch, of_batch in zip(self._share(order), self._share(repeats), strict=True):
+            yield [(epoch, index, repeat) for index, repeat in zip(batch.tolist(), of_batch.tolist(), strict=True)]
 
     def remaining(self) -> np.ndarray:
         """Return the samples of the next iteration: int64 [batches, batch_size]."""
+        return self._share(self._order())
+
+    def _share(self, values: np.ndarray) -> np.ndarray:
+        """Return what the next iteration has of `values`, one for each sample of the epoch: [batches, batch_size]."""
+        if self.repeats > 1:
+            values = values.reshape(self._num_batches, self.batch_size, self.world_size).swapaxes(1, 2)
+        return values.reshape(self._num_batches, self.world_size, self.batch_size)[self.start_batch:, self.rank]
+
+    def _order(self) -> np.ndarray:
+        """Return the samples of the epoch on all ranks, in the order of global batches: int64 [n]."""
         length = self._num_batches * self.world_size * self.batch_size
-        if self._starts is not None and self.shuffle:
-            order = self._local_order(self._starts)[:length]
-        elif self.shuffle:
-            order = torch.randperm(self.num_samples, generator=self._generator()).numpy()[:length]
+        count = -(-length // self.repeats)
+        if not self.shuffle:
+            order = np.arange(count)
+        elif self._of_class:
+            order = self._balanced_order(count)
+        elif self._starts is not None:
+            order = self._local_order(self._starts)[:count]
         else:
-            order = np.arange(length)
-        return order.reshape(self._num_batches, self.world_size, self.batch_size)[self.start_batch:, self.rank]
+            order = torch.randperm(self.num_samples, generator=self._generator()).numpy()[:count]
+        return order.repeat(self.repeats)[:length]
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+
+    def _balanced_order(self, count: int) -> np.ndarray:
+        """Return `count` samples, as many of each class but for one: int64 [count].
+
+        A sample comes again only when all of its class have come. Chance decides which classes have one more.
+        """
+        generator, classes = self._generator(), len(self._of_class)
+        more = set(torch.randperm(classes, generator=generator)[:count % classes].tolist())
+        chosen = []
+        for number, own in enumerate(self._of_class):
+            wanted = count // classes + (number in more)
+            rounds = torch.rand(-(-wanted // len(own)), len(own), generator=generator, dtype=torch.float64)
+            chosen.append(own[rounds.numpy().argsort(axis=1, kind='stable').ravel()[:wanted]])
+        return np.concatenate(chosen)[torch.randperm(count, generator=generator).numpy()]
 
     def _local_order(self, starts: np.ndarray) -> np.ndarray:
         """Return the samples of all whole global batches in an order that uses few shards at a time: int64 [n].
@@ -116,6 +161,15 @@ class TrainSampler:
         return row[:length][order].reshape(lanes, -1, size // lanes).swapaxes(0, 1).ravel()
 
 
+def _count_before(values: np.ndarray) -> np.ndarray:
+    """Return how often each value has come before, in the order of `values`: int64 [n]."""
+    order = values.argsort(kind='stable')  # equal values lie together, in their order
+    firsts = np.searchsorted(values[order], values[order])
+    counts = np.empty_like(order)
+    counts[order] = np.arange(len(values)) - firsts
+    return counts
+
+
 class EvalSampler:
     """Batches of one rank for evaluation: over all ranks every sample exactly once, without padding.
 
@@ -137,6 +191,6 @@ class EvalSampler:
         """Return the samples of the next iteration: int64 [samples]."""
         return np.asarray(self._indices, dtype=np.int64)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         for first in range(0, len(self._indices), self.batch_size):
-            yield [(0, index) for index in self._indices[first:first + self.batch_size]]
+            yield [(0, index, 0) for index in self._indices[first:first + self.batch_size]]

@@ -1,7 +1,7 @@
 """Random numbers that depend on what is drawn, not on who draws it or when.
 
-A sample's augmentation depends on (seed, epoch, index) alone, not on the number of workers or ranks, nor on where an
-epoch is resumed.
+A sample's augmentation depends on (seed, epoch, index, repeat) alone, not on the number of workers or ranks, nor on
+where an epoch is resumed.
 """
 import contextlib
 import hashlib

@@ -49,7 +49,7 @@ def check_probe(args, world: World) -> None:
                             'the features of an earlier start by itself; leave one of them out')
 
 
-def run_probe(args, model: TimmModel, loaders, precision: Precision, classes: list[str], world: World) -> TrainState:
+def run_probe(args, model: TimmModel, loaders, precision: Precision, classes: list[str], world: World) -> dict:
     """Fit the classifier of `model` for each decay, choose one, and write a run's folder with the result.
 
     The decay is chosen on a held-out part of the training images. A classifier with it is then fitted to all of them,
@@ -59,7 +59,7 @@ def run_probe(args, model: TimmModel, loaders, precision: Precision, classes: li
         loaders: train_loader of the training images as an evaluation sees them, val_loader, prepare_train,
             prepare_val and config, a description of their input.
     Returns:
-        the state that the checkpoint holds.
+        The result, with the numbers of the evaluation images.
     Raises:
         UserError: the classifier is not one linear layer at the end of the model, or there are too few images.
     """
@@ -72,17 +72,17 @@ def run_probe(args, model: TimmModel, loaders, precision: Precision, classes: li
     lock = RunLock(folder, patience=0)
     _logger.info('run folder: %s', folder)
     try:
-        state = _probe(args, model, head, loaders, precision, classes, world, folder, started)
+        result = _probe(args, model, head, loaders, precision, classes, world, folder, started)
     finally:
         loaders.train_loader.close()
         loaders.val_loader.close()
         lock.release()
     _logger.info('next:\n%s', '\n'.join(f'  {command}' for command in next_commands(args, folder)))
-    return state
+    return result
 
 
 def _probe(args, model: TimmModel, head: nn.Linear, loaders, precision: Precision, classes: list[str], world: World,
-           folder: Path, started: float) -> TrainState:
+           folder: Path, started: float) -> dict:
     features, targets = _features(args, model, head, loaders, precision)
     features, targets = features.to(world.device), targets.to(world.device)
     rows, best = _sweep(args, features, targets, model.num_classes)
@@ -106,7 +106,7 @@ def _probe(args, model: TimmModel, head: nn.Linear, loaders, precision: Precisio
         'evaluated_on': 'the evaluation images, once', **describe_environment(world.device)}, rows, '--output')
     _logger.info('*** Linear probe: top-1 %.3f %% of %s, with decay %g', result.top1,
                  plural(result.count, 'evaluation image'), rows[best]['decay'])
-    return state
+    return {'best_epoch': None, 'of': 'weights', **record, 'evaluated_on': 'the evaluation images, once'}
 
 
 def _linear_classifier(model: TimmModel) -> nn.Linear:

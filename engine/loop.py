@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.ahead import StepsAhead
-from engine.best import AVERAGED, PREFIXES, WEIGHTS, better_result
+from engine.best import AVERAGED, ENTRIES, PREFIXES, WEIGHTS, better_result
+from engine.checkpoint import BEST
 from engine.evaluate import METRICS, MostConfidentErrors, evaluate
 from engine.layers import set_training_mode
 from engine.log.run_log import IMAGES_SHOWN, RunLog
@@ -24,7 +25,8 @@ from engine.state import TrainState
 from engine.step import ADVICE, TrainingStep
 from engine.writer import CheckpointWriter
 from utils import signals
-from utils.console import format_seconds, progress_bar
+from utils.checkpoint_reader import read_checkpoint
+from utils.console import format_seconds, plural, progress_bar
 from utils.distributed import AsyncMax, World, broadcast_from_main, raise_on_all_ranks, sum_over_ranks
 from utils.errors import InterruptedRun, NotFiniteError
 from utils.faults import fault_point
@@ -84,7 +86,8 @@ class Trainer:
     Args:
         objective: that of `state.model`, as training calls it (see wrap_model): (images, targets) → loss.
         loaders: train_loader and val_loader of this rank; prepare_train and prepare_val, which bring their batches to
-            the device; class_names, for people.
+            the device; class_names, for people; final_loader of the images that judge the best epoch, or None if those
+            of val_loader do; chosen_on and evaluated_on, these images in words.
         schedule: sets the learning rates (see create_schedule).
         args: the options of the loop (accum_steps, clip_grad, log_interval, checkpoint_steps, …).
         log: is told how training goes.
@@ -107,22 +110,72 @@ class Trainer:
         self._depth = 2 if state.world.size > 1 else 1
         self._started, self._steps_since_start = time.perf_counter(), 0
 
-    def fit(self) -> None:
-        """Train all epochs that are left.
+    def fit(self) -> dict:
+        """Train all epochs that are left, and return the result: the numbers of the best epoch, and of which images.
 
         Raises:
             InterruptedRun: a signal has asked to stop; the state is saved.
         """
         self._started = time.perf_counter()
         with contextlib.closing(self._signals):
-            while self.state.epoch < self.num_epochs:
+            while not self._is_done():
                 self._run_epoch()
-        state = self.state
+            result = self._conclude()
+        self.log.result(result)
+        return result
+
+    def _is_done(self) -> bool:
+        return self.state.epoch >= self.num_epochs or self.state.has_stalled(self.args.early_stop)
+
+    def _conclude(self) -> dict:
+        """Say and return what the run has reached."""
+        state, loaders, metric = self.state, self.loaders, self.args.eval_metric
+        is_early = state.epoch < self.num_epochs
+        if is_early:
+            _logger.info('stopped early after epoch %d: %s has not improved in %s (--early-stop)', state.epoch, metric,
+                         plural(state.evaluations_since_best, 'evaluation'))
         if state.best_metric is not None:
             # Checkpoints of earlier versions do not say what the best is of.
             of = f', of the {state.best_of}' if state.best_of else ''
-            _logger.info('*** Best metric: %.4f (%s, epoch %d%s)', state.best_metric, self.args.eval_metric,
+            _logger.info('*** Best metric: %.4f (%s, epoch %d%s)', state.best_metric, metric,
                          (state.best_epoch or 0) + 1, of)
+        result = {'best_epoch': None if state.best_epoch is None else state.best_epoch + 1, 'of': state.best_of,
+                  'eval_metric': metric, 'chosen_on': loaders.chosen_on, 'evaluated_on': loaders.evaluated_on,
+                  'epochs': state.epoch, 'stopped_early': is_early}
+        if not loaders.final_loader:
+            _logger.info('the best epoch was chosen on the images that evaluate it, %s: its result is optimistic '
+                         '(--select-fraction 0.1 chooses on others)', loaders.evaluated_on)
+            return result | (state.best_results or {})
+        final = self._evaluate_best()
+        _logger.info('chosen on %s; evaluated on %s: top-1 %.3f %%, top-5 %.3f %%, loss %.4f', loaders.chosen_on,
+                     loaders.evaluated_on, final['top1'], final['top5'], final['loss'])
+        return result | final
+
+    def _evaluate_best(self) -> dict[str, float]:
+        """Return the numbers of the best epoch's weights on the images that had no part in the choice.
+
+        Without a best epoch, they are those of the last one.
+        """
+        def stop_if_asked() -> None:
+            fault_point('evaluate.final')
+            if number := self._signals.exchange(signals.received()):
+                raise self._interrupted(number)
+
+        state = self.state
+        own = {name: value.clone() for name, value in state.model.state_dict().items()}
+        with raise_on_all_ranks():
+            if state.world.is_main and state.best_epoch is not None:
+                best = read_checkpoint(self.folder / BEST, verified=True)
+                state.model.load_state_dict(best[ENTRIES.get(state.best_of or '', 'state_dict')])
+        # Another machine may not see the newest file yet.
+        broadcast_from_main(state.model.state_dict().values())
+        try:
+            found = evaluate(state.model, self.loaders.final_loader, self.loaders.prepare_val, eager=True,
+                             precision=self.precision, log_interval=self.args.log_interval, after_batch=stop_if_asked,
+                             name='Final').as_dict()
+        finally:
+            state.model.load_state_dict(own)
+        return {name: found[name] for name in METRICS}
 
     def _run_epoch(self) -> None:
         state = self.state
@@ -135,16 +188,20 @@ class Trainer:
         training = self._train_epoch()
         own = [(buffer, buffer.clone()) for model in self._evaluated().values() for buffer in model.buffers()]
         self._share_buffers()
-        fault_point('evaluate')
-        results, errors = self._evaluate(functools.partial(self._stop_in_evaluation, own))
-        is_best = self._note_metric(results)
+        results: dict[str, Any] = {}
+        errors: dict[str, MostConfidentErrors] = {}
+        is_best = False
+        if (state.epoch + 1) % self.args.val_interval == 0 or state.epoch + 1 == self.num_epochs:
+            fault_point('evaluate')
+            results, errors = self._evaluate(functools.partial(self._stop_in_evaluation, own))
+            is_best = self._note_metric(results)
         self.log.epoch({'epoch': state.epoch, 'images_seen': state.images_seen, **training, **results,
                         'lr': self._top_rate(), 'epoch_seconds': round(time.perf_counter() - epoch_started, 1)})
         self._show_errors(errors)
         state.start_next_epoch()
         number = self._signals.conclude(signals.received())
-        self._save(is_best=is_best, must_succeed=bool(number) or state.epoch == self.num_epochs)
-        if number and state.epoch < self.num_epochs:
+        self._save(is_best=is_best, must_succeed=bool(number) or self._is_done())
+        if number and not self._is_done():
             raise self._interrupted(number)
 
     def _train_epoch(self) -> dict:
@@ -288,9 +345,12 @@ class Trainer:
         state, result = self.state, better_result(results, self.args.eval_metric)
         state.metric, state.better = result.value, result.of
         if not result.is_better_than(state.best_metric, state.best_loss):
+            state.evaluations_since_best += 1
             return False
         state.best_metric, state.best_loss, state.best_epoch, state.best_of = (
             result.value, result.loss, state.epoch, result.of)
+        state.best_results = {name: results[PREFIXES[result.of] + name] for name in METRICS}
+        state.evaluations_since_best = 0
         return True
 
     def _save(self, *, is_best: bool = False, must_succeed: bool = False) -> None:

@@ -48,6 +48,8 @@ def advise(args, *, images: int, processes: int, steps: int, device: torch.devic
     """
     yield from _learning_rate(args, images, args.batch_size * args.accum_steps * processes)
     yield from _lengths(args, steps)
+    yield from _choice(args)
+    yield from _order(args, args.batch_size * args.accum_steps * processes)
     if device.type == 'cuda':
         yield from _gpu(args, device, dtype)
 
@@ -91,6 +93,30 @@ def _lengths(args, steps: int) -> Iterator[Advice]:
         remedy = (f'Leave it out, and it warms up to {PUBLISHED_DECAY:g}; or say --model-ema-decay {text}, which '
                   'forgets them in a fifth of the run.')
         yield Advice('Averaged weights', figure, remedy, {'initial': initial, 'steps': steps})
+
+
+def _choice(args) -> Iterator[Advice]:
+    wait = (args.early_stop or 0) * args.val_interval
+    if wait >= args.epochs:
+        yield Advice('Early stop', f'--early-stop {args.early_stop} waits {wait} epochs, of {args.epochs}: it never '
+                     'ends the run', f'Say --early-stop {max(1, args.epochs // args.val_interval // 5)}, or leave it '
+                     'out.')
+    if args.val_interval >= args.epochs > 1:
+        yield Advice('Evaluation', f'--val-interval {args.val_interval} of {args.epochs} epochs: only the last one is '
+                     'evaluated, so it is the best one', f'Say --val-interval {max(1, args.epochs // 10)}.')
+
+
+def _order(args, per_step: int) -> Iterator[Advice]:
+    repeats = args.aug_repeats
+    if repeats > 1 and not args.aug:
+        yield Advice('Repeats', f'--aug-repeats {repeats} beside --no-aug: all repeats of an image are the same',
+                     'Leave one of the two out.')
+    elif repeats > per_step:
+        yield Advice('Repeats', f'--aug-repeats {repeats} with {plural(per_step, "image")} a step: all are of the same '
+                     'one', 'Say --aug-repeats 3, as published.')
+    if args.sampler == 'balanced' and getattr(args, 'class_weights', None):
+        yield Advice('Class balance', '--sampler balanced beside --class-weights: rare classes count twice over',
+                     'Leave one of the two out.')
 
 
 def _gpu(args, device: torch.device, dtype: torch.dtype | None) -> Iterator[Advice]:

@@ -10,6 +10,7 @@ from torch import nn
 from engine.checkpoint import BEST, LAST, copy_best
 from engine.compile import compile_model
 from engine.ema import PUBLISHED_DECAY, ModelEma, needs_warmup
+from engine.log.result import RESULT
 from engine.log.run_log import RunLog
 from engine.loop import Trainer, wrap_model
 from engine.objective import create_objective
@@ -53,15 +54,14 @@ def create_state(args, model: nn.Module, optimizer, precision: Precision, classe
                       options=args.as_dict(), classes=classes, world=world, teacher=teacher)
 
 
-def run_training(args, state: TrainState, loaders, precision: Precision, *, kind: str) -> TrainState:
+def run_training(args, state: TrainState, loaders, precision: Precision, *, kind: str) -> dict:
     """Continue where --resume says, train to the end of the schedule, and leave the run's folder complete.
 
     Args:
         kind: 'train' or 'transfer', the part of --output that holds the run's folder.
-        loaders: train_loader, prepare_train, val_loader, prepare_val, img_size, class_names and class_counts, of
-            this rank.
+        loaders: what the Trainer takes, class_counts and img_size.
     Returns:
-        `state`, at its end.
+        The result, as the Trainer returns it. `state` is at its end.
     Raises:
         UserError: no epoch is left of a run that --resume names, or an epoch of these loaders does not have the step
             of the checkpoint.
@@ -82,13 +82,9 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
     folder, checkpoint = from_main(found)
     _describe_schedule(args, state, loaders, precision, num_epochs, steps_per_epoch)
     _go_to_start(args, state, checkpoint, steps_per_epoch)
-    if state.epoch >= num_epochs:
-        # A queue that starts a run again until it ends with 0 is done; so is a launcher, but for the files at the end.
-        if args.resume != 'auto' and not job.was_restarted():
-            raise UserError(f'nothing is left to train: {plural(state.epoch, "epoch")} of {num_epochs} are done; '
-                            'give more --epochs')
-        _logger.info('nothing is left to train in %s: all %s are done (another --experiment starts a new run)', folder,
-                     plural(num_epochs, 'epoch'))
+    if state.epoch >= num_epochs or state.has_stalled(args.early_stop):
+        is_concluded = from_main((folder / RESULT).exists()) or not loaders.final_loader
+        _note_end(args, state, folder, num_epochs, is_concluded)
     if state.step > steps_per_epoch:
         raise UserError(f'the checkpoint is at step {state.step} of its epoch, but an epoch now has {steps_per_epoch}; '
                         'use the --batch-size, --accum-steps and number of processes of the checkpoint')
@@ -110,13 +106,15 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
                  global_step=state.global_step, images_seen=state.images_seen, epoch=state.epoch)
     try:
         with hang_explained():  # innermost: the other ranks ask within seconds who has waited
-            Trainer(state, wrapped, loaders, schedule=schedule, num_epochs=num_epochs, precision=precision, args=args,
-                    log=log, writer=writer, folder=folder).fit()
+            result = Trainer(state, wrapped, loaders, schedule=schedule, num_epochs=num_epochs, precision=precision,
+                             args=args, log=log, writer=writer, folder=folder).fit()
         log.finish()
     finally:
         log.close()
         loaders.train_loader.close()
         loaders.val_loader.close()
+        if loaders.final_loader:
+            loaders.final_loader.close()
         if writer:
             writer.wait()
         if lock:
@@ -124,7 +122,24 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
     _logger.info('checkpoints, curves.png and summary.csv are in %s', folder)
     if world.is_main:
         _logger.info('next:\n%s', '\n'.join(f'  {command}' for command in next_commands(args, folder)))
-    return state
+    return result
+
+
+def _note_end(args, state: TrainState, folder: Path, num_epochs: int, is_concluded: bool) -> None:
+    """Say that no epoch is left. Raise UserError if the user has asked for more, and nothing else is left either."""
+    best = '' if state.best_epoch is None else f', the best is epoch {state.best_epoch + 1}'
+    if state.epoch >= num_epochs:
+        is_done, all_done = f'{plural(state.epoch, "epoch")} of {num_epochs} are done', (
+            f'all {plural(num_epochs, "epoch")} are done')
+        remedy = 'give more --epochs'
+    else:
+        is_done = all_done = (f'the run stopped early after epoch {state.epoch}{best} (--early-stop '
+                              f'{args.early_stop})')
+        remedy = 'give a larger --early-stop, or leave it out'
+    # A queue that starts a run again until it ends with 0 is done; so is a launcher, but for the files at the end.
+    if is_concluded and args.resume != 'auto' and not job.was_restarted():
+        raise UserError(f'nothing is left to train: {is_done}; {remedy}')
+    _logger.info('nothing is left to train in %s: %s (another --experiment starts a new run)', folder, all_done)
 
 
 def _describe_schedule(args, state: TrainState, loaders, precision: Precision, num_epochs: int,
@@ -141,7 +156,10 @@ def _describe_schedule(args, state: TrainState, loaders, precision: Precision, n
     _logger.info('%s of %s: %s', plural(num_epochs, 'epoch'), plural(steps_per_epoch, 'step'), ', '.join(parts))
     sampler = loaders.train_loader.sampler
     per_step = args.batch_size * args.accum_steps * world.size
-    if left := sampler.num_samples - steps_per_epoch * per_step:
+    if sampler.repeats > 1:
+        _logger.info('an epoch has %s, each %d times in a row', plural(
+            -(-steps_per_epoch * per_step // sampler.repeats), 'image'), sampler.repeats)
+    elif args.sampler == 'shuffle' and (left := sampler.num_samples - steps_per_epoch * per_step):
         _logger.info('a step takes %s: %d of %s are left out in each epoch, others every time',
                      plural(per_step, 'image'), left, plural(sampler.num_samples, 'training image'))
     if state.ema:
@@ -199,7 +217,7 @@ def _report_differences(before: dict, now: dict) -> None:
     # Options that earlier versions lacked, with the values that describe what they did.
     before = {'compile': '', 'global_batch_size': None, 'fast_transform': False, 'fast_eval': False,
               'loss': 'ce', 'token_label_crop': 'straight', 'dense_weight': 1.0, 'cls_weight': 1.0,
-              'ground_truth': False} | before
+              'ground_truth': False, 'sampler': 'shuffle', 'aug_repeats': 1, 'val_interval': 1} | before
     # With --global-batch-size, the parts of a step follow from the number of processes.
     parts = {'batch_size', 'accum_steps'} if now['global_batch_size'] else set()
     changed = [f'{k} {before.get(k)!r} → {now.get(k)!r}' for k in sorted(before.keys() | now.keys())

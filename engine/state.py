@@ -24,7 +24,9 @@ KINDS = {'version': int, 'arch': str, 'epoch': int, 'step': int, 'global_step': 
 # Attributes that a checkpoint stores as they are.
 PLAIN = ('epoch', 'step', 'global_step', 'metric', 'best_metric', 'best_epoch', 'skipped_steps', 'skipped_in_a_row')
 # The same, which checkpoints of earlier versions lack.
-RECENT = ('better', 'best_loss', 'best_of')
+RECENT = ('better', 'best_loss', 'best_of', 'best_results', 'evaluations_since_best')
+# Options that decide which images are trained on.
+SPLITTING = ('val_fraction', 'k_fold', 'fold', 'select_fraction')
 # Attributes of which every rank has its own.
 SUMS = ('loss_sums', 'window_sums', 'bad_images')
 
@@ -57,6 +59,8 @@ class TrainState:
     best_loss: float | None = None
     best_epoch: int | None = None
     best_of: str | None = None  # the weights or their average
+    best_results: dict[str, float] | None = None  # their numbers
+    evaluations_since_best: int = 0
 
     def __post_init__(self):
         # Of this rank in the epoch so far: sum of losses and number of images; images that could not be decoded.
@@ -89,7 +93,12 @@ class TrainState:
         return f'in epoch {self.epoch + 1}, after step {self.step}'
 
     def forget_best(self) -> None:
-        self.best_metric = self.best_loss = self.best_epoch = self.best_of = None
+        self.best_metric = self.best_loss = self.best_epoch = self.best_of = self.best_results = None
+        self.evaluations_since_best = 0
+
+    def has_stalled(self, patience: int | None) -> bool:
+        """Tell whether the last `patience` evaluations were no better than the best; None: that never counts."""
+        return bool(patience) and self.evaluations_since_best >= (patience or 0)
 
     def _reset_sums(self) -> None:
         for name in SUMS:
@@ -159,6 +168,8 @@ class TrainState:
             self.projection.load_state_dict(state['projection'])
         for name in (*PLAIN, *RECENT):
             setattr(self, name, state.get(name))
+        if 'evaluations_since_best' not in state:  # earlier versions evaluated every epoch
+            self.evaluations_since_best = self.epoch - 1 - (-1 if self.best_epoch is None else self.best_epoch)
         # Checkpoints of earlier versions lack images_seen.
         before = state['global_step'] * _images_per_step(state['args'], len(state['ranks']))
         self.images_seen = state.get('images_seen', before)
@@ -248,11 +259,10 @@ class TrainState:
         if state['classes'] != self.classes:
             raise UserError(f'{source}: trained on {_named(state["classes"])}, this data set has '
                             f'{_named(self.classes)}; resume with the same data, or start a new run with transfer.py')
-        before, now = (options.get('val_fraction') for options in (state['args'], self.options))
+        before, now = (_splitting(options) for options in (state['args'], self.options))
         if before != now:
-            raise UserError(f'{source}: trained {_with_fraction(before)}, this run is {_with_fraction(now)}: images '
-                            'held out for evaluation would change sides; '
-                            + (f'give --val-fraction {before}' if before else 'leave the option out'))
+            raise UserError(f'{source}: trained {_with(before)}, this run is {_with(now)}: images held out for '
+                            f'evaluation would change sides; {_remedy(before, now)}')
         per_step = (_images_per_step(state['args'], len(state['ranks'])),
                     _images_per_step(self.options, self.world.size))
         if state['step'] and per_step[0] != per_step[1]:
@@ -325,8 +335,24 @@ def _described_teacher(fingerprint: str | None) -> str:
     return f'a teacher whose weights have the checksum {fingerprint[:12]}' if fingerprint else 'no teacher'
 
 
-def _with_fraction(val_fraction: float | None) -> str:
-    return f'with --val-fraction {val_fraction}' if val_fraction else 'without --val-fraction'
+def _splitting(options: dict) -> dict[str, str]:
+    """Return those of SPLITTING that are given, as they are typed."""
+    return {f'--{name.replace("_", "-")}': str(options[name]) for name in SPLITTING if options.get(name)}
+
+
+def _with(given: dict[str, str]) -> str:
+    return f'with {_typed(given)}' if given else 'without held-out images'
+
+
+def _remedy(before: dict[str, str], now: dict[str, str]) -> str:
+    """Say how the options `now` become those `before`."""
+    surplus = [name for name in now if name not in before]
+    remedies = [f'give {_typed(before)}'] if before else []
+    return ' and '.join(remedies + ([f'leave {" and ".join(surplus)} out'] if surplus else []))
+
+
+def _typed(given: dict[str, str]) -> str:
+    return ' '.join(f'{name} {value}' for name, value in given.items())
 
 
 def _images_per_step(options: dict, processes: int) -> int:

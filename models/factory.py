@@ -294,7 +294,7 @@ class TrainedModel(NamedTuple):
 
 
 # Options of the training that tell which images it held out.
-RECORDED_SPLIT = ('data', 'val_fraction')
+RECORDED_SPLIT = {'data': str, 'dataset': str, 'train_split': str, 'val_fraction': float, 'k_fold': int, 'fold': int}
 # Options of images and model that are read from the checkpoint unless they are given.
 RECORDED = ('gp', 'model_kwargs', 'crop_pct', 'mean', 'std', 'interpolation')
 
@@ -370,11 +370,14 @@ def _check_channels_of_weights(name: str, checkpoint: Mapping[str, Any], use_ema
                         'give weights for RGB or grey images')
 
 
-def _split_of_training(options: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    """Return --data and --val-fraction as a training recorded them; None for what it did not."""
-    data, val_fraction = map(options.get, RECORDED_SPLIT)
-    return (data if isinstance(data, str) else None,
-            val_fraction if isinstance(val_fraction, float) and 0 < val_fraction < 1 else None)
+def _split_of_training(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of RECORDED_SPLIT that a training recorded, and that mean something."""
+    found = {name: options[name] for name, kind in RECORDED_SPLIT.items() if isinstance(options.get(name), kind)}
+    if not 0 < found.get('val_fraction', 0.5) < 1:
+        del found['val_fraction']
+    if not 1 <= found.get('fold', 0) <= found.get('k_fold', 0):
+        found = {name: value for name, value in found.items() if name not in ('fold', 'k_fold')}
+    return found
 
 
 def _model_of(checkpoint: Mapping[str, Any], identity: Architecture, source: str) -> str:

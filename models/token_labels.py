@@ -5,8 +5,8 @@ from torch import nn
 
 from models.t2t_vit import VARIANTS, T2TViT
 from models.tokens_to_token import token_lines
-from options.types import keywords
 from utils.errors import UserError
+from utils.keywords import keywords
 
 REMEDY = 'give a T2T-ViT, such as t2t_vit_24_token_labeling, or t2t_vit_14 with --model-kwargs aux_head=True'
 

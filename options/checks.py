@@ -66,6 +66,41 @@ def check_distillation(args) -> None:
                         'either out')
 
 
+def check_fold(args) -> None:
+    """Raise UserError for a --fold that --k-fold does not have, or beside another choice of evaluation images."""
+    if args.fold and not args.k_fold:
+        raise UserError(f'--fold {args.fold}: of how many? add --k-fold, such as --k-fold 5')
+    if args.k_fold and args.fold and args.fold > args.k_fold:
+        raise UserError(f'--fold {args.fold}: --k-fold {args.k_fold} has folds 1 to {args.k_fold}')
+    for name in ('val_fraction', 'val_split'):
+        if args.k_fold and (value := getattr(args, name)):
+            raise UserError(f'--k-fold {args.k_fold} beside --{name.replace("_", "-")} {value}: both name the '
+                            'evaluation images; leave one of them out')
+
+
+def count_runs(args) -> int | None:
+    """Return how many runs the options of a training ask for by --seeds or --k-fold; None for a run by itself."""
+    return len(args.seeds) if args.seeds else args.k_fold if not args.fold else None
+
+
+def check_runs(args) -> None:
+    """Raise UserError for folds and seeds of a training that do not go together, or runs that have no name."""
+    check_fold(args)
+    if not count_runs(args):
+        return
+    asked = f'--seeds {" ".join(map(str, args.seeds))}' if args.seeds else f'--k-fold {args.k_fold}'
+    if args.seeds and args.k_fold:
+        raise UserError(f'{asked} beside --k-fold {args.k_fold}: give the folds of one seed (--seed), or the seeds of '
+                        'one division of the images')
+    if args.seeds and len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f'{asked}: a seed twice gives the same run twice; leave one out')
+    if not args.experiment:
+        raise UserError(f'{asked} makes several runs; name the folder that holds them: --experiment NAME')
+    if args.resume not in ('', 'auto'):
+        raise UserError(f'--resume {args.resume} beside {asked}: each run has checkpoints of its own; say --resume auto'
+                        + (', or add --fold' if args.k_fold else ''))
+
+
 def multiples_around(number: int, unit: int) -> str:
     """Return the positive multiples of `unit` next to `number`, which is none, as '8 or 16'."""
     below = number - number % unit

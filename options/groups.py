@@ -5,6 +5,7 @@ from options.datasets import DATASETS
 from options.types import (
     count,
     decay,
+    folds,
     fraction,
     frozen_part,
     image_size,
@@ -47,6 +48,10 @@ def _add_dataset_options(add):
         help='folder of the evaluation images in DIR (default: val, valid, validation or test)')
     add('--val-fraction', type=share, metavar='SHARE',
         help='instead: hold out this share of the images, such as 0.1; the same ones every time')
+    add('--k-fold', type=folds, metavar='K',
+        help='instead: deal the training images out to K folds, and evaluate with one that was not trained on; '
+             'training does so for each of them in turn, in EXPERIMENT/fold-1 …')
+    add('--fold', type=positive_int, metavar='N', help='only fold N of --k-fold, from 1 on')
     add('--only-classes', metavar='CLASSES', help="use only these classes: '0-4', or names such as 'cat,dog'")
     add('-j', '--workers', type=count, default=8, metavar='N', help='data loader workers per process')
     add('--pin-mem', action=FLAG, default=True, help='page-locked memory: a GPU copies batches while it computes')
@@ -62,6 +67,8 @@ def _add_dataset_options(add):
 def training_data_options(parser):
     add = parser.add_argument_group('Training data').add_argument
     add('--train-split', default='train', metavar='NAME', help='folder of the training images in DIR')
+    add('--sampler', default='shuffle', choices=['shuffle', 'balanced'],
+        help='shuffle: each image once in an epoch; balanced: each class equally often, in epochs of the same length')
     add('--max-bad-images', type=count, default=0, metavar='N',
         help='replace up to N training images per process that cannot be decoded by their neighbours')
 
@@ -92,7 +99,7 @@ def trained_model_options(parser):
     add = parser.add_argument_group('Trained model').add_argument
     add('--eval-checkpoint', '--checkpoint', metavar='PATH',
         help="weights: a file, a run's folder, output/train/latest, a folder of timm, hf-hub:MODEL or a URL")
-    parser.set_defaults(trained_on=(None, None))  # --data and --val-fraction of the training, from the checkpoint
+    parser.set_defaults(trained_on={})  # the options that split the data of the training, from the checkpoint
     add('--class-map', metavar='FILE', help='text file with one class folder per line, in the order of the labels')
     add('-b', '--b', '--batch-size', dest='batch_size', type=positive_int, default=64, metavar='N',
         help='images per batch and process')
@@ -179,6 +186,8 @@ def augmentation_options(parser):
     add('--aug', action=FLAG, default=True, help='--no-aug: centre crops without random erasing; Mixup stays on')
     add('--train-crop-mode', default='rrc', choices=['rrc', 'pad'],
         help='rrc: random resized crop; pad: resize, then random crop of the image padded by 1/8')
+    add('--aug-repeats', type=positive_int, default=1, metavar='N',
+        help='each image N times in a row, augmented N times; an epoch has as many samples as before')
     add('--scale', type=positive, nargs=2, default=[0.08, 1.0], metavar=('MIN', 'MAX'),
         help='area of a random resized crop, as a share of the image')
     add('--ratio', type=positive, nargs=2, default=[3 / 4, 4 / 3], metavar=('MIN', 'MAX'), help='its aspect ratio')
@@ -277,6 +286,20 @@ def compile_options(parser):
              'faster), graphs (adds CUDA graphs), autotune (also tries kernels); results differ by rounding')
 
 
+def selection_options(parser):
+    add = parser.add_argument_group('Choosing the model').add_argument
+    add('--eval-metric', default='top1', choices=['top1', 'top5', 'loss', 'balanced_accuracy', 'macro_f1'],
+        help='metric of the best checkpoint')
+    add('--val-interval', type=positive_int, default=1, metavar='N', help='evaluate every N epochs, and after the last')
+    add('--early-stop', type=positive_int, metavar='N',
+        help='end the run when --eval-metric has not improved in N evaluations (default: never)')
+    add('--select-fraction', type=share, metavar='SHARE',
+        help='choose the best epoch on this share of the training images, which are not trained on; the evaluation '
+             'images are used once, at the end (default: choose on the evaluation images)')
+    add('--seeds', type=seed, nargs='+', metavar='S',
+        help='one run with each of these seeds, in EXPERIMENT/seed-1 …, with their mean and deviation')
+
+
 def run_options(parser):
     add = parser.add_argument_group('Run, checkpoints, resume').add_argument
     add('--output', default='./output', metavar='DIR', help='write runs to DIR/train/EXPERIMENT')
@@ -287,7 +310,5 @@ def run_options(parser):
         help='also save every N steps; 0: only after epochs')
     add('--checkpoint-hist', '--keep', type=positive_int, default=2, metavar='N',
         help='newest checkpoints to keep, beside the best')
-    add('--eval-metric', default='top1', choices=['top1', 'top5', 'loss', 'balanced_accuracy', 'macro_f1'],
-        help='metric of the best checkpoint')
     add('--save-images', action=FLAG, default=False, help='write the augmented batch as a picture at every log step')
     add('--tensorboard', action=FLAG, default=True, help='write TensorBoard events')

@@ -13,7 +13,7 @@ TRAINING = (groups.data_options, groups.training_data_options, groups.model_opti
             groups.optimizer_options, groups.schedule_options, groups.augmentation_options,
             groups.loss_options, groups.token_label_options, groups.distillation_options, groups.fine_tuning_options,
             groups.batch_norm_options, groups.ema_options, groups.device_options, groups.compile_options,
-            groups.run_options)
+            groups.selection_options, groups.run_options)
 TRAINED_MODEL = (groups.model_options, groups.trained_model_options, groups.input_options)
 # Model and image size are read from the checkpoint unless they are given.
 FROM_CHECKPOINT = {'model': None, 'img_size': None}

@@ -50,6 +50,7 @@ def number(kind: type[int] | type[float], low=None, high=None, above=None, below
 
 count = number(int, low=0)
 positive_int = number(int, low=1)
+folds = number(int, low=2)
 real = number(float)
 rate = number(float, low=0)
 positive = number(float, above=0)

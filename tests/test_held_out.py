@@ -11,7 +11,7 @@ import torch
 from data import open_eval, open_train_val
 from data.arrays import ArrayImages
 from data.folders import ImageFolder
-from data.held_out import hold_out
+from data.held_out import hold_out, hold_out_fold
 from data.pipeline import open_evaluation_data
 from data.shards.packing import pack
 from data.shards.plan import Recipe, folder_input
@@ -101,6 +101,15 @@ def test_a_class_that_falls_to_one_side_gets_an_image_on_the_other(folder, tmp_p
     assert "1 class ('cat'): a single image, which is trained on; nothing evaluates the class" in caplog.text
 
 
+def test_what_chooses_the_best_epoch_is_apart_from_what_evaluates_it(folder, caplog):
+    caplog.set_level(logging.INFO)
+    train, val = open_train_val('folder', folder, val_fraction=0.2)
+    rest, chosen_on = hold_out(train, 0.2, where='training images', option='--select-fraction')
+    assert 'held out to choose the best epoch on (--select-fraction 0.2)' in caplog.text
+    assert 'by chance' not in caplog.text and 3 < len(chosen_on) < 20
+    assert sorted(names(rest) + names(chosen_on) + names(val)) == sorted(names(ImageFolder(str(folder))))
+
+
 def test_what_a_fraction_does_not_go_with(folder, tmp_path):
     shutil.copytree(folder, tmp_path / 'train')
     shutil.copytree(folder, tmp_path / 'valid')
@@ -131,6 +140,88 @@ def test_a_folder_of_class_folders_is_explained_with_the_remedy(folder, tmp_path
     assert f"give '{tmp_path}' instead" in error_of(open_train_val, 'folder', tmp_path / 'train')
 
 
+# --- Folds ------------------------------------------------------------------------------------------------------------
+
+# The first fold of three, computed apart from this program: for each class by name, its images by their hash (BLAKE2b
+# of the name without its ending, 8 bytes, person "fold"), of all of which every third one from the first on.
+FIRST_FOLD = ('ant/ant_11 ant/ant_12 ant/ant_14 ant/ant_15 ant/ant_17 ant/ant_19 ant/ant_8 bee/bee_0 bee/bee_1 '
+              'bee/bee_16 bee/bee_18 bee/bee_19 bee/bee_3 bee/bee_7 cat/cat_0 cat/cat_15 cat/cat_16 cat/cat_18 '
+              'cat/cat_2 cat/cat_4')
+
+
+def folds_of(folder, count, **options):
+    return [open_train_val('folder', folder, fold=(number, count), **options) for number in range(1, count + 1)]
+
+
+def test_each_image_is_in_one_fold_and_always_in_the_same(folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    folds = folds_of(folder, 3)
+    assert 'fold 2 of 3: 40 images to train on, 20 held out for evaluation' in caplog.text
+    every = sorted(names(ImageFolder(str(folder))))
+    assert sorted(sum((names(val, folder) for _, val in folds), [])) == every
+    for train, val in folds:
+        assert sorted(names(train) + names(val)) == every and train.classes == val.classes == ['ant', 'bee', 'cat']
+        assert set(np.bincount(val.targets)) == {6, 7}
+    assert sorted(names(folds[0][1])) == sorted(f'{name}.jpg' for name in FIRST_FOLD.split())
+    for number, (_, val) in enumerate(folds, start=1):
+        reordered = open_eval('folder', folder, fold=(number, 3), classes=['cat', 'bee', 'ant'])
+        assert names(reordered) == names(val) and np.bincount(reordered.targets)[0] == np.bincount(val.targets)[2]
+    pack(folder_input(str(folder)), tmp_path / 'shards', Recipe(samples=25), jobs=1)
+    packed = folds_of(f'wds:{tmp_path}/shards', 3)
+    assert [sorted(names(val)) for _, val in packed] == [sorted(names(val)) for _, val in folds]
+    part, _ = open_train_val('folder', folder, fold=(1, 3), only_classes='bee,cat')
+    assert names(part) == [name for name in names(folds[0][0]) if not name.startswith('ant')]
+    independent = set(names(folds[0][1])) & set(names(open_eval('folder', folder, val_fraction=0.2)))
+    assert 0 < len(independent) < 15, 'the images of --val-fraction are dealt out like others'
+
+
+def test_folds_are_of_the_training_images_alone(folder, tmp_path, caplog):
+    shutil.copytree(folder, tmp_path / 'train')
+    shutil.copytree(folder, tmp_path / 'val')
+    assert [len(part) for part in open_train_val('folder', tmp_path, fold=(3, 4))] == [45, 15]
+    assert [len(part) for part in open_train_val('digits', fold=(1, 5))] == [1150, 288]
+    assert 'is not' not in caplog.text
+    for image in sorted((tmp_path / 'train/cat').iterdir())[2:]:
+        image.unlink()
+    _, val = open_train_val('folder', tmp_path, fold=(1, 5))
+    assert "1 class ('cat'): fewer images than the 5 folds" in caplog.text
+    assert '--k-fold 43: ' in error_of(open_train_val, 'folder', tmp_path, fold=(1, 43))
+
+
+def test_a_large_class_and_many_small_ones_are_dealt_out_evenly():
+    targets = np.concatenate([np.zeros(101, int), np.arange(1, 50)])
+    dataset = ArrayImages('x', np.zeros((150, 1, 1), np.uint8), [f'{k:02}' for k in range(50)], targets)
+    folds = [hold_out_fold(dataset, fold, 4, where='x')[1] for fold in range(1, 5)]
+    assert sorted(len(fold) for fold in folds) == [37, 37, 38, 38]
+    assert sorted(int((fold.targets == 0).sum()) for fold in folds) == [25, 25, 25, 26]
+    assert sorted(np.concatenate([fold._indices for fold in folds])) == list(range(150))
+
+
+def test_a_checkpoint_knows_its_fold(folder, tmp_path):
+    (tmp_path / 'a').mkdir()
+    shutil.copytree(folder, tmp_path / 'a/train')
+    shutil.copytree(folder / 'ant', tmp_path / 'a/val/ant')
+    state = create_model('t2t_vit_7', num_classes=3, img_size=32).state_dict()
+    recorded = {'data': str(tmp_path / 'a'), 'dataset': 'folder', 'train_split': 'train', 'k_fold': 3, 'fold': 2}
+    torch.save({'state_dict': state, 'arch': 't2t_vit_7', 'classes': ['ant', 'bee', 'cat'], 'args': recorded},
+               tmp_path / 'a.pth')
+
+    def evaluated_names(root, *options):
+        args = parse(str(root), '--checkpoint', str(tmp_path / 'a.pth'), *options, script='validate')
+        model, args, classes = open_trained_model(args)
+        return names(open_evaluation_data(args, classes, model.num_classes, ONE))
+
+    second = names(open_eval('folder', folder, fold=(2, 3)))
+    assert evaluated_names(tmp_path / 'a') == second
+    assert len(evaluated_names(tmp_path / 'a', '--val-split', 'val')) == 20
+    assert set(evaluated_names(tmp_path / 'a', '--k-fold', '3', '--fold', '1')).isdisjoint(second)
+    message = error_of(evaluated_names, folder)
+    assert f'if {folder} is that data set, give --k-fold 3 --fold 2' in message and '--val-split .' in message
+    assert evaluated_names(folder, '--k-fold', '3', '--fold', '2') == second
+    assert 'which of the folds? add --fold' in error_of(evaluated_names, folder, '--k-fold', '3')
+    assert '--fold 4: --k-fold 3 has folds 1 to 3' in error_of(evaluated_names, folder, '--k-fold', '3', '--fold', '4')
+
+
 RUN = ('--model', 't2t_vit_7', '--model-kwargs', 'embed_dim=32', 'depth=1', 'num_heads=2', '--img-size', '16',
        '-b', '8', '-j', '0', '--warmup-epochs', '0', '--cooldown-epochs', '0', '--device', 'cpu', '--no-tensorboard',
        '--output', 'out', '--experiment', 'a')
@@ -156,7 +247,7 @@ def test_converted_and_stripped_checkpoints_know_it_too(folder, tmp_path):
     for command, file in (('strip', 'b.pth'), ('convert', 'b.safetensors')):
         succeeded(run_script('tools/checkpoint.py', command, 'a.pth', file, cwd=tmp_path))
         args = parse(str(folder), '--checkpoint', str(tmp_path / file), script='validate')
-        assert open_trained_model(args).args.trained_on == (str(folder), 0.2)
+        assert open_trained_model(args).args.trained_on == {'data': str(folder), 'val_fraction': 0.2}
 
 
 def test_a_checkpoint_knows_what_was_held_out(folder, tmp_path):

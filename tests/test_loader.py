@@ -105,6 +105,19 @@ def test_ranks_load_what_one_rank_would(loader_of, folder, train_transform):
     assert torch.equal(torch.cat(parts, dim=1).flatten(0, 1), alone)
 
 
+def test_a_repeat_is_augmented_otherwise_and_the_first_time_as_ever(loader_of, folder, train_transform):
+    sampler = TrainSampler(40, 6, repeats=3)
+    images, targets = epoch_of(loader_of(folder, sampler, train_transform), 1)
+    first = sampler.remaining().ravel()[::3]
+    assert len(images) == 36 and targets[::3].tolist() == targets[1::3].tolist() == targets[2::3].tolist()
+    assert not any(torch.equal(images[k + i], images[k + j]) for k in range(0, 36, 3) for i, j in ((0, 1), (1, 2)))
+    plain = TrainSampler(40, 6)
+    plain.set_position(1)
+    assert plain.remaining().ravel()[:12].tolist() == first.tolist()
+    assert torch.equal(images[::3], epoch_of(loader_of(folder, plain, train_transform), 1)[0][:12])
+    assert torch.equal(images[24:], epoch_of(loader_of(folder, sampler, train_transform, workers=2), 1, 4)[0])
+
+
 def test_the_augmentation_of_a_sample_is_new_in_every_epoch_and_with_every_seed(folder, train_transform):
     dataset = open_eval('folder', folder)
     keys = [(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 2)]
@@ -112,7 +125,7 @@ def test_the_augmentation_of_a_sample_is_new_in_every_epoch_and_with_every_seed(
     for seed, epoch in keys:
         source = BatchSource(dataset, train_transform, training=True, seed=seed, max_bad_images=0,
                              memory=BatchMemory(0, 1))
-        versions.append(source.__getitems__([(epoch, 5)])[0])
+        versions.append(source.__getitems__([(epoch, 5, 0)])[0])
     assert len({version.numpy().tobytes() for version in versions}) == len(keys)
 
 
@@ -170,7 +183,7 @@ def test_what_workers_get_can_be_sent_to_a_fresh_process(folder, train_transform
     source = BatchSource(open_eval('folder', folder), train_transform, training=True, seed=1, max_bad_images=0,
                              memory=BatchMemory(0, 1))
     copy = pickle.loads(pickle.dumps(source))
-    keys = [(0, 3), (0, 30)]
+    keys = [(0, 3, 0), (0, 30, 0)]
     assert torch.equal(copy.__getitems__(keys)[0], source.__getitems__(keys)[0])
 
 

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from data.samplers import EvalSampler, TrainSampler
 from utils.errors import UserError
 
 
 def indices(sampler):
-    return [[index for _, index in batch] for batch in sampler]
+    return [[index for _, index, _ in batch] for batch in sampler]
 
 
 @pytest.mark.parametrize('world_size', [2, 4])
@@ -67,7 +68,7 @@ def test_keys_carry_the_epoch_and_a_position_is_the_rest_of_the_epoch():
     sampler = TrainSampler(40, 4, seed=1, rank=1, world_size=2)
     sampler.set_position(9)
     whole = list(sampler)
-    assert {epoch for batch in whole for epoch, _ in batch} == {9}
+    assert {epoch for batch in whole for epoch, _, _ in batch} == {9}
     for start in (0, 2, len(sampler)):
         sampler.set_position(9, start)
         assert list(sampler) == whole[start:]
@@ -170,3 +171,73 @@ def test_with_locality_neighbours_are_shuffled_and_shards_come_in_another_order_
 
 def test_evaluation_says_what_remains():
     assert EvalSampler(10, 2, rank=1, world_size=3).remaining().tolist() == [1, 4, 7]
+
+
+# --- Balanced classes, repeated images --------------------------------------------------------------------------------
+
+TARGETS = np.repeat([0, 1, 3], [50, 5, 26])  # class 2 has no image
+
+
+def whole_epoch(world_size, batch_size, **options):
+    """The keys of the second epoch's global batches."""
+    ranks = [TrainSampler(len(TARGETS), batch_size, rank=rank, world_size=world_size, seed=3, **options)
+             for rank in range(world_size)]
+    for sampler in ranks:
+        sampler.set_position(1)
+    return [sum(parts, []) for parts in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize('options', [{'targets': TARGETS}, {'repeats': 3}, {'targets': TARGETS, 'repeats': 3}])
+def test_a_step_of_balanced_or_repeated_images_is_of_the_same_ones_on_any_number_of_ranks(options):
+    alone = whole_epoch(1, 8, **options)
+    for world_size in (2, 4):
+        together = whole_epoch(world_size, 8 // world_size, **options)
+        assert [sorted(batch) for batch in together] == [sorted(batch) for batch in alone]
+    assert len(alone) == 10
+    keys = sum(alone, [])
+    assert len(set(keys)) == len(keys), 'an image that comes again must be augmented otherwise'
+    seen: dict[int, int] = {}
+    for _, index, repeat in keys:
+        assert repeat == seen.get(index, 0)
+        seen[index] = repeat + 1
+    part = TrainSampler(len(TARGETS), 4, rank=1, world_size=2, seed=3, **options)
+    part.set_position(1)
+    whole = list(part)
+    part.set_position(1, 7)
+    assert list(part) == whole[7:] and part.remaining().tolist() == [[key[1] for key in batch] for batch in whole[7:]]
+
+
+def test_balanced_classes_come_equally_often_and_their_images_too():
+    indices = [index for _, index, _ in sum(whole_epoch(1, 27, targets=TARGETS), [])]
+    assert len(indices) == len(TARGETS)
+    assert np.bincount(TARGETS[indices], minlength=4).tolist() == [27, 27, 0, 27]
+    times = np.bincount(indices, minlength=len(TARGETS))
+    assert set(times[:50]) == {0, 1} and set(times[50:55]) == {5, 6} and set(times[55:]) == {1, 2}
+    assert (np.diff(TARGETS[indices]) != 0).sum() > 40, 'classes are mixed'
+    counts = np.bincount(TARGETS[[index for _, index, _ in sum(whole_epoch(1, 10, targets=TARGETS), [])]])
+    assert counts.max() - counts[counts > 0].min() <= 4  # one more, and one in the batch that is left out
+
+
+def test_shards_that_are_fetched_are_not_balanced():
+    with pytest.raises(UserError, match='--sampler balanced: these shards are fetched one by one'):
+        TrainSampler(len(TARGETS), 4, targets=TARGETS, shard_offsets=[0, 40, len(TARGETS)])
+
+
+def test_repeats_are_those_of_timm():
+    """The same images in the same places of the same ranks, from the same permutation."""
+    from timm.data.distributed_sampler import RepeatAugSampler
+
+    for rank in range(2):
+        theirs = RepeatAugSampler(range(48), num_replicas=2, rank=rank, num_repeats=3, selected_round=0)
+        theirs.set_epoch(5)
+        ours = TrainSampler(48, 8, rank=rank, world_size=2, repeats=3)
+        ours._generator = lambda: torch.Generator().manual_seed(5)
+        assert sum(indices(ours), []) == list(theirs) and len(ours) == 3
+
+
+def test_repeats_of_shards_from_elsewhere_keep_their_order():
+    starts = [0, 30, 61, 99, 131]
+    plain, repeated = (TrainSampler(131, 24, seed=3, shard_offsets=starts, **options)
+                       for options in ({}, {'repeats': 3}))
+    order = sum(indices(repeated), [])
+    assert order[::3] == sum(indices(plain), [])[:len(order) // 3] and order[::3] == order[1::3] == order[2::3]

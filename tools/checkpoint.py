@@ -144,11 +144,12 @@ class Checkpoint:
                 for name in RECORDED if (value := options.get(name))}
 
     def split(self) -> dict:
-        """Return what tells held-out images from training images, if --val-fraction has split the data."""
+        """Return what tells held-out images from training images, if --val-fraction or --k-fold split the data."""
         from models.factory import RECORDED_SPLIT
         from models.weights.formats import recorded_options
         options = recorded_options(self.content)
-        return {name: options.get(name) for name in RECORDED_SPLIT} if options.get('val_fraction') else {}
+        has_split = options.get('val_fraction') or options.get('k_fold')
+        return {name: options.get(name) for name in RECORDED_SPLIT} if has_split else {}
 
     def in_chans(self, name: str) -> int | None:
         """Return the channels of the images; None for the model's own."""

@@ -82,12 +82,13 @@ class InterruptedRun(UserError):
     Args:
         number: of the signal.
         position: of the saved state, such as 'in epoch 1, after step 7'.
-        folder: the run's folder, or one of its checkpoints.
+        folder: the run's folder, one of its checkpoints, or 'auto'.
     """
 
     label = ''
 
     def __init__(self, number: int, *, position: str, folder):
+        self.number, self.position = number, position
         super().__init__(f'interrupted by {signal.Signals(number).name}; the state is saved, {position}. '
                          f'To go on: {job.resume_command(folder)}')
         self.exit_code = EXIT_CTRL_C if number == signal.SIGINT else EXIT_INTERRUPTED

@@ -18,6 +18,7 @@ from engine.log.batches import SavedBatches
 from engine.log.console import Console
 from engine.log.curves import SECONDS_BETWEEN_DRAWINGS, Curves
 from engine.log.metrics import ARGS, ENVIRONMENT, Metrics, read_environment, read_metrics
+from engine.log.result import ResultFile
 from engine.log.sink import EPOCH, FIRST_BATCH, SAVED_BATCH, TRAIN, WRONG_PREDICTIONS, Run, Sink
 from engine.log.summary import Summary
 from engine.log.tensorboard import TensorBoard
@@ -28,7 +29,7 @@ from utils.faults import fault_point
 _logger = logging.getLogger(__name__)
 
 # Every sink there is, in the order in which they are called.
-SINKS: tuple[type[Sink], ...] = (Console, Metrics, TensorBoard, Summary, Curves, SavedBatches)
+SINKS: tuple[type[Sink], ...] = (Console, Metrics, TensorBoard, Summary, Curves, SavedBatches, ResultFile)
 # Of a sheet of images: how many it shows, and how long their longer side is in a tracker.
 IMAGES_SHOWN, PIXELS_SHOWN = 16, 112
 
@@ -86,6 +87,10 @@ class RunLog:
     def epoch(self, record: dict) -> None:
         """Record the results of an epoch."""
         self._record({'kind': EPOCH, **record}, {})
+
+    def result(self, record: dict) -> None:
+        """Record what the run has reached: numbers of the best epoch, and of which images they are."""
+        self._call('result', None, record)
 
     def first_batch(self, images: torch.Tensor, images_seen: int) -> None:
         """Show up to 16 images of an epoch's first batch, float [B, C, H, W] in 0…1."""

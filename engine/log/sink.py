@@ -30,6 +30,7 @@ class Sink:
         record(record)              numbers by name; record['kind'] is TRAIN (a log line) or EPOCH (its results)
         image(name, pixels, point)  pixels [3, H, W], uint8 or float in 0…1; `name` begins with the kind; `point` counts
                                     images seen, but steps of SAVED_BATCH
+        result(record)              what the run has reached, once at its end
         flush()                     returns when everything so far is on the disk
         close(finished)             the process is about to end; `finished`: the schedule is complete
 

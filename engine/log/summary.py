@@ -15,7 +15,9 @@ class Summary(Sink):
         epochs = [{k: v for k, v in r.items() if k != 'kind'} | {'epoch': r['epoch'] + 1}
                   for r in self.run.records if r['kind'] == EPOCH]
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(name for r in epochs for name in r)))
+        # Those that were evaluated have the most numbers, and give the order of columns.
+        columns = dict.fromkeys(name for r in sorted(epochs, key=len, reverse=True) for name in r)
+        writer = csv.DictWriter(text, list(columns))
         writer.writeheader()
         writer.writerows(epochs)
         fault_point('log.summary')

@@ -69,13 +69,14 @@ def split_folders(args) -> tuple[str, str | None] | None:
     """Return the folders of the training and the evaluation split; None unless the data set is folders of images."""
     root = os.path.expanduser(args.data or '')
     train = os.path.join(root, args.train_split)
-    if args.val_fraction and not os.path.isdir(train):
+    is_divided = args.val_fraction or args.k_fold
+    if is_divided and not os.path.isdir(train):
         train = root
     if not root or not os.path.isdir(train) or DATASETS[args.dataset].folder == '':
         return None
     if not any(entry.is_dir() for entry in os.scandir(train)):  # a folder of shards
         return None
-    if args.val_fraction:
+    if is_divided:
         return train, None
     names = (args.val_split,) if args.val_split else EVAL_SPLITS
     return train, next((path for name in names if os.path.isdir(path := os.path.join(root, name))), None)
@@ -90,7 +91,7 @@ def open_splits(case: Case) -> Splits:
     args = case.args
 
     def open_alone(split: str | None) -> ImageDataset:
-        alone = args.replacing(val_split=split, val_fraction=None, class_map=None)
+        alone = args.replacing(val_split=split, val_fraction=None, k_fold=None, fold=None, class_map=None)
         return open_evaluation_data(alone, None, None, case.world)
 
     try:

@@ -2,6 +2,7 @@
 from collections.abc import Iterator
 
 from engine.optimizer import create_schedule
+from options.checks import count_runs
 from tools.doctor.case import Case, Loading, Rates, Saved, Schedule, Setup, Splits, Steps
 from tools.doctor.disk import save_once
 from tools.doctor.findings import LOOK, OK, Finding, duration
@@ -29,15 +30,17 @@ def look_at_schedule(case: Case, splits: Splits, setup: Setup, loading: Loading,
         rate = min(steps.forward_rate * (case.processes if is_gpu else 1),
                    loading.supply * loading.eval_rate / loading.rate)
         evaluating = len(splits.val or ()) / rate * (2 if args.model_ema and not args.model_ema_force_cpu else 1)
+        evaluating *= -(-epochs // args.val_interval) / epochs
     saved = save_once(case, setup)
     yield saved
     # A checkpoint is written while training continues: only what lasts longer than an epoch holds it up.
-    seconds = epochs * (training + evaluating + max(0.0, saved.seconds - training))
+    runs = count_runs(args) or 1
+    seconds = runs * epochs * (training + evaluating + max(0.0, saved.seconds - training))
     hours = seconds / 3600 * case.processes
     figure = f'{plural(epochs, "epoch")} of {plural(per_epoch, "step")}'
     if args.cooldown_epochs and epochs > args.epochs:
         figure += f' ({epochs - args.cooldown_epochs:,} of --epochs, then {args.cooldown_epochs:,} to cool down)'
-    figure += f': {duration(seconds)}'
+    figure = (f'{plural(runs, "run")} of {figure}' if runs > 1 else figure) + f': {duration(seconds)}'
     money = args.price and hours * args.price
     if is_gpu:
         figure += f', {hours:,.1f} GPU-hours' + '; --price says what they cost' * (not money)

@@ -13,6 +13,7 @@ from data.pipeline import create_eval_loader, name_classes, open_evaluation_data
 from engine.best import Result, best_record
 from engine.log.curves import draw_curves
 from engine.log.metrics import ARGS, ENVIRONMENT, METRICS, read_environment, read_metrics
+from engine.log.result import RESULT, read_result
 from engine.predict import Predictions, predict
 from figures.attention import draw_attention
 from figures.explain import class_relevance, classifier_attention
@@ -76,7 +77,7 @@ def open_run(folder: Path) -> Run:
         raise UserError(f'{folder} is no folder; give that of a run, such as output/train/demo')
     if not any((folder / name).exists() for name in (ARGS, METRICS, *CHECKPOINTS)):
         raise UserError(f'{folder} is not the folder of a run: it has no {ARGS}, {METRICS} or {CHECKPOINTS[0]}')
-    for name in (ARGS, ENVIRONMENT):
+    for name in (ARGS, ENVIRONMENT, RESULT):
         require_own(folder / name)
     records = read_metrics(folder)
     settings = read_recipe(folder / ARGS, recorded_parser(), complete=False) if (folder / ARGS).exists() else {}
@@ -142,9 +143,15 @@ def best_of(run: Run) -> tuple[dict, Result] | None:
 def summary(run: Run, model) -> Markup:
     best, last = best_of(run), (run.steps or run.epochs or [{}])[-1]
     size = run.options.get('img_size', 'unknown')
+    result = read_result(run.folder)
+    early = ', stopped early' if result.get('stopped_early') else ''
     pairs = [('Best', f'{best[1]} after epoch {best[0]["epoch"] + 1} ({best[1].of})' if best
-              else 'no epoch has ended'),
-             ('Epochs', f'{len(run.epochs)} of {run.options.get("epochs") or "unknown"}'),
+              else 'no epoch has been evaluated' if run.epochs else 'no epoch has ended'),
+             *((name.replace('_', ' ').capitalize(), str(result[name])) for name in ('chosen_on', 'evaluated_on')
+               if name in result),
+             *([('Result', f'{result["top1"]:.2f} % top-1, loss {result["loss"]:.4f}')]
+               if all(isinstance(result.get(name), float) for name in ('top1', 'loss')) else []),
+             ('Epochs', f'{len(run.epochs)} of {run.options.get("epochs") or "unknown"}{early}'),
              ('Images seen', f'{last["images_seen"]:,}' if 'images_seen' in last else 'not recorded'),
              ('Steps', f'{last["global_step"]:,}' if 'global_step' in last else 'none'),
              ('Time of the epochs', format_seconds(sum(record.get('epoch_seconds', 0) for record in run.epochs))),
