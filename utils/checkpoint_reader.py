@@ -207,6 +207,25 @@ def read_checkpoint(path: str | os.PathLike, *, verified: bool = False) -> dict[
     return checkpoint
 
 
+def read_tensor(path: str | os.PathLike) -> torch.Tensor:
+    """Read a file of torch.save that holds a single tensor onto the CPU, without running code in it.
+
+    Raises:
+        UserError: as `read_checkpoint`, or the file holds another object.
+    """
+    path = os.fspath(path)
+    _file_start(path)
+    try:
+        tensor = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(_explain_unpickling(path, error)) from error
+    except Exception as error:  # a damaged file may cause any error: KeyError, EOFError, …
+        raise UserError(f'{path} is damaged or incomplete ({_first_line(error)}); copy it again') from error
+    if not isinstance(tensor, torch.Tensor):
+        raise UserError(f'{path} holds a {type(tensor).__name__}, not a tensor; copy it again')
+    return tensor
+
+
 def seal(digest: str) -> bytes:
     """Return the end of a file whose SHA-256 so far is `digest`; torch ends its files with two zeros instead."""
     return SEAL_LENGTH.to_bytes(2, 'little') + SEAL + digest.encode()
