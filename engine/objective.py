@@ -90,8 +90,10 @@ class Distillation(Objective):
         self.projection = teacher.projection or nn.Identity()
 
     def forward(self, images: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Return the loss of images [B, C, H, W]; `targets` are those of the loss, and the teacher's logits
-        [B, classes] or features [B, F]."""
+        """Return the loss of images [B, C, H, W].
+
+        targets: those of the loss, and the teacher's logits [B, classes] or features [B, F].
+        """
         labels, answer = targets
         if self.kind == 'feature':
             logits, features = self.model(images)

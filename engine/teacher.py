@@ -95,8 +95,7 @@ def _width(model: nn.Module) -> int:
 
 
 def projection_groups(teacher: Teacher | None, weight_decay: float) -> list[dict]:
-    """Return the parameter groups of a teacher's projection, as engine.optimizer.param_groups does; its bias has no
-    decay."""
+    """Return the parameter groups of a teacher's projection, in the form of engine.optimizer.param_groups."""
     if teacher is None or teacher.projection is None:
         return []
     return [{'params': [parameter], 'weight_decay': decay, 'lr_scale': 1.0, 'name': f'projection, {name}'}
