@@ -548,7 +548,7 @@ def test_crash_of_what_the_run_would_do_is_a_stop():
 
     crash, = examine(Section('Step', checking))
     assert crash.mark == STOP and 'train.py would end there too' in crash.remedy
-    assert 'crashes at engine/optimizer.py:' in crash.figure and 'AttributeError' in crash.figure
+    assert 'crashes at engine/layers.py:' in crash.figure and 'AttributeError' in crash.figure
     assert crash.numbers['traceback'].startswith('Traceback')
 
 
