@@ -1,6 +1,7 @@
 """Choosing the model: evaluations every N epochs, an early end, other images for the choice, several runs."""
 import csv
 import json
+import re
 import statistics
 
 import numpy as np
@@ -11,6 +12,7 @@ from data.arrays import ArrayImages
 from data.pipeline import _create_train_loader, resolve_input
 from engine.recipe import advise
 from engine.several import summarize
+from options.checks import check_runs
 from tests.conftest import assert_same, launch, run_script, succeeded, write_checkpoint
 from tests.test_options import parse
 from tests.test_pipeline import ONE
@@ -138,19 +140,15 @@ def test_folds_that_were_interrupted_go_on_and_end_in_the_same_bytes(folds, imag
     runs = folds / 'output/train'
     assert (runs / 'stopped/fold-1/result.json').exists() and not (runs / 'stopped/fold-2/result.json').exists()
     assert not (runs / 'stopped/fold-3').exists() and not (runs / 'stopped/folds.json').exists()
+    # Meanwhile a queue makes the third one by itself.
+    alone = succeeded(launch(2, image_folder, *FOLDS, 'stopped', '--fold', '3', cwd=folds))
+    assert 'fold 3 of 3' in alone and 'fold-2' not in alone and not (runs / 'stopped/folds.json').exists()
     out = succeeded(launch(2, image_folder, *FOLDS, 'stopped', '--resume', 'auto', cwd=folds))
-    assert out.count('nothing is left to train') == 1 and '--- fold-3, run 3 of 3 ---' in out
+    assert out.count('nothing is left to train') == 2 and '--- fold-3, run 3 of 3 ---' in out
     for fold in ('fold-1', 'fold-2', 'fold-3'):
         assert_same(final_state(runs / 'stopped' / fold), final_state(runs / 'whole' / fold))
         assert records(runs / 'stopped' / fold) == records(runs / 'whole' / fold)
     assert (runs / 'stopped/folds.csv').read_bytes() == (runs / 'whole/folds.csv').read_bytes()
-
-
-def test_one_fold_alone_is_the_same_run(folds, image_folder):
-    runs = folds / 'output/train'
-    succeeded(launch(2, image_folder, *FOLDS, 'alone', '--fold', '2', cwd=folds))
-    assert [path.name for path in (runs / 'alone').iterdir()] == ['fold-2']
-    assert_same(final_state(runs / 'alone/fold-2'), final_state(runs / 'whole/fold-2'))
 
 
 def test_the_table_has_each_fold_their_mean_and_deviation(folds, image_folder):
@@ -201,12 +199,15 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize('options', MISTAKES)
-def test_runs_that_cannot_be(options, tmp_path):
-    if '--resume' in options:
-        (tmp_path / 'x').mkdir()
-    wrong = run_script('train.py', '--dataset', 'digits', *options.split(), cwd=tmp_path)
-    assert wrong.returncode == 2 and MISTAKES[options] in wrong.stderr and wrong.stderr.count('\n') == 1
-    assert not (tmp_path / 'output').exists()
+def test_runs_that_cannot_be(options):
+    with pytest.raises(UserError, match=re.escape(MISTAKES[options])):
+        check_runs(parse('--dataset', 'digits', *options.split()))
+
+
+def test_a_mistake_in_the_runs_is_said_before_anything_begins(tmp_path):
+    wrong = run_script('transfer.py', '--k-fold', '3', cwd=tmp_path)
+    assert wrong.returncode == 2 and '--experiment NAME' in wrong.stderr and wrong.stderr.count('\n') == 1
+    assert not list(tmp_path.iterdir())
 
 
 # --- Options that do not go together ----------------------------------------------------------------------------------
