@@ -87,9 +87,19 @@ def model_options(parser):
 
 def trained_model_options(parser):
     """Add the choice of weights, beside `model_options`, for scripts that use a trained model."""
+    _add_trained_model_options(parser)
+
+
+def trained_models_options(parser):
+    """Add the same for scripts that take several; `eval_checkpoint` is a list of paths, or None."""
+    _add_trained_model_options(parser, nargs='+')
+
+
+def _add_trained_model_options(parser, nargs: str | None = None):
     add = parser.add_argument_group('Trained model').add_argument
-    add('--eval-checkpoint', '--checkpoint', metavar='PATH',
-        help="weights: a file, a run's folder, output/train/latest, a folder of timm, hf-hub:MODEL or a URL")
+    several = '; several are compared, averaged and combined' if nargs else ''
+    add('--eval-checkpoint', '--checkpoint', nargs=nargs, metavar='PATH',
+        help="weights: a file, a run's folder, output/train/latest, a folder of timm, hf-hub:MODEL or a URL" + several)
     parser.set_defaults(trained_on=(None, None))  # --data and --val-fraction of the training, from the checkpoint
     add('--class-map', metavar='FILE', help='text file with one class folder per line, in the order of the labels')
     add('-b', '--b', '--batch-size', dest='batch_size', type=positive_int, default=64, metavar='N',
