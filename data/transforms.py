@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL
 import torch
@@ -32,6 +32,16 @@ _logger = logging.getLogger(__name__)
 Transform = Callable[[Any], torch.Tensor]
 
 INTERPOLATIONS = ('bicubic', 'bilinear', 'nearest', 'box', 'hamming', 'lanczos')
+
+
+class InputConfig(NamedTuple):
+    """A model's input: size (height, width), crop, interpolation, and mean and standard deviation of the pixels."""
+    img_size: tuple[int, int]
+    crop_pct: float
+    interpolation: str
+    crop_mode: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def create_train_transform(
@@ -179,12 +189,16 @@ class FastEvalTransform:
         self.resize, self.crop = resize, crop
 
     def __call__(self, image: EncodedImage) -> torch.Tensor:
+        return self.crop(self.resized(image))
+
+    def resized(self, image: EncodedImage) -> torch.Tensor:
+        """Return the whole image, resized: uint8 [3, H, W]."""
         height, width = image.height, image.width
         size = self.resize.size
         if isinstance(size, int):  # torchvision rounds down
             longer = int(size * max(height, width) / min(height, width))
             size = (size, longer) if height <= width else (longer, size)
-        return self.crop(_resize(image.pixels(), size, self.resize.interpolation))
+        return _resize(image.pixels(), size, self.resize.interpolation)
 
 
 # From version 13 on, PIL resizes tall images along columns first: those that lose more than twice as many rows as

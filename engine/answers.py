@@ -1,8 +1,8 @@
 """What a model answered to each image, over all ranks, in the order of the data set.
 
     keeper = AnswerKeeper()
-    keeper.add(numbers, logits, targets)  # of each batch
-    answers = keeper.gather()             # on every rank
+    keeper.add(numbers, logits, guesses, targets)  # of each batch
+    answers = keeper.gather()                      # on every rank
     answers.top1, answers.part(0, 1000).loss
 """
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,7 @@ import torch.nn.functional as F
 
 from engine.calibration import calibration_error, wilson_interval
 from utils.distributed import gather
-
-GUESSES = 5
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class Answers:
     def as_dict(self) -> dict:
         """Return the numbers of the whole: accuracies with the 95 % interval of the first, in percent, loss and ECE."""
         count, right = len(self.numbers), int(self.right[:, 0].sum())
+        if not count:
+            raise UserError('none of the images of a part of the set can be decoded; check the data set')
         low, high = wilson_interval(right, count)
         return {'loss': float(self.losses.mean(dtype=np.float64)), 'top1': 100 * right / count, 'top1_low': low,
                 'top1_high': high, 'top5': 100 * int(self.right.any(1).sum()) / count, 'ece': self.calibration_error,
@@ -59,11 +60,13 @@ class AnswerKeeper:
     def __init__(self) -> None:
         self._kept: list[tuple[torch.Tensor, ...]] = []
 
-    def add(self, numbers: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add the answers `logits` [B, K] to the images `numbers` [B]; targets as for `true_losses`."""
+    def add(self, numbers: torch.Tensor, logits: torch.Tensor, guesses: torch.Tensor, targets: torch.Tensor) -> None:
+        """Add the answers `logits` [B, K] to the images `numbers` [B], and the best of them, `guesses` [B, k].
+
+        targets: as for `true_losses`.
+        """
         logarithms = logits.log_softmax(1)
-        values, guesses = logarithms.topk(min(GUESSES, logits.shape[1]))  # [B, k] each
-        self._kept.append((numbers, guesses.int(), values.exp(), is_right(guesses, targets),
+        self._kept.append((numbers, guesses.int(), logarithms.gather(1, guesses).exp(), is_right(guesses, targets),
                            true_losses(logarithms, targets)))
 
     def gather(self) -> Answers | None:

@@ -16,8 +16,8 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     share, squared = right / count, Z_95 ** 2
     centre = (share + squared / (2 * count)) / (1 + squared / count)
     half = Z_95 / (1 + squared / count) * math.sqrt(share * (1 - share) / count + squared / (4 * count ** 2))
-    # At 0 and at 1 an end is that, but for rounding.
-    return (100 * max(0.0, centre - half) if right else 0.0), (100 * min(1.0, centre + half) if right < count else 100.0)
+    # An end at 0 or 1 is exact; computed, it is so but for rounding.
+    return 100 * (centre - half) if right else 0.0, 100 * (centre + half) if right < count else 100.0
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:

@@ -5,6 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from utils.errors import UserError
+
+# Stands for the checkpoint of several models.
+ENSEMBLE = 'ensemble (mean probability)'
+
 
 def mean_probability(logits: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the logarithm of the mean of the softmax of several logits [B, K]: [B, K], themselves logits of the mean.
@@ -36,3 +41,16 @@ class OfViews(nn.Module):
         if self.columns is not None:
             logits = [one[:, self.columns] for one in logits]
         return mean_probability(logits)
+
+
+@torch.no_grad()
+def check_sizes(model: nn.Module, name: str, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raise UserError unless `model` takes images of all `sizes` (height, width), which --tta multi-scale needs."""
+    for height, width in sizes:
+        try:
+            model(torch.zeros(1, 3, height, width))
+        except Exception as error:  # a model may fail in any way at an image of another size
+            reason = next(iter(str(error).splitlines()), type(error).__name__)[:120]
+            raise UserError(f'--tta multi-scale: {name} does not take images of {height} × {width} pixels ({reason}); '
+                            'choose --tta flip or five (a ViT of timm takes any size with --model-kwargs '
+                            'dynamic_img_size=True)') from error

@@ -3,6 +3,7 @@
     layers → tokens_to_token → t2t_vit → ablations   parts, tokens-to-token module, T2T-ViT, the paper's ablations
     weights/formats → identity → loading             checkpoint → state dict → its model → weights in the model
     factory                                          model from a name, options, a recipe or a checkpoint
+    several                                          checkpoints side by side, and the average of their weights
     runtimes                                         trained model → files for other runtimes, compared with PyTorch
     timm_versions                                    what newer versions of timm add
 """
@@ -18,6 +19,7 @@ from models.factory import (
     resolve_name,
     split_head,
 )
+from models.several import average_weights, open_trained_models
 from models.t2t_vit import T2TViT
 from models.weights.formats import recorded_classes
 from models.weights.identity import Architecture, identify, our_models
@@ -32,8 +34,8 @@ from models.weights.loading import (
 from utils.checkpoint_reader import read_checkpoint
 
 __all__ = [
-    'Architecture', 'LoadReport', 'T2TViT', 'T2TViTDense', 'TrainedModel', 'count_classes', 'create_from_config',
-    'create_model', 'create_model_from_options', 'fit_to_model', 'identify', 'load_for_transfer_learning',
-    'load_weights', 'open_trained_model', 'our_models', 'read_checkpoint', 'recorded_classes', 'resolve_model',
-    'resolve_name', 'split_head', 'state_dict_of',
+    'Architecture', 'LoadReport', 'T2TViT', 'T2TViTDense', 'TrainedModel', 'average_weights', 'count_classes',
+    'create_from_config', 'create_model', 'create_model_from_options', 'fit_to_model', 'identify',
+    'load_for_transfer_learning', 'load_weights', 'open_trained_model', 'open_trained_models', 'our_models',
+    'read_checkpoint', 'recorded_classes', 'resolve_model', 'resolve_name', 'split_head', 'state_dict_of',
 ]

@@ -369,8 +369,8 @@ def average_checkpoints(args) -> None:
     with out.temporary():
         out.write(mean, extras)
         out.publish()
-    print(f'{out.path}: average of {len(args.files)} checkpoints, {len(mean) - len(average.same)} of {len(mean)} tensors '
-          'differed')
+    print(f'{out.path}: average of {len(args.files)} checkpoints, {len(mean) - len(average.same)} of {len(mean)} '
+          'tensors differed')
 
 
 def _check_same(path: str, first_path: str, given: tuple[dict, dict], first: tuple[dict, dict]) -> None:
