@@ -75,7 +75,8 @@ def main():
                   for one, own, asked in zip(trained, views.of, columns_of_set, strict=True)]
         scores.add(image_set, evaluate_together(
             models, loader, prepare, precision=precision, truth=torch.from_numpy(image_set.truth).to(world.device),
-            ensemble=members if members > 1 else 0, log_interval=args.log_interval))
+            ensemble=members if members > 1 else 0, log_interval=args.log_interval,
+            name='Test' if len(sets) == 1 else f'Test ({image_set.name})'))
         loader.close()
 
     # --- Results ------------------------------------------------------------------------------------------------------
@@ -89,7 +90,8 @@ def main():
         run = {'tta': args.tta or None, 'precision': str(precision), 'processes': world.size,
                **describe_environment(world.device)}
         record = rows[0] | run if len(rows) == 1 else {'results': rows, **run}
-        print(json.dumps(record, indent=2))
+        if len(rows) == 1:
+            print(json.dumps(record, indent=2))
         write_results(stem, record, [row | run for row in rows], '--results-file', scores.tables(described))
         if args.per_image:
             write_table(args.per_image, scores.image_rows(described), '--per-image')

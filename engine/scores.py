@@ -55,7 +55,7 @@ class Scores:
     def _numbers(self, image_set, result: Evaluation) -> Iterator[tuple[str, dict]]:
         assert result.answers, f'{image_set.name}: evaluated without the truth'
         whole = result.answers.as_dict() | result.as_dict()
-        parts = {name: dict.fromkeys(whole) | result.answers.part(*ends).as_dict()
+        parts: dict[str, dict] = {name: dict.fromkeys(whole) | result.answers.part(*ends).as_dict()
                  for name, ends in image_set.parts.items()}
         errors = {name: (100 - part['top1']) / self._references[name] for name, part in parts.items()}
         yield image_set.name, {**whole, 'corruption_error': float(np.mean([*errors.values()])) if errors else None}

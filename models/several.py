@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from models.factory import TrainedModel, open_trained_model
 from models.weights.averaging import MeanOfWeights, difference_of
-from options.checks import check_trained_model
 from options.parser import Options
 from utils.errors import UserError
 
@@ -16,13 +15,13 @@ SOUP = 'soup (average of the weights)'
 
 
 def open_trained_models(args: Options) -> list[TrainedModel]:
-    """Return the model of each of the checkpoints that `args.eval_checkpoint` lists, as `open_trained_model` does.
+    """Return the model of --checkpoint, or of each of several, as `open_trained_model` does.
 
     Raises:
         UserError: as `open_trained_model`, or a checkpoint is named twice.
     """
-    check_trained_model(args)
-    models = [open_trained_model(args.replacing(eval_checkpoint=address)) for address in args.eval_checkpoint or [None]]
+    models = [open_trained_model(args.replacing(eval_checkpoint=address))
+              for address in (args.eval_checkpoint, *args.further_checkpoints)]
     sources = [model.args.eval_checkpoint for model in models]
     if twice := next((source for source in sources if sources.count(source) > 1), None):
         raise UserError(f'--checkpoint names {twice} twice; name each once')

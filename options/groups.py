@@ -91,8 +91,9 @@ def trained_model_options(parser):
 
 
 def trained_models_options(parser):
-    """Add the same for scripts that take several; `eval_checkpoint` is a list of paths, or None."""
+    """Add the same for scripts that take several: all but the first become `further_checkpoints` (scripts.py)."""
     _add_trained_model_options(parser, nargs='+')
+    parser.set_defaults(further_checkpoints=())
 
 
 def _add_trained_model_options(parser, nargs: str | None = None):

@@ -25,9 +25,9 @@ def check_paths(args) -> None:
     for name in getattr(args, 'set_folders', None) or ():
         check_data(name.partition('=')[2])
     for name in ('eval_checkpoint', 'initial_checkpoint', 'transfer_model'):
-        given = getattr(args, name, None)
-        for address in given if isinstance(given, list) else [given]:
-            check_checkpoint(address)
+        check_checkpoint(getattr(args, name, None))
+    for address in getattr(args, 'further_checkpoints', ()):
+        check_checkpoint(address)
     resume = getattr(args, 'resume', '')
     # A run may have removed, since its first start, what a restarted process reads here.
     if resume not in ('', 'auto') and not job.was_restarted() and not _exists(resume) and Path(resume).name != LAST:

@@ -89,15 +89,16 @@ def validate_parser() -> Parser:
         (groups.data_options, groups.model_options, groups.trained_models_options, groups.input_options,
          groups.device_options, groups.compile_options, _validate_options),
         {**FROM_CHECKPOINT, 'log_interval': 10})
-    parser.complete = _settle_sets
+    parser.complete = _settle_checkpoints_and_sets
     return parser
 
 
-def _settle_sets(values: dict) -> None:
-    """Set the sets that were not named: those of --data, and that of DIR, which may stand behind the checkpoints."""
-    checkpoints = values['eval_checkpoint'] or []
+def _settle_checkpoints_and_sets(values: dict) -> None:
+    """Tell the first checkpoint from others, and from DIR behind them; set the sets that were not named: all given."""
+    checkpoints = values['eval_checkpoint'] or [None]
     if len(checkpoints) > 1 and not values['data'] and not values['set_folders'] and values['dataset'] == 'folder':
-        *values['eval_checkpoint'], values['data'] = checkpoints
+        *checkpoints, values['data'] = checkpoints
+    values['eval_checkpoint'], *values['further_checkpoints'] = checkpoints
     if values['sets'] is None:
         given = {name.partition('=')[0] for name in values['set_folders'] or ()}
         if values['data'] or values['dataset'] != 'folder' or not given:

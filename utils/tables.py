@@ -68,8 +68,7 @@ def _write_csv(file: Any, rows: Iterable[dict]) -> None:
 
 
 def _write_parquet(file: Any, rows: Iterable[dict]) -> None:
-    import pyarrow
-    from pyarrow import parquet
+    pyarrow, parquet = (importlib.import_module(name) for name in ('pyarrow', 'pyarrow.parquet'))
 
     writer = None
     rows = iter(rows)
