@@ -12,6 +12,7 @@
 | sketch | ImageNet-Sketch (Wang et al. 2019), in folders of synsets | over the 1,000 classes |
 | c | ImageNet-C (Hendrycks and Dietterich 2019), CORRUPTION/STRENGTH/SYNSET/ | over the 1,000 classes |
 """
+import functools
 import json
 import logging
 import os
@@ -79,7 +80,7 @@ def open_set(name: str, folder: str | None, args, known_classes: list[str] | Non
         return ImageSet(name, data, dataset, dataset.targets, classes,
                         name_classes(args, known_classes or dataset.classes, num_classes))
     _check_imagenet(name, classes_of(args, known_classes, num_classes), num_classes)
-    synsets = asked = ImageNetInfo().label_names()
+    synsets = asked = _synsets()
     parts: dict[str, tuple[int, int]] = {}
     if name == 'real':
         dataset, truth = _open_real(data, args, world)
@@ -105,7 +106,7 @@ def classes_of(args, known: list[str] | None, num_classes: int | None) -> list[s
     """Return the names of a model's classes: of --class-map, else `known`, else ImageNet's for a model of 1,000."""
     if args.class_map:
         return read_class_map(args.class_map)
-    return known or (ImageNetInfo().label_names() if num_classes == 1000 else None)
+    return known or (_synsets() if num_classes == 1000 else None)
 
 
 def columns_of(image_set: ImageSet, args, known_classes: list[str] | None, num_classes: int) -> list[int] | None:
@@ -118,15 +119,15 @@ def columns_of(image_set: ImageSet, args, known_classes: list[str] | None, num_c
     if num_classes == len(image_set.names) and (asked is None or own is None or asked == own):
         return None
     if asked and own and len(asked) == len(image_set.names) and set(asked) <= set(own):
-        return [own.index(name) for name in asked]
+        position = {name: number for number, name in enumerate(own)}
+        return [position[name] for name in asked]
     of_own, of_set = (f' ({name_some(names, 3)})' if names else '' for names in (own, asked))
     raise UserError(f'--checkpoint {args.eval_checkpoint}: its {num_classes} classes{of_own} are not those of the '
                     f'first model{of_set}; evaluate it apart')
 
 
 def _check_imagenet(name: str, model_classes: list[str] | None, num_classes: int) -> None:
-    missing = [synset for synset in ImageNetInfo().label_names() if synset not in set(model_classes or ())]
-    if missing:
+    if not set(_synsets()) <= set(model_classes or ()):
         own = f'the model has {num_classes}' + (f' ({name_some(model_classes, 3)})' if model_classes else '')
         raise UserError(f"--sets {name} asks for ImageNet's 1,000 classes, {own}; leave the set out"
                         + (', or say --class-map imagenet' if num_classes == 1000 else ''))
@@ -136,7 +137,7 @@ def _open_as_imagenet(data: str, args, world: World) -> ImageDataset:
     """Return a data set whose class folders are synsets, or numbers, with ImageNet's class numbers."""
     alone = args.replacing(data=data, dataset='folder', class_map=None, val_split=None, val_fraction=None,
                            only_classes=None, trained_on=(None, None))
-    return open_evaluation_data(alone, ImageNetInfo().label_names(), 1000, world)
+    return open_evaluation_data(alone, _synsets(), 1000, world)
 
 
 def _open_real(data: str, args, world: World) -> tuple[ImageDataset, np.ndarray]:
@@ -170,7 +171,7 @@ def _open_real(data: str, args, world: World) -> tuple[ImageDataset, np.ndarray]
 def _open_c(data: str) -> tuple[ImageDataset, dict[str, tuple[int, int]]]:
     """Return the corruptions of ImageNet-C that are there, each in all its strengths, and `ImageSet.parts`."""
     require_folder(data)
-    synsets = ImageNetInfo().label_names()
+    synsets = _synsets()
     there = [name for name in ALEXNET_ERRORS if os.path.isdir(os.path.join(data, name))]
     if not there:
         raise UserError(f'--data c={data}: none of the corruptions of ImageNet-C in it '
@@ -184,6 +185,12 @@ def _open_c(data: str) -> tuple[ImageDataset, dict[str, tuple[int, int]]]:
                                    allow_missing=True) for folder in folders])
     ends = joined.starts[::len(STRENGTHS)].tolist()
     return joined, dict(zip(there, pairwise(ends), strict=True))
+
+
+@functools.cache
+def _synsets() -> list[str]:
+    """Return the synsets of ImageNet's 1,000 classes in their order."""
+    return ImageNetInfo().label_names()  # which reads what all 21,841 are called
 
 
 def _info(name: str) -> str:

@@ -21,7 +21,7 @@ COLUMNS = {
     'ECE': lambda row: f'{row["ece"]:.2f}',
     'balanced': lambda row: _optional(row['balanced_accuracy']),
     'macro F1': lambda row: _optional(row['macro_f1']),
-    'CE': lambda row: _optional(row['corruption_error'])}
+    'CE': lambda row: _optional(row.get('corruption_error'))}
 
 
 class Scores:
@@ -48,9 +48,12 @@ class Scores:
         `corruption_error` is the top-1 error on a part relative to the reference, and above it the mean of these, in
         percent.
         """
-        return [{**model, 'set': name, 'data': image_set.data, **numbers} for image_set, results in self._results
-                for model, result in zip(models, results, strict=True)
+        rows = [{**model, 'set': name, 'data': image_set.data, **numbers}
+                for image_set, model, result in self._each(models)
                 for name, numbers in self._numbers(image_set, result)]
+        if all(row['corruption_error'] is None for row in rows):
+            rows = [{name: value for name, value in row.items() if name != 'corruption_error'} for row in rows]
+        return rows
 
     def _numbers(self, image_set, result: Evaluation) -> Iterator[tuple[str, dict]]:
         assert result.answers, f'{image_set.name}: evaluated without the truth'

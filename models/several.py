@@ -18,13 +18,16 @@ def open_trained_models(args: Options) -> list[TrainedModel]:
     """Return the model of --checkpoint, or of each of several, as `open_trained_model` does.
 
     Raises:
-        UserError: as `open_trained_model`, or a checkpoint is named twice.
+        UserError: as `open_trained_model`, a checkpoint is named twice, or each held out other images.
     """
     models = [open_trained_model(args.replacing(eval_checkpoint=address))
               for address in (args.eval_checkpoint, *args.further_checkpoints)]
     sources = [model.args.eval_checkpoint for model in models]
     if twice := next((source for source in sources if sources.count(source) > 1), None):
         raise UserError(f'--checkpoint names {twice} twice; name each once')
+    if len({model.args.trained_on[1:] for model in models}) > 1 and not (args.val_fraction or args.val_split):
+        raise UserError('the checkpoints were trained with different --val-fraction; say which images to evaluate, by '
+                        '--val-fraction SHARE or --val-split NAME')
     return models
 
 

@@ -314,14 +314,15 @@ def test_several_checkpoints_are_compared_averaged_and_combined(sets):
     assert rows['ensemble']['parameters'] == 2 * rows['soup']['parameters']
 
 
-def test_models_of_other_input_share_the_images(sets, caplog):
+def test_models_of_other_input_share_the_images(sets):
     """Another size and crop: each model sees what it would alone; there is no average of their weights."""
     torch.save({'arch': 't2t_vit_7', 'state_dict': tiny_model(5, 48).state_dict(), 'args': {
         'model': 't2t_vit_7', 'img_size': 48, 'crop_pct': 0.7, 'model_kwargs': [f'{k}={v}' for k, v in TINY.items()]}},
         sets.root / 'large.pth')
-    results = {name: sets.validate('--checkpoint', *(sets.root / file for file in files), '--data', *places(sets, 'v2'),
-                                   model=[word for word in MODEL if word not in ('--img-size', '32')])
-               for name, files in {'both': ('0.pth', 'large.pth'), 'small': ('0.pth',), 'large': ('large.pth',)}.items()}
+    paths = {'small': sets.root / '0.pth', 'large': sets.root / 'large.pth'}
+    own_sizes = [word for word in MODEL if word not in ('--img-size', '32')]
+    results = {name: sets.validate('--checkpoint', *files, '--data', *places(sets, 'v2'), model=own_sizes)
+               for name, files in {'both': paths.values(), 'small': [paths['small']], 'large': [paths['large']]}.items()}
     small, large, ensemble = results['both']['results']
     assert (small['img_size'], large['img_size'], large['crop_pct']) == ([32, 32], [48, 48], 0.7)
     assert small['loss'] == pytest.approx(results['small']['loss'], rel=1e-5)
@@ -396,6 +397,8 @@ def mistakes(sets: Sets, tmp_path: Path) -> dict[str, tuple[tuple, str]]:
     save(picture(1), tmp_path / f'weak/fog/1/{SYNSETS[0]}/1.jpeg')
     torch.save({'arch': 't2t_vit_7', 'state_dict': create_model('t2t_vit_7', num_classes=3, img_size=32,
                                                                 **TINY).state_dict()}, tmp_path / 'three.pth')
+    torch.save(torch.load(root / '0.pth') | {'args': {'val_fraction': 0.1, 'data': str(root / 'val')}},
+               tmp_path / 'fraction.pth')
     return {
         'where': ((*first, '--sets', 'v2'), '--sets v2: where is it? give --data v2=DIR'),
         'where is val': ((*first, '--sets', 'real'), 'give --data real=DIR, or DIR before the options'),
@@ -417,13 +420,15 @@ def mistakes(sets: Sets, tmp_path: Path) -> dict[str, tuple[tuple, str]]:
         'twice': ((root / 'val', '--checkpoint', root / '0.pth', root / '0.pth'), 'twice; name each once'),
         'table': ((root / 'val', *first, '--per-image', 'a.xlsx'), 'a name that ends in .csv or .parquet'),
         'parquet': ((root / 'val', *first, '--per-image', 'a.parquet'), 'pip install pyarrow'),
+        'held out': ((root / 'val', '--checkpoint', root / '0.pth', tmp_path / 'fraction.pth'),
+                     'trained with different --val-fraction'),
         'views': ((root / 'val', *first, '--tta', 'ten'), "invalid choice: 'ten'"),
     }
 
 
 def test_every_mistake_is_one_line_that_helps(sets, tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr('importlib.util.find_spec', lambda name, *more: None if name == 'pyarrow' else find(name, *more))
+    monkeypatch.setattr('importlib.util.find_spec', lambda name, *more: name != 'pyarrow' and find(name, *more) or None)
     wrong = []
     for name, (options, said) in mistakes(sets, tmp_path).items():
         try:
