@@ -152,6 +152,33 @@ class Numbered(Part):
         self.targets = np.arange(len(dataset))
 
 
+class Joined(ImageDataset):
+    """The images of several data sets, whose classes are the same, behind one another.
+
+    starts: the number of the first image of each data set, then that of all images: int64 [data sets + 1].
+    """
+
+    def __init__(self, datasets: Sequence[ImageDataset]):
+        self._datasets = list(datasets)
+        self.starts = np.cumsum([0, *map(len, datasets)])
+        super().__init__(datasets[0].classes, np.concatenate([dataset.targets for dataset in datasets]))
+
+    def _find(self, index: int) -> tuple[ImageDataset, int]:
+        number = int(np.searchsorted(self.starts, index, side='right')) - 1
+        return self._datasets[number], int(index - self.starts[number])
+
+    def read_bytes_or_image(self, index: int) -> bytes | Image.Image:
+        dataset, own = self._find(index)
+        return dataset.read_bytes_or_image(own)
+
+    def path(self, index: int) -> str:
+        dataset, own = self._find(index)
+        return dataset.path(own)
+
+    def _names(self) -> Iterable[bytes]:
+        return (part for dataset in self._datasets for part in dataset._names())
+
+
 class PathList(Sequence[str]):
     """A read-only list of paths in one block of memory.
 

@@ -17,7 +17,7 @@ from os import PathLike
 
 from data.base import ImageDataset, Request
 from data.classes import are_positions, match_classes, select_classes
-from data.folders import ImageFolder, has_class_folders, require_folder
+from data.folders import ImageFiles, ImageFolder, has_class_folders, require_folder
 from data.held_out import hold_out, hold_out_fold
 from data.places import EVAL_SPLITS, SPLITS, Place, parse_place
 from data.shards.cache import Cache
@@ -130,6 +130,20 @@ def open_eval(
         dataset = match_classes(dataset, classes, where=where, map_source='the model',
                                 allow_missing=allow_missing_classes)
     return dataset
+
+
+def open_without_targets(root: str | PathLike, *, split: str | None = None) -> ImageDataset | None:
+    """Return the images of an evaluation split of files, found as by `open_eval`, in whatever folders they lie.
+
+    All targets are -1. Returns None for shards.
+    """
+    place = parse_place(root)
+    place.require()
+    if place.is_pattern or place.is_remote or place.is_shards:
+        return None
+    cache = Cache()
+    found = _find_split(place, split, cache) if split else _find_eval_split(place, cache, or_itself=True)
+    return None if found.holds_shards() else ImageFiles([found.path])
 
 
 def has_eval_split(root: str | PathLike, *, cache: Cache) -> bool:

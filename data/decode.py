@@ -137,6 +137,11 @@ class EncodedImage:
         self._whole = as_array(stored)
         self.height, self.width = self._whole.shape[1:]
 
+    def whole(self) -> 'EncodedImage':
+        """Return this image with all its pixels decoded, for several uses."""
+        self._whole = self.pixels()
+        return self
+
     def pixels(self, rows: int | None = None) -> torch.Tensor:
         """Return uint8 [3, H, W], a view of [H, W, 3] in memory; only the first `rows` rows are valid (None: all)."""
         if self._whole is not None:

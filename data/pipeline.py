@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from timm.data import ImageNetInfo, resolve_data_config
 
-from data.base import ImageDataset, evenly_spaced
+from data.base import ImageDataset, Numbered, evenly_spaced
 from data.batch import BatchPreparer, Readjustment, TokenLabelPreparer, TrainBatchPreparer
 from data.classes import are_positions, name_some, read_class_map
 from data.datasets import has_eval_split, open_eval, open_train_val
@@ -21,7 +21,8 @@ from data.shards.dataset import open_without_classes
 from data.shards.foreign import NoClassError
 from data.token_labels import open_token_labels
 from data.token_targets import WHOLE
-from data.transforms import create_eval_transform, create_train_transform
+from data.transforms import InputConfig, Transform, create_eval_transform, create_train_transform
+from data.views import Views, ViewsPreparer, create_views
 from options.checks import check_fold, check_images
 from options.datasets import DATASETS
 from utils.console import plural
@@ -32,16 +33,6 @@ _logger = logging.getLogger(__name__)
 
 # Statistics of CIFAR's pixels, under the names of timm's configurations.
 CIFAR_STATS = {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)}
-
-
-class InputConfig(NamedTuple):
-    """A model's input: size (height, width), crop, interpolation, and mean and standard deviation of the pixels."""
-    img_size: tuple[int, int]
-    crop_pct: float
-    interpolation: str
-    crop_mode: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def resolve_input(args, pretrained_cfg: dict) -> InputConfig:
@@ -401,12 +392,24 @@ def _create_train_preparer(args, config: InputConfig, num_classes: int, device,
 def create_eval_loader(args, dataset, config: InputConfig, world: World) -> tuple[Loader, BatchPreparer]:
     """Return this rank's evaluation loader, and its preparer; over all ranks every image comes exactly once."""
     prepare = BatchPreparer(world.device, mean=config.mean, std=config.std, channels_last=args.channels_last)
+    return _create_eval_loader(args, dataset, _create_eval_transform(args, config), world), prepare
+
+
+def _create_eval_loader(args, dataset, transform: Transform, world: World) -> Loader:
     batch_size = args.batch_size * args.validation_batch_size_multiplier
     sampler = EvalSampler(len(dataset), batch_size, rank=world.rank, world_size=world.size)
-    loader = create_loader(dataset, _create_eval_transform(args, config), sampler, seed=args.seed, workers=args.workers,
-                           pin_memory=args.pin_mem and world.device.type == 'cuda',
-                           max_bad_images=args.max_bad_val_images)
-    return loader, prepare
+    return create_loader(dataset, transform, sampler, seed=args.seed, workers=args.workers,
+                         pin_memory=args.pin_mem and world.device.type == 'cuda',
+                         max_bad_images=args.max_bad_val_images)
+
+
+def create_views_loader(args, dataset, views: Views, world: World) -> tuple[Loader, ViewsPreparer]:
+    """Return this rank's evaluation loader of several views of each image, and its preparer.
+
+    The targets of its batches are the numbers of the images in `dataset`.
+    """
+    transform, prepare = create_views(views, fast=args.fast_eval, device=world.device, channels_last=args.channels_last)
+    return _create_eval_loader(args, Numbered(dataset), transform, world), prepare
 
 
 def _create_eval_transform(args, config: InputConfig):

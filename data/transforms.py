@@ -34,6 +34,16 @@ Transform = Callable[[Any], torch.Tensor]
 INTERPOLATIONS = ('bicubic', 'bilinear', 'nearest', 'box', 'hamming', 'lanczos')
 
 
+class InputConfig(NamedTuple):
+    """A model's input: size (height, width), crop, interpolation, and mean and standard deviation of the pixels."""
+    img_size: tuple[int, int]
+    crop_pct: float
+    interpolation: str
+    crop_mode: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 def create_train_transform(
         img_size: int | tuple[int, int] = 224, *, crop_mode: str = 'rrc', scale: Sequence[float] = (0.08, 1.0),
         ratio: Sequence[float] = (3 / 4, 4 / 3), hflip: float = 0.5, vflip: float = 0.0,
@@ -204,12 +214,16 @@ class FastEvalTransform:
         self.resize, self.crop = resize, crop
 
     def __call__(self, image: EncodedImage) -> torch.Tensor:
+        return self.crop(self.resized(image))
+
+    def resized(self, image: EncodedImage) -> torch.Tensor:
+        """Return the whole image, resized: uint8 [3, H, W]."""
         height, width = image.height, image.width
         size = self.resize.size
         if isinstance(size, int):  # torchvision rounds down
             longer = int(size * max(height, width) / min(height, width))
             size = (size, longer) if height <= width else (longer, size)
-        return self.crop(_resize(image.pixels(), size, self.resize.interpolation))
+        return _resize(image.pixels(), size, self.resize.interpolation)
 
 
 # From version 13 on, PIL resizes tall images along columns first: those that lose more than twice as many rows as

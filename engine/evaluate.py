@@ -1,13 +1,15 @@
 """Exact evaluation, for train.py (weights and their average), validate.py and transfer.py."""
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from engine.answers import AnswerKeeper, Answers, is_right, true_losses
 from engine.confusion import Confusion, ConfusionCounter
+from engine.ensemble import mean_probability
 from utils import signals
 from utils.console import progress_bar
 from utils.distributed import gather, sum_over_ranks
@@ -23,7 +25,8 @@ METRICS = ('top1', 'top5', 'loss', 'balanced_accuracy', 'macro_f1')
 class Evaluation:
     """Cross-entropy `loss`, `top1` and `top5` in percent over all `count` images of all ranks.
 
-    Another `bad_images` images could not be decoded. `confusion` has the counts and numbers of each class.
+    Another `bad_images` images could not be decoded. `confusion` has the counts and numbers of each class; None if an
+    image may be of several. `answers` has those to each image, if `evaluate_together` was told the truth.
     """
     loss: float
     top1: float
@@ -31,12 +34,14 @@ class Evaluation:
     count: int
     bad_images: int
     images_per_second: float
-    confusion: Confusion
+    confusion: Confusion | None
+    answers: Answers | None = None
 
     def as_dict(self) -> dict:
         """Return all numbers of the whole, without those of single classes."""
         return {'loss': self.loss, 'top1': self.top1, 'top5': self.top5,
-                'balanced_accuracy': self.confusion.balanced_accuracy, 'macro_f1': self.confusion.macro_f1,
+                'balanced_accuracy': self.confusion.balanced_accuracy if self.confusion else None,
+                'macro_f1': self.confusion.macro_f1 if self.confusion else None,
                 'count': self.count, 'bad_images': self.bad_images, 'images_per_second': self.images_per_second}
 
 
@@ -77,7 +82,6 @@ class MostConfidentErrors:
         return images, targets, guesses, probabilities
 
 
-@torch.no_grad()
 def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name: str = 'Test',
              errors: MostConfidentErrors | None = None, eager: bool = False,
              after_batch: Callable[[], None] = lambda: None) -> Evaluation:
@@ -95,12 +99,31 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
     Raises:
         UserError: no image could be decoded.
     """
+    return evaluate_together([model], loader, prepare, precision=precision, log_interval=log_interval, name=name,
+                             errors=errors, eager=eager, after_batch=after_batch)[0]
+
+
+@torch.no_grad()
+def evaluate_together(models: Sequence, loader, prepare, *, precision, truth: torch.Tensor | None = None,
+                      ensemble: int = 0, log_interval: int = 50, name: str = 'Test',
+                      errors: MostConfidentErrors | None = None, eager: bool = False,
+                      after_batch: Callable[[], None] = lambda: None) -> list[Evaluation]:
+    """Evaluate several models on the same batches, which are read once; return an Evaluation of each.
+
+    Args:
+        models: each maps what `prepare` returns as images to logits.
+        truth: the classes of all images [images], on the device, or several of each [images, L], which -1 fills up; the
+            loader gives numbers of images (`data.Numbered`). Then the answers to each image are kept. None: the loader
+            gives targets.
+        ensemble: also return, as the last one, the Evaluation of the mean probability of the first so many models.
+        log_interval, errors: of the first model.
+        The others, and what is raised, are those of `evaluate`.
+    """
     most_batches = max(gather(len(loader)))
-    was_training = model.training
-    model.eval()
-    # Sums of loss, top-1, top-5, images and bad images, in float64, which keeps large sums exact.
-    sums = torch.zeros(5, dtype=torch.float64, device=prepare.device)
-    counter = ConfusionCounter()
+    was_training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    tallies = [_Tally(prepare.device, truth) for _ in range(len(models) + bool(ensemble))]
     batch_time = 0.0
     start = end = time.perf_counter()
     bar = progress_bar(total=len(loader), desc=name)
@@ -110,15 +133,14 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
         # Only the first batch compiles: the last one may be smaller, and is not worth another compilation.
         stance = torch.compiler.set_stance('force_eager' if eager else 'eager_on_recompile' if index else 'default')
         with stance, precision.autocast():
-            logits = model(images).float()
-        guesses = logits.topk(min(5, logits.shape[1])).indices  # [B, 5]
-        batch = _batch_sums(logits, targets, guesses)
-        sums[:4] += batch
-        counter.add(targets, guesses[:, 0], num_classes=logits.shape[1])
+            logits = [model(images).float() for model in models]
+        if ensemble:
+            logits.append(mean_probability(logits[:ensemble]))
+        batches = [tally.add(own, targets) for tally, own in zip(tallies, logits, strict=True)]
         if errors:
-            errors.add(images, targets, logits)
+            errors.add(images, targets, logits[0])
         if index % log_interval == 0 or index == len(loader) - 1:
-            _log_line(name, index, len(loader), batch, sums, batch_time or time.perf_counter() - end,
+            _log_line(name, index, len(loader), batches[0], tallies[0].sums, batch_time or time.perf_counter() - end,
                       (time.perf_counter() - start) / (index + 1))
         batch_time = time.perf_counter() - end
         end = time.perf_counter()
@@ -129,20 +151,56 @@ def evaluate(model, loader, prepare, *, precision, log_interval: int = 50, name:
     for _ in range(calls, most_batches + 1):
         after_batch()
     bar.close()
-    model.train(was_training)
-    sums[4] = loader.take_bad_count()
-    loss, top1, top5, count, bad = sum_over_ranks(sums).tolist()
-    if not count:
-        raise UserError(f'none of {int(bad)} evaluation images can be decoded; check the data set')
-    seconds = time.perf_counter() - start
-    return Evaluation(loss / count, 100 * top1 / count, 100 * top5 / count, int(count), int(bad), count / seconds,
-                      counter.gather())
+    for model, training in zip(models, was_training, strict=True):
+        model.train(training)
+    bad = loader.take_bad_count()
+    return [tally.finish(bad, start) for tally in tallies]
+
+
+class _Tally:
+    """Sums up what one model answers to this rank's images, on the device; adding a batch never makes the host wait."""
+
+    def __init__(self, device: torch.device, truth: torch.Tensor | None):
+        # Sums of loss, top-1, top-5, images and bad images, in float64, which keeps large sums exact.
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self._truth = truth
+        self._confusion = ConfusionCounter() if truth is None or truth.dim() == 1 else None
+        self._answers = AnswerKeeper() if truth is not None else None
+
+    def add(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Add logits [B, K], and targets or numbers of images [B]; return the sums of the batch, [4] in float64."""
+        numbers = targets
+        if self._truth is not None:
+            targets = self._truth[numbers]  # [B] or [B, L]
+        guesses = logits.topk(min(5, logits.shape[1])).indices  # [B, 5]
+        batch = _batch_sums(logits, targets, guesses)
+        self.sums[:4] += batch
+        if self._confusion:
+            self._confusion.add(targets, guesses[:, 0], num_classes=logits.shape[1])
+        if self._answers:
+            self._answers.add(numbers, logits, guesses, targets)
+        return batch
+
+    def finish(self, bad: int, start: float) -> Evaluation:
+        """Return the result over all ranks, which must all call this; `bad` images of this rank were left out."""
+        self.sums[4] = bad
+        loss, top1, top5, count, bad_images = sum_over_ranks(self.sums).tolist()
+        if not count:
+            raise UserError(f'none of {int(bad_images)} evaluation images can be decoded; check the data set')
+        seconds = time.perf_counter() - start
+        return Evaluation(loss / count, 100 * top1 / count, 100 * top5 / count, int(count), int(bad_images),
+                          count / seconds, self._confusion.gather() if self._confusion else None,
+                          self._answers.gather() if self._answers else None)
 
 
 def _batch_sums(logits: torch.Tensor, targets: torch.Tensor, guesses: torch.Tensor) -> torch.Tensor:
-    """Return [4] in float64: sum of losses, images right at the first and within five guesses, number of images."""
-    right = guesses == targets[:, None]  # [B, 5]
-    loss = F.cross_entropy(logits, targets, reduction='sum')
+    """Return [4] in float64: sum of losses, images right at the first and within five guesses, number of images.
+
+    targets: [B], or several of each [B, L], which -1 fills up.
+    """
+    right = is_right(guesses, targets) if targets.dim() == 2 else guesses == targets[:, None]  # [B, 5]
+    loss = (true_losses(logits.log_softmax(1), targets).sum() if targets.dim() == 2
+            else F.cross_entropy(logits, targets, reduction='sum'))
     return torch.stack([loss.double(), right[:, 0].sum().double(), right.any(1).sum().double(),
                         torch.full_like(loss, len(targets), dtype=torch.float64)])
 

@@ -5,6 +5,7 @@
     token_labels                                     what token labels need of a model
     factory                                          model from a name, options, a recipe or a checkpoint
     teacher                                          the trained model that another one learns from
+    several                                          checkpoints side by side, and the average of their weights
     runtimes                                         trained model → files for other runtimes, compared with PyTorch
     timm_versions                                    what newer versions of timm add
 """
@@ -20,6 +21,7 @@ from models.factory import (
     resolve_name,
     split_head,
 )
+from models.several import average_weights, open_trained_models
 from models.t2t_vit import T2TViT
 from models.teacher import check_teacher, open_teacher
 from models.token_labels import token_layout
@@ -36,9 +38,9 @@ from models.weights.loading import (
 from utils.checkpoint_reader import read_checkpoint
 
 __all__ = [
-    'Architecture', 'LoadReport', 'T2TViT', 'T2TViTDense', 'TrainedModel', 'check_teacher', 'count_classes',
-    'create_from_config', 'create_model', 'create_model_from_options', 'fit_to_model', 'identify',
-    'load_for_transfer_learning', 'load_weights', 'open_teacher', 'open_trained_model', 'our_models',
-    'read_checkpoint', 'recorded_classes', 'resolve_model', 'resolve_name', 'split_head', 'state_dict_of',
-    'token_layout',
+    'Architecture', 'LoadReport', 'T2TViT', 'T2TViTDense', 'TrainedModel', 'average_weights', 'check_teacher',
+    'count_classes', 'create_from_config', 'create_model', 'create_model_from_options', 'fit_to_model', 'identify',
+    'load_for_transfer_learning', 'load_weights', 'open_teacher', 'open_trained_model', 'open_trained_models',
+    'our_models', 'read_checkpoint', 'recorded_classes', 'resolve_model', 'resolve_name', 'split_head',
+    'state_dict_of', 'token_layout',
 ]

@@ -119,3 +119,31 @@ def check_trained_model(args) -> None:
     """Raise UserError unless the options name exactly one source of weights."""
     if bool(args.eval_checkpoint) + args.pretrained != 1 or args.initial_checkpoint:
         raise UserError('which weights? give --checkpoint PATH, or --pretrained for the published ones')
+
+
+def locate_sets(args) -> dict[str, str | None]:
+    """Return the evaluation sets that validate.py's options name, in their order, and where each is.
+
+    None stands for the data set of DIR and --dataset. ReaL labels are for the images of val.
+
+    Raises:
+        UserError: the place of a set is not given, or an option is for other sets.
+    """
+    folders: dict[str, str | None] = dict(text.split('=', 1) for text in args.set_folders or ())
+    if unused := [name for name in folders if name not in args.sets and name != 'val']:
+        raise UserError(f'--data {unused[0]}=…: --sets {" ".join(args.sets)} does not name {unused[0]}; add it there')
+    if args.data or args.dataset != 'folder':
+        if 'val' in folders:
+            raise UserError(f'--data val={folders["val"]} beside {args.data or f"--dataset {args.dataset}"}; leave one '
+                            'of them out')
+        folders['val'] = None
+    if 'val' in folders:
+        folders.setdefault('real', folders['val'])
+    for name in args.sets:
+        if name not in folders:
+            raise UserError(f'--sets {name}: where is it? give --data {name}=DIR' + (
+                ', or DIR before the options' if name in ('val', 'real') else ''))
+        if name != 'val' and args.only_classes:
+            raise UserError(f'--only-classes {args.only_classes} beside --sets {name}, which has its own classes; '
+                            'leave one of them out')
+    return {name: folders[name] for name in args.sets}

@@ -96,9 +96,20 @@ def model_options(parser):
 
 def trained_model_options(parser):
     """Add the choice of weights, beside `model_options`, for scripts that use a trained model."""
+    _add_trained_model_options(parser)
+
+
+def trained_models_options(parser):
+    """Add the same for scripts that take several: all but the first become `further_checkpoints` (scripts.py)."""
+    _add_trained_model_options(parser, nargs='+')
+    parser.set_defaults(further_checkpoints=())
+
+
+def _add_trained_model_options(parser, nargs: str | None = None):
     add = parser.add_argument_group('Trained model').add_argument
-    add('--eval-checkpoint', '--checkpoint', metavar='PATH',
-        help="weights: a file, a run's folder, output/train/latest, a folder of timm, hf-hub:MODEL or a URL")
+    several = '; several are compared, averaged and combined' if nargs else ''
+    add('--eval-checkpoint', '--checkpoint', nargs=nargs, metavar='PATH',
+        help="weights: a file, a run's folder, output/train/latest, a folder of timm, hf-hub:MODEL or a URL" + several)
     parser.set_defaults(trained_on={})  # the options that split the data of the training, from the checkpoint
     add('--class-map', metavar='FILE', help='text file with one class folder per line, in the order of the labels')
     add('-b', '--b', '--batch-size', dest='batch_size', type=positive_int, default=64, metavar='N',

@@ -95,7 +95,6 @@ REFUSED = {
     '--drop-connect': 'stochastic depth is --drop-path',
     '--bn-tf': "TensorFlow's batch norm is --bn-momentum 0.01 --bn-eps 1e-3",
     '--patience-epochs': 'it was for the plateau schedule, which cannot resume; choose another --sched',
-    '--tta': 'the published code never passed augmented images to it; evaluation uses one centre crop',
 }
 
 

@@ -22,8 +22,12 @@ def check_paths(args) -> None:
     """Raise UserError for a folder of data, a checkpoint or an image of the options that does not exist."""
     if (dataset := getattr(args, 'dataset', None)) in DATASETS and not DATASETS[dataset].opener:
         check_data(args.data)
+    for name in getattr(args, 'set_folders', None) or ():
+        check_data(name.partition('=')[2])
     for name in ('eval_checkpoint', 'initial_checkpoint', 'transfer_model', 'teacher_checkpoint'):
         check_checkpoint(getattr(args, name, None))
+    for address in getattr(args, 'further_checkpoints', ()):
+        check_checkpoint(address)
     if (labels := getattr(args, 'token_labels', None)) and not _exists(labels):
         raise UserError(f'--token-labels {labels}: no such folder; check the path')
     resume = getattr(args, 'resume', '')

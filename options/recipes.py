@@ -14,6 +14,8 @@ from options.elsewhere import ELSEWHERE
 from utils.disk import read_text
 from utils.errors import UserError, did_you_mean
 
+# Options of several values that were of one when recipes were written.
+ALSO_SINGLE = ('eval_checkpoint',)
 # What the Python types of values are called in messages.
 KINDS = {int: 'an integer', float: 'a number', str: 'a string (quote it)', bool: 'true or false'}
 
@@ -117,6 +119,8 @@ def _checked(where: str, value, action: argparse.Action):
             raise UserError(f'{where}: {value!r} is neither true nor false')
         return value
     if action.nargs in ('+', 2):
+        if action.dest in ALSO_SINGLE and isinstance(value, str):
+            value = [value]
         if not isinstance(value, list) or (action.nargs == 2 and len(value) != 2) or not value:
             wanted = 'two numbers' if action.nargs == 2 else 'values, as [a, b]'
             raise UserError(f'{where}: {value!r} is no list of {wanted}')

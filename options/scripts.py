@@ -7,7 +7,7 @@ from pathlib import Path
 from options import groups
 from options.parser import Parser, create_parser
 from options.recipes import Removed
-from options.types import boolean, count, positive, positive_int, rate
+from options.types import SETS, boolean, count, positive, positive_int, rate, set_folder
 
 TRAINING = (groups.data_options, groups.training_data_options, groups.model_options, groups.input_options,
             groups.optimizer_options, groups.schedule_options, groups.augmentation_options,
@@ -15,6 +15,8 @@ TRAINING = (groups.data_options, groups.training_data_options, groups.model_opti
             groups.batch_norm_options, groups.ema_options, groups.device_options, groups.compile_options,
             groups.selection_options, groups.run_options)
 TRAINED_MODEL = (groups.model_options, groups.trained_model_options, groups.input_options)
+# Options of evaluation that the published main.py has, and what to do instead.
+IN_EVALUATION = {'--tta': 'training evaluates one centre crop of each image; validate.py averages over several (--tta)'}
 # Model and image size are read from the checkpoint unless they are given.
 FROM_CHECKPOINT = {'model': None, 'img_size': None}
 
@@ -22,7 +24,7 @@ FROM_CHECKPOINT = {'model': None, 'img_size': None}
 # --- train.py ---------------------------------------------------------------------------------------------------------
 
 def train_parser() -> Parser:
-    parser = create_parser('Train a T2T-ViT or any model of timm.', TRAINING, gone={
+    parser = create_parser('Train a T2T-ViT or any model of timm.', TRAINING, gone=IN_EVALUATION | {
         '--eval-checkpoint': 'evaluation is: python validate.py DIR --model MODEL --eval-checkpoint PATH'})
     parser.complete = _fit_training
     return parser
@@ -53,7 +55,8 @@ TRANSFER_DEFAULTS = dict(
 
 
 def transfer_parser() -> Parser:
-    parser = create_parser('Transfer a model to another data set.', (*TRAINING, _transfer_options), TRANSFER_DEFAULTS)
+    parser = create_parser('Transfer a model to another data set.', (*TRAINING, _transfer_options), TRANSFER_DEFAULTS,
+                           gone=IN_EVALUATION)
     parser.complete = _follow_from_weights_and_data
     return parser
 
@@ -91,21 +94,45 @@ def _transfer_options(parser: Parser) -> None:
 
 def recorded_parser() -> Parser:
     """Return a parser of all options that the args.yaml of a run may hold."""
-    return create_parser('', (*TRAINING, _transfer_options))
+    return create_parser('', (*TRAINING, _transfer_options), gone=IN_EVALUATION)
 
 
 # --- validate.py ------------------------------------------------------------------------------------------------------
 
 def validate_parser() -> Parser:
-    return create_parser(
-        'Evaluate a model.',
-        (groups.data_options, *TRAINED_MODEL, groups.device_options, groups.compile_options, _validate_options),
+    parser = create_parser(
+        'Evaluate a model, or several.',
+        (groups.data_options, groups.model_options, groups.trained_models_options, groups.input_options,
+         groups.device_options, groups.compile_options, _validate_options),
         {**FROM_CHECKPOINT, 'log_interval': 10})
+    parser.complete = _settle_checkpoints_and_sets
+    return parser
+
+
+def _settle_checkpoints_and_sets(values: dict) -> None:
+    """Tell the first checkpoint from others, and from DIR behind them; set the sets that were not named: all given."""
+    checkpoints = values['eval_checkpoint'] or [None]
+    if len(checkpoints) > 1 and not values['data'] and not values['set_folders'] and values['dataset'] == 'folder':
+        *checkpoints, values['data'] = checkpoints
+    values['eval_checkpoint'], *values['further_checkpoints'] = checkpoints
+    if values['sets'] is None:
+        given = {name.partition('=')[0] for name in values['set_folders'] or ()}
+        if values['data'] or values['dataset'] != 'folder' or not given:
+            given.add('val')
+        values['sets'] = [name for name in SETS if name in given]
+    values['sets'] = list(dict.fromkeys(values['sets']))
 
 
 def _validate_options(parser: Parser) -> None:
-    parser.add_argument_group('Evaluation').add_argument(
-        '--results-file', metavar='FILE',
+    add = parser.add_argument_group('Evaluation').add_argument
+    add('--sets', nargs='+', choices=SETS, metavar='SET',
+        help=f'evaluation sets of ImageNet: {", ".join(SETS)} (default: val in DIR, and those of --data)')
+    add('--data', dest='set_folders', nargs='+', action='extend', type=set_folder, metavar='SET=DIR',
+        help='where each of them is (default: val in DIR, real as val)')
+    add('--tta', default='', choices=['', 'flip', 'five', 'multi-scale'],
+        help='average the probabilities of several views: flip (2), five (corners and centre), multi-scale (3 sizes)')
+    add('--per-image', metavar='FILE', help='write the answer to each image to FILE.csv or FILE.parquet')
+    add('--results-file', metavar='FILE',
         help='write results to FILE.json and FILE.csv (default: output/validate/DATE-MODEL-SIZE)')
 
 
@@ -183,7 +210,7 @@ SAMPLES, QUICK_SAMPLES = 1000, 200
 
 
 def doctor_parser() -> Parser:
-    parser = create_parser('Check a long run before it starts.', (*TRAINING, _doctor_options))
+    parser = create_parser('Check a long run before it starts.', (*TRAINING, _doctor_options), gone=IN_EVALUATION)
     parser.complete = _fit_training
     return parser
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+# ImageNet's evaluation sets; data/evaluation_sets.py says what each is.
+SETS = ('val', 'real', 'v2', 'a', 'r', 'sketch', 'c')
 # Memory holds no tokens of larger images.
 MAX_IMAGE_SIZE = 8192
 
@@ -89,6 +91,15 @@ def boolean(text):
     if str(text).lower() in ('false', 'no', 'off', '0'):
         return False
     raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
+
+
+def set_folder(text):
+    """Check 'SET=DIR' and return it unchanged, with an evaluation set of ImageNet's and where it is."""
+    name, _, folder = text.partition('=')
+    if name not in SETS or not folder:
+        raise argparse.ArgumentTypeError(f'{text!r} is no evaluation set: give SET=DIR, with one of {", ".join(SETS)}; '
+                                         'a DIR of its own goes before the options')
+    return text
 
 
 def keyword(text):

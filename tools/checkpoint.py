@@ -354,42 +354,32 @@ def average_checkpoints(args) -> None:
     out = Output(args.out, args.force)
     if len(args.files) < 2:
         raise UserError('one file is its own average; give two checkpoints or more')
-    import torch
+    from models.weights.averaging import MeanOfWeights
 
     first: dict = {}
-    sums: dict = {}
     extras: dict = {}
-    same: set = set()
+    average = MeanOfWeights()
     for path in args.files:
         source = Checkpoint(path, args.use_ema, args.weights_key)
         state, own = source.weights.state, source.extras(source.find_name())
         first = first or state
         _check_same(path, args.files[0], (state, own), (first, extras))
         extras = {**own, **extras}
-        same = {key for key in (same if sums else state) if torch.equal(state[key], first[key])}
-        sums = {key: sums.get(key, 0) + tensor.double() if tensor.is_floating_point() else tensor
-                for key, tensor in state.items()}
-    for key, tensor in first.items():
-        if key in same:  # to the bit, which a sum divided by its number is not always
-            sums[key] = tensor
-        elif tensor.is_floating_point():
-            sums[key] = (sums[key] / len(args.files)).to(tensor.dtype)
+        average.add(state)
+    mean = average.mean()
     with out.temporary():
-        out.write(sums, extras)
+        out.write(mean, extras)
         out.publish()
-    print(f'{out.path}: average of {len(args.files)} checkpoints, {len(sums) - len(same)} of {len(sums)} tensors '
-          'differed')
+    print(f'{out.path}: average of {len(args.files)} checkpoints, {len(mean) - len(average.same)} of {len(mean)} '
+          'tensors differed')
 
 
 def _check_same(path: str, first_path: str, given: tuple[dict, dict], first: tuple[dict, dict]) -> None:
     """Raise UserError at the first key in which two checkpoints differ."""
+    from models.weights.averaging import difference_of
+
     (state, extras), (first_state, first_extras) = given, first
-
-    def described(state: dict, key: str) -> str:
-        return f'{state[key].dtype} {list(state[key].shape)}'.removeprefix('torch.') if key in state else 'no such key'
-
-    differences = [f'{key}: {described(state, key)} and {described(first_state, key)}'
-                   for key in [*first_state, *state] if described(state, key) != described(first_state, key)]
+    differences = list(filter(None, [difference_of(state, first_state)]))
     differences += [f'{entry}: {extras[entry]} and {first_extras[entry]}'[:200]
                     for entry in extras.keys() & first_extras.keys() if extras[entry] != first_extras[entry]]
     if differences:

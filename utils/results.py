@@ -59,7 +59,7 @@ def write_results(stem: Path, record: dict, rows: list[dict], option: str,
             text = io.StringIO(newline='')
             writer = csv.DictWriter(text, table[0])
             writer.writeheader()
-            writer.writerows([{name: _no_formula(value) for name, value in row.items()} for row in finite(table)])
+            writer.writerows([{name: no_formula(value) for name, value in row.items()} for row in finite(table)])
             # Image names need not be valid UTF-8; their bytes stay the same.
             write_whole(csv_file, text.getvalue().encode('utf-8', errors='surrogateescape'))
     except OSError as error:
@@ -82,7 +82,7 @@ def _free(stem: Path) -> Path:
             number += 1
 
 
-def _no_formula(value):
+def no_formula(value):
     """Return a name so that a spreadsheet does not compute it; names that are numbers, and other values, unchanged."""
     is_formula = isinstance(value, str) and re.match(r'[=+\-@\t\r](?![\d.]*$)', value)
     return f"'{value}" if is_formula else value
