@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.shared.command import common_options, parse_command, start_alone
+from benchmarks.shared.command import common_options, parse_command, start_alone, training_options
 from benchmarks.shared.records import PRECISIONS, markdown_table, new_record, origin, save
 from data.folders import ImageFolder
 from engine.checkpoint import LAST
@@ -142,23 +142,29 @@ class Run:
     """The training of a model of MODELS with a seed.
 
     Attributes:
+        epochs: its length.
         folder: the folder of the run; other options or other images have another.
     """
 
     def __init__(self, args, name: str, seed: int, images: str):
         self.name, self.seed = name, seed
         self._options = [*MODELS[name].options(), *recipe(args), '--seed', str(seed)]
-        self._epochs = args.epochs
+        options = training_options(*self._options)
+        self.epochs = options.epochs + options.cooldown_epochs
         digest = hashlib.sha256(shlex.join([images, *self._options]).encode()).hexdigest()[:8]
         self._experiment = f'claims-{MODELS[name].name}-{seed}-{digest}'
         self.folder = Path(args.runs).expanduser() / 'train' / self._experiment
 
-    def epochs_done(self) -> float:
-        """Return how many epochs are done, with the part of one that its log shows."""
-        records = read_metrics(self.folder)
-        if sum(record['kind'] == 'epoch' for record in records) == self._epochs:
-            return self._epochs
-        return min(records[-1].get('epoch_progress', 0), self._epochs) if records else 0
+    def is_done(self) -> bool:
+        return (self.folder / LAST).exists() and len(self._epoch_records()) == self.epochs
+
+    def progress(self) -> float:
+        """Return how many epochs its log shows, with the part of one."""
+        return max((record['epoch_progress'] for record in read_metrics(self.folder) if record['kind'] == 'train'),
+                   default=0)
+
+    def _epoch_records(self) -> list[dict]:
+        return [record for record in read_metrics(self.folder) if record['kind'] == 'epoch']
 
     def train(self, data: Path, args, bar: tqdm) -> None:
         """Train to the end, from the start or from where it was ended, and move the bar.
@@ -168,7 +174,7 @@ class Run:
         """
         command = [sys.executable, ROOT / 'train.py', data, *self._options, '-j', args.workers, '--output', args.runs,
                    '--experiment', self._experiment, '--resume', 'auto']
-        before = bar.n - self.epochs_done()
+        before = bar.n - self.progress()
         process = subprocess.Popen([str(word) for word in command], text=True, stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
@@ -177,19 +183,18 @@ class Run:
                     said = ''.join(process.communicate(timeout=LOOK_SECONDS))
                     break
                 except subprocess.TimeoutExpired:
-                    bar.update(before + self.epochs_done() - bar.n)
+                    bar.update(before + self.progress() - bar.n)
         finally:
             if process.poll() is None:
                 process.terminate()  # it saves its state
                 process.communicate()
         if process.returncode:
             raise UserError((said.strip().splitlines() or [f'exit code {process.returncode}'])[-1])
-        bar.update(before + self._epochs - bar.n)
+        bar.update(before + self.epochs - bar.n)
 
     def result(self) -> dict:
         """Return the figures after the last epoch, with those of the data and the model."""
-        epochs = [record for record in read_metrics(self.folder) if record['kind'] == 'epoch']
-        state = read_checkpoint(self.folder / LAST)
+        epochs, state = self._epoch_records(), read_checkpoint(self.folder / LAST)
         return {'model': self.name, 'seed': self.seed, 'top1': epochs[-1]['top1'], 'loss': epochs[-1]['loss'],
                 'parameters': sum(tensor.numel() for tensor in state['state_dict'].values()),
                 'images': state['images'], 'seconds': sum(epoch['epoch_seconds'] for epoch in epochs)}
@@ -219,20 +224,24 @@ def link_images(data: Path, images: int, folder: Path) -> Path:
     return folder
 
 
-def train_all(args, data: Path) -> list[dict]:
+def train_all(args) -> list[dict]:
     """Train every model with every seed, or find that it is done; return the results."""
-    images = ImageFolder(str(data / 'train')).fingerprint()
-    runs = [Run(args, name, seed, images) for seed in range(args.seed, args.seed + args.seeds) for name in MODELS]
-    results = []
-    with progress_bar(total=len(runs) * args.epochs, initial=sum(run.epochs_done() for run in runs), unit='epoch',
-                      bar_format='{l_bar}{bar}| {n:.2f}/{total} epochs [{elapsed}<{remaining}]') as bar:
-        for number, run in enumerate(runs, start=1):
-            bar.set_description(f'{run.name}, seed {run.seed}')
-            if run.epochs_done() < args.epochs:
-                run.train(data, args, bar)
-            results.append(run.result())
-            tqdm.write(f'{number:3d} of {len(runs)}: {run.name}, seed {run.seed}: top-1 {results[-1]["top1"]:.2f} %')
-            sys.stdout.flush()
+    data = Path(args.data).expanduser()
+    with tempfile.TemporaryDirectory(prefix='claims-') as folder:
+        if args.images:
+            data = link_images(data, args.images, Path(folder))
+        images = ImageFolder(str(data / 'train')).fingerprint()
+        runs = [Run(args, name, seed, images) for seed in range(args.seed, args.seed + args.seeds) for name in MODELS]
+        results = []
+        with progress_bar(total=sum(run.epochs for run in runs), initial=sum(run.progress() for run in runs),
+                          bar_format='{l_bar}{bar}| {n:.2f}/{total} epochs [{elapsed}<{remaining}]') as bar:
+            for number, run in enumerate(runs, start=1):
+                bar.set_description(f'{run.name}, seed {run.seed}')
+                if not run.is_done():
+                    run.train(data, args, bar)
+                results.append(run.result())
+                tqdm.write(f'{number:3d} of {len(runs)}: {run.name}, seed {run.seed}: top-1 {results[-1]["top1"]:.2f} %')
+                sys.stdout.flush()
     return results
 
 
@@ -320,10 +329,7 @@ def main() -> None:
     args = parse_command("Say which of the paper's claims hold in small.", 'claims', claims_options)
     _, world = start_alone(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends train.py, too
-    data = Path(args.data).expanduser()
-    with tempfile.TemporaryDirectory(prefix='claims-') as folder:
-        results = train_all(args, link_images(data, args.images, Path(folder)) if args.images else data)
-    record = new_claims_record(args, world.device, results)
+    record = new_claims_record(args, world.device, train_all(args))
     print(claims_table(record), *save(args, record, as_text(record), draw), sep='\n')
 
 
