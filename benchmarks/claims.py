@@ -239,8 +239,8 @@ def train_all(args) -> list[dict]:
                 bar.set_description(f'{run.name}, seed {run.seed}')
                 if not run.is_done():
                     run.train(data, args, bar)
-                results.append(run.result())
-                tqdm.write(f'{number:3d} of {len(runs)}: {run.name}, seed {run.seed}: top-1 {results[-1]["top1"]:.2f} %')
+                results.append(result := run.result())
+                tqdm.write(f'{number:3d} of {len(runs)}: {run.name}, seed {run.seed}: top-1 {result["top1"]:.2f} %')
                 sys.stdout.flush()
     return results
 
