@@ -136,7 +136,7 @@ def _check_imagenet(name: str, model_classes: list[str] | None, num_classes: int
 def _open_as_imagenet(data: str, args, world: World) -> ImageDataset:
     """Return a data set whose class folders are synsets, or numbers, with ImageNet's class numbers."""
     alone = args.replacing(data=data, dataset='folder', class_map=None, val_split=None, val_fraction=None,
-                           only_classes=None, trained_on=(None, None))
+                           only_classes=None, k_fold=None, fold=None, trained_on={})
     return open_evaluation_data(alone, _synsets(), 1000, world)
 
 

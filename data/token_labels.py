@@ -118,8 +118,8 @@ def _check_classes(store: LabelStore, dataset: ImageDataset, num_classes: int) -
     pairs = enumerate(zip(store.classes, dataset.classes, strict=False))
     number, (theirs, own) = next((pair for pair in pairs if pair[1][0] != pair[1][1]),
                                  (len(store.classes), ('none', dataset.classes[-1])))
-    raise UserError(f'{store.folder}: labels of other classes than the data set: class {number} is {theirs!r} there and '
-                    f'{own!r} here; {remedy}')
+    raise UserError(f'{store.folder}: labels of other classes than the data set: class {number} is {theirs!r} there '
+                    f'and {own!r} here; {remedy}')
 
 
 def find_rows(store: LabelStore, dataset: ImageDataset) -> np.ndarray:

@@ -25,9 +25,11 @@ def open_trained_models(args: Options) -> list[TrainedModel]:
     sources = [model.args.eval_checkpoint for model in models]
     if twice := next((source for source in sources if sources.count(source) > 1), None):
         raise UserError(f'--checkpoint names {twice} twice; name each once')
-    if len({model.args.trained_on[1:] for model in models}) > 1 and not (args.val_fraction or args.val_split):
-        raise UserError('the checkpoints were trained with different --val-fraction; say which images to evaluate, by '
-                        '--val-fraction SHARE or --val-split NAME')
+    held_out = [{name: model.args.trained_on.get(name) for name in ('val_fraction', 'k_fold', 'fold')}
+                for model in models]
+    if any(other != held_out[0] for other in held_out) and not (args.val_fraction or args.val_split or args.k_fold):
+        raise UserError('the checkpoints were trained with different --val-fraction or --fold; say which images to '
+                        'evaluate, by --val-fraction SHARE, --k-fold K --fold N or --val-split NAME')
     return models
 
 
