@@ -145,7 +145,8 @@ def test_resume_auto_continues_in_place_with_one_history(uninterrupted):
 
 
 def test_a_run_that_began_before_images_were_augmented_as_tensors_says_that_they_are_now(caplog):
-    now = {'lr': 0.1, 'global_batch_size': None, 'compile': '', 'fast_transform': True, 'fast_eval': False}
+    now = {'lr': 0.1, 'global_batch_size': None, 'compile': '', 'fast_transform': True, 'fast_eval': False,
+           'token_label_crop': 'straight', 'dense_weight': 1.0, 'cls_weight': 1.0, 'ground_truth': False}
     _report_differences({'lr': 0.1}, now)
     assert caplog.messages[0].endswith(': fast_transform False → True')
     caplog.clear()
