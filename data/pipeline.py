@@ -338,7 +338,7 @@ def _check_token_labels(args) -> None:
 
 
 def _create_train_loader(args, dataset, config: InputConfig, num_classes: int, world: World,
-                         layout: TokenLayout | None) -> tuple[Loader, TrainBatchPreparer]:
+                         layout: TokenLayout | None = None) -> tuple[Loader, TrainBatchPreparer]:
     """Return this rank's training loader, and the preparer of its batches."""
     labels = open_token_labels(args.token_labels, dataset, num_classes=num_classes,
                                max_missing=args.max_missing_labels) if args.token_labels else None

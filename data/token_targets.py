@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.ops import roi_align
+import torchvision.ops  # noqa: F401, registers torch.ops.torchvision
 
 WHOLE = (0., 0., 1., 1.)
 # A score so far above the others' zeros that its class gets all probability.
@@ -90,7 +90,9 @@ def _average(scores: torch.Tensor, top, left, bottom, right, grid: tuple[int, in
     rows, columns = scores.shape[-2:]
     corners = torch.stack((left * columns, top * rows, right * columns, bottom * rows), dim=1) - 0.5
     numbers = torch.arange(len(scores), dtype=corners.dtype, device=corners.device)
-    return roi_align(scores, torch.cat((numbers[:, None], corners), dim=1), grid)
+    # The operator itself, since with --deterministic the function around it, whose gradient would not be, needs memory
+    # for all cells of all tokens. Without a sampling ratio it averages over as many points as there are cells.
+    return torch.ops.torchvision.roi_align(scores, torch.cat((numbers[:, None], corners), dim=1), 1., *grid, -1, False)
 
 
 def _smooth(probabilities: torch.Tensor, smoothing: float) -> torch.Tensor:

@@ -23,6 +23,7 @@ from engine.logistic import HELD_OUT, LinearClassifier, fit_lbfgs, fit_sgd, hold
 from engine.run import create_state, next_commands
 from engine.run_folder import RunLock, resolve_run
 from engine.state import TrainState
+from engine.teacher import fingerprint_of
 from engine.writer import CheckpointWriter
 from utils.console import plural, progress_bar
 from utils.disk import make_folder, write_whole
@@ -149,14 +150,10 @@ def _features(args, model: TimmModel, head: nn.Linear, loaders, precision: Preci
 def _key(args, model: TimmModel, head: nn.Linear, loaders, precision: Precision) -> str:
     """Return a name for all that the features depend on: weights, images and targets, input and precision."""
     in_head = {id(parameter) for parameter in head.parameters()}
-    digest = hashlib.sha256(json.dumps([
-        loaders.train_loader.fingerprint(), loaders.config._asdict(), args.fast_eval, str(precision),
-        args.model.lower(), args.model_kwargs, args.gp]).encode())
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in in_head:
-            digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    weights = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in in_head}
+    return hashlib.sha256(json.dumps([
+        fingerprint_of(weights), loaders.train_loader.fingerprint(), loaders.config._asdict(), args.fast_eval,
+        str(precision), args.model.lower(), args.model_kwargs, args.gp]).encode()).hexdigest()[:16]
 
 
 @torch.no_grad()

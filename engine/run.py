@@ -36,6 +36,10 @@ RESUME_SAFE_OPTIONS = {
     'max_bad_val_images', 'shard_cache', 'shard_cache_size', 'shard_timeout', 'timeout', 'use_ema',
     'weights_key', 'token_labels', 'max_missing_labels', 'teacher_checkpoint', 'grad_checkpointing', 'linear_probe',
     'probe_solver', 'probe_decays'}
+# Options that earlier versions lacked, with the values that describe what they did where that is not None.
+LACKED = {'compile': '', 'global_batch_size': None, 'fast_transform': False, 'fast_eval': False,
+          'loss': 'ce', 'token_label_crop': 'straight', 'dense_weight': 1.0, 'cls_weight': 1.0, 'ground_truth': False,
+          'sampler': 'shuffle', 'aug_repeats': 1, 'val_interval': 1}
 
 
 def create_state(args, model: nn.Module, optimizer, precision: Precision, classes: list[str], world: World,
@@ -214,10 +218,7 @@ def _go_to_start(args, state: TrainState, checkpoint: Path | None, steps_per_epo
 
 
 def _report_differences(before: dict, now: dict) -> None:
-    # Options that earlier versions lacked, with the values that describe what they did.
-    before = {'compile': '', 'global_batch_size': None, 'fast_transform': False, 'fast_eval': False,
-              'loss': 'ce', 'token_label_crop': 'straight', 'dense_weight': 1.0, 'cls_weight': 1.0,
-              'ground_truth': False, 'sampler': 'shuffle', 'aug_repeats': 1, 'val_interval': 1} | before
+    before = LACKED | before
     # With --global-batch-size, the parts of a step follow from the number of processes.
     parts = {'batch_size', 'accum_steps'} if now['global_batch_size'] else set()
     changed = [f'{k} {before.get(k)!r} → {now.get(k)!r}' for k in sorted(before.keys() | now.keys())

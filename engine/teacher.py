@@ -7,7 +7,7 @@ It answers outside of the student's forward pass, so neither DDP nor the compile
 """
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -48,7 +48,7 @@ class Teacher:
     def __init__(self, model: TimmModel, *, kind: str, readjust: Callable[[torch.Tensor], torch.Tensor],
                  precision: Precision, compiled: str = '', projection: nn.Linear | None = None):
         self.kind, self.projection = kind, projection
-        self.fingerprint = fingerprint_of(model)
+        self.fingerprint = fingerprint_of(model.state_dict())
         self._called = LogitsAndFeatures(model).eval() if kind == 'feature' else model
         self._readjust, self._precision = readjust, precision
         compile_model(model, 'model' if compiled == 'blocks' and not has_blocks(model) else compiled, self._called)
@@ -103,10 +103,10 @@ def projection_groups(teacher: Teacher | None, weight_decay: float) -> list[dict
                                            (teacher.projection.bias, 0.0, 'not decayed'))]
 
 
-def fingerprint_of(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's names, shapes and numbers, in hexadecimal."""
+def fingerprint_of(weights: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of the names, shapes and numbers of weights, in hexadecimal."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights.items():
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

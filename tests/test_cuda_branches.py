@@ -32,7 +32,7 @@ from benchmarks import convergence, step as step_benchmark, targets
 from benchmarks.scaling import plans as scaling
 from benchmarks.shared import measure, published, ranks, records
 from data import pipeline
-from data.batch import BatchPreparer, TrainBatchPreparer
+from data.batch import BatchPreparer, TokenLabelPreparer, TrainBatchPreparer
 from data.folders import ImageFolder
 from data.loader import create_loader
 from data.samplers import EvalSampler
@@ -99,6 +99,20 @@ def training_batches_are_mixed_and_erased_on_the_gpu(gpu: Gpu):
     assert not [note for note in gpu.notes if note[1] == 'copies to the host']
 
 
+def targets_of_token_labels_are_made_on_the_gpu(gpu: Gpu):
+    with gpu.tensors():
+        prepare = TokenLabelPreparer('cuda:0', batch_size=BATCH, num_classes=30, grid=(2, 2), ground_truth=True,
+                                     window=(-0.1, -0.1, 0.9, 0.9))
+        gpu.notes.clear()
+        labels = (torch.arange(BATCH), torch.ones(BATCH, 2, 5, 9, 9, dtype=torch.float16), torch.ones(BATCH, 4))
+        _, targets = prepare(*map(pinned, (bytes_of(BATCH, 3, 32, 32), *labels)))
+    assert [target.shape for target in targets] == [(BATCH, 30), (BATCH, 4, 30), (4,)]
+    assert all(target.device == GPU for target in targets)
+    # Nothing is copied but the batch, not even the box of tokens that was drawn.
+    assert [note for note in gpu.notes if 'copies' in note[1]] == 4 * [
+        ('side 1', 'copies to the GPU', 'without waiting')]
+
+
 def loaders_pin_what_goes_to_a_gpu(gpu: Gpu):
     with patch.object(pipeline, 'create_loader', autospec=True) as create, gpu.tensors():
         for words, device, pins in (((), GPU, True), (('--no-pin-mem',), GPU, False),
@@ -117,11 +131,11 @@ def shared_memory_is_given_back_once_it_is_copied_to_pinned_memory(gpu: Gpu):
     count, taken = 40, []
 
     def pin(content, device=None):
-        images, block, targets, *others = content
+        images, block, [targets], *others = content
         before, copied = loader._memory._taken[block].item(), images.clone()
         taken.append((block, before, loader._memory._taken[block].item()))
         assert images.is_shared()
-        return pinned(copied), block, pinned(targets.clone()), *others
+        return pinned(copied), block, [pinned(targets.clone())], *others
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as patches:
         dataset = ImageFolder(write_images(Path(folder), {'val': count // 2}, classes=('ant', 'bee')) / 'val')
@@ -399,7 +413,8 @@ RUN_BY = {
     'data/batch.py::BatchPreparer.__call__': [a_pinned_batch_is_copied_while_the_gpu_computes],
     'data/batch.py::BatchPreparer.__init__': [a_pinned_batch_is_copied_while_the_gpu_computes],
     'data/batch.py::BatchPreparer._move': [a_pinned_batch_is_copied_while_the_gpu_computes,
-                                           a_batch_that_is_not_pinned_is_waited_for],
+                                           a_batch_that_is_not_pinned_is_waited_for,
+                                           targets_of_token_labels_are_made_on_the_gpu],
     'data/batch.py::TrainBatchPreparer.__init__': [training_batches_are_mixed_and_erased_on_the_gpu],
     'data/loader.py::create_loader': [shared_memory_is_given_back_once_it_is_copied_to_pinned_memory],
     'data/pipeline.py::_create_train_loader': [loaders_pin_what_goes_to_a_gpu],

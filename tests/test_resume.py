@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import engine.state
 from engine.run import _report_differences
 from engine.state import TrainState
+from options.scripts import train_parser
 from tests.conftest import assert_same, launch, run_script, succeeded, write_images
 from utils.checkpoint_reader import read_checkpoint
 from utils.distributed import World
@@ -24,6 +25,19 @@ RUN = ('--dataset', 'digits', '--only-classes', '0-2', '--model', 't2t_vit_7', '
        '--accum-steps', '2', '--log-interval', '2', '--checkpoint-steps', '2', '--checkpoint-hist', '100',
        '--no-tensorboard', '--output', 'runs')
 TIMES = {'epoch_seconds', 'images_per_second'}
+# All that the first version's checkpoints recorded. An option that comes later does by default what was done before it.
+OPTIONS_OF_THE_FIRST_VERSION = set('''
+    aa accum_steps amp amp_dtype aug aug_splits batch_size bn_eps bn_momentum channels_last checkpoint_hist
+    checkpoint_steps clip_grad color_jitter config cooldown_epochs crop_pct cutmix cutmix_minmax data dataset
+    decay_epochs decay_rate deterministic device dist_bn download drop drop_block drop_path epochs eval_metric
+    experiment gp hflip img_size initial_checkpoint interpolation jsd log_interval lr lr_cycle_limit lr_cycle_mul
+    lr_noise lr_noise_pct lr_noise_std max_bad_images max_bad_val_images max_skipped_steps mean min_lr mixup
+    mixup_mode mixup_off_epoch mixup_prob mixup_switch_prob model model_ema model_ema_decay model_ema_force_cpu
+    model_kwargs momentum num_classes only_classes opt opt_betas opt_eps output pin_mem pretrained ratio recount
+    remode reprob resplit resume resume_opt save_images scale sched sched_on_updates seed shard_cache
+    shard_cache_size shard_timeout smoothing start_epoch std sync_bn tensorboard timeout train_crop_mode
+    train_interpolation train_split use_ema val_fraction val_split validation_batch_size_multiplier vflip
+    warmup_epochs warmup_lr weight_decay weights_key workers'''.split())
 
 
 @pytest.fixture(scope='module')
@@ -144,14 +158,17 @@ def test_resume_auto_continues_in_place_with_one_history(uninterrupted):
     assert (whole / 'summary.csv').read_text().count('\n') == 3 and (whole / 'curves.png').stat().st_size > 10_000
 
 
-def test_a_run_that_began_before_images_were_augmented_as_tensors_says_that_they_are_now(caplog):
-    now = {'lr': 0.1, 'global_batch_size': None, 'compile': '', 'fast_transform': True, 'fast_eval': False,
-           'sampler': 'shuffle', 'aug_repeats': 1, 'val_interval': 1}
-    _report_differences({'lr': 0.1}, now)
+def test_options_that_an_earlier_version_lacked_did_what_it_did(caplog):
+    """Of all options of today, only the faster transforms compute something else by default."""
+    now = train_parser().parse_args([]).__dict__
+    before = {name: value for name, value in now.items() if name in OPTIONS_OF_THE_FIRST_VERSION}
+    _report_differences(before, now)
     assert caplog.messages[0].endswith(': fast_transform False → True')
     caplog.clear()
-    _report_differences({'lr': 0.1}, now | {'fast_transform': False})
+    _report_differences(before, now | {'fast_transform': False})
     assert not caplog.messages
+    _report_differences(before, now | {'fast_transform': False, 'aug_repeats': 3, 'freeze': 'backbone'})
+    assert caplog.messages[0].endswith(": aug_repeats 1 → 3, freeze None → 'backbone'")
 
 
 def test_another_number_of_threads_is_said(caplog):
