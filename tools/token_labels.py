@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import groups
 from options.datasets import DATASETS
-from options.parser import Parser, create_parser, parse_options
+from options.parser import Parser, parse_options
+from options.parser import create_parser as new_parser
 from options.types import count, image_size, keyword, positive, positive_int
 from utils.console import plural, printable
 from utils.errors import UserError
@@ -42,11 +43,11 @@ MOST_FAULTS = 20
 TASKS = ('pack', 'unpack', 'verify')
 
 
-def token_labels_parser() -> Parser:
-    parser = create_parser(__doc__, (_options, groups.device_options))
+def create_parser() -> Parser:
+    parser = new_parser(__doc__, (_options, groups.device_options))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     # What opens models and data takes all their options; those of this tool are enough here.
-    others = vars(create_parser('', (groups.data_options, groups.model_options, groups.trained_model_options,
+    others = vars(new_parser('', (groups.data_options, groups.model_options, groups.trained_model_options,
                                      groups.input_options)).parse_args([]))
     known = {action.dest for action in parser._actions}
     parser.set_defaults(**{name: value for name, value in others.items() if name not in known})
@@ -306,7 +307,7 @@ def verify(args) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_options(token_labels_parser(), arguments)
+    args = parse_options(create_parser(), arguments)
     task = check_options(args)
     if task == 'make':
         make(args)
