@@ -311,7 +311,9 @@ def test_labels_of_other_classes_are_refused(images, published, packed):
     refused('it has the class 2, and the model 2 classes', open_token_labels, str(published), dataset, num_classes=2)
     refused('labels of 3 classes, and the model has 2', open_token_labels, str(packed), dataset, num_classes=2)
     dataset.classes = ['ant', 'cat', 'bee']
-    refused("class 1 is 'bee' there and 'cat' here", open_token_labels, str(packed), dataset, num_classes=3)
+    refused("class 1 is 'bee' there, 'cat' here", open_token_labels, str(packed), dataset, num_classes=3)
+    dataset.classes = ['ant', 'bee', 'cat', 'dog']
+    refused("class 3 is 'none' there, 'dog' here", open_token_labels, str(packed), dataset, num_classes=4)
 
 
 @pytest.mark.parametrize(('label', 'message'), [
