@@ -47,7 +47,7 @@ def create_parser() -> Parser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     # What opens models and data takes all their options; those of this tool are enough here.
     others = vars(parsers.create_parser('', (groups.data_options, groups.model_options, groups.trained_model_options,
-                                     groups.input_options)).parse_args([]))
+                                             groups.input_options)).parse_args([]))
     known = {action.dest for action in parser._actions}
     parser.set_defaults(**{name: value for name, value in others.items() if name not in known})
     return parser
