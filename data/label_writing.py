@@ -64,7 +64,7 @@ class LabelWriter:
     def __init__(self, out: Path, names: Sequence[str], shape: tuple[int, ...], *, form: str, per_file: int,
                  recipe: dict):
         self.out, self.names, self.shape, self.is_packed, self.per_file = out, names, shape, form == 'packed', per_file
-        self.recipe = json.loads(json.dumps({'form': form, 'per_file': per_file, **recipe}))
+        self.recipe = json.loads(json.dumps({'form': form, **recipe, 'per_file': per_file}))
 
     @contextlib.contextmanager
     def begin(self) -> Iterator[None]:

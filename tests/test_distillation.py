@@ -223,7 +223,8 @@ def test_a_step_changes_the_student_and_its_projection_and_no_byte_of_the_teache
     TrainingStep(state, objective, prepare=lambda *both: both, precision=precision, args=args)(iter([batch()] * 2))
     assert len(seen) == 2 and torch.equal(seen[0], expected) and torch.equal(seen[1], expected)
     assert_same(dict(before), dict(model.state_dict()))
-    assert fingerprint_of(model.state_dict()) == fingerprint and not any(parameter.requires_grad for parameter in model.parameters())
+    assert fingerprint_of(model.state_dict()) == fingerprint
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     trained = {name for name, parameter in student.named_parameters()}
     assert not [name for name in trained if torch.equal(learned[name], student.state_dict()[name])]
     if kind == 'feature':

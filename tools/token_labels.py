@@ -24,9 +24,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options import groups
+from options import groups, parser as parsers
 from options.datasets import DATASETS
-from options.parser import Parser, create_parser, parse_options
+from options.parser import Parser, parse_options
 from options.types import count, image_size, keyword, positive, positive_int
 from utils.console import plural, printable
 from utils.errors import UserError
@@ -42,12 +42,12 @@ MOST_FAULTS = 20
 TASKS = ('pack', 'unpack', 'verify')
 
 
-def token_labels_parser() -> Parser:
-    parser = create_parser(__doc__, (_options, groups.device_options))
+def create_parser() -> Parser:
+    parser = parsers.create_parser(__doc__, (_options, groups.device_options))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     # What opens models and data takes all their options; those of this tool are enough here.
-    others = vars(create_parser('', (groups.data_options, groups.model_options, groups.trained_model_options,
-                                     groups.input_options)).parse_args([]))
+    others = vars(parsers.create_parser('', (groups.data_options, groups.model_options, groups.trained_model_options,
+                                             groups.input_options)).parse_args([]))
     known = {action.dest for action in parser._actions}
     parser.set_defaults(**{name: value for name, value in others.items() if name not in known})
     return parser
@@ -65,7 +65,7 @@ def _options(parser: Parser) -> None:
     add('--model-kwargs', type=keyword, nargs='+', metavar='NAME=VALUE', help='further arguments of the teacher')
     add('--img-size', type=image_size, metavar='N', help="input size in pixels, or HxW (default: the teacher's)")
     add('--class-map', metavar='FILE', help="the names of the teacher's classes, one per line; 'imagenet' for its")
-    add('-k', '--top-k', type=positive_int, default=5, metavar='K', help='classes to keep at each position (default: 5)')
+    add('-k', '--top-k', type=positive_int, default=5, metavar='K', help='classes at each position (default: 5)')
     add('--format', default='packed', choices=['packed', 'published'],
         help='packed: a few large files; published: one small file for each image (default: packed)')
     add('--file-size', type=positive, default=256, metavar='MB', help='size of a packed file (default: 256)')
@@ -160,7 +160,8 @@ def _write_labels(args, model, precision, dataset, config, writer, numbers: Sequ
     # Every process reads its own files, as if it were alone.
     loader, prepare = create_eval_loader(args, Numbered(Part(dataset, indices)), config,
                                          dataclasses.replace(world, rank=0, size=1))
-    last, labels = {number: writer.members(number)[-1] for number in numbers}, {}
+    last = {number: writer.members(number)[-1] for number in numbers}
+    labels: dict[int, torch.Tensor] = {}
     remaining = list(numbers)
 
     def finish_file() -> None:
@@ -203,7 +204,8 @@ def _open_images(args, classes: list[str] | None, num_classes: int | None, world
 def name_labels(dataset, *, is_published: bool) -> list[str]:
     """Return the name of each image's label. Raises UserError if two images would have one."""
     from data.shards.manifest import key_of, member_key
-    names, taken = [], {}
+    names: list[str] = []
+    taken: dict[str, str] = {}
     for index in range(len(dataset)):
         name = dataset.name(index)
         label = key_of(name)[0] if is_published else member_key(name)
@@ -306,7 +308,7 @@ def verify(args) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_options(token_labels_parser(), arguments)
+    args = parse_options(create_parser(), arguments)
     task = check_options(args)
     if task == 'make':
         make(args)
