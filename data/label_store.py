@@ -111,11 +111,12 @@ class PublishedLabels(LabelStore):
         path = self.where(row)
         label = read_tensor(path)
         is_label = (label.dtype == torch.float16 and label.layout == torch.strided and label.ndim == 4
-                    and label.shape[0] == 2 and min(label.shape) > 0 and label.is_contiguous())
+                    and label.shape[0] == 2 and min(label.shape) > 0
+                    and label.untyped_storage().nbytes() >= label.nbytes)  # a few bytes can claim to be any number
         if not is_label:
             raise UserError(f'{path}: {str(label.dtype).removeprefix("torch.")} {list(label.shape)} is no token label, '
                             'which is float16 [2, K, height, width]')
-        return label
+        return label.contiguous()
 
     def where(self, row: int) -> str:
         return os.path.join(self.folder, self.names[row] + ENDING)
@@ -230,6 +231,10 @@ class PackedLabels(LabelStore):
             self._maps[number] = map_labels(os.path.join(self.folder, self.manifest.shards[number].name), self.shape)
         return self._maps[number][row - int(self._starts[number])]
 
+    def rows_of(self, number: int) -> range:
+        """Return the rows of the labels in file `number`."""
+        return range(int(self._starts[number]), int(self._starts[number + 1]))
+
     def where(self, row: int) -> str:
         number = int(np.searchsorted(self._starts, row, 'right')) - 1
         return f'{os.path.join(self.folder, self.manifest.shards[number].name)}::{self.names[row]}'
@@ -265,7 +270,10 @@ def read_names(path: str) -> list[str]:
         raise UserError(f'{path}: the names of its images have impossible lengths; {MEND}')
     if ((names < 32) | (names == 127)).any():  # these would reach the console
         raise UserError(f'{path}: names of images hold control characters; {MEND}')
-    return [os.fsdecode(content[start:end]) for start, end in pairwise(limits)]
+    found = [os.fsdecode(content[start:end]) for start, end in pairwise(limits)]
+    if outside := next((name for name in found if name.startswith('/') or '..' in name.split('/') or not name), None):
+        raise UserError(f'{path}: {outside!r} is no name of an image in a data set; {MEND}')
+    return found
 
 
 def _tensors(path: str, *names: str) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ folders, shards, and any part of either.
 """
 import hashlib
 import logging
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -115,10 +116,9 @@ def _check_classes(store: LabelStore, dataset: ImageDataset, num_classes: int) -
                         f'{remedy}')
     if store.classes is None or store.classes[:len(dataset.classes)] == dataset.classes:
         return
-    pairs = enumerate(zip(store.classes, dataset.classes, strict=False))
-    number, (theirs, own) = next((pair for pair in pairs if pair[1][0] != pair[1][1]),
-                                 (len(store.classes), ('none', dataset.classes[-1])))
-    raise UserError(f'{store.folder}: labels of other classes than the data set: class {number} is {theirs!r} there and '
+    pairs = enumerate(zip_longest(store.classes, dataset.classes, fillvalue='none'))
+    number, theirs, own = next((number, *pair) for number, pair in pairs if pair[0] != pair[1])
+    raise UserError(f'{store.folder}: labels of other classes than the data set: class {number} is {theirs!r} there, '
                     f'{own!r} here; {remedy}')
 
 

@@ -214,7 +214,11 @@ def check(command: str) -> None:
     program, *words = [word for word in words if not re.match('[A-Z_]+=', word)]
     if program == './distributed_train.sh':
         assert words[0].isdecimal()
-        check_script(environment.get('SCRIPT', 'train.py'), words[1:])
+        script = environment.get('SCRIPT', 'train.py')
+        if script.startswith('tools/'):
+            check_tool([script, *words[1:]])
+        else:
+            check_script(script, words[1:])
     elif program == 'sbatch':
         assert (ROOT / words[0]).is_file()
         check_script('train.py', words[1:])
