@@ -328,6 +328,7 @@ def test_models_of_other_input_share_the_images(sets):
     assert small['loss'] == pytest.approx(results['small']['loss'], rel=1e-5)
     assert large['loss'] == pytest.approx(results['large']['loss'], rel=1e-5)
     assert ensemble['checkpoint'].startswith('ensemble')
+    assert (ensemble['img_size'], ensemble['model']) == (None, 't2t_vit_7')
 
 
 # --- Processes --------------------------------------------------------------------------------------------------------
