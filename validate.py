@@ -32,7 +32,7 @@ def main():
 
     from data.evaluation_sets import ALEXNET_ERRORS, columns_of, open_set
     from data.pipeline import create_views_loader, resolve_input
-    from data.views import plan_views
+    from data.views import plan_views, scales
     from engine.compile import compile_model
     from engine.ensemble import ENSEMBLE, OfViews, check_sizes
     from engine.evaluate import evaluate_together
@@ -55,9 +55,9 @@ def main():
     # Mistakes in the options are reported before the data is scanned.
     views = plan_views(inputs, args.tta)
     stem = results_stem(args, args.results_file, '--results-file', 'validate')
-    for one in trained:
+    for one, config in zip(trained, inputs, strict=True):
         if args.tta == 'multi-scale':
-            check_sizes(one.model, one.args.model, [config.img_size for config, _ in views.inputs])
+            check_sizes(one.model, one.args.model, scales(config.img_size))
         compile_model(one.model, args.compile)
     first = trained[0]
     sets = [open_set(name, folder, args, first.classes, first.model.num_classes, world)
@@ -82,8 +82,10 @@ def main():
     # --- Results ------------------------------------------------------------------------------------------------------
     described = [describe(one, config) for one, config in zip(trained, inputs, strict=True)]
     if members > 1:
-        described.append(described[0] | {'checkpoint': ENSEMBLE, 'parameters': sum(
-            one['parameters'] for one in described[:members])})
+        common = {name: value if all(one[name] == value for one in described) else None
+                  for name, value in described[0].items()}
+        parameters = sum(one['parameters'] for one in described[:members])
+        described.append(common | {'checkpoint': ENSEMBLE, 'parameters': parameters})
     rows = scores.rows(described)
     log.info('%s', scores.describe(rows))
     if world.is_main:

@@ -418,7 +418,7 @@ RUN_BY = {
     'data/batch.py::TrainBatchPreparer.__init__': [training_batches_are_mixed_and_erased_on_the_gpu],
     'data/loader.py::create_loader': [shared_memory_is_given_back_once_it_is_copied_to_pinned_memory],
     'data/pipeline.py::_create_train_loader': [loaders_pin_what_goes_to_a_gpu],
-    'data/pipeline.py::create_eval_loader': [loaders_pin_what_goes_to_a_gpu],
+    'data/pipeline.py::_create_eval_loader': [loaders_pin_what_goes_to_a_gpu],
     'engine/checks.py::check_run_options': [sync_bn_is_for_gpus],
     'engine/ema.py::ModelEma._fetch': ['tests/test_step.py::test_an_average_elsewhere_is_one_copy_and_one_wait'],
     'engine/loop.py::Trainer._log_line': [a_log_line_says_how_full_the_gpu_was],

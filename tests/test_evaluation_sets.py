@@ -322,13 +322,13 @@ def test_models_of_other_input_share_the_images(sets):
     paths = {'small': sets.root / '0.pth', 'large': sets.root / 'large.pth'}
     own_sizes = [word for word in MODEL if word not in ('--img-size', '32')]
     results = {name: sets.validate('--checkpoint', *files, '--data', *places(sets, 'v2'), model=own_sizes)
-               for name, files in {'both': paths.values(), 'small': [paths['small']],
-                                   'large': [paths['large']]}.items()}
+               for name, files in (('both', paths.values()), ('small', [paths['small']]), ('large', [paths['large']]))}
     small, large, ensemble = results['both']['results']
     assert (small['img_size'], large['img_size'], large['crop_pct']) == ([32, 32], [48, 48], 0.7)
     assert small['loss'] == pytest.approx(results['small']['loss'], rel=1e-5)
     assert large['loss'] == pytest.approx(results['large']['loss'], rel=1e-5)
     assert ensemble['checkpoint'].startswith('ensemble')
+    assert (ensemble['img_size'], ensemble['model']) == (None, 't2t_vit_7')
 
 
 # --- Processes --------------------------------------------------------------------------------------------------------
