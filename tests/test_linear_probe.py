@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from engine.linear_probe import compute_features
+from data.pipeline import InputConfig
+from engine.linear_probe import _key, compute_features
 from engine.logistic import HELD_OUT, fit_lbfgs, fit_sgd, hold_out
 from models import create_model
+from options.parser import Options
 from tests.conftest import launch, run_script, succeeded
 from utils.checkpoint_reader import read_checkpoint
 from utils.runtime import Precision
@@ -140,22 +143,36 @@ def test_its_checkpoint_is_the_model_with_the_new_classifier(probed):
     assert torch.allclose(weights['head.weight'].double(), best.of_features()[0], atol=1e-4)
 
 
-def test_features_are_found_again_and_others_are_not(probed):
+def test_features_are_found_again_unless_they_are_damaged(probed):
     folder, first = probed
-    files = set((folder / 'output/features').iterdir())
-    [file] = files
-    before = file.stat().st_mtime_ns
-    single = ('--probe-decays', '0.01', '--probe-solver', 'sgd', '--epochs', '2', '--lr', '0.1')
-    printed = succeeded(run_script('transfer.py', *PROBE, *single, '--experiment', 'sgd', cwd=folder))
+    [file] = (folder / 'output/features').iterdir()
+    content, before = file.read_bytes(), file.stat().st_mtime_ns
+    options = ('--probe-decays', '0.01', '--probe-solver', 'sgd', '--epochs', '2', '--lr', '0.1', '--experiment')
+    printed = succeeded(run_script('transfer.py', *PROBE, *options, 'sgd', cwd=folder))
     assert f'features of the training images: output/features/{file.name}' in printed and 'held out' not in printed
     assert file.stat().st_mtime_ns == before and 'are kept in' in first
-    # Another crop makes other features; a damaged file is no file.
-    succeeded(run_script('transfer.py', *PROBE, *single, '--crop-pct', '0.5', '--experiment', 'crop', cwd=folder))
-    [other] = set((folder / 'output/features').iterdir()) - files
-    os.truncate(other, 100)
-    printed = succeeded(run_script('transfer.py', *PROBE, *single, '--crop-pct', '0.5', '--experiment', 'damaged',
-                                   cwd=folder))
-    assert f'{other.name} cannot be read' in printed and other.stat().st_size > 1000
+    os.truncate(file, 100)
+    printed = succeeded(run_script('transfer.py', *PROBE, *options, 'damaged', cwd=folder))
+    assert f'{file.name} cannot be read' in printed and file.read_bytes() == content
+
+
+def test_the_name_of_features_tells_all_that_they_depend_on():
+    args = Options(fast_eval=False, model='t2t_vit_7', model_kwargs=None, gp=None)
+    model = create_model('t2t_vit_7', num_classes=3, img_size=32, embed_dim=32, depth=1, num_heads=2)
+    config = InputConfig((32, 32), 0.9, 'bicubic', 'center', (0.5,) * 3, (0.5,) * 3)
+
+    def key(args=args, config=config, images='12 images', amp=False):
+        loaders = SimpleNamespace(train_loader=SimpleNamespace(fingerprint=lambda: images), config=config)
+        return _key(args, model, model.head, loaders, Precision(CPU, enabled=amp))
+
+    first = key()
+    others = {key(args.replacing(fast_eval=True)), key(config=config._replace(crop_pct=1.0)), key(images='13 images'),
+              key(amp=True)}
+    assert len({first} | others) == 5
+    torch.nn.init.zeros_(model.head.weight)
+    assert key() == first, 'the classifier makes no features'
+    model.pos_embed[0, 0, 0] += 1
+    assert key() != first
 
 
 @pytest.mark.parametrize(('argv', 'message'), [
