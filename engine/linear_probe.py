@@ -23,12 +23,12 @@ from engine.logistic import HELD_OUT, LinearClassifier, fit_lbfgs, fit_sgd, hold
 from engine.run import create_state, next_commands
 from engine.run_folder import RunLock, resolve_run
 from engine.state import TrainState
-from engine.teacher import fingerprint_of
 from engine.writer import CheckpointWriter
 from utils.console import plural, progress_bar
 from utils.disk import make_folder, write_whole
 from utils.distributed import World
 from utils.errors import UserError
+from utils.fingerprint import fingerprint_of
 from utils.results import write_results
 from utils.runtime import Precision, describe_environment, move_model
 from utils.timm_model import TimmModel

@@ -5,15 +5,15 @@
 
 It answers outside of the student's forward pass, so neither DDP nor the compiled student knows of it.
 """
-import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from engine.compile import compile_model, has_blocks
 from utils.distributed import World, broadcast_from_main
+from utils.fingerprint import fingerprint_of
 from utils.runtime import Precision, move_model
 from utils.timm_model import TimmModel
 
@@ -101,12 +101,3 @@ def projection_groups(teacher: Teacher | None, weight_decay: float) -> list[dict
     return [{'params': [parameter], 'weight_decay': decay, 'lr_scale': 1.0, 'name': f'projection, {name}'}
             for parameter, decay, name in ((teacher.projection.weight, weight_decay, 'decayed'),
                                            (teacher.projection.bias, 0.0, 'not decayed'))]
-
-
-def fingerprint_of(weights: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of the names, shapes and numbers of weights, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name, tensor in weights.items():
-        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -5,7 +5,6 @@
 Each position is handed to the model's own head as if it were the whole map, so that what the head has beside its linear
 layer (a norm, a 1 × 1 convolution) is applied too.
 """
-import hashlib
 
 import torch
 from timm.layers import AttentionPool2d, AttentionPoolLatent, RotAttentionPool2d
@@ -91,12 +90,3 @@ def check_dense(model: TimmModel, img_size: tuple[int, int]) -> tuple[int, int]:
 def _no_map(model: nn.Module, reason: str) -> UserError:
     return UserError(f'the teacher, a {type(model).__name__}, cannot classify each position: {reason}; take a CNN with '
                      'average pooling, or a vision transformer')
-
-
-def hash_weights(model: nn.Module) -> str:
-    """Return the SHA-256 of all weights and buffers of a model on the CPU, with their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}'.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -17,7 +17,7 @@ from engine.objective import Distillation, Objective, create_objective
 from engine.optimizer import create_optimizer, param_groups
 from engine.run import _report_differences, create_state
 from engine.step import TrainingStep
-from engine.teacher import LogitsAndFeatures, Teacher, create_teacher, fingerprint_of, projection_groups
+from engine.teacher import LogitsAndFeatures, Teacher, create_teacher, projection_groups
 from models import TrainedModel, check_teacher, create_model, open_teacher
 from options.parser import parse_options
 from options.scripts import train_parser
@@ -26,6 +26,7 @@ from tests.test_compile import graphs  # noqa: F401, a fixture
 from utils.checkpoint_reader import read_checkpoint
 from utils.distributed import World
 from utils.errors import UserError
+from utils.fingerprint import fingerprint_of
 from utils.runtime import Precision
 
 CPU = torch.device('cpu')

@@ -105,8 +105,9 @@ def make(args) -> None:
     from data.label_writing import LabelWriter
     from data.pipeline import resolve_input
     from models import open_trained_model
-    from models.dense import check_dense, hash_weights
+    from models.dense import check_dense
     from utils.distributed import destroy_process_group, from_main, gather, raise_on_all_ranks
+    from utils.fingerprint import fingerprint_of
     from utils.runtime import move_model, start
     world, precision = start(args)
     model, args, known_classes = open_trained_model(args.replacing(pretrained=not args.eval_checkpoint))
@@ -119,7 +120,7 @@ def make(args) -> None:
     names = name_labels(dataset, is_published=args.format == 'published')
     shape = (2, min(args.top_k, model.num_classes), *grid)
     recipe = {
-        'images': dataset.fingerprint(), 'teacher': args.model, 'weights': hash_weights(model),
+        'images': dataset.fingerprint(), 'teacher': args.model, 'weights': fingerprint_of(model.state_dict()),
         'batch_size': args.batch_size, 'labels': list(shape), 'precision': str(precision), **config._asdict()}
     is_packed = args.format == 'packed'
     fitting = args.file_size * 1e6 / (4 * shape[1] * grid[0] * grid[1]) if is_packed else STEP
