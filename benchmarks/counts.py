@@ -178,7 +178,7 @@ def make_step(words: str, *, is_scaled: bool = False, has_ddp: bool = False):
         precision.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=SCALE)
     # wrap_model does not wrap for a single rank, so it is told of a second one.
     return create_step(args, model, precision, ONE, loss=SoftTargetCrossEntropy(),
-                       wrap=lambda model: wrap_model(model, replace(ONE, size=2)) if has_ddp else model)
+                       wrap=lambda module: wrap_model(module, replace(ONE, size=2)) if has_ddp else module)
 
 
 def make_batches():
@@ -207,7 +207,7 @@ def count_log_line() -> Counts:
     state, step = make_step('--model t2t_vit_7')
     loaders = SimpleNamespace(train_loader=range(9), val_loader=(), prepare_train=None, prepare_val=None,
                               class_names=[])
-    trainer = Trainer(state, state.model, loaders, loss=None, schedule=None, num_epochs=1, folder=Path(),
+    trainer = Trainer(state, state.model, loaders, schedule=None, num_epochs=1, folder=Path(),
                       precision=Precision(DEVICE, enabled=False), args=training_options(),
                       log=RunLog(None, options={}), writer=None)
     trainer._step, trainer._steps_since_start = step, 1

@@ -37,7 +37,7 @@ FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 
 
 def wrap_model(model: nn.Module, world: World) -> nn.Module:
-    """Return `model` as training calls it: wrapped in DDP if there are several ranks."""
+    """Return a model or an objective as training calls it: wrapped in DDP if there are several ranks."""
     if world.size == 1:
         return model
     device_ids = [world.device] if world.device.type == 'cuda' else None
@@ -81,10 +81,9 @@ class Trainer:
     """Takes a TrainState from where it stands to the end of its schedule.
 
     Args:
-        model: `state.model` as training calls it (see wrap_model).
+        objective: that of `state.model`, as training calls it (see wrap_model): (images, targets) → loss.
         loaders: train_loader and val_loader of this rank; prepare_train and prepare_val, which bring their batches to
             the device; class_names, for people.
-        loss: (logits, targets) → scalar.
         schedule: sets the learning rates (see create_schedule).
         args: the options of the loop (accum_steps, clip_grad, log_interval, checkpoint_steps, …).
         log: is told how training goes.
@@ -92,15 +91,14 @@ class Trainer:
         folder: the run's, for messages.
     """
 
-    def __init__(self, state: TrainState, model: nn.Module, loaders, *, loss, schedule, num_epochs: int,
+    def __init__(self, state: TrainState, objective: nn.Module, loaders, *, schedule, num_epochs: int,
                  precision: Precision, args, log: RunLog, writer: CheckpointWriter | None, folder: Path):
-        self.state, self.model, self.loaders = state, model, loaders
+        self.state, self.objective, self.loaders = state, objective, loaders
         self.schedule, self.num_epochs = schedule, num_epochs
         self.precision, self.args = precision, args
         self.log, self.writer, self.folder = log, writer, folder
         self.steps_per_epoch = len(loaders.train_loader) // args.accum_steps
-        self._step = TrainingStep(state, model, prepare=loaders.prepare_train, loss=loss, precision=precision,
-                                  args=args)
+        self._step = TrainingStep(state, objective, prepare=loaders.prepare_train, precision=precision, args=args)
         # Whether a signal asks to stop. All ranks get the same answer, so they stop after the same step. A rank takes
         # part in the exchange after step n with the batches of step n + 2 in hand, or with a signal. All ranks know its
         # result before they begin step n + 2, so none begins a step for which another one waits for data.
@@ -151,7 +149,7 @@ class Trainer:
     def _train_epoch(self) -> dict:
         """Train the rest of the epoch; return its mean loss and its bad images, of the whole epoch and all ranks."""
         state, args, loader = self.state, self.args, self.loaders.train_loader
-        self.model.train()
+        self.objective.train()
         loader.set_position(state.epoch, state.step * args.accum_steps)
         batches = StepsAhead(loader, steps=self.steps_per_epoch - state.step, batches_per_step=args.accum_steps,
                              depth=self._depth)

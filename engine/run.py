@@ -12,7 +12,7 @@ from engine.compile import compile_model
 from engine.ema import PUBLISHED_DECAY, ModelEma, needs_warmup
 from engine.log.run_log import RunLog
 from engine.loop import Trainer, wrap_model
-from engine.loss import create_loss
+from engine.objective import create_objective
 from engine.optimizer import create_schedule
 from engine.recipe import warn
 from engine.run_folder import RunLock, check_all_see, lock_patience, resolve_run
@@ -64,7 +64,7 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
             of the checkpoint.
     """
     world = state.world
-    loss = create_loss(args, soft_targets=loaders.prepare_train.mixing)
+    objective = create_objective(args, state.model, soft_targets=loaders.prepare_train.mixing)
     state.order = loaders.train_loader.sampler.order
     state.images = {'training': loaders.train_loader.fingerprint(), 'evaluation': loaders.val_loader.fingerprint()}
     steps_per_epoch = len(loaders.train_loader) // args.accum_steps
@@ -88,7 +88,7 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
         raise UserError(f'the checkpoint is at step {state.step} of its epoch, but an epoch now has {steps_per_epoch}; '
                         'use the --batch-size, --accum-steps and number of processes of the checkpoint')
     compile_model(state.model, args.compile)
-    model = wrap_model(state.model, world)
+    wrapped = wrap_model(objective, world)
     # From here on the folder is this run's, and a signal has the state saved first.
     with raise_on_all_ranks():
         patience = lock_patience(args) if job.was_restarted() else 0
@@ -105,8 +105,8 @@ def run_training(args, state: TrainState, loaders, precision: Precision, *, kind
                  global_step=state.global_step, images_seen=state.images_seen, epoch=state.epoch)
     try:
         with hang_explained():  # innermost: the other ranks ask within seconds who has waited
-            Trainer(state, model, loaders, loss=loss, schedule=schedule, num_epochs=num_epochs, precision=precision,
-                    args=args, log=log, writer=writer, folder=folder).fit()
+            Trainer(state, wrapped, loaders, schedule=schedule, num_epochs=num_epochs, precision=precision, args=args,
+                    log=log, writer=writer, folder=folder).fit()
         log.finish()
     finally:
         log.close()

@@ -1,6 +1,6 @@
 """One optimizer step. The host never waits for the device in it; it asks for results later.
 
-    step = TrainingStep(state, model, prepare=prepare, loss=loss, precision=precision, args=args)
+    step = TrainingStep(state, objective, prepare=prepare, precision=precision, args=args)
     images = step(batches)       as long as there are batches
     step.sync_skipped_steps()    at log steps, before a save, at the end of an epoch
 """
@@ -34,18 +34,17 @@ class TrainingStep:
     the optimizer has no fused form in torch (see create_optimizer), the host waits for the answer in every step.
 
     Args:
-        model: `state.model` as training calls it (see wrap_model).
-        prepare: (images, targets) from the loader → the same on the device, as the model takes them.
-        loss: (logits, targets) → scalar.
+        objective: that of `state.model`, as training calls it (see wrap_model): (images, targets) → loss.
+        prepare: (images, targets) from the loader → the same on the device, as the objective takes them.
         args: accum_steps, clip_grad, max_skipped_steps.
     Attributes:
         gradient_norm: of the last step, before clipping; float32 [] on the device.
     """
 
-    def __init__(self, state: TrainState, model: nn.Module, *, prepare, loss, precision: Precision, args):
-        self._state, self._model = state, model
-        self._prepare, self._loss, self._precision, self._args = prepare, loss, precision, args
-        self._parameters = list(state.model.parameters())
+    def __init__(self, state: TrainState, objective: nn.Module, *, prepare, precision: Precision, args):
+        self._state, self._objective = state, objective
+        self._prepare, self._precision, self._args = prepare, precision, args
+        self._parameters = list(objective.parameters())
         self._statistics = _Statistics(state.model)
         self._is_fused = isinstance(state.optimizer, FUSED) and all(g['fused'] for g in state.optimizer.param_groups)
         self._unsettled: list[tuple[int, int, torch.Tensor]] = []
@@ -103,15 +102,13 @@ class TrainingStep:
             images, targets = self._prepare(*next(batches))
             is_last = micro_step == args.accum_steps - 1
             # Gradients are averaged over ranks once per step, not once per batch.
-            unaveraged = self._model if not is_last and isinstance(self._model, DistributedDataParallel) else None
-            with unaveraged.no_sync() if unaveraged is not None else contextlib.nullcontext():
+            wrapped = self._objective if isinstance(self._objective, DistributedDataParallel) else None
+            with wrapped.no_sync() if wrapped and not is_last else contextlib.nullcontext():
                 with self._precision.autocast():
                     try:
-                        logits = self._model(images)
+                        loss = self._objective(images, targets)
                     except ValueError as error:
                         raise _explain_norm(error, images) or error from error
-                    # On CPUs autocast would compute the loss in bfloat16.
-                    loss = self._loss(logits.float(), targets)
                 if fault_point('loss') == 'nan':
                     loss = loss * math.nan
                 state.scaler.scale(loss / args.accum_steps).backward()

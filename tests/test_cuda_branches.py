@@ -40,6 +40,7 @@ from data.transforms import create_eval_transform
 from engine import loop
 from engine.checks import check_run_options
 from engine.log.run_log import RunLog
+from engine.objective import Objective
 from engine.run import create_state
 from launch import launcher as launch
 from models import layers
@@ -167,7 +168,7 @@ def a_log_line_says_how_full_the_gpu_was(gpu: Gpu):
     state, _ = make()
     batches = SimpleNamespace(train_loader=[0] * 4, prepare_train=lambda *batch: batch, val_loader=None,
                               prepare_val=None, class_names=['a', 'b', 'c'])
-    trainer = loop.Trainer(state, state.model, batches, loss=nn.CrossEntropyLoss(), schedule=None, num_epochs=1,
+    trainer = loop.Trainer(state, Objective(state.model, nn.CrossEntropyLoss()), batches, schedule=None, num_epochs=1,
                            precision=runtime.Precision(torch.device('cpu'), enabled=False),
                            args=Options(**state.options), folder=Path(),
                            log=create_autospec(RunLog, instance=True), writer=None)

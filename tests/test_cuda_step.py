@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from data.batch import BatchPreparer, TrainBatchPreparer
 from engine.confusion import ConfusionCounter
 from engine.evaluate import MostConfidentErrors, _batch_sums
+from engine.objective import Objective
 from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
 from engine.state import TrainState
@@ -42,7 +43,7 @@ def start_training(model: nn.Module, args, *, is_scaled: bool) -> tuple[TrainSta
                              World(rank=0, local_rank=0, size=1, device=GPU))
     prepare = TrainBatchPreparer(GPU, batch_size=BATCH, num_classes=3, mixup_alpha=0.8, cutmix_alpha=1.0,
                                  erase_prob=0.5)
-    return state, TrainingStep(state, model.train(), prepare=prepare, loss=SoftTargetCrossEntropy(),
+    return state, TrainingStep(state, Objective(model.train(), SoftTargetCrossEntropy()), prepare=prepare,
                                precision=precision, args=args)
 
 

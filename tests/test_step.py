@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from benchmarks.counts import counting
 from engine.ema import ModelEma
+from engine.objective import Objective
 from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
 from engine.state import TrainState
@@ -71,7 +72,7 @@ def make(*, device=CPU, scaled=False, **changes) -> tuple[TrainState, TrainingSt
     state = create_state(args, model, create_optimizer(param_groups(model, args.weight_decay), args), precision,
                          ['a', 'b', 'c'], World(rank=0, local_rank=0, size=1, device=device))
     state.model.train()
-    step = TrainingStep(state, state.model, loss=nn.CrossEntropyLoss(), precision=precision, args=args,
+    step = TrainingStep(state, Objective(state.model, nn.CrossEntropyLoss()), precision=precision, args=args,
                         prepare=lambda *batch: tuple(tensor.to(device, non_blocking=True) for tensor in batch))
     return state, step
 
@@ -197,7 +198,7 @@ def with_many_statistics(layers: int) -> tuple[TrainState, TrainingStep]:
     model, precision = WithManyStatistics(layers).train(), Precision(CPU, enabled=False)
     state = create_state(args, model, create_optimizer(param_groups(model, 0.05), args), precision, ['a', 'b', 'c'],
                          World(rank=0, local_rank=0, size=1, device=CPU))
-    return state, TrainingStep(state, model, prepare=lambda *batch: batch, loss=nn.CrossEntropyLoss(),
+    return state, TrainingStep(state, Objective(model, nn.CrossEntropyLoss()), prepare=lambda *batch: batch,
                                precision=precision, args=args)
 
 
@@ -255,7 +256,7 @@ def test_skipped_steps_are_told_of_when_they_are_settled(caplog):
 def test_a_norm_that_overflows_is_a_step_that_is_skipped():
     """Every element of the gradient is finite, and no clipped step could be made of it."""
     state, step = make(opt='sgd')
-    step._loss = lambda logits, targets: 1e30 * logits.sum()
+    step._objective.loss.forward = lambda logits, targets: 1e30 * logits.sum()
     before = contents(state)
     step(iter([batch(0)]))
     assert step.gradient_norm.isinf()
@@ -275,7 +276,7 @@ def test_fused_optimizers_and_average_are_the_others_to_rounding(opt):
             kind = {'adamw': torch.optim.AdamW, 'adam': torch.optim.Adam}.get(opt, torch.optim.SGD)
             groups = [{k: g[k] for k in ('params', 'lr', 'weight_decay')} for g in state.optimizer.param_groups]
             state.optimizer = kind(groups, **settings)
-            step = TrainingStep(state, state.model, prepare=step._prepare, loss=step._loss, precision=step._precision,
+            step = TrainingStep(state, step._objective, prepare=step._prepare, precision=step._precision,
                                 args=step._args)
         assert all(bool(group['fused']) is is_fused for group in state.optimizer.param_groups)
         for seed in range(5):
@@ -488,10 +489,10 @@ def test_a_norm_with_a_single_value_says_what_helps():
     state, step = make()
     for size, norm, batch_size, said in ((1, nn.BatchNorm2d(3), 1, 'a --batch-size of at least 2, or a larger'),
                                          (1, nn.InstanceNorm2d(3), 2, 'give a larger --img-size')):
-        step._model = nn.Sequential(nn.AdaptiveAvgPool2d(size), norm)
+        step._objective.model = nn.Sequential(nn.AdaptiveAvgPool2d(size), norm)
         images, targets = batch(0)
         with pytest.raises(UserError, match=f'single value for each channel, from a batch of {batch_size} .*{said}'):
             step(iter([(images[:batch_size], targets[:batch_size])]))
-    step._model = nn.Linear(2, 2)
+    step._objective.model = nn.Linear(2, 2)
     with pytest.raises(RuntimeError, match='shapes'):
         step(iter([batch(0)]))

@@ -29,6 +29,7 @@ from benchmarks.shared.published import PublishedStep, published_model, publishe
 from benchmarks.shared.records import precision_of
 from engine.compile import compile_model
 from engine.loss import create_loss
+from engine.objective import Objective
 from engine.optimizer import create_optimizer, param_groups
 from engine.run import create_state
 from engine.state import TrainState
@@ -133,28 +134,28 @@ def make_batch(contender: Contender, args, device: torch.device) -> tuple[torch.
 
 
 def create_step(training_args, model: TimmModel, precision: Precision, world: World, *, loss: Callable,
-                is_published: bool = False, wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+                is_published: bool = False,
+                wrap: Callable[[nn.Module], nn.Module] = lambda objective: objective,
                 prepare: Callable = lambda *batch: batch) -> tuple[TrainState, PublishedStep | TrainingStep]:
-    """Return a new training state and its step; `wrap` returns the model that the step calls."""
+    """Return a new training state and its step; `wrap` returns the objective as the step calls it."""
     optimizer = published_optimizer(model, training_args) if is_published else create_optimizer(
         param_groups(model, training_args.weight_decay), training_args)
     state = create_state(training_args, model, optimizer, precision, [], world)
-    step: PublishedStep | TrainingStep = (PublishedStep if is_published else TrainingStep)(
-        state, wrap(state.model), prepare=prepare, loss=loss, precision=precision, args=training_args)
     state.model.train()
-    return state, step
+    if is_published:
+        return state, PublishedStep(state, wrap(state.model), prepare=prepare, loss=loss, precision=precision,
+                                    args=training_args)
+    return state, TrainingStep(state, wrap(Objective(state.model, loss)), prepare=prepare, precision=precision,
+                               args=training_args)
 
 
 def start_training(contender: Contender, args, training_args, precision: Precision, world: World, *,
-                   wrap: Callable[[nn.Module], nn.Module] = lambda model: model) -> Running:
-    """Return a contender whose step trains from fresh weights; `wrap` returns the model that the step calls."""
-
-    def compile_and_wrap(model: nn.Module) -> nn.Module:
-        compile_model(model, args.compile if contender.is_compiled else '')
-        return wrap(model)
-
+                   wrap: Callable[[nn.Module], nn.Module] = lambda objective: objective) -> Running:
+    """Return a contender whose step trains from fresh weights; `wrap` returns the objective as the step calls it."""
+    model = _create_model(contender, training_args)
+    compile_model(model, args.compile if contender.is_compiled else '')
     state, step = create_step(
-        training_args, _create_model(contender, training_args), precision, world, wrap=compile_and_wrap,
+        training_args, model, precision, world, wrap=wrap,
         loss=create_loss(training_args, soft_targets=True), is_published=contender.is_published)
     batches, count = itertools.repeat(make_batch(contender, args, world.device)), itertools.count(1)
 

@@ -13,7 +13,7 @@ from data import evenly_spaced
 from data.pipeline import create_training_input
 from data.samplers import TrainSampler
 from engine.compile import list_blocks
-from engine.loss import create_loss
+from engine.objective import create_objective
 from engine.optimizer import create_optimizer, create_schedule, param_groups
 from engine.run import create_state
 from engine.step import TrainingStep
@@ -124,9 +124,10 @@ def measure_steps(case: Case, setup: Setup, loading: Loading) -> Steps:
     """Measure the step at this batch, and its memory at two batches, from which that of others follows."""
     device, wanted = case.world.device, case.args.batch_size
     setup.state.model.train()
-    step = TrainingStep(setup.state, setup.state.model, prepare=setup.input.prepare_train,
-                        loss=create_loss(case.args, soft_targets=setup.input.prepare_train.mixing),
-                        precision=case.precision, args=case.args.replacing(accum_steps=1))
+    prepare = setup.input.prepare_train
+    objective = create_objective(case.args, setup.state.model, soft_targets=prepare.mixing)
+    step = TrainingStep(setup.state, objective, prepare=prepare, precision=case.precision,
+                        args=case.args.replacing(accum_steps=1))
 
     def time_steps(size: int) -> tuple[float, int]:
         return _time_steps(step, tuple(part[:size] for part in loading.batch), device)
