@@ -14,7 +14,7 @@ from benchmarks.shared.command import record_options, training_options
 from engine.log.metrics import read_metrics
 from models import create_model_from_options
 from options.parser import create_parser, parse_options
-from tests.conftest import run_module, warm
+from tests.conftest import ROOT, run_module, warm
 from utils.errors import UserError
 
 TINY = {'T2T': Model('t2t_vit_7', (1, 16, 2), ('token_dim=8',)), 'ViT': Model('vit_dn', (1, 16, 2))}
@@ -63,6 +63,12 @@ def test_the_standard_error_is_that_of_a_fit_of_models_and_seeds():
 
 def test_equal_models_decide_nothing():
     assert set(verdicts(scores()).values()) == {'undecided'}
+
+
+def test_the_committed_record_follows_the_rule():
+    record = json.loads((ROOT / 'benchmarks/results/claims.json').read_text())
+    assert record['claims'] == judge(record['top1'])['claims'] and len(record['results']) == 3 * len(MODELS)
+    assert as_text(record) == (ROOT / 'benchmarks/results/claims.md').read_text()
 
 
 def test_models_have_about_equal_parameters():
