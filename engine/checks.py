@@ -24,6 +24,9 @@ def check_run_options(args, world: World, *, kind: str) -> None:
     group = {'params': [nn.Parameter(torch.zeros(2, 2))], 'weight_decay': args.weight_decay, 'lr_scale': 1.0}
     create_schedule(create_optimizer([group], args), args, steps_per_epoch=1)
     create_loss(args, soft_targets=False)
+    if args.token_labels and (args.loss != 'ce' or args.class_weights or args.jsd):
+        raise UserError('--token-labels: their loss is the cross-entropy of images and tokens; leave --loss, '
+                        '--class-weights and --jsd out')
     if args.sync_bn and world.size > 1 and world.device.type != 'cuda':
         raise UserError('--sync-bn: batch norm over several processes needs GPUs; leave it out')
     if args.compile:

@@ -14,12 +14,14 @@ from data.pipeline import check_training_input
 from data.samplers import TrainSampler
 from data.token_targets import add_truth, certain_map, crop_targets, draw_box
 from data.transforms import create_train_transform
+from engine.checks import check_run_options
 from engine.objective import TokenLabelObjective
 from models import create_model, resolve_model, token_layout
 from options.parser import parse_options
 from options.scripts import SCRIPTS
 from tests.conftest import assert_same, launch, run_script, succeeded, write_images
 from utils.checkpoint_reader import read_checkpoint
+from utils.distributed import World
 from utils.errors import UserError
 
 SEED = 9
@@ -265,6 +267,15 @@ def test_options_that_lose_the_place_of_labels_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         check_training_input(parse(*options))
     check_training_input(parse())
+
+
+@pytest.mark.parametrize('options', [('--loss', 'bce'), ('--class-weights', 'balanced')])
+def test_another_loss_is_refused(options, tmp_path):
+    world = World(0, 0, 1, torch.device('cpu'))
+    args = parse(*options).replacing(output=str(tmp_path))
+    with pytest.raises(UserError, match='leave --loss, --class-weights and --jsd out'):
+        check_run_options(args, world, kind='train')
+    check_run_options(parse().replacing(output=str(tmp_path)), world, kind='train')
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
