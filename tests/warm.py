@@ -28,8 +28,11 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def receive(connection: socket.socket) -> dict:
-    """The next request with its files, or {} at the end."""
-    message, files, *_ = socket.recv_fds(connection, MOST, 3)
+    """The next request with its files, or {} if the other end is gone."""
+    try:
+        message, files, *_ = socket.recv_fds(connection, MOST, 3)
+    except ConnectionError:
+        return {}
     return {**json.loads(message), 'files': files} if message else {}
 
 
@@ -57,6 +60,9 @@ def next_request() -> dict:
             if listener in ready:
                 connection, _ = listener.accept()
                 request = receive(connection)
+                if not request:  # its other end is gone
+                    connection.close()
+                    continue
                 if not (pid := os.fork()):
                     for file in running:
                         os.close(file)
@@ -67,7 +73,8 @@ def next_request() -> dict:
                     os.close(file)
                 running[os.pidfd_open(pid)] = connection
                 numbers[connection] = pid
-                connection.send(str(pid).encode())
+                with contextlib.suppress(OSError):  # the next round ends the process of a connection that is gone
+                    connection.send(str(pid).encode())
 
 
 def kill_group(number: int) -> None:
