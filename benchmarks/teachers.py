@@ -30,8 +30,7 @@ from utils.script import run_script
 COMMON = ('--scale', '0.3', '1', '--train-interpolation', 'bilinear', '--aa', '', '--color-jitter', '0', '--reprob',
           '0', '--mixup', '0', '--cutmix', '0', '--smoothing', '0.1', '--drop-path', '0.1', '--weight-decay', '0.05',
           '--crop-pct', '1', '--sched-on-updates', '--no-model-ema', '--fast-eval', '--no-tensorboard', '--keep', '1')
-STUDENT = ('--model', 't2t_vit_7', '--model-kwargs', 'depth=7', 'embed_dim=96', 'num_heads=3', 'token_dim=32',
-           'aux_head=True')
+STUDENT = ('--model', 't2t_vit_7', '--model-kwargs', 'aux_head=True')
 # A convolutional network learns from few images. Its last map has the grid of the student's tokens.
 TEACHER = ('--model', 'resnet10t', '--model-kwargs', 'output_stride=16')
 ALONE = 'alone'
@@ -58,8 +57,8 @@ def teachers_options(parser) -> None:
     add('data', metavar='DIR', help='data set with class folders in train/ and val/ or test/')
     add('--images', type=count, default=10_000, metavar='N',
         help='training images, the first of each class in equal numbers; 0: all')
-    add('--teacher-epochs', type=positive_int, default=8, metavar='N', help='epochs of the teacher')
-    add('--epochs', type=positive_int, default=6, metavar='N', help='epochs of each student')
+    add('--teacher-epochs', type=positive_int, default=10, metavar='N', help='epochs of the teacher')
+    add('--epochs', type=positive_int, default=5, metavar='N', help='epochs of each student')
     add('--seeds', type=number(int, low=2), default=3, metavar='N', help='runs of each student')
     add('--lr', type=positive, default=1e-3, metavar='LR', help='highest learning rate')
     add('-j', '--workers', type=count, default=1, metavar='N', help='data loader processes')
@@ -71,7 +70,8 @@ def recipe(args, epochs: int) -> list[str]:
     """Return the options of train.py that all runs share."""
     precision = ['--no-amp'] if args.precision == 'fp32' else ['--amp', '--amp-dtype', PRECISIONS[args.precision]]
     return ['--img-size', 'x'.join(map(str, np.ravel(args.img_size))), '-b', str(args.batch_size), '--epochs',
-            str(epochs), '--lr', str(args.lr), '--device', args.device, *precision, *COMMON]
+            str(epochs), '--val-interval', str(epochs), '--lr', str(args.lr), '--device', args.device, *precision,
+            *COMMON]
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
