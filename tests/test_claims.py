@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from benchmarks import claims
-from benchmarks.claims import CLAIMS, MODELS, Claim, Model, Run, as_text, draw, judge, new_claims_record, train_all
+from benchmarks.claims import CLAIMS, MODELS, Model, as_text, new_claims_record, recipe, train_models
+from benchmarks.shared.claims import Claim, draw, judge
 from benchmarks.shared.command import record_options, training_options
+from benchmarks.shared.runs import Run
 from engine.log.metrics import read_metrics
 from models import create_model_from_options
 from options.parser import create_parser, parse_options
@@ -30,11 +32,11 @@ def scores(**of_models: list[float]) -> dict[str, list[float]]:
 
 
 def verdicts(top1: dict[str, list[float]]) -> dict[str, str]:
-    return {claim['text']: claim['verdict'] for claim in judge(top1)['claims']}
+    return {claim['text']: claim['verdict'] for claim in judge(top1, CLAIMS)['claims']}
 
 
 def test_a_claim_is_decided_beyond_two_standard_errors():
-    found = judge(scores(vit=[45., 46.5, 47.], convolution=[56., 57., 58.], wide=[49.7, 51.2, 51.5]))
+    found = judge(scores(vit=[45., 46.5, 47.], convolution=[56., 57., 58.], wide=[49.7, 51.2, 51.5]), CLAIMS)
     error = found['standard_error']
     by_text = {claim['text']: claim for claim in found['claims']}
     assert by_text['T2T-ViT beats ViT']['verdict'] == 'yes'
@@ -51,11 +53,11 @@ def test_the_standard_error_is_that_of_a_fit_of_models_and_seeds():
     models, seeds = (grid.ravel() for grid in np.indices(values.shape))
     design = np.concatenate((np.eye(len(values))[models], np.eye(3)[seeds][:, 1:]), axis=1)
     squares = np.linalg.lstsq(design, values.ravel(), rcond=None)[1].item()
-    found = judge(top1)
+    found = judge(top1, CLAIMS)
     assert found['degrees_of_freedom'] == values.size - np.linalg.matrix_rank(design) == 10
     assert found['standard_error'] == pytest.approx((squares / 10 * 2 / 3) ** 0.5)
     # What a seed adds to all models is no deviation of their differences.
-    moved = judge({name: [a, b + 7, c - 3] for name, (a, b, c) in top1.items()})
+    moved = judge({name: [a, b + 7, c - 3] for name, (a, b, c) in top1.items()}, CLAIMS)
     assert moved['standard_error'] == pytest.approx(found['standard_error'])
     assert [claim['difference'] for claim in moved['claims']] == pytest.approx(
         [claim['difference'] for claim in found['claims']])
@@ -67,7 +69,7 @@ def test_equal_models_decide_nothing():
 
 def test_the_committed_record_follows_the_rule():
     record = json.loads((ROOT / 'benchmarks/results/claims.json').read_text())
-    assert record['claims'] == judge(record['top1'])['claims'] and len(record['results']) == 3 * len(MODELS)
+    assert record['claims'] == judge(record['top1'], CLAIMS)['claims'] and len(record['results']) == 3 * len(MODELS)
     assert as_text(record) == (ROOT / 'benchmarks/results/claims.md').read_text()
 
 
@@ -95,7 +97,7 @@ def start(tmp_path, image_folder, monkeypatch):
         args = parse_options(create_parser('', (claims.claims_options, record_options), {'name': 'claims'}), [
             str(image_folder), '--images', '24', '--seeds', '2', '--img-size', '32', '-b', '8', '-j', '0', '--device',
             'cpu', '--runs', str(tmp_path), *words])
-        return args, train_all(args)
+        return args, train_models(args)
     return call
 
 
@@ -127,7 +129,7 @@ def test_runs_become_a_record_and_a_second_start_reads_them(start, tmp_path, mon
 def test_other_options_are_other_runs(tmp_path, image_folder):
     def folder(*words: str, images: str = 'a', seed: int = 1) -> Path:
         args = parse_options(create_parser('', (claims.claims_options,)), [str(image_folder), *words])
-        return Run(args, 'ViT', seed, images).folder
+        return Run(args.runs, 'ViT', 'claims-vit', [*recipe(args), '--seed', str(seed)], images).folder
     assert folder() == folder('-j', '0') == folder('--seeds', '5')
     others = [folder(), folder('--lr', '0.1'), folder('--epochs', '2'), folder(images='b'), folder(seed=2),
               folder('--precision', 'bf16')]
