@@ -26,6 +26,7 @@ from engine.run import create_state
 from engine.run_folder import resolve_run
 from engine.state import TrainState
 from models import create_model
+from options.scripts import train_parser
 from tests.conftest import assert_same, write_checkpoint
 from tests.group import Group
 from utils import distributed
@@ -39,40 +40,8 @@ ONE = distributed.World(rank=0, local_rank=0, size=1, device=CPU)
 
 
 def recipe(**changes) -> Namespace:
-    return Namespace(
-        **dict(
-            opt='adamw',
-            opt_eps=None,
-            opt_betas=None,
-            opt_kwargs=None,
-            lr=5e-4,
-            weight_decay=0.05,
-            momentum=0.9,
-            sched='cosine',
-            epochs=300,
-            decay_epochs=30,
-            cooldown_epochs=10,
-            decay_rate=0.1,
-            min_lr=1e-5,
-            warmup_lr=1e-6,
-            warmup_epochs=10,
-            lr_noise=None,
-            lr_noise_pct=0.67,
-            lr_noise_std=1.0,
-            seed=42,
-            lr_cycle_mul=1.0,
-            lr_cycle_limit=1,
-            sched_on_updates=False,
-            loss='ce',
-            focal_gamma=None,
-            bce_target_thresh=None,
-            class_weights=None,
-            jsd=False,
-            smoothing=0.1,
-            aug_splits=0,
-        )
-        | changes
-    )
+    """The options of the published recipe, which are train.py's defaults."""
+    return Namespace(**vars(train_parser().parse_args([])) | {'warmup_epochs': 10, 'cooldown_epochs': 10} | changes)
 
 
 # --- Learning rate ---------------------------------------------------------------------------------------------------
