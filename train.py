@@ -28,7 +28,7 @@ def main():
     args = share_global_batch(args, world.size)
 
     # --- One run, or several with --k-fold or --seeds -----------------------------------------------------------------
-    run_all(args, lambda args: train(args, world, precision), world, kind='train')
+    run_all(args, lambda args: train(args, world, precision.anew()), world, kind='train')
     destroy_process_group()
 
 

@@ -41,7 +41,7 @@ def main():
     args = share_global_batch(args, world.size)
 
     # --- One run, or several with --k-fold or --seeds -----------------------------------------------------------------
-    run_all(args, lambda args: transfer(args, world, precision), world, kind='transfer')
+    run_all(args, lambda args: transfer(args, world, precision.anew()), world, kind='transfer')
     destroy_process_group()
 
 

@@ -29,7 +29,8 @@ from utils.script import run_script
 # The recipe of all runs, beside the options of this benchmark: crops and flips, label smoothing, stochastic depth.
 COMMON = ('--scale', '0.3', '1', '--train-interpolation', 'bilinear', '--aa', '', '--color-jitter', '0', '--reprob',
           '0', '--mixup', '0', '--cutmix', '0', '--smoothing', '0.1', '--drop-path', '0.1', '--weight-decay', '0.05',
-          '--crop-pct', '1', '--sched-on-updates', '--no-model-ema', '--fast-eval', '--no-tensorboard', '--keep', '1')
+          '--crop-pct', '1', '--sched-on-updates', '--no-model-ema', '--fast-eval', '--no-tensorboard', '--keep', '1',
+          '--cooldown-epochs', '0')
 STUDENT = ('--model', 't2t_vit_7', '--model-kwargs', 'aux_head=True')
 # A convolutional network learns from few images. Its last map has the grid of the student's tokens.
 TEACHER = ('--model', 'resnet10t', '--model-kwargs', 'output_stride=16')

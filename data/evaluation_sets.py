@@ -115,7 +115,8 @@ def columns_of(image_set: ImageSet, args, known_classes: list[str] | None, num_c
     A model without names of its classes has those of the set if they are as many.
     Raises UserError if it has others; `args` are those of the model.
     """
-    asked, own = image_set.classes, classes_of(args, known_classes, num_classes)
+    # The folders of `val` may be those of any 1,000 classes.
+    asked, own = image_set.classes, classes_of(args, known_classes, None if image_set.name == 'val' else num_classes)
     if num_classes == len(image_set.names) and (asked is None or own is None or asked == own):
         return None
     if asked and own and len(asked) == len(image_set.names) and set(asked) <= set(own):

@@ -330,6 +330,9 @@ def _check_token_labels(args) -> None:
     if args.mixup or args.cutmix or args.cutmix_minmax:
         raise UserError('--token-labels beside Mixup or CutMix: images exchange tokens instead; leave --mixup, '
                         '--cutmix and --cutmix-minmax out')
+    if args.mixup_off_epoch:
+        raise UserError(f'--token-labels with --mixup-off-epoch {args.mixup_off_epoch}: images exchange tokens in '
+                        'every epoch; leave it out')
     unknown_crop = {'--no-aug': not args.aug, '--aug-splits': args.aug_splits, '--no-fast-transform': not
                     args.fast_transform, f'--train-crop-mode {args.train_crop_mode}': args.train_crop_mode != 'rrc'}
     for option in (option for option, is_given in unknown_crop.items() if is_given):

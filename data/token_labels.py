@@ -114,6 +114,9 @@ def _check_classes(store: LabelStore, dataset: ImageDataset, num_classes: int) -
     if store.num_classes and store.num_classes > num_classes:
         raise UserError(f'{store.folder}: labels of {store.num_classes} classes, and the model has {num_classes}; '
                         f'{remedy}')
+    if store.classes is None and len(dataset.classes) < num_classes:
+        raise UserError(f'{store.folder}: labels without names of classes, and the data set has {len(dataset.classes)} '
+                        f'of {num_classes}: nothing says which is which; {remedy}')
     if store.classes is None or store.classes[:len(dataset.classes)] == dataset.classes:
         return
     pairs = enumerate(zip_longest(store.classes, dataset.classes, fillvalue='none'))

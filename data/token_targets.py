@@ -60,9 +60,9 @@ def crop_targets(maps: torch.Tensor, boxes: torch.Tensor, *, num_classes: int, g
         # Where tokens reach out of the image, its outermost labels go on; roi_align would find zeros.
         maps, top, left, height, width = _widened(maps, top, left, height, width, beyond)
     scores = _scatter(maps, num_classes)  # [B, C, H, W]
-    of_image = _average(scores, top, left, top + height, left + width, (1, 1))
+    of_image = _average(scores, top, left, top + height, left + width, (1, 1), widens=transposed)
     of_tokens = _average(scores, top + window[0] * height, left + window[1] * width, top + window[2] * height,
-                         left + window[3] * width, grid)
+                         left + window[3] * width, grid, widens=transposed)
     image, tokens = (_smooth(averages.flatten(2).transpose(1, 2).softmax(dim=2), smoothing)
                      for averages in (of_image, of_tokens))
     return image[:, 0], tokens
@@ -85,14 +85,19 @@ def _scatter(maps: torch.Tensor, num_classes: int) -> torch.Tensor:
     return zeros.scatter_(1, classes.long(), scores.float())
 
 
-def _average(scores: torch.Tensor, top, left, bottom, right, grid: tuple[int, int]) -> torch.Tensor:
-    """Return the averages of `scores` [B, C, H, W] over the cells of a grid on boxes, [B, C, *grid]."""
+def _average(scores: torch.Tensor, top, left, bottom, right, grid: tuple[int, int], *, widens: bool) -> torch.Tensor:
+    """Return the averages of `scores` [B, C, H, W] over the cells of a grid on boxes, [B, C, *grid].
+
+    widens: boxes of less than one position become as large as one, as in the published code.
+    """
     rows, columns = scores.shape[-2:]
-    corners = torch.stack((left * columns, top * rows, right * columns, bottom * rows), dim=1) - 0.5
+    corners = torch.stack((left * columns, top * rows, right * columns, bottom * rows), dim=1)
+    corners = corners - 0.5 if widens else corners
     numbers = torch.arange(len(scores), dtype=corners.dtype, device=corners.device)
     # The operator itself, since with --deterministic the function around it, whose gradient would not be, needs memory
     # for all cells of all tokens. Without a sampling ratio it averages over as many points as there are cells.
-    return torch.ops.torchvision.roi_align(scores, torch.cat((numbers[:, None], corners), dim=1), 1., *grid, -1, False)
+    boxes = torch.cat((numbers[:, None], corners), dim=1)
+    return torch.ops.torchvision.roi_align(scores, boxes, 1., *grid, -1, not widens)
 
 
 def _smooth(probabilities: torch.Tensor, smoothing: float) -> torch.Tensor:

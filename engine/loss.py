@@ -43,7 +43,7 @@ def create_loss(args, *, soft_targets: bool, class_counts: Sequence[int] | None 
             BinaryCrossEntropy(args.smoothing, args.bce_target_thresh, reduction='none') if args.loss == 'bce' else
             FocalLoss(gamma, smoothing, reduction='none') if args.loss == 'focal' else
             nn.CrossEntropyLoss(label_smoothing=smoothing, reduction='none'))
-        return WeightedLoss(of_images, balanced_weights(class_counts))
+        return WeightedLoss(of_images, balanced_weights(class_counts), smoothing=args.smoothing)
     if args.loss == 'bce':
         return BinaryCrossEntropy(args.smoothing, args.bce_target_thresh)
     if args.loss == 'focal':
@@ -74,26 +74,31 @@ def balanced_weights(counts: Sequence[int]) -> torch.Tensor:
 class WeightedLoss(nn.Module):
     """The mean over images of another loss, times the weight of the image's class.
 
-    With Mixup, it is the mean weight of the image's classes by their shares. torch's cross-entropy would divide by the
-    weights of a batch, so that the loss depended on how images are divided into batches and processes. It would also
-    weigh the smoothed part of a target by all classes.
+    With Mixup, it is the mean weight of the image's classes by their shares, without the smoothing of targets. torch's
+    cross-entropy would divide by the weights of a batch, so that the loss depended on how images are divided into
+    batches and processes. It would also weigh the smoothed part of a target by all classes.
 
     Args:
         loss: (logits, targets) → loss of each image [B], or of each of its classes [B, classes].
         class_weights: float32 [classes].
+        smoothing: of soft targets.
     """
 
     class_weights: torch.Tensor
 
-    def __init__(self, loss: nn.Module, class_weights: torch.Tensor):
+    def __init__(self, loss: nn.Module, class_weights: torch.Tensor, *, smoothing: float):
         super().__init__()
-        self.loss = loss
+        self.loss, self.smoothing = loss, smoothing
         self.register_buffer('class_weights', class_weights)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of logits [B, classes] and targets [B] or [B, classes]."""
         loss = self.loss(logits, targets)
-        weights = targets @ self.class_weights if targets.ndim == 2 else self.class_weights[targets]  # [B]
+        if targets.ndim == 2:
+            shares = (targets - self.smoothing / targets.shape[1]) / (1 - self.smoothing)
+            weights = shares @ self.class_weights  # [B]
+        else:
+            weights = self.class_weights[targets]  # [B]
         return (weights * loss.reshape(len(weights), -1).mean(1)).mean()
 
 

@@ -84,6 +84,7 @@ class TrainState:
         """Go to the beginning of `epoch`, whatever was loaded."""
         self.epoch, self.step, self.global_step = epoch, 0, epoch * steps_per_epoch
         self.images_seen = self.global_step * _images_per_step(self.options, self.world.size)
+        self.evaluations_since_best = 0
         self._reset_sums()
 
     def position(self) -> str:
@@ -279,10 +280,11 @@ class TrainState:
                             f"{self.images['training']}: other names, or in another order; some images would be "
                             'repeated, others left out; resume with the same data, or from a checkpoint at the end of '
                             'an epoch')
-        if state['step'] and state.get('labels') and self.labels and state['labels'] != self.labels:
-            raise UserError(f"{source}: stands in the middle of an epoch of {state['labels']}, this run has "
-                            f'{self.labels}: token labels of another teacher, or of other images; resume with the same '
-                            '--token-labels, or from a checkpoint at the end of an epoch')
+        labels = state.get('labels', '')  # earlier versions lack it
+        if state['step'] and labels != self.labels:
+            raise UserError(f"{source}: stands in the middle of an epoch of {labels or 'images alone'}, this run has "
+                            f"{self.labels or 'no token labels'}: labels of another teacher, or of other images; "
+                            'resume with the same --token-labels, or from a checkpoint at the end of an epoch')
         for entry in ('state_dict', 'state_dict_ema') if self.ema and state['state_dict_ema'] else ('state_dict',):
             self._check_weights(state[entry], source)
 
@@ -295,6 +297,9 @@ class TrainState:
         if self.projection and with_optimizer and not self._fits_projection(state):
             raise UserError(f'{source}: holds no projection to features of this --teacher, nor what the optimizer '
                             'knows of it; resume with the same teacher, or say --no-resume-opt')
+        if state.get('projection') and not self.projection and with_optimizer:
+            raise UserError(f'{source}: its optimizer knows of a projection to features of a teacher, which this run '
+                            'has not; resume with the same teacher and --distill, or say --no-resume-opt')
 
     def _fits_projection(self, state: dict[str, Any]) -> bool:
         saved = state.get('projection')

@@ -46,6 +46,8 @@ def average_weights(models: Sequence[TrainedModel], inputs: Sequence[object]) ->
             reason = f'their models are {first.args.model} and {other.args.model}'
         elif difference := difference_of(other.model.state_dict(), first.model.state_dict()):
             reason = f'their weights differ in {difference}'
+        elif None not in (other.classes, first.classes) and other.classes != first.classes:
+            reason = 'their outputs are other classes, or in another order'
         elif own_input != inputs[0] or other.args.model_kwargs != first.args.model_kwargs:
             reason = 'they were trained for other input, or with other arguments of the model'
         if reason:

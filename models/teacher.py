@@ -52,8 +52,7 @@ def open_teacher(args, classes: list[str], num_classes: int, world: World) -> Tr
         return None
     defaults = vars(create_parser('', TRAINED_MODEL, FROM_CHECKPOINT).parse_args([]))
     own = Options(**{**defaults, 'model': args.teacher, 'eval_checkpoint': args.teacher_checkpoint,
-                     'pretrained': not args.teacher_checkpoint and not kind_of_address(args.teacher or ''),
-                     'img_size': args.teacher_img_size})
+                     'pretrained': not args.teacher_checkpoint, 'img_size': args.teacher_img_size})
     gives_features = args.distill == 'feature'
     _logger.info('the teacher is %s', args.teacher_checkpoint or args.teacher)
     with one_per_machine_first(world), torch.random.fork_rng(devices=()), _blaming_the_teacher():
@@ -69,7 +68,12 @@ def _check_classes(args, teacher: TrainedModel, classes: list[str], num_classes:
     if teacher.model.num_classes != num_classes:
         raise UserError(f'teacher {name}: it has {teacher.model.num_classes} classes, the model {num_classes}; '
                         f'{remedy}')
-    if teacher.classes is None or list(teacher.classes) == list(classes):
+    if teacher.classes is None:
+        if len(classes) == num_classes:
+            return
+        raise UserError(f'teacher {name}: its {num_classes} classes have no names, and the data set has '
+                        f'{len(classes)}: nothing says which is which; {remedy}')
+    if list(teacher.classes) == list(classes):
         return
     number = next((n for n, pair in enumerate(zip(teacher.classes, classes, strict=False)) if pair[0] != pair[1]), None)
     difference = f'names {len(teacher.classes)} classes, the data set {len(classes)}' if number is None else (

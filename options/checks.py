@@ -61,6 +61,8 @@ def check_distillation(args) -> None:
     if args.distill in ('hard', 'feature') and args.distill_temperature is not None:
         raise UserError(f'--distill-temperature {args.distill_temperature} with --distill {args.distill}, which has '
                         'none; leave it out, or say --distill soft')
+    if args.distill == 'feature' and args.freeze == 'backbone':
+        raise UserError('--distill feature with --freeze backbone: the features do not learn; leave one of them out')
     if getattr(args, 'token_labels', None):
         raise UserError(f'--token-labels {args.token_labels} beside a teacher: two ways to learn from one; leave '
                         'either out')

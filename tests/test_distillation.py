@@ -4,9 +4,11 @@ import hashlib
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.loss import SoftTargetCrossEntropy
+from timm.models import save_for_hf
 from torch import nn
 
 from data.batch import BatchPreparer, Readjustment
@@ -362,6 +364,20 @@ def test_a_teacher_of_other_classes_is_refused_but_for_its_features(classes, num
     with pytest.raises(UserError, match=f'^teacher {path}: {message}'):
         open_teacher(parse('--teacher-checkpoint', path), classes, num_classes, ONE)
     assert open_teacher(parse('--teacher-checkpoint', path, '--distill', 'feature'), classes, num_classes, ONE)
+
+
+def test_a_folder_of_timm_teaches_and_its_classes_without_names_must_be_all(tmp_path):
+    save_for_hf(timm.create_model('resnet10t', num_classes=3), str(tmp_path), safe_serialization=True)
+    args = parse('--teacher', f'local-dir:{tmp_path}')
+    check_teacher(args)
+    assert open_teacher(args, ['ant', 'bee', 'cat'], 3, ONE).model.num_classes == 3
+    with pytest.raises(UserError, match='its 3 classes have no names, and the data set has 2'):
+        open_teacher(args, ['ant', 'bee'], 3, ONE)
+
+
+def test_features_that_do_not_learn_are_not_distilled():
+    with pytest.raises(UserError, match='--distill feature with --freeze backbone'):
+        check_teacher(parse('--teacher', 'resnet18', '--distill', 'feature', '--freeze', 'backbone'))
 
 
 def test_another_model_than_that_of_the_weights_is_blamed_on_the_teacher(tmp_path):

@@ -21,9 +21,10 @@ from timm.data.real_labels import RealLabelsImagenet
 from torch import nn
 from torchvision.transforms.functional import five_crop
 
-from data.evaluation_sets import ALEXNET_ERRORS
+from data.evaluation_sets import ALEXNET_ERRORS, ImageSet, columns_of
 from engine.calibration import calibration_error, wilson_interval
-from models import create_model
+from models import TrainedModel, average_weights, create_model
+from options.parser import Options
 from tests.conftest import launch, succeeded
 from utils.errors import UserError
 
@@ -312,6 +313,22 @@ def test_several_checkpoints_are_compared_averaged_and_combined(sets):
         true = [math.exp(-float(own[str(path)]['loss'])) for path in paths]
         assert math.exp(-float(own['ensemble']['loss'])) == pytest.approx(sum(true) / 2, rel=1e-4), name
     assert rows['ensemble']['parameters'] == 2 * rows['soup']['parameters']
+
+
+def test_weights_of_classes_in_another_order_are_not_averaged(caplog):
+    model = tiny_model(5, 32)
+    one = TrainedModel(model, Options(model='t2t_vit_7', model_kwargs=None, eval_checkpoint='a'), list('abcde'))
+    other = one._replace(classes=list('edcba'))
+    with caplog.at_level('INFO'):
+        assert average_weights([one, other], [None, None]) is None
+    assert 'their outputs are other classes, or in another order' in caplog.text
+    assert average_weights([one, one._replace(classes=None)], [None, None]).classes == list('abcde')
+
+
+def test_a_model_without_names_is_judged_on_any_folders_of_its_number():
+    names = [f'thing{number}' for number in range(1000)]
+    image_set = ImageSet('val', 'data', None, np.arange(1000), names, names)
+    assert columns_of(image_set, Options(class_map=None, eval_checkpoint='a'), None, 1000) is None
 
 
 def test_models_of_other_input_share_the_images(sets):

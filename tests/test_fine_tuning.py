@@ -213,6 +213,14 @@ def test_targets_of_mixup_that_mix_nothing_give_the_loss_of_class_numbers(name):
     assert soft(logits, mixed).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_smoothed_targets_of_mixup_that_mix_nothing_weigh_like_class_numbers():
+    logits, targets = random_batch()
+    args = options('--smoothing', '0.1', '--class-weights', 'balanced')
+    hard, soft = (create_loss(args, soft_targets=mixed, class_counts=[6, 3, 3]) for mixed in (False, True))
+    smoothed = F.one_hot(targets, 3) * 0.9 + 0.1 / 3
+    assert soft(logits, smoothed).item() == pytest.approx(hard(logits, targets).item(), rel=1e-6)
+
+
 def test_weights_of_classes_are_those_of_scikit_learn_and_without_images_0(caplog):
     from sklearn.utils.class_weight import compute_class_weight
     targets = [0] * 7 + [1] * 2 + [3]

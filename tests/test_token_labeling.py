@@ -261,7 +261,7 @@ def test_a_model_that_cannot_learn_from_token_labels_is_refused(options, message
     (('--mixup', '0.2'), 'images exchange tokens instead'), (('--cutmix', '1'), 'leave --mixup'),
     (('--cutmix-minmax', '0.2', '0.8'), 'leave --mixup'), (('--no-aug',), '--no-aug.*leave it out'),
     (('--train-crop-mode', 'pad'), 'say --train-crop-mode rrc'), (('--aug-splits', '3'), '--aug-splits'),
-    (('--no-fast-transform',), '--no-fast-transform'),
+    (('--no-fast-transform',), '--no-fast-transform'), (('--mixup-off-epoch', '3'), '--mixup-off-epoch 3'),
 ])
 def test_options_that_lose_the_place_of_labels_are_refused(options, message):
     with pytest.raises(UserError, match=message):
@@ -332,6 +332,10 @@ def test_other_labels_are_refused_within_an_epoch_and_said_at_its_end(labelled):
         refused = run_script('train.py', *run, '--resume', 'auto', cwd=labelled)
         assert refused.returncode == 2 and refused.stderr.count('\n') == 1
         assert 'stands in the middle of an epoch of 24 labels' in refused.stderr
+        without = [word for word in run if word not in ('--token-labels', 'labels1', '--dense-weight', '0.5',
+                                                        '--ground-truth')]
+        refused = run_script('train.py', *without, '--resume', 'auto', cwd=labelled)
+        assert refused.returncode == 2 and 'this run has no token labels' in refused.stderr
         at_end = labelled / 'runs/train/a/checkpoint-00000006.pth.tar'
         out = succeeded(run_script('train.py', *run, '--resume', at_end, cwd=labelled))
         assert 'warning: the token labels are others than in the checkpoint: 24 labels' in out

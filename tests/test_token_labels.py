@@ -277,8 +277,11 @@ def test_names_end_at_their_first_dot(tmp_path):
     for name in ('a.1', 'b'):
         (tmp_path / 'images/ant').mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (8, 8)).save(tmp_path / f'images/ant/{name}.png')
-    for seed, name in enumerate(('a', 'b')):
-        write_published(tmp_path / 'labels', f'ant/{name}', published_label(seed))
+    for seed, name in enumerate(('ant/a', 'ant/b', 'bee/c', 'cat/d')):
+        write_published(tmp_path / 'labels', name, published_label(seed))
+        if seed > 1:
+            (tmp_path / 'images' / name).parent.mkdir()
+            Image.new('RGB', (8, 8)).save(tmp_path / f'images/{name}.png')
     labels = open_token_labels(str(tmp_path / 'labels'), ImageFolder(str(tmp_path / 'images')), num_classes=3)
     assert torch.equal(labels.read(0), published_label(0))
     Image.new('RGB', (8, 8)).save(tmp_path / 'images/ant/a.2.png')

@@ -59,6 +59,14 @@ def scores_of(tokens):
     return (tokens[..., 1] / tokens[..., 0]).log()
 
 
+def test_a_crop_of_less_than_a_position_has_labels_from_within():
+    maps, box = ramp(4, 4, (2., 1.))[None], (0.4, 0.45, 0.12, 0.15)
+    _, tokens = crop_targets(maps, torch.tensor([box]), num_classes=5, grid=(2, 3), smoothing=0.)
+    y, x = (start + length * (torch.arange(count) + 0.5) / count
+            for start, length, count in zip(box[:2], box[2:], (2, 3), strict=True))
+    torch.testing.assert_close(scores_of(tokens).view(2, 3), (2 * y)[:, None] + x, rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize('flipped', [False, True])
 @pytest.mark.parametrize('box', [(0., 0., 1., 1.), (0.25, 0.125, 0.5, 0.75), (0.5, 0.25, 0.4, 0.3)], ids=str)
 @pytest.mark.parametrize('first', [1., 7.5])

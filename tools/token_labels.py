@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 EXIT_FAULTS = 1
 # Published labels that are converted or checked in one step.
 STEP = 1000
+# So many classes are all kept by default.
+ALL_UP_TO = 20
 # Faults that are printed.
 MOST_FAULTS = 20
 TASKS = ('pack', 'unpack', 'verify')
@@ -65,7 +67,8 @@ def _options(parser: Parser) -> None:
     add('--model-kwargs', type=keyword, nargs='+', metavar='NAME=VALUE', help='further arguments of the teacher')
     add('--img-size', type=image_size, metavar='N', help="input size in pixels, or HxW (default: the teacher's)")
     add('--class-map', metavar='FILE', help="the names of the teacher's classes, one per line; 'imagenet' for its")
-    add('-k', '--top-k', type=positive_int, default=5, metavar='K', help='classes at each position (default: 5)')
+    add('-k', '--top-k', type=positive_int, metavar='K',
+        help='classes at each position; all others count as a score of 0 (default: 5, and all of up to 20)')
     add('--format', default='packed', choices=['packed', 'published'],
         help='packed: a few large files; published: one small file for each image (default: packed)')
     add('--file-size', type=positive, default=256, metavar='MB', help='size of a packed file (default: 256)')
@@ -118,7 +121,9 @@ def make(args) -> None:
     grid = check_dense(model, config.img_size)
     dataset = _open_images(args, known_classes, model.num_classes, world)
     names = name_labels(dataset, is_published=args.format == 'published')
-    shape = (2, min(args.top_k, model.num_classes), *grid)
+    # Of few classes, the second best has a score below 0, which those that are left out would have.
+    best = args.top_k or (5 if model.num_classes > ALL_UP_TO else model.num_classes)
+    shape = (2, min(best, model.num_classes), *grid)
     recipe = {
         'images': dataset.fingerprint(), 'teacher': args.model, 'weights': fingerprint_of(model.state_dict()),
         'batch_size': args.batch_size, 'labels': list(shape), 'precision': str(precision), **config._asdict()}

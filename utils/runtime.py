@@ -1,5 +1,6 @@
 """The start of a process: its seeds, its kernels, its precision."""
 import contextlib
+import copy
 import ctypes
 import logging
 import os
@@ -79,6 +80,12 @@ class Precision:
         self.dtype = getattr(torch, dtype_name) if enabled else None
         # A disabled scaler passes everything through, so the loop needs no branches.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+
+    def anew(self) -> 'Precision':
+        """Return the same precision, with a scaler that has not been used."""
+        other = copy.copy(self)
+        other.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype is torch.float16)
+        return other
 
     def autocast(self):
         if self.dtype is None:
