@@ -131,7 +131,10 @@ def locate_sets(args) -> dict[str, str | None]:
     Raises:
         UserError: the place of a set is not given, or an option is for other sets.
     """
-    folders: dict[str, str | None] = dict(text.split('=', 1) for text in args.set_folders or ())
+    pairs = [text.split('=', 1) for text in args.set_folders or ()]
+    folders: dict[str, str | None] = dict(pairs)
+    if twice := [name for name in folders if sum(name == other for other, _ in pairs) > 1]:
+        raise UserError(f'--data {twice[0]}=… is given twice; leave one of them out')
     if unused := [name for name in folders if name not in args.sets and name != 'val']:
         raise UserError(f'--data {unused[0]}=…: --sets {" ".join(args.sets)} does not name {unused[0]}; add it there')
     if args.data or args.dataset != 'folder':

@@ -108,7 +108,8 @@ def trained_models_options(parser):
 def _add_trained_model_options(parser, nargs: str | None = None):
     add = parser.add_argument_group('Trained model').add_argument
     several = '; several are compared, averaged and combined' if nargs else ''
-    add('--eval-checkpoint', '--checkpoint', nargs=nargs, metavar='PATH',
+    settings = {'nargs': nargs, 'action': 'extend'} if nargs else {}
+    add('--eval-checkpoint', '--checkpoint', metavar='PATH', **settings,
         help="weights: a file, a run's folder, output/train/latest, a folder of timm, hf-hub:MODEL or a URL" + several)
     parser.set_defaults(trained_on={})  # the options that split the data of the training, from the checkpoint
     add('--class-map', metavar='FILE', help='text file with one class folder per line, in the order of the labels')

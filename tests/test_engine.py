@@ -319,6 +319,14 @@ def test_sync_bn_without_gpus_is_refused_before_the_data():
                           World(rank=0, local_rank=0, size=2, device=CPU), kind='train')
 
 
+def test_each_of_several_runs_has_a_loss_scaler_of_its_own():
+    precision = Precision(CPU, enabled=True, dtype_name='bfloat16')
+    precision.dtype = torch.float16  # as on a GPU
+    scaler = precision.anew().scaler
+    assert scaler.is_enabled() and scaler is not precision.anew().scaler
+    assert not Precision(CPU, enabled=False).anew().scaler.is_enabled()
+
+
 def test_generators_round_trip():
     seed_everything(3, rank=1)
     saved = get_rng_state(CPU)
