@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.shared.claims import Claim, claims_table, describe_verdicts, draw, judge, seeds_of
+from benchmarks.shared.claims import Claim, claims_table, describe_verdicts, draw, judge, kinds_table
 from benchmarks.shared.command import common_options, parse_command, start_alone
-from benchmarks.shared.records import PRECISIONS, markdown_table, new_record, origin, save
+from benchmarks.shared.records import PRECISIONS, new_record, origin, save
 from benchmarks.shared.runs import Run, images_of, train_all
 from options.types import count, number, positive, positive_int
 from utils.console import plural
@@ -118,11 +118,9 @@ def new_claims_record(args, device: torch.device, results: list[dict]) -> dict:
 
 def models_table(record: dict) -> str:
     """Return a table with a line for each model."""
-    return markdown_table(
-        ['model', 'parameters', 'top-1, %', 'deviation', *(f'seed {seed}' for seed in seeds_of(record)), 'options'],
-        [[name, f'{record["models"][name]["parameters"]:,}', f'{np.mean(top1):.2f}', f'{np.std(top1, ddof=1):.2f}',
-          *(f'{value:.2f}' for value in top1), f'`{record["models"][name]["options"]}`']
-         for name, top1 in record['top1'].items()])
+    models = record['models']
+    return kinds_table(record, 'model', {name: model['options'] for name, model in models.items()},
+                       parameters={name: f'{model["parameters"]:,}' for name, model in models.items()})
 
 
 def as_text(record: dict) -> str:

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.shared.claims import Claim, claims_table, describe_verdicts, draw, judge, seeds_of
+from benchmarks.shared.claims import Claim, claims_table, describe_verdicts, draw, judge, kinds_table
 from benchmarks.shared.command import common_options, parse_command, start_alone
-from benchmarks.shared.records import PRECISIONS, markdown_table, new_record, origin, save
+from benchmarks.shared.records import PRECISIONS, new_record, origin, save
 from benchmarks.shared.runs import Run, images_of, run_to_the_end, train_all
 from engine.checkpoint import LAST
 from options.types import count, number, positive, positive_int
@@ -118,22 +118,13 @@ def new_teachers_record(args, device: torch.device, of_teacher: dict, results: l
             'top1': top1, 'results': own, **judge(top1, CLAIMS)}
 
 
-def students_table(record: dict) -> str:
-    """Return a table with a line for each kind of student."""
-    return markdown_table(
-        ['student learns', 'top-1, %', 'deviation', *(f'seed {seed}' for seed in seeds_of(record)), 'options'],
-        [[name, f'{np.mean(top1):.2f}', f'{np.std(top1, ddof=1):.2f}', *(f'{value:.2f}' for value in top1),
-          f'`{record["students"][name]}`' if record['students'][name] else '']
-         for name, top1 in record['top1'].items()])
-
-
 def as_text(record: dict) -> str:
     """Return the whole record in Markdown."""
     options, teacher, student = record['options'], record['teacher'], record['results'][0]
     trained, evaluated = (record['images'][split].split(' images')[0] for split in ('training', 'evaluation'))
     return (
         f'# Teachers\n\n{origin(record)} The time is the sum of all runs.\n\n{describe_verdicts(record)}\n'
-        f'{students_table(record)}\n\n'
+        f'{kinds_table(record, "student learns", record["students"])}\n\n'
         f'The teacher has {teacher["parameters"]:,} parameters and a top-1 of {teacher["top1"]:.2f} % '
         f'(`{teacher["options"]}`), a student {student["parameters"]:,} parameters. {int(trained):,} training images, '
         f'{plural(options["epochs"], "epoch")}, {options["img_size"]} pixels, batch {options["batch_size"]}; '

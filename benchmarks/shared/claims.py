@@ -1,5 +1,5 @@
 """Claims that one kind of training is better than another, and which of them runs with several seeds decide."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +50,18 @@ def claims_table(record: dict) -> str:
         ['claim', 'holds at this size', 'difference', 'deviation', 'published difference'],
         [[claim['text'], claim['verdict'], f'{claim["difference"]:+.2f}', f'{claim["deviation"]:.2f}',
           '' if claim['published'] is None else f'{claim["published"]:+.1f}'] for claim in record['claims']])
+
+
+def kinds_table(record: dict, title: str, options: Mapping[str, str], **more: Mapping[str, str]) -> str:
+    """Return a table with a line for each kind of training: its top-1 by seed and its options, by its name.
+
+    title: of the first column. more: further columns behind it, by their titles.
+    """
+    return markdown_table(
+        [title, *more, 'top-1, %', 'deviation', *(f'seed {seed}' for seed in seeds_of(record)), 'options'],
+        [[name, *(column[name] for column in more.values()), f'{np.mean(top1):.2f}', f'{np.std(top1, ddof=1):.2f}',
+          *(f'{value:.2f}' for value in top1), f'`{options[name]}`' if options[name] else '']
+         for name, top1 in record['top1'].items()])
 
 
 def describe_verdicts(record: dict) -> str:
